@@ -1,0 +1,97 @@
+"""The only importer of the compiled extension: lazy, once per process, and with the cause of a failure kept."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .errors import ExtensionUnavailableError
+
+REMEDY = (
+    "Build it with `pip install --no-build-isolation --no-deps -e .` from a checkout, or reinstall the package, on a "
+    "machine with a C++ compiler; `-v` shows what is built and why"
+)
+
+_lock = threading.Lock()
+_loaded: ModuleType | None = None
+_failure: Exception | None = None
+
+
+def load() -> ModuleType:
+    """Load the extension, which registers its operators as `torch.ops.lambda_kernels.*`.
+
+    Only the first call tries; later ones give the same result.
+
+    Returns:
+        The extension module.
+
+    Raises:
+        ExtensionUnavailableError: It is missing or cannot be loaded; the original error is chained.
+    """
+    global _loaded, _failure
+    if _loaded is None and _failure is None:
+        with _lock:
+            if _loaded is None and _failure is None:
+                try:
+                    _loaded = _import()
+                except Exception as error:  # whatever stops the loader is kept and shown
+                    _failure = error
+    if _loaded is None:
+        raise ExtensionUnavailableError(f"{why_unavailable()}. {REMEDY}") from _failure
+    return _loaded
+
+
+def _import() -> ModuleType:
+    module = importlib.import_module("lambda_kernels._C")
+    torch.library.register_fake("lambda_kernels::histogram", _histogram_fake)
+    return module
+
+
+def _histogram_fake(x: torch.Tensor, grid: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
+    channels = x.shape[1]
+    return x.new_empty((channels, bins), dtype=torch.int64), x.new_empty((channels, 5), dtype=torch.int64)
+
+
+def available() -> bool:
+    """Whether the extension loads here."""
+    try:
+        load()
+    except ExtensionUnavailableError:
+        return False
+    return True
+
+
+def why_unavailable() -> str | None:
+    """Why the extension does not load here, in one line; None if it does."""
+    if _loaded is None and _failure is None and available():
+        return None
+    if _failure is None:
+        return None
+    folder = Path(__file__).parent
+    if isinstance(_failure, ModuleNotFoundError) and not list(folder.glob("_C.*")):
+        return f"the extension is not built: there is no _C library in {folder}"
+    reason = " ".join(str(_failure).split())
+    return f"the extension in {folder} cannot be loaded ({type(_failure).__name__}: {reason})"
+
+
+def build_info() -> dict[str, str]:
+    """What the extension was built with.
+
+    Returns:
+        `compiler`; `cuda`: the toolkit's version, or "none" for CPU code only; `architectures`: as in
+        TORCH_CUDA_ARCH_LIST, or "none"; `torch`: the PyTorch whose headers were used.
+
+    Raises:
+        ExtensionUnavailableError: The extension does not load here.
+    """
+    module = load()
+    return {
+        "compiler": module.COMPILER,
+        "cuda": module.CUDA,
+        "architectures": module.CUDA_ARCHITECTURES,
+        "torch": module.TORCH,
+    }

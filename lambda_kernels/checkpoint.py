@@ -1,0 +1,288 @@
+"""Saving and loading: `config.json` says what to build and what was removed, `model.safetensors` holds the weights.
+
+Strict both ways: a model that the config cannot rebuild is refused when it is saved, not when it is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .blocks import AttentionFreeBlock
+from .convert import check_indices, remove_attention
+from .errors import CheckpointError
+from .families import inspect_model
+from .files import atomic_write, sha256, write_json
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT = 1
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | Path, *, architecture: str | None = None, model_args: dict | None = None
+) -> Path:
+    """Write `folder/config.json` and `folder/model.safetensors`; both replace earlier ones atomically.
+
+    Args:
+        model: A timm vision transformer, converted or not.
+        folder: Created if needed.
+        architecture: timm's name of the model; None reads it from the model.
+        model_args: Arguments for `timm.create_model` that cannot be seen on the model. Sizes, classes, pooling and rates
+            are found by themselves.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: timm would build another model from the config; the first difference is named.
+        UnsupportedModelError: The model is wrapped or of an unknown kind.
+        OSError: No room on the disk; nothing was written.
+    """
+    folder = Path(folder)
+    anatomy = inspect_model(model)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    architecture = architecture or cfg.get("architecture")
+    if not architecture:
+        raise CheckpointError(
+            f"{type(model).__name__} does not say which timm model it is. Build it with timm.create_model, or pass "
+            "architecture='…' (and model_args)"
+        )
+    model_args = _find_model_args(model, architecture, dict(model_args or {}))
+    info = getattr(model, "lambda_kernels_info", None)
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "model_args": model_args,
+        "pretrained_cfg": {key: value for key, value in cfg.items() if _is_json(value)},
+        "lambda_kernels": {
+            "format": FORMAT,
+            "version": __version__,
+            "removed": list(anatomy.removed),
+            "residual_scale": anatomy.residual_scale or 1.0,
+            "fuse": info.fuse if info else "all",
+        },
+    }
+    difference = _first_difference(_build(config, "meta"), model)
+    if difference:
+        raise CheckpointError(
+            f"timm.create_model({architecture!r}, **{model_args}) would not rebuild this model: {difference}. Pass what it "
+            "was built with as model_args={…}"
+        )
+    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    _check_room(folder, state)
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / WEIGHTS) as weights:
+        save_file(state, weights, metadata={"format": "pt"})
+        config["lambda_kernels"]["sha256"] = sha256(weights)
+    write_json(folder / CONFIG, config)
+    return folder
+
+
+def from_pretrained(
+    folder: str | Path, *, device: str | torch.device = "cpu", fuse: str | None = None, backend: str = "auto"
+) -> nn.Module:
+    """Build the model that `save_pretrained` wrote and load its weights, strictly; in eval mode.
+
+    Args:
+        folder: What was given to `save_pretrained`.
+        device: Where the model goes.
+        fuse: As for `convert_vit`; None keeps what was saved.
+        backend: As for `convert_vit`.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or weights and config do not belong together.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; expected a folder written by save_pretrained")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        ours = config["lambda_kernels"]
+        version, expected = ours["format"], ours["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} is not a config written by save_pretrained ({type(error).__name__}: {error})"
+        ) from error
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {version}, this version reads up to {FORMAT}; update lambda-kernels"
+        )
+    if sha256(folder / WEIGHTS) != expected:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: a save was interrupted, or a file was "
+            "replaced. Save the model again"
+        )
+    ours.update({} if fuse is None else {"fuse": fuse})
+    model = _build(config, "cpu", backend)
+    # assign keeps the dtypes of the file, so a bf16 model comes back as one
+    load_state_dict(model, read_weights(folder / WEIGHTS), assign=True, source=str(folder / WEIGHTS))
+    return model.to(device).eval()
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors, or from .pth/.pt/.bin without running pickled code.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and pickle each have their own kinds
+        raise CheckpointError(f"{path} cannot be read as weights ({type(error).__name__}: {error})") from error
+    for key in ("state_dict", "model", "net"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise CheckpointError(f"{path} holds no state dict")
+    return loaded
+
+
+def load_state_dict(
+    model: nn.Module, state: dict[str, Tensor], *, assign: bool = False, source: str = "the checkpoint"
+) -> None:
+    """Load strictly, and explain what does not fit. Unlike plain `load_state_dict`, nothing is loaded in that case.
+
+    Raises:
+        CheckpointError: Keys or shapes differ; says so where the one model has attention layers that the other lost.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if not (missing or unexpected or shapes):
+        model.load_state_dict(state, strict=True, assign=assign)
+        return
+    lost, extra = _attention_blocks(missing), _attention_blocks(unexpected)
+    if missing and not unexpected and not shapes and lost is not None:
+        raise CheckpointError(
+            f"{source} has no attention for blocks {lost}: it was saved from a converted model. Load it with "
+            f"from_pretrained, or into convert_vit(model, remove={lost})"
+        )
+    if unexpected and not missing and not shapes and extra is not None:
+        raise CheckpointError(
+            f"{source} has attention for blocks {extra}, which this model lost. Load it into the full model first, and "
+            "convert that"
+        )
+    parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
+             for what, keys in (("missing keys", missing), ("unexpected keys", unexpected)) if keys]  # fmt: skip
+    for key in sorted(shapes)[:3]:
+        parts.append(f"{key} is {list(state[key].shape)}, the model has {list(own[key].shape)}")
+    raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}")
+
+
+def _attention_blocks(keys: list[str]) -> list[int] | None:
+    blocks = set()
+    for key in keys:
+        parts = key.split(".")
+        if len(parts) < 4 or parts[0] != "blocks" or parts[2] not in ("attn", "norm1", "ls1"):
+            return None
+        blocks.add(int(parts[1]))
+    return sorted(blocks)
+
+
+def _build(config: dict, device: str, backend: str = "auto") -> nn.Module:
+    import timm
+
+    ours = config["lambda_kernels"]
+    try:
+        with torch.device(device):
+            model = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
+    except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError …
+        raise CheckpointError(
+            f"timm cannot build {config['architecture']!r} with {config['model_args']} ({type(error).__name__}: {error})"
+        ) from error
+    # The warnings of convert_vit were given when the model was converted.
+    removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
+    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"], backend)
+
+
+def _find_model_args(model: nn.Module, architecture: str, given: dict) -> dict:
+    """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
+    plain = {"architecture": architecture, "model_args": given, "lambda_kernels": {}}
+    plain["lambda_kernels"] = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
+    default = _visible_args(_build(plain, "meta"))
+    found = {k: v for k, v in _visible_args(model).items() if k not in given and v != default.get(k)}
+    return {**found, **given}
+
+
+def _visible_args(model: nn.Module) -> dict:
+    """Constructor arguments that can be read off a built model."""
+    names = inspect.signature(type(model).__init__).parameters
+    args = {k: v for k, v in vars(model).items() if k in names and isinstance(v, (bool, int, float, str))}
+    patch = model.patch_embed
+    proj = getattr(patch, "proj", None)
+    if isinstance(proj, nn.Conv2d):
+        args |= {"in_chans": proj.in_channels, "patch_size": list(proj.kernel_size)}
+    if getattr(patch, "img_size", None) is not None:
+        args["img_size"] = list(patch.img_size)
+    args["depth"] = len(model.blocks)
+    args["num_classes"] = model.num_classes
+    last = model.blocks[-1]  # the highest drop-path rate
+    args["drop_path_rate"] = float(getattr(last.drop_path2, "drop_prob", 0.0) or 0.0)
+    args["init_values"] = getattr(last.ls2, "init_values", None)
+    if isinstance(getattr(last.mlp, "fc1", None), nn.Linear):
+        args["mlp_ratio"] = last.mlp.fc1.out_features / last.mlp.fc1.in_features
+        args["proj_drop_rate"] = last.mlp.drop2.p
+    for block in model.blocks:
+        if not isinstance(block, AttentionFreeBlock):
+            args |= {"num_heads": block.attn.num_heads, "attn_drop_rate": block.attn.attn_drop.p}
+            break
+    for name, dropout in (("drop_rate", "head_drop"), ("pos_drop_rate", "pos_drop"), ("patch_drop_rate", "patch_drop")):
+        module = getattr(model, dropout, None)
+        args[name] = float(getattr(module, "p", getattr(module, "prob", 0.0)))
+    return {k: v for k, v in args.items() if k in names}
+
+
+def _first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
+    if type(rebuilt) is not type(model):
+        return f"the class is {type(model).__name__}, timm builds {type(rebuilt).__name__}"
+    new, old = dict(rebuilt.named_modules()), dict(model.named_modules())
+    for name in sorted(new.keys() | old.keys()):
+        if name not in new or name not in old:
+            return f"{name} exists only in {'the model' if name in old else 'what timm builds'}"
+        ours, theirs = (f"{type(m).__name__}({m.extra_repr()})" for m in (old[name], new[name]))
+        if ours != theirs:
+            return f"{name or 'the model'} is {ours}, timm builds {theirs}"
+    new_state, old_state = rebuilt.state_dict(), model.state_dict()
+    for name in sorted(new_state.keys() | old_state.keys()):
+        ours, theirs = (list(s[name].shape) if name in s else None for s in (old_state, new_state))
+        if ours != theirs:
+            return f"{name} has shape {ours}, timm builds {theirs}"
+    plain = (bool, int, float, str, type(None))
+    for name, value in vars(model).items():
+        other = vars(rebuilt).get(name)
+        if name != "training" and isinstance(value, plain) and isinstance(other, plain) and value != other:
+            return f"model.{name} is {value!r}, timm builds {other!r}"
+    return None
+
+
+def _check_room(folder: Path, state: dict[str, Tensor]) -> None:
+    needed = sum(v.numel() * v.element_size() for v in state.values()) + (1 << 20)
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(f"saving to {folder} needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True

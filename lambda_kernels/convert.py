@@ -1,0 +1,201 @@
+"""Model surgery: put attention-free blocks where attention was. No arithmetic here."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from .blocks import AttentionFreeBlock
+from .errors import AlreadyConvertedError, UnsupportedModelError
+from .families import Anatomy, inspect_model
+from .ops.checks import check_choice
+from .ops.dispatch import BACKENDS
+
+FUSE = ("all", "removed", "none")
+
+# Below this, LayerScale makes the MLP branch so small that a doubled residual drowns it.
+SMALL_GAMMA = 0.05
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block after conversion: is its attention there, and how does its MLP half run."""
+
+    block: int
+    attention: str  # "kept" or "removed"
+    mlp: str  # "timm": the block's own modules; "modules", "torch", "triton": see AttentionFreeBlock.path
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionInfo:
+    """What `convert_vit` did to a model; it hangs on the model as `lambda_kernels_info`."""
+
+    removed: tuple[int, ...]
+    residual_scale: float
+    fuse: str
+    backend: str  # as asked for
+    blocks: tuple[BlockInfo, ...]
+
+    def to_dict(self) -> dict:
+        """As plain JSON types."""
+        return asdict(self) | {"removed": list(self.removed), "blocks": [asdict(b) for b in self.blocks]}
+
+
+def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int, ...]:
+    """Return block indices, sorted, or raise ValueError naming the wrong one and the range.
+
+    Args:
+        layers: Integers, or any object with a `layers` attribute that holds them (a `Selection`).
+        depth: Number of blocks.
+        name: The argument's name for the message.
+    """
+    layers = getattr(layers, "layers", layers)
+    allowed = f"block indices are integers from 0 to {depth - 1}"
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise ValueError(f"{name} must be a sequence of block indices; got {layers!r}. {allowed}")
+    checked: list[int] = []
+    for value in layers:
+        if isinstance(value, bool):
+            raise ValueError(f"{name} holds {value!r}: {allowed}")
+        try:
+            index = operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name} holds {value!r}: {allowed}") from None
+        if not 0 <= index < depth:
+            raise ValueError(f"{name} holds {index}, but {allowed}")
+        if index in checked:
+            raise ValueError(f"{name} holds {index} twice")
+        checked.append(index)
+    return tuple(sorted(checked))
+
+
+def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, residual_scale: float) -> None:
+    """Refuse removals that would leave a model that cannot work; warn about those that look wrong.
+
+    Raises:
+        ValueError: A class token would be cut off from the image.
+        UnsupportedModelError: No norm would absorb a residual scaled in every removed block.
+    """
+    if anatomy.pooling == "token" and len(removed) == anatomy.depth:
+        raise ValueError(
+            f"removing the attention of all {anatomy.depth} blocks cuts the class token off from the image: every image "
+            "would get the same logits. Keep at least one"
+        )
+    trailing = 0
+    while trailing < len(removed) and anatomy.depth - 1 - trailing in removed:
+        trailing += 1
+    if anatomy.pooling == "token" and trailing:
+        warnings.warn(
+            f"the last {trailing} block(s) would have no attention: nothing computed there for the image's patches reaches "
+            "the class token, only its own MLP acts",
+            stacklevel=3,
+        )
+    if residual_scale == 1.0 or not removed:
+        return
+    if not anatomy.has_final_norm:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no norm after its last block, so its features would grow "
+            f"{residual_scale ** len(removed):g}-fold with residual_scale={residual_scale:g}. Use residual_scale=1.0"
+        )
+    small = []
+    for index in removed:
+        gamma = getattr(model.blocks[index].ls2, "gamma", None)
+        if gamma is not None and not gamma.is_meta and gamma.detach().abs().mean() < SMALL_GAMMA:
+            small.append(index)
+    if small:
+        warnings.warn(
+            f"blocks {small} have LayerScale gammas below {SMALL_GAMMA} on average: a residual scaled by "
+            f"{residual_scale:g} dwarfs their MLP. Only right if the model was trained that way",
+            stacklevel=3,
+        )
+
+
+def remove_attention(
+    model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str = "all", backend: str = "auto"
+) -> nn.Module:
+    """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
+
+    Raises:
+        BackendUnavailableError: `backend` was asked for by name and cannot run; the model is untouched.
+    """
+    options = {"residual_scale": residual_scale, "fuse": fuse != "none", "backend": backend}
+    new = {i: AttentionFreeBlock.from_block(model.blocks[i], **options) for i in removed}
+    info = _describe(model, new, residual_scale, fuse, backend)
+    for index, block in new.items():
+        model.blocks[index] = block
+    model.lambda_kernels_info = info
+    return model
+
+
+def convert_vit(
+    model: nn.Module,
+    remove: object = (0, 1, 3, 4, 6),
+    *,
+    residual_scale: float = 1.0,
+    fuse: str = "all",
+    backend: str = "auto",
+    inplace: bool = False,
+) -> nn.Module:
+    """Remove the attention layers of a timm vision transformer; their parameters leave the model.
+
+    Args:
+        model: A timm model whose `blocks` are `timm.models.vision_transformer.Block`.
+        remove: Indices of the blocks that lose their attention, or a `Selection`. The default is the published choice
+            for DeiT-B (arXiv 2404.05657). `()` only attaches the info.
+        residual_scale: 1.0 for a skipped attention (measuring, zero-shot use), 2.0 for one that was diluted into the
+            identity while training.
+        fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". Blocks that
+            keep their attention keep timm's own MLP in this version, and `lambda_kernels_info` says so.
+        backend: "auto", "triton" or "torch", passed on to `ln_mlp`.
+        inplace: Change `model` itself instead of a deep copy.
+
+    Returns:
+        The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that is converted already, with the
+        same arguments' result, comes back as it is.
+
+    Raises:
+        ValueError: Indices or options are wrong, or no attention would be left for a class token to read the image.
+        UnsupportedModelError: The model's blocks cannot lose their attention alone; the model is untouched.
+        AlreadyConvertedError: Other layers were removed before, or with another residual_scale.
+        BackendUnavailableError: `backend="triton"` cannot run on the model's device.
+    """
+    check_choice("fuse", fuse, FUSE)
+    check_choice("backend", backend, BACKENDS)
+    if isinstance(residual_scale, bool) or not isinstance(residual_scale, (int, float)) or not residual_scale > 0:
+        raise ValueError(f"residual_scale must be a positive number; got {residual_scale!r}")
+    if residual_scale == float("inf"):
+        raise ValueError("residual_scale must be finite; got inf")
+    anatomy = inspect_model(model)
+    removed = check_indices(remove, anatomy.depth)
+    if anatomy.removed:
+        if (removed, float(residual_scale)) == (anatomy.removed, anatomy.residual_scale):
+            return model
+        raise AlreadyConvertedError(
+            f"the model has lost the attention of blocks {list(anatomy.removed)} already (residual_scale "
+            f"{anatomy.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
+            "full model"
+        )
+    check_removal(model, removed, anatomy, residual_scale)
+    return remove_attention(model if inplace else copy.deepcopy(model), removed, residual_scale, fuse, backend)
+
+
+def _describe(
+    model: nn.Module, new: dict[int, AttentionFreeBlock], residual_scale: float, fuse: str, backend: str
+) -> ConversionInfo:
+    weight = next(model.parameters(), torch.empty(0))
+    rows = []
+    for index in range(len(model.blocks)):
+        if index in new:
+            choice = new[index].path(weight.device, weight.dtype)
+            rows.append(BlockInfo(index, "removed", choice.backend, choice.reason))
+        else:
+            reason = "fusing blocks with attention is not in this version" if fuse == "all" else f"fuse={fuse!r}"
+            rows.append(BlockInfo(index, "kept", "timm", reason))
+    return ConversionInfo(tuple(new), float(residual_scale), fuse, backend, tuple(rows))

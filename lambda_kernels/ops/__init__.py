@@ -1,0 +1,1 @@
+"""The operators: tensor functions that know no model. Nothing here imports timm."""

@@ -1,0 +1,46 @@
+"""Argument checks shared by the operators: they run before anything is allocated and name argument and value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a floating-point tensor of a supported dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        raise TypeError(f"{name} must have one of the dtypes {names}; got {value.dtype}")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Raise ValueError unless `value` has exactly `shape`; `letters` says where the sizes come from."""
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {letters} = {list(shape)}; got {list(value.shape)}")
+
+
+def check_same_device(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError listing every tensor's device unless they all live on one."""
+    if len({t.device for t in tensors.values()}) > 1:
+        listed = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+        raise ValueError(f"all tensors must be on one device; got {listed}. Move them with .to(device) first")
+
+
+def check_same_dtype(tensors: dict[str, Tensor]) -> None:
+    """Raise TypeError listing every tensor's dtype unless they are the same or autocast is on for their device."""
+    if len({t.dtype for t in tensors.values()}) > 1:
+        device_type = next(iter(tensors.values())).device.type
+        if torch.is_autocast_enabled(device_type):
+            return
+        listed = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items())
+        raise TypeError(f"all tensors must have one dtype outside autocast; got {listed}. Cast them, or use autocast")

@@ -1,0 +1,101 @@
+"""The MLP half of a pre-norm transformer block as one operator: LayerNorm, both linears, GELU, residual."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from . import checks, dispatch
+
+APPROXIMATIONS = ("auto", "none", "tanh")
+RECOMPUTE = ("auto", "none", "act", "all")
+
+
+def ln_mlp(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    eps: float,
+    residual_scale: float = 1.0,
+    layer_scale: Tensor | None = None,
+    approximate: str = "auto",
+    recompute: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Compute `s·x + ls·(GELU(LN(s·x) @ w1.T + b1) @ w2.T + b2)`, with s = residual_scale and ls = layer_scale or 1.
+
+    This is the whole of an attention-free block: with s = 1 the attention was skipped, with s = 2 it was diluted away,
+    x ← (2 − λ)·x + λ·attn at λ = 0 (arXiv 2404.05657, eq. 6).
+
+    Args:
+        x: Tokens `[..., C]`, any number of leading dimensions, contiguous or not; empty is allowed.
+        ln_weight: LayerNorm scale `[C]`, or None.
+        ln_bias: LayerNorm shift `[C]`, or None.
+        w1: First linear `[H, C]`, as `nn.Linear(C, H).weight`.
+        b1: Its bias `[H]`, or None.
+        w2: Second linear `[C, H]`, as `nn.Linear(H, C).weight`.
+        b2: Its bias `[C]`, or None.
+        eps: LayerNorm's epsilon, added to the variance of s·x.
+        residual_scale: s, finite. Also multiplies what LayerNorm sees.
+        layer_scale: LayerScale's gamma `[C]`, or None.
+        approximate: "none" for the exact erf GELU, "tanh" for the tanh form; "auto" is the exact one on the PyTorch
+            path.
+        recompute: What the backward recomputes instead of saving: "none", "act" (the activation), "all"; "auto"
+            decides by width. The PyTorch path saves what autograd saves, whatever is asked for.
+        backend: "auto", "triton" or "torch". "triton" raises where it cannot run.
+
+    Returns:
+        A tensor shaped like `x`; dtype as PyTorch's own type promotion and autocast give.
+
+    Raises:
+        TypeError: An argument is no tensor, has an unsupported dtype, or dtypes differ outside autocast.
+        ValueError: A shape, device, option or number does not fit; the message names it.
+        BackendUnavailableError: `backend="triton"` cannot run here.
+    """
+    tensors = {"x": x, "w1": w1, "w2": w2}
+    optional = {"ln_weight": ln_weight, "ln_bias": ln_bias, "b1": b1, "b2": b2, "layer_scale": layer_scale}
+    tensors.update({name: value for name, value in optional.items() if value is not None})
+    for name, value in tensors.items():
+        checks.check_tensor(name, value)
+    if x.dim() < 1 or w1.dim() != 2:
+        raise ValueError(f"x must be [..., C] and w1 [H, C]; got x {list(x.shape)} and w1 {list(w1.shape)}")
+    channels, hidden = x.shape[-1], w1.shape[0]
+    shapes = {
+        "w1": ((hidden, channels), "[H, C]"),
+        "w2": ((channels, hidden), "[C, H]"),
+        "b1": ((hidden,), "[H]"),
+        **{name: ((channels,), "[C]") for name in ("ln_weight", "ln_bias", "b2", "layer_scale")},
+    }
+    for name, (shape, letters) in shapes.items():
+        if name in tensors:
+            checks.check_shape(name, tensors[name], shape, letters)
+    checks.check_same_device(tensors)
+    checks.check_same_dtype(tensors)
+    checks.check_choice("approximate", approximate, APPROXIMATIONS)
+    checks.check_choice("recompute", recompute, RECOMPUTE)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive; got {eps}")
+    if not abs(residual_scale) < float("inf"):
+        raise ValueError(f"residual_scale must be finite; got {residual_scale}")
+
+    # Only the PyTorch twin can be chosen until an operator is listed in dispatch.TRITON_OPERATORS; the call raises
+    # where a kernel was asked for by name.
+    dispatch.choose("ln_mlp", x.device, x.dtype, backend)
+    return reference.ln_mlp(
+        x,
+        ln_weight,
+        ln_bias,
+        w1,
+        b1,
+        w2,
+        b2,
+        eps=eps,
+        residual_scale=residual_scale,
+        layer_scale=layer_scale,
+        approximate="tanh" if approximate == "tanh" else "none",
+    )

@@ -1,0 +1,52 @@
+"""lambda_vit: the method. Which attention layers a vision transformer can do without, and how to train it off them.
+
+Names are resolved on first use, so that importing the package stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+_PUBLIC = {
+    "Selection": "selection",
+    "dilute": "dilution",
+    "finetune": "finetuning",
+    "finish_dilution": "dilution",
+    "profile_layers": "layer_profile",
+    "select_layers": "selection",
+    "set_lambda": "dilution",
+    "skip_attention": "transfer",
+    "transfer_entropy": "transfer",
+}
+
+__all__ = [
+    "Selection",
+    "dilute",
+    "finetune",
+    "finish_dilution",
+    "profile_layers",
+    "select_layers",
+    "set_lambda",
+    "skip_attention",
+    "transfer_entropy",
+]
+
+if TYPE_CHECKING:
+    from .dilution import dilute, finish_dilution, set_lambda
+    from .finetuning import finetune
+    from .layer_profile import profile_layers
+    from .selection import Selection, select_layers
+    from .transfer import skip_attention, transfer_entropy
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,330 @@
+"""The main job from end to end on data that ships inside scikit-learn: train, measure, select, dilute, remove, compare."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from lambda_kernels import convert_vit, from_pretrained, save_pretrained
+
+from . import environment
+from .data import Digits, digits, make_loader
+from .evaluate import compare_latency
+from .finetuning import Epoch, finetune
+from .layer_profile import profile_layers
+from .progress import task
+from .report import console_summary, write_report
+from .selection import Selection, select_layers
+from .validation import kernel_paths, variant
+
+# A ViT small enough to train in seconds. timm's default initialisation reaches only about 42 % here, "moco" over 90.
+ARCHITECTURE = "vit_tiny_patch16_224"
+MODEL_ARGS = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "num_classes": 10,
+    "embed_dim": 64,
+    "depth": 6,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+    "weight_init": "moco",
+}
+LEAST_BASELINE = 90.0
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """How long the demo trains, and on what."""
+
+    count: int = 3
+    baseline_epochs: int = 15
+    dilution_epochs: int = 15
+    tuning_epochs: int = 5
+    batch_size: int = 64
+    seed: int = 0
+    device: str = "cpu"
+    train_images: int | None = None  # fewer than all, for a quick look
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the files are, what was found, and whether the baseline was good enough for it to mean anything."""
+
+    folder: Path
+    record: dict
+    ok: bool
+
+
+def run_demo(folder: str | Path, options: DemoOptions | None = None, console: Console | None = None) -> DemoResult:
+    """Run the demo and write `folder/`: report.{html,md,png,json}, selection.json, model/.
+
+    Args:
+        folder: Where the files go; created if needed.
+        options: Sizes and seed.
+        console: Where to say what happens; None is silent.
+    """
+    options = options or DemoOptions()
+    console = console or Console(quiet=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    torch.manual_seed(options.seed)
+    with _one_thread(), warnings.catch_warnings():
+        # Said once, in the selection's own warnings, and not again for every variant.
+        warnings.filterwarnings("ignore", message="the last .* would have no attention")
+        return _run(folder, options, device, console)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    # Layers this small gain nothing from a second thread, and lose a factor of ten where it has to wait for a busy core.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(folder: Path, options: DemoOptions, device: torch.device, console: Console) -> DemoResult:
+    train, val = digits("train"), digits("val")
+    if options.train_images is not None:
+        train = train.select(range(options.train_images))
+    demo = _Demo(options, device, train, val, console)
+    with task("Demo", 7) as advance:
+        console.print("[bold]1/7[/] Train a small ViT on scikit-learn's digits")
+        full = demo.train_baseline()
+        advance()
+        console.print("[bold]2/7[/] Measure the entropy of every attention and MLP output")
+        profile = profile_layers(full, demo.calibration)
+        advance()
+        console.print(f"[bold]3/7[/] Select {options.count} attention layers by NOSE, and controls")
+        picks = {
+            "nose": select_layers(full, demo.calibration, options.count),
+            "random": demo.random_control(full),
+            "first": select_layers(full, None, options.count, strategy="first"),
+        }
+        picks["nose"].to_json(folder / "selection.json")
+        advance()
+        console.print("[bold]4/7[/] Dilute the selected layers, then the controls, each from the same baseline")
+        models = demo.train_variants(full, picks)
+        advance()
+        console.print("[bold]5/7[/] Save, load again, compare")
+        demo.check_reload(models["nose diluted"], folder / "model")
+        advance()
+        console.print("[bold]6/7[/] Count costs and take times")
+        variants = demo.variants(models)
+        advance()
+        console.print("[bold]7/7[/] Write the report")
+        record = demo.record(full, profile.to_dict(), picks, variants, models["nose diluted"], folder)
+        write_report(record, folder)
+        advance()
+    console.print(console_summary(record))
+    return DemoResult(folder, record, ok=variants[0]["top1"] >= LEAST_BASELINE)
+
+
+class _Demo:
+    """What the steps share: data, training settings, and the checks gathered on the way."""
+
+    def __init__(
+        self, options: DemoOptions, device: torch.device, train: Digits, val: Digits, console: Console
+    ) -> None:
+        self.options, self.device, self.console, self.train, self.val = options, device, console, train, val
+        # 8×8 images fit on any device, and the fixed order makes runs comparable.
+        self.calibration = make_loader(train, 256)
+        self.val_loader = make_loader(val, 256)
+        self.histories: list[dict] = []
+        self.checks: list[dict] = []
+
+    def shuffled(self) -> object:
+        return make_loader(self.train, self.options.batch_size, shuffle=True, seed=self.options.seed, drop_last=True)
+
+    def train_baseline(self) -> nn.Module:
+        import timm
+
+        model = timm.create_model(ARCHITECTURE, pretrained=False, **MODEL_ARGS).to(self.device)
+        result = finetune(
+            model,
+            self.shuffled(),
+            epochs=self.options.baseline_epochs,
+            lr=2e-3,
+            val_loader=self.val_loader,
+            seed=self.options.seed,
+            description="Baseline",
+            inplace=True,
+        )
+        self._remember("baseline", "Full model, from scratch", result.history)
+        return result.model
+
+    def random_control(self, model: nn.Module) -> Selection:
+        """A random pick that is not NOSE's own by accident is not wanted: a control is drawn blindly, once."""
+        return select_layers(model, None, self.options.count, strategy="random", seed=self.options.seed)
+
+    def train_variants(self, full: nn.Module, picks: dict[str, Selection]) -> dict[str, nn.Module]:
+        """Each pick diluted from the same baseline; NOSE's also dropped at once, and the full model tuned as long."""
+        models = {"full": full, "nose untrained": convert_vit(full, picks["nose"])}
+        epochs = self.options.dilution_epochs + self.options.tuning_epochs
+        plans = {
+            "nose diluted": (full, picks["nose"].layers, "NOSE, diluted"),
+            "nose dropped": (models["nose untrained"], (), "NOSE, dropped at once"),
+            "random diluted": (full, picks["random"].layers, "Random, diluted"),
+            "first diluted": (full, picks["first"].layers, "First blocks, diluted"),
+            "full tuned": (full, (), "Full model, trained on"),
+        }
+        for name, (start, layers, label) in plans.items():
+            result = finetune(
+                start,
+                self.shuffled(),
+                layers=layers,
+                epochs=epochs,
+                dilution_epochs=self.options.dilution_epochs,
+                lr=1e-3,
+                val_loader=self.val_loader,
+                seed=self.options.seed,
+                description=label,
+            )
+            models[name] = result.model
+            self._remember(name, label, result.history)
+            if name == "nose diluted":
+                scale = 1e-4
+                self._check(
+                    "Deleting the faded attention changes no logit",
+                    f"largest difference {result.swap_difference:.1e}",
+                    result.swap_difference < scale,
+                    f"on a training batch, the diluted model at λ = 0 against the one without the layers; bound {scale:g}",
+                )
+        return models
+
+    def check_reload(self, model: nn.Module, folder: Path) -> None:
+        save_pretrained(model, folder)
+        loaded = from_pretrained(folder, device=self.device)
+        images = self.val.tensors[0].to(self.device)
+        with torch.inference_mode():
+            same = torch.equal(model(images), loaded(images))
+        what = f"logits of all {len(images)} validation images compared bit by bit"
+        self._check("The saved model loads and gives the same logits", "equal" if same else "different", same, what)
+
+    def variants(self, models: dict[str, nn.Module]) -> list[dict]:
+        """A row per model: accuracy with its interval, agreement with the full model, cost, latency."""
+        rows = {
+            "full": ("Full model", "as trained from scratch"),
+            "nose untrained": ("NOSE, skipped, untrained", "the attention is skipped, nothing was trained"),
+            "nose diluted": ("NOSE, diluted", ""),
+            "nose dropped": ("NOSE, dropped at once, tuned", "the same epochs, no dilution"),
+            "random diluted": ("Random, diluted", "control"),
+            "first diluted": ("First blocks, diluted", "control"),
+            "full tuned": ("Full model, tuned as long", "what the extra epochs alone give"),
+        }
+        # Removed variants of one size run the same code: two models are enough for a time.
+        timed = compare_latency({k: models[k] for k in ("full", "nose diluted")}, (1, 64), rounds=50)
+        return [
+            variant(
+                name,
+                label,
+                models[name],
+                self.val_loader,
+                reference=None if name == "full" else models["full"],
+                cost_batch=64,
+                latency=timed.get(name),
+                trained="untrained" not in name,
+                note=note,
+            )
+            for name, (label, note) in rows.items()
+        ]
+
+    def record(
+        self, full: nn.Module, profile: dict, picks: dict[str, Selection], variants: list[dict], final: nn.Module,
+        folder: Path,
+    ) -> dict:  # fmt: skip
+        """Everything the report shows, in plain JSON types."""
+        by_name = {row["name"]: row for row in variants}
+        before, after, untrained = by_name["full"], by_name["nose diluted"], by_name["nose untrained"]
+        layers = ", ".join(map(str, picks["nose"].layers))
+        smaller = 100 * (1 - after["parameters"] / before["parameters"])
+        summary = (
+            f"Without the attention of blocks {layers} ({len(picks['nose'].layers)} of {len(full.blocks)}) the model has "
+            f"{smaller:.0f} % fewer parameters. Top-1 is {after['top1']:.1f} % after dilution against "
+            f"{before['top1']:.1f} % with all its attention ({untrained['top1']:.1f} % with nothing trained, "
+            f"{by_name['first diluted']['top1']:.1f} % with the first {len(picks['first'].layers)} removed instead, "
+            f"{by_name['full tuned']['top1']:.1f} % for the full model trained as long). "
+            f"Dilution against dropping at once: {after['top1']:.1f} and {by_name['nose dropped']['top1']:.1f} %; on "
+            f"{len(self.val)} images a difference of a few points is noise."
+        )
+        data = {
+            "description": "scikit-learn digits, 8×8 grey images",
+            "train": len(self.train),
+            "validation": len(self.val),
+            "calibration": len(self.train),
+            "classes": 10,
+        }
+        return {
+            "title": "Attention removal on handwritten digits",
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": environment.command_line(),
+            "seed": self.options.seed,
+            "summary": summary,
+            "environment": environment.versions(),
+            "model": {
+                "name": f"ViT, width {MODEL_ARGS['embed_dim']}, {MODEL_ARGS['depth']} blocks, patch {MODEL_ARGS['patch_size']}",
+                "blocks": len(full.blocks),
+                "input": [1, 8, 8],
+                "classes": 10,
+                "score": "logits",
+            },
+            "data": data,
+            "profile": profile,
+            "selection": picks["nose"].to_dict(),
+            "variants": variants,
+            "training": self.histories,
+            "kernel_paths": kernel_paths(final.lambda_kernels_info),
+            "checks": self.checks,
+            "not_exercised": [
+                *environment.not_exercised(self.device),
+                "natural images, and a network that was trained by others",
+                "more than one process",
+            ],
+            "next_commands": next_commands(folder),
+            "files": {
+                "selection.json": "the picks and every score",
+                "model/": "config.json and model.safetensors, for from_pretrained",
+                "report.html": "this report as one page",
+                "report.json": "all figures of this report",
+            },
+        }
+
+    def _remember(self, name: str, label: str, history: tuple[Epoch, ...]) -> None:
+        self.histories.append({"name": name, "label": label, "epochs": [epoch.to_dict() for epoch in history]})
+
+    def _check(self, name: str, value: str, ok: bool, detail: str) -> None:
+        self.checks.append({"name": name, "value": value, "ok": ok, "detail": detail})
+
+
+def next_commands(folder: Path) -> list[dict[str, str]]:
+    """What a user would type next, for data of their own."""
+    return [
+        {
+            "what": "Select on your own images, a folder or zip with train/<class>/* and val/<class>/*",
+            "command": "lambda-vit select --model deit_small_patch16_224 --pretrained --data path/to/images --count 4 "
+            "--out selection.json",
+        },
+        {
+            "what": "Remove what was selected and save the model",
+            "command": "lambda-vit convert --model deit_small_patch16_224 --pretrained --selection selection.json "
+            "--out smaller/",
+        },
+        {
+            "what": "Check what it costs in accuracy and gains in size and speed",
+            "command": "lambda-vit validate --model smaller/ --reference deit_small_patch16_224 --reference-pretrained "
+            "--data path/to/images",
+        },
+        {"what": "Look at the model of this run", "command": f"ls {folder / 'model'}"},
+    ]

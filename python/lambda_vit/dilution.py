@@ -1,0 +1,163 @@
+"""Dilution: fade selected attention layers into the identity while training, then delete them.
+
+With λ going from 1 to 0 a diluted block computes
+
+    x ← (2 − λ)·x + λ·drop_path1(ls1(attn(norm1(x))))
+    x ← x + drop_path2(ls2(mlp(norm2(x))))
+
+so that as attention fades its identity twin takes its place (arXiv 2404.05657, eq. 5–6).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lambda_kernels.convert import check_indices, check_removal, remove_attention
+from lambda_kernels.families import inspect_model
+from lambda_kernels.ops.checks import check_choice
+
+SHAPES = ("linear", "cosine", "step")
+
+# What (2 − λ) is at λ = 0: the factor on the residual of a block whose attention was diluted away.
+DILUTED_SCALE = 2.0
+
+
+class DilutedBlock(nn.Module):
+    """A ViT block whose attention is being faded out. Shares the modules of the block it stands for, under their names.
+
+    λ lives in a buffer, so that changing it does not recompile; at λ = 0 attention is not computed at all, since
+    0·∞ would be NaN.
+    """
+
+    def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
+        super().__init__()
+        for name, module in block.named_children():
+            self.add_module(name, module)
+        object.__setattr__(self, "original", block)  # not a child: its parameters are counted once
+        reference = block.norm2.weight if getattr(block.norm2, "weight", None) is not None else torch.empty(0)
+        self.register_buffer("lam", torch.ones((), device=reference.device), persistent=False)
+        self.attention_on = True
+        self.set_lambda(lam)
+        self.train(block.training)
+
+    def set_lambda(self, lam: float) -> None:
+        """Set λ, from 1 (plain block) to 0 (identity twin).
+
+        Raises:
+            ValueError: λ lies outside [0, 1].
+        """
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"lam must lie in [0, 1]; got {lam!r}")
+        self.lam.fill_(lam)
+        self.attention_on = lam > 0
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.attention_on:
+            options = {} if attn_mask is None else {"attn_mask": attn_mask}
+            if is_causal:
+                options["is_causal"] = True
+            branch = self.drop_path1(self.ls1(self.attn(self.norm1(x), **options)))
+            x = (2 - self.lam) * x + self.lam * branch
+        else:
+            x = 2 * x
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def extra_repr(self) -> str:
+        return f"lam={float(self.lam):.4g}"
+
+
+def dilute(model: nn.Module, layers: Sequence[int], *, lam: float = 1.0, inplace: bool = False) -> nn.Module:
+    """Put the blocks `layers` of a timm vision transformer under dilution.
+
+    At λ = 1 the model computes what it did before. Lower λ with `set_lambda` while training, then call
+    `finish_dilution`; `finetune` does all of it.
+
+    Args:
+        model: A timm vision transformer with all its attention.
+        layers: Block indices, or a `Selection`.
+        lam: λ to start from.
+        inplace: Change `model` itself instead of a deep copy.
+
+    Raises:
+        ValueError: Wrong indices, or a class token would be cut off from the image.
+        UnsupportedModelError: The model cannot be changed block by block.
+    """
+    anatomy = inspect_model(model)
+    layers = check_indices(layers, anatomy.depth, "layers")
+    if anatomy.removed:
+        raise ValueError(f"the model has lost the attention of {list(anatomy.removed)} already; dilute the full model")
+    check_removal(model, layers, anatomy, DILUTED_SCALE)
+    model = model if inplace else copy.deepcopy(model)
+    for index in layers:
+        model.blocks[index] = DilutedBlock(model.blocks[index], lam)
+    return model
+
+
+def diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
+    """The blocks under dilution, by index."""
+    return {i: block for i, block in enumerate(model.blocks) if isinstance(block, DilutedBlock)}
+
+
+def set_lambda(model: nn.Module, lam: float) -> None:
+    """Set λ of every block under dilution.
+
+    Raises:
+        ValueError: λ lies outside [0, 1], or no block is under dilution.
+    """
+    blocks = diluted_blocks(model)
+    if not blocks:
+        raise ValueError("no block of the model is under dilution; call dilute(model, layers) first")
+    for block in blocks.values():
+        block.set_lambda(lam)
+
+
+def finish_dilution(model: nn.Module, *, fuse: str = "all", backend: str = "auto") -> nn.Module:
+    """Delete the attention of every diluted block, in place: the model becomes what `convert_vit` gives with scale 2.
+
+    Raises:
+        ValueError: λ is not 0 yet, or no block is under dilution.
+    """
+    blocks = diluted_blocks(model)
+    if not blocks:
+        raise ValueError("no block of the model is under dilution; call dilute(model, layers) first")
+    fading = {i: float(block.lam) for i, block in blocks.items() if block.attention_on}
+    if fading:
+        raise ValueError(f"λ must reach 0 before attention is deleted; blocks at {fading}. Call set_lambda(model, 0)")
+    for index, block in blocks.items():
+        model.blocks[index] = block.original.train(block.training)
+    return remove_attention(model, tuple(blocks), DILUTED_SCALE, fuse, backend)
+
+
+@dataclass(frozen=True)
+class LambdaSchedule:
+    """λ as a function of the optimizer step: from 1 at step 0 to 0 at `steps`, and 0 from there on.
+
+    Attributes:
+        steps: Length of the dilution.
+        shape: "linear" (the paper's), "cosine", or "step" (ten equal stairs).
+    """
+
+    steps: int
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        check_choice("shape", self.shape, SHAPES)
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative; got {self.steps}")
+
+    def __call__(self, step: int) -> float:
+        """λ at `step`."""
+        if step >= self.steps:
+            return 0.0
+        done = step / self.steps
+        if self.shape == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        if self.shape == "step":
+            return 1 - math.floor(done * 10) / 10
+        return 1 - done

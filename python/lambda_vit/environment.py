@@ -1,0 +1,108 @@
+"""What this machine has, what was built, and how each operator would run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+from lambda_kernels import _extension
+from lambda_kernels.ops.dispatch import choose
+from lambda_kernels.ops.histogram import histogram_backend
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result can depend on, as a report lists them."""
+    found = {
+        "lambda-kernels": _version("lambda-kernels"),
+        "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+        "torch": torch.__version__,
+    }
+    for name in ("triton", "timm", "torchvision"):
+        found[name] = _version(name)
+    found["device"] = "; ".join(devices())
+    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    found["extension"] = extension()
+    return found
+
+
+def devices() -> list[str]:
+    """Each device PyTorch can compute on, with its name and memory."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    found.append(f"cpu ({torch.backends.cpu.get_cpu_capability()})")
+    return found
+
+
+def extension() -> str:
+    """What the compiled extension was built with, or why there is none."""
+    reason = _extension.why_unavailable()
+    if reason is not None:
+        return f"not available: {reason}"
+    return ", ".join(f"{key} {value}" for key, value in _extension.build_info().items())
+
+
+def backends() -> list[dict[str, str]]:
+    """Which backend every operator takes on each device for each dtype, and why."""
+    kinds = [torch.device("cuda")] if torch.cuda.is_available() else []
+    kinds.append(torch.device("cpu"))
+    rows = []
+    for device in kinds:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            choice = choose("ln_mlp", device, dtype)
+            name, reason = histogram_backend(device, dtype, "auto")
+            for operator, backend, why in (
+                ("ln_mlp", choice.backend, choice.reason),
+                ("histogram", name, reason),
+            ):
+                dtype_name = str(dtype).removeprefix("torch.")
+                rows.append(
+                    {
+                        "operator": operator,
+                        "device": device.type,
+                        "dtype": dtype_name,
+                        "backend": backend,
+                        "reason": why,
+                    }
+                )
+    return sorted(rows, key=lambda row: (row["operator"] != "ln_mlp", row["device"] != "cuda"))
+
+
+def not_exercised(device: torch.device) -> list[str]:
+    """What a run on `device` cannot have tested, for the end of a report."""
+    found = []
+    choice = choose("ln_mlp", device, torch.float32)
+    if choice.backend != "triton":
+        found.append(f"fused Triton kernels: ln_mlp ran as {choice.backend} ({choice.reason})")
+    if device.type != "cuda":
+        found.append("anything on a GPU: its speed, memory and rounding")
+        reason = _extension.why_unavailable()
+        if reason is not None:
+            found.append(f"the compiled extension: {reason}")
+        elif "none" in _extension.build_info().get("cuda", "none"):
+            found.append("the CUDA half of the extension: it was not built")
+        else:
+            found.append("the CUDA half of the extension: it was built, but there is no device to run it on")
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def command_line() -> str:
+    """The command this process was started with, for a report."""
+    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -1,0 +1,405 @@
+"""The report's figures: entropy by block, selection scores, accuracy of the variants, training curves.
+
+Drawn through matplotlib's object API on the Agg and SVG canvases: no pyplot, no window, and a style context, so that
+neither a display nor the reader's own matplotlibrc changes them. Every figure has the same width and takes the height
+its content needs; text sizes are then the same in all of them, for 6 blocks and for 32.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .units import bits
+
+WIDTH = 7.6  # inches
+
+# role: (light, dark). Figures are drawn in the light colours; in the SVG each becomes a CSS variable, so that the
+# page's colour scheme decides. Series colours follow Okabe and Ito: apart for every common kind of colour blindness.
+PALETTE = {
+    "ink": ("#1b2026", "#e7eaee"),
+    "muted": ("#59626c", "#a3adb8"),
+    "grid": ("#dfe3e8", "#363d46"),
+    "paper": ("#fefefe", "#14181d"),
+    "off": ("#e9ecf0", "#262c34"),
+    "pick": ("#d55e00", "#ff8a3d"),
+    "series-0": ("#0072b2", "#5ab4ec"),
+    "series-1": ("#009e73", "#3fcf9f"),
+    "series-2": ("#cc79a7", "#e79cc4"),
+    "series-3": ("#b8860b", "#e6b432"),
+    "series-4": ("#4b3f94", "#a79bf0"),
+    "series-5": ("#7a4a1e", "#cf9a68"),
+}
+INK, MUTED, GRID, PAPER, OFF, PICK, *SERIES = (light for light, _ in PALETTE.values())
+# Runs share a schedule, so their curves lie on each other: dashes let the lower one show.
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
+_MARKERS = ("o", "s", "^", "D")
+
+_STYLE = {
+    "font.family": "DejaVu Sans",  # ships inside matplotlib: the same widths everywhere
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a "$" in a label is a dollar
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "svg.fonttype": "path",  # the page brings no font of its own, and text set in another one would overlap
+    "svg.hashsalt": "lambda-vit",  # one record, one picture, byte for byte
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: `draw(figure, record)` fills a matplotlib Figure or SubFigure that is `height` inches high."""
+
+    name: str
+    title: str
+    height: float
+    draw: Callable[[Any, dict[str, Any]], None]
+
+
+def validation_images(record: dict[str, Any]) -> int:
+    """How many images the accuracies rest on; 0 if the record does not say."""
+    counted = [variant.get("images") or 0 for variant in record.get("variants") or ()]
+    return max(counted, default=0) or (record.get("data") or {}).get("validation") or 0
+
+
+def percent_digits(record: dict[str, Any]) -> int:
+    """Decimals that the validation set can carry: one image out of 10,000 is 0.01 %."""
+    return 2 if validation_images(record) >= 10_000 else 1
+
+
+def baseline(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The variant that the others are compared with."""
+    return next((v for v in record.get("variants") or () if v["name"] in ("full", "reference")), None)
+
+
+def score_name(record: dict[str, Any]) -> str:
+    return "TE" if record["selection"].get("signed") else "|TE|"
+
+
+def plots(record: dict[str, Any]) -> list[Plot]:
+    """The figures that this record has data for, in reading order."""
+    found = []
+    if (record.get("profile") or {}).get("blocks"):
+        found.append(Plot("entropy", "Entropy by block", 3.1, _draw_entropy))
+    if any(r.get("scores") for r in (record.get("selection") or {}).get("rounds") or ()):
+        rows = _score_grid(record)[0 if _blocks_down(record) else 1]
+        found.append(
+            Plot(
+                "scores",
+                f"Selection scores, round by round: {score_name(record)} in bits",
+                1.2 + 0.27 * len(rows),
+                _draw_scores,
+            )
+        )
+    measured = [v for v in record.get("variants") or () if v.get("top1") is not None]
+    if measured:
+        lines = sum(0.32 + 0.15 * _wrap(v["label"]).count("\n") for v in measured)
+        found.append(Plot("variants", "Top-1 accuracy of the variants", 1.1 + lines, _draw_variants))
+    if any(run.get("epochs") for run in record.get("training") or ()):
+        panels = _training_panels(record)
+        legend = 0.24 * sum(bool(run.get("epochs")) for run in record["training"])
+        height = 0.55 + legend + 1.15 * sum(weight for _, _, weight in panels)
+        found.append(Plot("training", "Training", height, _draw_training))
+    return found
+
+
+def to_svg(plot: Plot, record: dict[str, Any], description: str) -> str:
+    """The figure as an `<svg>` element to put inline into an HTML page.
+
+    Args:
+        plot: one of `plots(record)`.
+        record: the record it came from.
+        description: alternative text; it is escaped here.
+    """
+    with _figure(plot.height) as figure:
+        plot.draw(figure, record)
+        target = io.BytesIO()
+        figure.savefig(target, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
+    return _inline(target.getvalue().decode(), plot.name, description)
+
+
+def to_png(record: dict[str, Any], dpi: int = 150) -> bytes:
+    """All figures of the record in one picture, the title on top; the title alone if there is nothing to draw."""
+    drawn = plots(record)
+    title = textwrap.fill(textwrap.shorten(record.get("title") or "Report", 200, placeholder=" …"), 66)
+    heights = [0.3 + 0.26 * (title.count("\n") + 1), *(plot.height + 0.35 for plot in drawn)]
+    with _figure(sum(heights)) as figure:
+        head, *rest = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        head.text(0.015, 0.5, title, fontsize=14, fontweight="bold", va="center")
+        for plot, part in zip(drawn, rest, strict=True):
+            part.suptitle(plot.title, x=0.015, ha="left", fontsize=11, fontweight="bold")
+            plot.draw(part, record)
+        target = io.BytesIO()
+        figure.savefig(target, format="png", dpi=dpi, facecolor="white")
+    return target.getvalue()
+
+
+@contextmanager
+def _figure(height: float) -> Iterator[Any]:
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _inline(svg: str, name: str, description: str) -> str:
+    """Makes a stand-alone SVG document an element of an HTML page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", svg).replace("xlink:href", "href")
+    # Identifiers are one name space per page, and matplotlib starts from "figure_1" every time.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    for role, (light, _) in PALETTE.items():
+        svg = svg.replace(light, f"var(--{role})")
+    for char, entity in (("&", "&amp;"), ("<", "&lt;"), ('"', "&quot;")):
+        description = description.replace(char, entity)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+
+
+def _wrap(label: str, width: int = 30, lines: int = 3) -> str:
+    return "\n".join(textwrap.wrap(label, width, max_lines=lines, placeholder=" …") or [""])
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
+
+
+def _draw_entropy(figure: Any, record: dict[str, Any]) -> None:
+    from matplotlib.patches import Patch
+
+    rows = record["profile"]["blocks"]
+    unit = record["profile"].get("unit", "bits")
+    order = {layer: n for n, layer in enumerate((record.get("selection") or {}).get("layers") or (), 1)}
+    blocks = [row["block"] for row in rows]
+    axes = figure.subplots()
+    size = min(8.5, (WIDTH - 0.8) * 72 / len(blocks) / 1.55)
+    for block in blocks:
+        if block in order:
+            axes.axvspan(block - 0.42, block + 0.42, color=PICK, alpha=0.13, linewidth=0)
+            axes.text(block, 1.015, str(order[block]), color=PICK, fontsize=size, fontweight="bold", ha="center",
+                      va="bottom", transform=axes.get_xaxis_transform())  # fmt: skip
+    if order.keys() & set(blocks):
+        axes.text(-0.012, 1.015, "pick", color=PICK, fontsize=8.5, fontweight="bold", ha="right", va="bottom",
+                  transform=axes.transAxes)  # fmt: skip
+    for key, label, color, marker in (("attn", "attention", SERIES[0], "o"), ("mlp", "MLP", SERIES[1], "s")):
+        values = _numbers([row.get(key) for row in rows])
+        axes.plot(blocks, values, color=color, marker=marker, markersize=5, linewidth=1.3, label=f"{label} output")
+    step = math.ceil(len(blocks) / 40)
+    axes.set_xticks(blocks[::step])
+    axes.set_xlim(min(blocks) - 0.5, max(blocks) + 0.5)
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("block")
+    axes.set_ylabel(f"entropy per channel ({unit})")
+    handles, _ = axes.get_legend_handles_labels()
+    if order:
+        handles.append(Patch(color=PICK, alpha=0.25, linewidth=0, label="picked, in the order above"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
+def _score_grid(record: dict[str, Any]) -> tuple[list[int], list[dict[str, Any]]]:
+    """The blocks and the rounds of the heat map."""
+    rounds = [r for r in record["selection"]["rounds"] if r.get("scores")]
+    blocks = {int(key) for r in rounds for key in r["scores"]}
+    blocks.update(range((record.get("model") or {}).get("blocks") or 0))
+    return sorted(blocks), rounds
+
+
+def _blocks_down(record: dict[str, Any]) -> bool:
+    """Deep models get one row per block: side by side their numbers would be too small to read on paper."""
+    blocks, rounds = _score_grid(record)
+    return len(blocks) > 16 and len(rounds) < len(blocks)
+
+
+def _draw_scores(figure: Any, record: dict[str, Any]) -> None:
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.patches import Patch, Rectangle
+
+    blocks, rounds = _score_grid(record)
+    signed = bool(record["selection"].get("signed"))
+    scores = np.array([_numbers([r["scores"].get(str(b)) for b in blocks]) for r in rounds], dtype=float)
+    shade, norm = _shades(scores, signed)
+    stops = ["#762a83", "#f4f4f2", "#1b7837"] if signed else ["#eef4fa", "#6aaed6", "#0b3c70"]
+    colors = LinearSegmentedColormap.from_list("scores", stops)
+    down = _blocks_down(record)
+    xs, ys = (len(rounds), len(blocks)) if down else (len(blocks), len(rounds))
+
+    axes = figure.subplots()
+    axes.set_facecolor(OFF)
+    axes.grid(visible=False)
+    grid = np.ma.masked_invalid(shade.T if down else shade)
+    axes.pcolormesh(np.arange(xs + 1), np.arange(ys + 1), grid, cmap=colors, norm=Normalize(*norm),
+                    edgecolors=PAPER, linewidth=0.8)  # fmt: skip
+    size = min(8.5, (WIDTH - 0.9) * 72 / xs / 2.9)
+    for r, one_round in enumerate(rounds):
+        for b, block in enumerate(blocks):
+            x, y = (r, b) if down else (b, r)
+            picked = one_round.get("picked") == block
+            if picked:
+                axes.add_patch(
+                    Rectangle((x, y), 1, 1, fill=False, edgecolor=PICK, linewidth=2.4, zorder=4, clip_on=False)
+                )
+            if np.isfinite(scores[r, b]) and size >= 5:
+                fill = colors(Normalize(*norm)(shade[r, b]))
+                axes.text(x + 0.5, y + 0.5, bits(scores[r, b]), color=_on(fill), fontsize=size, ha="center",
+                          va="center_baseline", fontweight="bold" if picked else "normal")  # fmt: skip
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    round_ticks = (np.arange(len(rounds)) + 0.5, [str(n) for n in range(1, len(rounds) + 1)])
+    block_ticks = (np.arange(len(blocks)) + 0.5, [str(b) for b in blocks])
+    axes.set_xticks(*(round_ticks if down else block_ticks))
+    axes.set_yticks(*(block_ticks if down else round_ticks))
+    axes.set_xlabel("round" if down else "block")
+    axes.set_ylabel("block" if down else "round")
+    handles = [
+        Patch(fill=False, edgecolor=PICK, linewidth=2.2, label="picked: the lowest of its round"),
+        Patch(facecolor=OFF, linewidth=0, label="removed before, or not scored"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+
+
+def _shades(scores: Any, signed: bool) -> tuple[Any, tuple[float, float]]:
+    """Scores on a scale that keeps small ones apart (they span decades), and that scale's ends."""
+    import numpy as np
+
+    if signed:
+        sizes = np.abs(scores[np.isfinite(scores)])
+        shade = np.arcsinh(scores / (float(np.median(sizes)) or 1.0))
+        end = float(np.nanmax(np.abs(shade))) or 1.0
+        return shade, (-end, end)
+    positive = scores[np.isfinite(scores) & (scores > 0)]
+    floor = float(positive.min()) if positive.size else 1.0
+    shade = np.log10(np.maximum(scores, floor))
+    low, high = float(np.nanmin(shade)), float(np.nanmax(shade))
+    return shade, (low, max(high, low + 0.1))
+
+
+def _on(fill: tuple[float, ...]) -> str:
+    """Black or white, whichever stands out more on `fill` (WCAG's relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in fill[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#ffffff"
+
+
+def _draw_variants(figure: Any, record: dict[str, Any]) -> None:
+    from matplotlib.lines import Line2D
+
+    rows = [v for v in record["variants"] if v.get("top1") is not None]
+    digits = percent_digits(record)
+    axes = figure.subplots()
+    full = baseline(record)
+    if full in rows:
+        if full.get("top1_interval"):
+            axes.axvspan(*full["top1_interval"], color=MUTED, alpha=0.13, linewidth=0)
+        axes.axvline(full["top1"], color=MUTED, linewidth=1, linestyle="--")
+    solid = {"color": SERIES[0], "marker": "o", "markersize": 7, "linewidth": 2}
+    hollow = {
+        "color": PICK,
+        "marker": "D",
+        "markersize": 7,
+        "linewidth": 2,
+        "markerfacecolor": PAPER,
+        "markeredgewidth": 1.6,
+    }
+    looks = ((True, "trained", solid), (False, "nothing trained", hollow))
+    for y, row in enumerate(rows):
+        look = solid if row.get("trained") else hollow
+        if row.get("top1_interval"):
+            axes.plot(row["top1_interval"], [y, y], color=look["color"], linewidth=2, solid_capstyle="butt")
+        axes.plot(row["top1"], y, **look)
+        axes.annotate(f"{row['top1']:.{digits}f}", (1, y), (36, 0), xycoords=axes.get_yaxis_transform(),
+                      textcoords="offset points", ha="right", va="center")  # fmt: skip
+    axes.set_yticks(range(len(rows)), [_wrap(v["label"]) for v in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.06)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, 0), high)
+    axes.set_xlabel("top-1 (%), with its 95 % interval")
+    kinds = {bool(row.get("trained")) for row in rows}
+    handles = [Line2D([], [], label=label, **look) for trained, label, look in looks if trained in kinds]
+    if full in rows:
+        label = "full model" if full["name"] == "full" else "reference"
+        handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle="--", label=label))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
+def _training_panels(record: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(key, axis label, height in panels) of what the epochs carry."""
+    epochs = [epoch for run in record["training"] for epoch in run.get("epochs") or ()]
+    panels = (("top1", "top-1 (%)", 1.5), ("loss", "training loss", 1.0), ("lambda", "λ", 0.7))
+    return [panel for panel in panels if any(epoch.get(panel[0]) is not None for epoch in epochs)]
+
+
+def _faded(values: list[float | None]) -> list[float | None]:
+    """λ by epoch: where there was one before, none means that the layers are gone."""
+    first = next((n for n, value in enumerate(values) if value is not None), len(values))
+    return [0.0 if value is None and n > first else value for n, value in enumerate(values)]
+
+
+def _draw_training(figure: Any, record: dict[str, Any]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    panels = _training_panels(record)
+    runs = [run for run in record["training"] if run.get("epochs")]
+    if not panels:
+        return
+    weights = [weight for _, _, weight in panels]
+    stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=weights)[:, 0]
+    handles = []
+    for index, run in enumerate(runs):
+        epochs = [epoch["epoch"] for epoch in run["epochs"]]
+        look = {
+            "color": SERIES[index % len(SERIES)],
+            "linestyle": _DASHES[index % len(_DASHES)],
+            "marker": _MARKERS[index % len(_MARKERS)] if len(epochs) <= 30 else "",
+            "markersize": 3.5,
+            "linewidth": 1.5,
+        }
+        for axes, (key, _, _) in zip(stack, panels, strict=True):
+            values = [epoch.get(key) for epoch in run["epochs"]]
+            if key == "lambda":
+                values = _faded(values)
+            axes.plot(epochs, _numbers(values), **look)
+        label = textwrap.shorten(run.get("label") or run.get("name", ""), 80, placeholder=" …")
+        handles.append(Line2D([], [], label=label, **look))
+    for axes, (key, label, _) in zip(stack, panels, strict=True):
+        axes.set_ylabel(label)
+        if key == "lambda":
+            axes.set_ylim(-0.08, 1.08)
+            axes.set_yticks([0, 0.5, 1])
+    stack[-1].set_xlabel("epoch")
+    stack[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels(list(stack))
+    figure.legend(handles=handles, loc="outside lower left", ncols=1)

@@ -1,0 +1,84 @@
+"""Models as the command line names them: a timm name with weights from a file or the hub, or a saved folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lambda_kernels.checkpoint import CONFIG, from_pretrained, load_state_dict, read_weights
+
+
+def open_model(
+    name: str,
+    *,
+    weights: Path | None = None,
+    pretrained: bool = False,
+    device: str = "cpu",
+    backend: str = "auto",
+    option: str = "--model",
+) -> nn.Module:
+    """Build the model `name` and load its weights; in eval mode, on `device`.
+
+    Args:
+        name: A timm model name, or a folder written by `save_pretrained` (which brings its own weights).
+        weights: A state dict in .safetensors or .pth; cast to float32.
+        pretrained: Take timm's own weights from the hub (or its cache).
+        device: Where the model goes.
+        backend: For a saved folder whose attention was removed.
+        option: How the caller calls `name`, for messages.
+
+    Raises:
+        ValueError: Neither or both sources of weights, or an unknown name; close ones are suggested.
+        CheckpointError: The weights do not fit.
+        RuntimeError: The hub cannot be reached.
+    """
+    import timm
+
+    prefix = option.removesuffix("model")
+    if Path(name).is_dir():
+        if weights is not None or pretrained:
+            raise ValueError(
+                f"{option} {name} is a folder with weights of its own; leave {prefix}weights/pretrained out"
+            )
+        return from_pretrained(name, device=check_device(device), backend=backend)
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else " See timm.list_models()."
+        raise ValueError(f"{option} {name!r} is neither a folder with a {CONFIG} nor a timm model.{hint}")
+    if (weights is None) != pretrained:
+        what = "both were given" if pretrained else "random weights say nothing about attention"
+        raise ValueError(f"{option} {name} needs either {prefix}weights FILE or {prefix}pretrained: {what}")
+    place = check_device(device)
+    if pretrained:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # the hub client, urllib and timm each raise their own
+            raise RuntimeError(
+                f"timm could not get the pretrained weights of {name} ({type(error).__name__}: {error}). With no network, "
+                f"download them elsewhere and pass {prefix}weights FILE"
+            ) from error
+    else:
+        state = read_weights(weights)
+        classes = state["head.weight"].shape[0] if "head.weight" in state else None
+        model = timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
+        load_state_dict(model, state, source=str(weights))
+    return model.to(place).eval()
+
+
+def check_device(device: str) -> torch.device:
+    """The device `device` means; "auto" is the first accelerator, else the CPU.
+
+    Raises:
+        ValueError: No such device here; lists what there is.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError, by device
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"--device {device} cannot be used here ({error}). There is: {', '.join(there)}") from error
+    return torch.device(device)

@@ -1,0 +1,70 @@
+"""Progress bars with an ETA for whatever may take longer than two seconds.
+
+Library code calls `track` or `task`; nothing is drawn unless a caller (the command line) opened `shown()` first, so that
+a notebook or a training script that imports the library keeps its output to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+_current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("lambda_vit_progress", default=None)
+
+
+@contextlib.contextmanager
+def shown(console: Console | None = None) -> Iterator[Progress]:
+    """Draw the bars of all `track` and `task` calls made inside, on `console` (default: standard error)."""
+    bars = Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console or Console(stderr=True),
+        transient=True,
+    )
+    token = _current.set(bars)
+    try:
+        with bars:
+            yield bars
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def task(description: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """Open one bar; yields `advance(steps=1, note=None)`. Silent outside `shown()`."""
+    bars = _current.get()
+    if bars is None:
+        yield lambda steps=1, note=None: None
+        return
+    identifier = bars.add_task(description, total=total, note="")
+
+    def advance(steps: int = 1, note: str | None = None) -> None:
+        bars.update(identifier, advance=steps, **({} if note is None else {"note": note}))
+
+    try:
+        yield advance
+    finally:
+        bars.remove_task(identifier)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over `items` behind a bar. `total` defaults to `len(items)` where that is known."""
+    if total is None:
+        with contextlib.suppress(TypeError):
+            total = len(items)  # type: ignore[arg-type]
+    with task(description, total) as advance:
+        for item in items:
+            yield item
+            advance()

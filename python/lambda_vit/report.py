@@ -1,0 +1,221 @@
+"""The report of a run: JSON, Markdown, one picture, one self-contained HTML page; and its short form for a terminal.
+
+The record comes in as plain JSON types. It is checked first, then every section is turned once into text and tables
+(`report_sections`), which both templates lay out: the page and the Markdown cannot disagree. Files are written last,
+and none before all are safely on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import figures, report_sections
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# What an entry must have when its section is there; all else may be left out and shows as a dash.
+_REQUIRED = {
+    "profile": ("blocks",),
+    "profile.blocks[]": ("block",),
+    "selection": ("layers",),
+    "selection.rounds[]": ("picked", "scores"),
+    "variants[]": ("name", "label"),
+    "training[].epochs[]": ("epoch",),
+    "kernel_paths[]": ("block", "attention", "mlp"),
+    "checks[]": ("name", "ok"),
+    "next_commands[]": ("what", "command"),
+}
+
+
+def write_report(record: dict[str, Any], folder: str | Path) -> dict[str, Path]:
+    """Writes report.json, report.md, report.png and report.html into `folder`, which is made if it is missing.
+
+    All four are rendered and stored on disk under temporary names before the first is renamed into place: a bad record
+    or a full disk leaves the files of an earlier report whole.
+
+    Args:
+        record: what was measured, in plain JSON types. Every section is optional; an absent or empty one is left out.
+        folder: where to write.
+
+    Returns:
+        The path of each file, under "json", "md", "png" and "html".
+
+    Raises:
+        TypeError: a value is not a plain JSON type, or a key is not a string; the message names its path in the record.
+        ValueError: NaN, an infinity, a string that UTF-8 cannot hold, or an entry without a key it must have; the
+            message names the path here too.
+        OSError: the folder cannot be written.
+    """
+    if not isinstance(record, dict):
+        raise TypeError(f"record must be a dict, got {type(record).__name__}")
+    _check_json(record, "")
+    _check_keys(record, "", "")
+    contents = {
+        "json": (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        "md": _render("report.md.j2", record).encode(),
+        "png": figures.to_png(record),
+        "html": _render("report.html.j2", record).encode(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {kind: folder / f"report.{kind}" for kind in contents}
+    _write_all({paths[kind]: content for kind, content in contents.items()})
+    return paths
+
+
+def console_summary(record: dict[str, Any]) -> RenderableType:
+    """The record's main tables for a terminal: entropy and greedy trace, before and after, variants, checks.
+
+    Args:
+        record: as for `write_report`.
+
+    Returns:
+        Something for `rich.console.Console.print`; it fits 80 columns.
+
+    Raises:
+        ValueError: an entry lacks a key it must have.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    _check_keys(record, "", "")
+    parts: list[RenderableType] = []
+    for table in report_sections.console_parts(record):
+        if isinstance(table, str):
+            parts += [Text(table), Text("")]
+            continue
+        drawn = RichTable(
+            title=Text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for column in table.columns:
+            justify = "right" if column.numeric else "left"
+            drawn.add_column(Text(column.name), justify=justify, no_wrap=column.numeric, overflow="fold")
+        for row in table.rows:
+            style = {"good": "green", "bad": "bold red"}
+            # Text, not str: rich would take "[94.0]" in a label for markup.
+            drawn.add_row(*(Text(cell.text, style=style.get(cell.tone, "")) for cell in row))
+        parts.append(drawn)
+    for title, items in (
+        ("Not exercised", record.get("not_exercised")),
+        ("Warnings", report_sections.warnings(record)),
+    ):
+        if items:
+            parts += [Text(title, style="bold"), *(Text(f"  · {item}") for item in items), Text("")]
+    return Group(*parts)
+
+
+def _check_json(value: Any, path: str) -> None:
+    where = f"record{path}" if path.startswith("[") else path.lstrip(".") or "record"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where} holds text that UTF-8 cannot encode: {value!r}") from error
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}: JSON has no such number; leave it out or use null")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r} of type {type(key).__name__}: keys must be strings")
+            _check_json(key, f"{path}.{key!a}")
+            _check_json(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_json(item, f"{path}[{index}]")
+    elif value is not None and not isinstance(value, int):
+        raise TypeError(f"{where} is of type {type(value).__name__}: only plain JSON types can be written")
+
+
+def _check_keys(value: Any, path: str, pattern: str) -> None:
+    if isinstance(value, dict):
+        for key in _REQUIRED.get(pattern, ()):
+            if key not in value:
+                raise ValueError(f"{path} has no {key!r}")
+        for key, item in value.items():
+            _check_keys(item, f"{path}.{key}".lstrip("."), f"{pattern}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_keys(item, f"{path}[{index}]", f"{pattern}[]")
+    elif pattern in _REQUIRED and value is not None:
+        raise ValueError(f"{path} must be an object with {', '.join(_REQUIRED[pattern])}, got {value!r}")
+
+
+def _write_all(contents: dict[Path, bytes]) -> None:
+    mark = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    stored: list[tuple[Path, Path]] = []
+    try:
+        for path, content in contents.items():
+            temporary = path.with_name(f".{path.name}{mark}")
+            stored.append((temporary, path))
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in stored:
+            os.replace(temporary, path)
+    finally:
+        for temporary, _ in stored:
+            temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(next(iter(contents)).parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _render(template: str, record: dict[str, Any]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    html = template.endswith(".html.j2")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(md=_markdown, fence=_fence)
+    sections = report_sections.sections(record)
+    drawn = {}
+    if html:
+        text = {section.figure: f"{section.title}. {section.caption}" for section in sections if section.figure}
+        drawn = {p.name: Markup(figures.to_svg(p, record, text[p.name])) for p in figures.plots(record)}
+    return environment.get_template(template).render(
+        summary=record.get("summary"),
+        title=record.get("title") or "Report",
+        facts=report_sections.facts(record),
+        status=report_sections.status(record),
+        comparison=report_sections.comparison(record),
+        sections=sections,
+        figures=drawn,
+        palette=figures.PALETTE,
+    )
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown, tables included, shows as it is."""
+    text = " ".join(str(text).split())
+    for char in "\\`*_[]|$~":
+        text = text.replace(char, "\\" + char)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "\\" + text if text[:1] in "#-+" and text else text
+
+
+def _fence(text: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}sh\n{text}\n{fence}"

@@ -1,0 +1,430 @@
+"""What the report says: each section of a record as text and tables, numbers with their units, in reading order.
+
+Both templates and the terminal lay out what stands here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .figures import baseline, percent_digits, score_name, validation_images
+from .units import NONE, bits, bits2, change_of, count, flops, listed, milliseconds, ranges, size, spread, three
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    numeric: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`sub` is the small print below the text; `tone` is "good", "bad", "pick" or nothing."""
+
+    text: str
+    sub: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """`folded` tables hold the numbers behind a figure."""
+
+    title: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    anchor: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figure: str = ""
+    caption: str = ""
+    items: list[str] = field(default_factory=list)
+    commands: list[dict[str, str]] = field(default_factory=list)
+
+
+def _subject(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The variants before and after: the baseline, and the one that is kept.
+
+    That is "diluted" or "model", or else one without the picked blocks, a trained one first.
+    """
+    variants = record.get("variants") or []
+    before = baseline(record)
+    picked = sorted((record.get("selection") or {}).get("layers") or ())
+    rest = [v for v in variants if v is not before]
+    after = next((v for v in rest if v["name"] in ("diluted", "model")), None)
+    for wanted in (True, False):
+        same = (v for v in rest if sorted(v.get("removed") or ()) == picked and bool(v.get("trained")) is wanted)
+        after = after or next(same, None)
+    return (before, after) if before and after else None
+
+
+def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Before and after in the numbers that decide: each a name, two values, the change, and what to think of it."""
+    subject = _subject(record)
+    if subject is None:
+        return None
+    before, after = subject
+    digits = percent_digits(record)
+    rows = []
+    if before.get("top1") is not None and after.get("top1") is not None:
+        spans = [v.get("top1_interval") for v in subject]
+        note = ""
+        if all(spans):
+            note = f"95 % intervals {_interval(before, digits)} and {_interval(after, digits)}: {_meeting(*spans)}"
+        values = [f"{v['top1']:.{digits}f} %" for v in subject]
+        change = f"{after['top1'] - before['top1']:+.{digits}f} points".replace("-", "−")
+        rows.append({"name": "Top-1 accuracy", "before": values[0], "after": values[1], "change": change, "note": note})
+    for name, key, show in _COSTS:
+        pair = [v.get(key) for v in subject]
+        if None not in pair:
+            rows.append(
+                {"name": name, "before": show(pair[0]), "after": show(pair[1]), "change": change_of(*pair), "note": ""}
+            )
+    for batch in _batches(record):
+        pair = [(v.get("latency_ms") or {}).get(batch) for v in subject]
+        if all(pair):
+            medians = [p["median"] for p in pair]
+            spans = [(p["low"], p["high"]) for p in pair if p.get("low") is not None and p.get("high") is not None]
+            note = (
+                f"quartiles {spread(*spans[0])} and {spread(*spans[1])} ms: {_meeting(*spans)}"
+                if len(spans) == 2
+                else ""
+            )
+            row = {"name": f"Latency, batch {batch}", "change": change_of(*medians), "note": note}
+            rows.append(row | {"before": milliseconds(medians[0]), "after": milliseconds(medians[1])})
+    return {"before": before["label"], "after": after["label"], "rows": rows} if rows else None
+
+
+def _meeting(first: Iterable[float], second: Iterable[float]) -> str:
+    (low, high), (other_low, other_high) = first, second
+    return "they overlap" if low <= other_high and other_low <= high else "they are apart"
+
+
+def _interval(variant: dict[str, Any], digits: int) -> str:
+    ends = variant.get("top1_interval")
+    return "–".join(f"{end:.{digits}f}" for end in ends) if ends else NONE
+
+
+def _batches(record: dict[str, Any]) -> list[str]:
+    return sorted({key for v in record.get("variants") or () for key in v.get("latency_ms") or ()}, key=int)
+
+
+def warnings(record: dict[str, Any]) -> list[str]:
+    selection = (record.get("selection") or {}).get("warnings") or []
+    return [*(record.get("warnings") or []), *(f"Selection: {text}" for text in selection)]
+
+
+def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Model, data, command and seed, for the head of the page."""
+    facts = []
+    if model := record.get("model"):
+        parts = [model.get("name", "")]
+        parts += [f"{model['blocks']} blocks"] if model.get("blocks") else []
+        parts += [f"input {'×'.join(map(str, model['input']))}"] if model.get("input") else []
+        parts += [f"{model['classes']:,} classes"] if model.get("classes") else []
+        facts.append(("Model", " · ".join(filter(None, parts))))
+    if data := record.get("data"):
+        sizes = [f"{data[key]:,} {key}" for key in ("train", "validation", "calibration") if data.get(key) is not None]
+        facts.append(("Data", " · ".join(filter(None, [data.get("description", ""), *sizes]))))
+    facts += [(name.capitalize(), str(record[name])) for name in ("command", "seed") if record.get(name) is not None]
+    if record.get("created"):
+        facts.append(("Created", record["created"].replace("T", " ", 1)))
+    return facts
+
+
+def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(anchor, text, tone): what a sceptical reader wants to know before any number."""
+    status = []
+    if checks := record.get("checks"):
+        failed = sum(not check["ok"] for check in checks)
+        text = f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
+        status.append(("checks", text, "bad" if failed else "good"))
+    for anchor, items, noun in (
+        ("warnings", warnings(record), "warning"),
+        ("not-exercised", record.get("not_exercised") or [], "thing not exercised"),
+    ):
+        if items:
+            plural = noun.replace("thing", "things") if "thing" in noun else noun + "s"
+            status.append((anchor, f"{len(items)} {noun if len(items) == 1 else plural}", "pick"))
+    return status
+
+
+def sections(record: dict[str, Any]) -> list[Section]:
+    makers = (_profile, _selection, _variants, _training, _costs, _checks, _paths)
+    sections = [section for maker in makers if (section := maker(record)) is not None]
+    if environment := record.get("environment"):
+        rows = [[Cell(key), Cell(str(value))] for key, value in environment.items()]
+        table = Table("Where it ran", [Column("Part"), Column("Version or name")], rows)
+        sections.append(Section("environment", "Environment", tables=[table]))
+    if items := record.get("not_exercised"):
+        sections.append(Section("not-exercised", "Not exercised", ["This run says nothing about:"], items=items))
+    if items := warnings(record):
+        sections.append(Section("warnings", "Warnings", items=items))
+    if commands := record.get("next_commands"):
+        sections.append(Section("next", "Next commands", commands=commands))
+    if files := record.get("files"):
+        rows = [[Cell(name), Cell(what)] for name, what in files.items()]
+        sections.append(
+            Section("files", "Files", tables=[Table("What was written", [Column("File"), Column("What it is")], rows)])
+        )
+    return sections
+
+
+def _profile(record: dict[str, Any]) -> Section | None:
+    profile = record.get("profile") or {}
+    if not (blocks := profile.get("blocks")):
+        return None
+    order = {layer: n for n, layer in enumerate((record.get("selection") or {}).get("layers") or (), 1)}
+    rows = []
+    for row in blocks:
+        pick = Cell(f"{order[row['block']]}", tone="pick") if row["block"] in order else Cell("")
+        rows.append([Cell(str(row["block"])), Cell(bits2(row.get("attn"))), Cell(bits2(row.get("mlp"))), pick])
+    columns = [Column(name, True) for name in ("Block", "Attention", "MLP", "Pick")]
+    what = (
+        "mean log₂ σ" if profile.get("estimator") == "gaussian" else f"{profile.get('estimator', '')} estimator".strip()
+    )
+    caption = f"Entropy of each attention's and each MLP's output, per channel ({what}, {profile.get('unit', 'bits')})."
+    if what == "mean log₂ σ":
+        caption += " The Gaussian's additive constant is left out: differences count, and negative values are usual."
+    if measured := [row for row in blocks if row.get("attn") is not None]:
+        least = min(measured, key=lambda row: row["attn"])
+        caption += f" The lowest attention entropy is {bits2(least['attn'])}, in block {least['block']}."
+    if order:
+        caption += f" Shaded: the picked blocks, numbered in the order of picking ({listed(order)})."
+    table = Table("Entropy by block", columns, rows, folded=True)
+    return Section("entropy", "Entropy by block", tables=[table], figure="entropy", caption=caption)
+
+
+def _selection(record: dict[str, Any]) -> Section | None:
+    chosen = record.get("selection")
+    if not chosen:
+        return None
+    score = score_name(record)
+    parts = [f"Picked, in this order: {listed(chosen['layers'])}"]
+    parts += [f"measured at the {chosen['score']}"] if chosen.get("score") else []
+    parts += [f"strategy {chosen['strategy']}"] if chosen.get("strategy") else []
+    parts += [f"{chosen['estimator']} estimator"] if chosen.get("estimator") else []
+    if chosen.get("samples") and chosen.get("channels"):
+        parts.append(f"{chosen['samples']:,} samples × {chosen['channels']:,} output channels")
+    parts += [f"H(full) = {bits(chosen['entropy_full'])} bits"] if chosen.get("entropy_full") is not None else []
+    rounds = chosen.get("rounds") or []
+    rows = []
+    for n, one in enumerate(rounds, 1):
+        rest = sorted(
+            (value, int(key)) for key, value in one["scores"].items() if int(key) != one["picked"] and value is not None
+        )
+        own = one["scores"].get(str(one["picked"]))
+        runner = f"{bits(rest[0][0])} (block {rest[0][1]})" if rest else NONE
+        rows.append(
+            [
+                Cell(str(n)),
+                Cell(str(one["picked"]), tone="pick"),
+                Cell(bits(own)),
+                Cell(runner),
+                Cell(bits(one.get("entropy"))),
+            ]
+        )
+    tables = []
+    caption = figure = ""
+    if rows:
+        names = ("Round", "Picked", f"{score}, bits", "Next best", "H after, bits")
+        tables.append(_filled("Greedy trace", [Column(name, True) for name in names], rows))
+    if any(one["scores"] for one in rounds):
+        figure = "scores"
+        blocks = sorted({int(key) for one in rounds for key in one["scores"]})
+        grid = []
+        for block in blocks:
+            row = [Cell(str(block))]
+            for one in rounds:
+                tone = "pick" if one["picked"] == block else ""
+                row.append(Cell(bits(one["scores"][str(block)]) if str(block) in one["scores"] else "", tone=tone))
+            grid.append(row)
+        columns = [Column("Block", True), *(Column(f"Round {n}", True) for n in range(1, len(rounds) + 1))]
+        tables.append(Table(f"All scores: {score} in bits", columns, grid, folded=True))
+        caption = (
+            f"{score} in bits: how far the output's entropy is from the full model's once this attention is skipped too"
+        )
+        caption += "; below zero, it has grown. " if chosen.get("signed") else ". "
+        caption += "Each round removes the lowest (outlined) and scores the rest again; grey blocks are gone already. "
+        caption += (
+            f"Colour follows the {'sign' if chosen.get('signed') else 'logarithm, so that small scores stay apart'}."
+        )
+    return Section("selection", "Selection", [" · ".join(parts) + "."], tables, figure, caption)
+
+
+def _variants(record: dict[str, Any]) -> Section | None:
+    variants = record.get("variants")
+    if not variants:
+        return None
+    digits = percent_digits(record)
+    rows = []
+    for v in variants:
+        scale = v.get("residual_scale")
+        factor = f"{scale:g}×" if scale is not None and v.get("removed") else NONE
+        top = [_percent(v.get(key), digits) for key in ("top1", "top5", "agreement")]
+        trained = NONE if v.get("trained") is None else "yes" if v["trained"] else "no"
+        rows.append(
+            [Cell(v["label"], v.get("note") or ""), Cell(ranges(v.get("removed") or ())), Cell(factor), Cell(trained),
+             Cell(top[0]), Cell(_interval(v, digits)), Cell(top[1]), Cell(top[2])]
+        )  # fmt: skip
+    columns = [Column("Variant"), Column("Removed"), Column("Identity"), Column("Trained")]
+    columns += [Column(name, True) for name in ("Top-1, %", "95 % interval", "Top-5, %", "Agreement, %")]
+    images = validation_images(record)
+    text = "Accuracy on the validation set"
+    text += f" of {images:,} images: one image is {100 / images:.2g} points." if images else "."
+    text += " Agreement is with the full model's answers. Identity is the factor on the skip path of a block whose"
+    text += " attention is removed."
+    caption = (
+        "Top-1 with its 95 % interval. Filled: trained as it stands; hollow: attention removed and nothing trained. "
+        "Dashed line and band: the full model and its interval."
+    )
+    figure = "variants" if any(v.get("top1") is not None for v in variants) else ""
+    table = _filled("Variants", columns, rows)
+    return Section("variants", "Accuracy", [text], [table], figure, caption if figure else "")
+
+
+def _training(record: dict[str, Any]) -> Section | None:
+    runs = [run for run in record.get("training") or () if run.get("epochs")]
+    if not runs:
+        return None
+    digits = percent_digits(record)
+    rows = []
+    for run in runs:
+        epochs = run["epochs"]
+        fades = [n for n, e in enumerate(epochs) if e.get("lambda") is not None]
+        last_fading = max((n for n in fades if epochs[n]["lambda"] > 0), default=-1)
+        gone = str(epochs[last_fading + 1]["epoch"]) if last_fading + 1 < len(epochs) else "never"
+        scores = [e["top1"] for e in epochs if e.get("top1") is not None and not e.get("lambda")]
+        last = epochs[-1]
+        rows.append(
+            [Cell(run.get("label") or run.get("name", "")), Cell(str(len(epochs))), Cell(gone if fades else NONE),
+             Cell(NONE if last.get("loss") is None else three(last["loss"])), Cell(_percent(last.get("top1"), digits)),
+             Cell(_percent(max(scores, default=None), digits))]
+        )  # fmt: skip
+    names = ("Epochs", "λ = 0 from epoch", "Last loss", "Last top-1, %", "Best top-1, %")
+    table = _filled("Training runs", [Column("Run"), *(Column(name, True) for name in names)], rows)
+    caption = "Validation top-1, training loss and λ, the share of attention that is left, by epoch."
+    fading = any(epoch.get("lambda") for run in runs for epoch in run["epochs"])
+    text = (
+        ["Best leaves out the epochs with λ above 0: there the network is not yet the one that is kept."]
+        if fading
+        else []
+    )
+    return Section("training", "Training", text, [table], "training", caption)
+
+
+def _costs(record: dict[str, Any]) -> Section | None:
+    variants = record.get("variants") or []
+    costs = [cost for cost in _COSTS if any(v.get(cost[1]) is not None for v in variants)]
+    batches = _batches(record)
+    if not costs and not batches:
+        return None
+    full = baseline(record) or {}
+    rows = []
+    for v in variants:
+        row = [Cell(v["label"])]
+        for _, key, show in costs:
+            value = v.get(key)
+            base = full.get(key)
+            change = change_of(base, value) if v is not full and None not in (base, value) else ""
+            row.append(Cell(NONE if value is None else show(value), change))
+        for batch in batches:
+            time = (v.get("latency_ms") or {}).get(batch)
+            low, high = (time.get("low"), time.get("high")) if time else (None, None)
+            spread_text = spread(low, high) if None not in (low, high) else ""
+            row.append(Cell(milliseconds(time["median"]) if time else NONE, spread_text))
+        rows.append(row)
+    names = [name for name, _, _ in costs] + [f"Latency, batch {batch}" for batch in batches]
+    text = f"Changes are against: {full['label']}." if full else ""
+    if batches:
+        text += " Latency is the median per batch, with its quartiles."
+    table = Table("Cost", [Column("Variant"), *(Column(name, True) for name in names)], rows)
+    return Section("cost", "Cost", [text.strip()], [table])
+
+
+def _checks(record: dict[str, Any]) -> Section | None:
+    if not (checks := record.get("checks")):
+        return None
+    rows = [
+        [Cell("passed" if c["ok"] else "FAILED", tone="good" if c["ok"] else "bad"), Cell(c["name"]),
+         Cell(str(c.get("value", NONE))), Cell(c.get("detail") or "")]
+        for c in checks
+    ]  # fmt: skip
+    table = _filled("Checks", [Column("Result"), Column("Check"), Column("Value"), Column("What it means")], rows)
+    return Section("checks", "Checks", tables=[table])
+
+
+def _paths(record: dict[str, Any]) -> Section | None:
+    if not (paths := record.get("kernel_paths")):
+        return None
+    rows = [[Cell(str(p["block"])), Cell(p["attention"]), Cell(p["mlp"]), Cell(p.get("reason") or "")] for p in paths]
+    tally = {name: sum(p["mlp"] == name for p in paths) for name in dict.fromkeys(p["mlp"] for p in paths)}
+    gone = sum(p["attention"] == "removed" for p in paths)
+    text = f"Attention is gone from {gone} of {len(paths)} blocks. MLP halves by path: "
+    text += ", ".join(f"{name} {number}" for name, number in tally.items()) + "."
+    columns = [Column("Block", True), Column("Attention"), Column("MLP runs on"), Column("Why")]
+    return Section("kernel-paths", "Kernel path per block", [text], [Table("Kernel path per block", columns, rows)])
+
+
+def console_parts(record: dict[str, Any]) -> list[Table | str]:
+    """What a terminal shows: narrow enough for 80 columns, wide matters turned into rows."""
+    tables: list[Table | str] = []
+    if (section := _profile(record)) is not None:
+        first = next(iter((record.get("selection") or {}).get("rounds") or ()), {}).get("scores") or {}
+        (table,) = section.tables
+        columns = [*table.columns[:3], Column("Score, round 1", True), table.columns[3]]
+        rows = [[*row[:3], Cell(bits(first.get(row[0].text))), row[3]] for row in table.rows]
+        tables.append(Table(f"{table.title} ({record['profile'].get('unit', 'bits')})", columns, rows))
+    if (section := _selection(record)) is not None:
+        tables += [*section.text, *(table for table in section.tables if not table.folded)]
+    if (compared := comparison(record)) is not None:
+        columns = [Column("Before and after"), Column("Before", True), Column("After", True), Column("Change", True)]
+        rows = [[Cell(row[key]) for key in ("name", "before", "after", "change")] for row in compared["rows"]]
+        tables.append(Table(f"{compared['before']} → {compared['after']}", columns, rows))
+    elif (section := _costs(record)) is not None:
+        (table,) = section.tables
+        names, *values = ([cell.text for cell in column] for column in zip(*table.rows, strict=True))
+        columns = [Column("Cost"), *(Column(name) for name in names)]
+        heads = [column.name for column in table.columns[1:]]
+        rows = [[Cell(text) for text in (head, *row)] for head, row in zip(heads, values, strict=True)]
+        tables.append(Table("Cost", columns, rows))
+    if (section := _variants(record)) is not None:
+        (table,) = section.tables
+        tables.append(
+            Table(table.title, *_columns(table, ("Variant", "Removed", "Top-1, %", "95 % interval", "Agreement, %")))
+        )
+    if (section := _checks(record)) is not None:
+        (table,) = section.tables
+        tables.append(Table(table.title, *_columns(table, ("Result", "Check", "Value"))))
+    return tables
+
+
+def _columns(table: Table, names: Iterable[str]) -> tuple[list[Column], list[list[Cell]]]:
+    kept = [n for n, column in enumerate(table.columns) if column.name in names]
+    return [table.columns[n] for n in kept], [[row[n] for n in kept] for row in table.rows]
+
+
+def _filled(title: str, columns: list[Column], rows: list[list[Cell]]) -> Table:
+    """A table without the columns in which no row has anything to say."""
+    kept = [n for n in range(len(columns)) if any(row[n].text not in ("", NONE) for row in rows)]
+    return Table(title, [columns[n] for n in kept], [[row[n] for n in kept] for row in rows])
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+_COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("Parameters", "parameters", count),
+    ("FLOPs per image", "flops", flops),
+    ("Weights", "weight_bytes", size),
+    ("Peak memory", "peak_memory_bytes", size),
+)

@@ -1,0 +1,114 @@
+"""Models side by side on one data set: what `lambda-vit validate` prints, and rows of a report."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from lambda_kernels.convert import ConversionInfo
+from lambda_kernels.families import inspect_model
+
+from . import environment
+from .evaluate import Latency, compare_latency, cost, evaluate
+
+
+def variant(
+    name: str,
+    label: str,
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    reference: nn.Module | None = None,
+    cost_batch: int = 64,
+    latency: Mapping[int, Latency] | None = None,
+    trained: bool = True,
+    note: str = "",
+) -> dict:
+    """One row of a comparison, in plain JSON types: accuracy, agreement with `reference`, cost, latency.
+
+    Args:
+        name: Key of the row.
+        label: What people read.
+        model: A timm vision transformer, converted or not.
+        loader: Labelled images.
+        reference: The original model; None leaves agreement out.
+        cost_batch: Batch size of the peak memory.
+        latency: By batch size, from `compare_latency`.
+        trained: Whether the weights were trained as the model now is.
+        note: Shown beside the row.
+    """
+    anatomy = inspect_model(model)
+    result = evaluate(model, loader, reference=reference, description=label)
+    price = cost(model, batch_size=cost_batch)
+    row = {
+        "name": name,
+        "label": label,
+        "removed": list(anatomy.removed),
+        "residual_scale": anatomy.residual_scale or 1.0,
+        "trained": trained,
+        "top1": result.top1,
+        "top1_interval": list(result.top1_interval),
+        "top5": result.top5,
+        "agreement": result.agreement,
+        "images": result.count,
+        "parameters": price.parameters,
+        "flops": price.flops,
+        "weight_bytes": price.weight_bytes,
+        "peak_memory_bytes": price.peak_memory_bytes,
+        "note": note,
+    }
+    if latency is not None:
+        row["latency_ms"] = {
+            str(batch): {"median": t.median_ms, "low": t.low_ms, "high": t.high_ms} for batch, t in latency.items()
+        }
+    return row
+
+
+def kernel_paths(info: ConversionInfo | None) -> list[dict]:
+    """How each block of a converted model runs, for a report."""
+    if info is None:
+        return []
+    return [{key: getattr(b, key) for key in ("block", "attention", "mlp", "reason")} for b in info.blocks]
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    labels: Mapping[str, str],
+    loader: Iterable,
+    batch_sizes: Sequence[int],
+    *,
+    cost_batch: int,
+) -> dict:
+    """A report record of `models`; agreement is with the one called "reference", where there is one.
+
+    Args:
+        models: By name.
+        labels: What people read, by the same names.
+        loader: Labelled images, for all models alike.
+        batch_sizes: At which latencies are compared; empty leaves them out.
+        cost_batch: Batch size of the peak memory.
+    """
+    sizes = tuple(dict.fromkeys(batch_sizes))
+    times = compare_latency(models, sizes, seconds=60) if sizes else {}
+    reference = models.get("reference")
+    variants = [
+        variant(
+            name,
+            labels[name],
+            model,
+            loader,
+            reference=None if model is reference else reference,
+            cost_batch=cost_batch,
+            latency=times.get(name),
+        )
+        for name, model in models.items()
+    ]
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": environment.command_line(),
+        "environment": environment.versions(),
+        "variants": variants,
+        "kernel_paths": kernel_paths(getattr(models["model"], "lambda_kernels_info", None)),
+    }

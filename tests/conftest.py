@@ -1,0 +1,72 @@
+"""Fixtures of all tests: real data where it is there, small models, and memory that betrays what was never written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WEIGHTS = "deit_tiny_patch16_224.safetensors"
+IMAGES = "imagenette_224.zip"
+
+# The models are tiny: a second thread gains nothing, and waiting for it costs a factor of ten where a core is busy.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real weights and images: $LAMBDA_KERNELS_TEST_DATA, or shared/data beside the checkout."""
+    given = os.environ.get("LAMBDA_KERNELS_TEST_DATA")
+    places = [Path(given)] if given else [REPOSITORY.parent / "shared" / "data"]
+    for place in places:
+        if (place / WEIGHTS).is_file() and (place / IMAGES).is_file():
+            return place
+    pytest.skip(f"no real weights and images in {', '.join(map(str, places))}; set LAMBDA_KERNELS_TEST_DATA")
+
+
+@pytest.fixture(scope="session")
+def deit_tiny(real_data: Path) -> torch.nn.Module:
+    """A real DeiT-Tiny in float32, eval mode. Shared by all tests: never change it in place."""
+    from lambda_vit.loading import open_model
+
+    return open_model("deit_tiny_patch16_224", weights=real_data / WEIGHTS)
+
+
+def small_vit(name: str = "vit_tiny_patch16_224", **options: object) -> torch.nn.Module:
+    """A timm model of width 48 and depth 4 on 32×32 images with 10 classes, seeded, in eval mode.
+
+    Biases, norms and LayerScale gammas get values that are not tiny, so that leaving one out is seen.
+    """
+    import timm
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
+    model = timm.create_model(name, pretrained=False, **{**sizes, **options})
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        spread = 0.3 if parameter.dim() < 2 else 0.05
+        with torch.no_grad():
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+            if name.endswith("gamma"):
+                parameter.add_(0.5)
+    return model.eval()
+
+
+def images(count: int = 4, size: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random images `[count, channels, size, size]`."""
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def poisoned_empty() -> object:
+    """Fill what `torch.empty` and its kin return with NaN, so that reading what was never written shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,235 @@
+"""Saving and loading: bit-equal in a new process, strict both ways, nothing lost when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import images, small_vit
+
+import lambda_kernels.checkpoint as checkpoint
+from lambda_kernels import CheckpointError, convert_vit, from_pretrained, save_pretrained
+from lambda_kernels.checkpoint import load_state_dict, read_weights
+from lambda_kernels.files import atomic_write, write_json
+
+VARIANTS = {
+    "removed": ({}, (0, 2), 1.0),
+    "diluted": ({}, (1, 3), 2.0),
+    "untouched": ({}, (), 1.0),
+    "many arguments": (
+        {
+            "in_chans": 1,
+            "patch_size": 8,
+            "global_pool": "avg",
+            "mlp_ratio": 2.5,
+            "init_values": 0.1,
+            "drop_path_rate": 0.25,
+            "drop_rate": 0.1,
+            "no_embed_class": True,
+            "num_classes": 7,
+        },
+        (0, 1),
+        2.0,
+    ),
+    "no classifier": ({"num_classes": 0}, (0,), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_round_trip(name, tmp_path):
+    options, removed, scale = VARIANTS[name]
+    x = images(channels=options.get("in_chans", 3))
+    model = convert_vit(small_vit(**options), remove=removed, residual_scale=scale)
+    assert save_pretrained(model, tmp_path / "model") == tmp_path / "model"
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = from_pretrained(tmp_path / "model")
+    assert not loaded.training
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.lambda_kernels_info.removed == tuple(sorted(removed))
+    assert loaded.lambda_kernels_info.residual_scale == scale
+    assert str(loaded) == str(model.eval())
+
+
+@torch.no_grad()
+def test_a_new_process_gives_the_same_bits(tmp_path):
+    model = convert_vit(small_vit(), remove=(0, 2), residual_scale=2.0)
+    save_pretrained(model, tmp_path / "model")
+    torch.save({"x": images(), "logits": model(images())}, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch; from lambda_kernels import from_pretrained; torch.set_num_threads(2); "
+        "e = torch.load(sys.argv[2]); m = from_pretrained(sys.argv[1]); "
+        "sys.exit(0 if torch.equal(m(e['x']), e['logits']) else 7)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "expected.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+def test_dtype_comes_back(tmp_path):
+    model = convert_vit(small_vit(), remove=(0,)).to(torch.bfloat16)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded(images().bfloat16()), model(images().bfloat16()))
+
+
+def test_the_loaded_model_can_be_trained(tmp_path):
+    save_pretrained(convert_vit(small_vit(), remove=(0,)), tmp_path)
+    loaded = from_pretrained(tmp_path).train()
+    loaded(images()).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_a_model_that_could_not_be_rebuilt_is_refused_when_saved(tmp_path):
+    model = small_vit(qkv_bias=False)
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv.*bias=False.*model_args"):
+        save_pretrained(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save_pretrained(model, tmp_path / "model", model_args={"qkv_bias": False})
+    assert torch.equal(from_pretrained(tmp_path / "model")(images()), model(images()))
+    model = small_vit()
+    model.pretrained_cfg = {}
+    with pytest.raises(CheckpointError, match="architecture"):
+        save_pretrained(model, tmp_path / "nameless")
+    with pytest.raises(CheckpointError, match="no_such_model"):
+        save_pretrained(small_vit(), tmp_path / "x", architecture="no_such_model")
+
+
+def test_full_weights_into_a_converted_model_and_the_reverse(tmp_path):
+    full, converted = small_vit(), convert_vit(small_vit(), remove=(0, 2))
+    with pytest.raises(CheckpointError, match=r"blocks \[0, 2\], which this model lost.*full model first"):
+        load_state_dict(converted, full.state_dict())
+    with pytest.raises(CheckpointError, match=r"no attention for blocks \[0, 2\].*from_pretrained.*remove=\[0, 2\]"):
+        load_state_dict(full, converted.state_dict())
+    # also through plain PyTorch
+    with pytest.raises(RuntimeError, match="blocks.0 has no attention any more"):
+        converted.load_state_dict(full.state_dict())
+    with pytest.raises(CheckpointError, match=r"head\.weight is \[3, 48\], the model has \[10, 48\]"):
+        load_state_dict(full, small_vit(num_classes=3).state_dict())
+    with pytest.raises(CheckpointError, match=r"1 missing keys \(cls_token\); 1 unexpected keys \(other\)"):
+        load_state_dict(full, {("other" if k == "cls_token" else k): v for k, v in full.state_dict().items()})
+
+
+def test_nothing_is_loaded_when_something_does_not_fit():
+    model, other = small_vit(), small_vit(num_classes=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError):
+        load_state_dict(model, {k: v + 1 for k, v in other.state_dict().items()})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_damaged_folders(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        from_pretrained(tmp_path)
+    good = save_pretrained(convert_vit(small_vit(), remove=(0,)), tmp_path / "good")
+
+    def damage(name: str) -> object:
+        return shutil.copytree(good, tmp_path / name)
+
+    (damage("lost") / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        from_pretrained(tmp_path / "lost")
+    with open(damage("cut") / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match="interrupted"):
+        from_pretrained(tmp_path / "cut")
+    (damage("text") / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a config"):
+        from_pretrained(tmp_path / "text")
+    config = json.loads((damage("newer") / "config.json").read_text())
+    config["lambda_kernels"]["format"] = 99
+    write_json(tmp_path / "newer" / "config.json", config)
+    with pytest.raises(CheckpointError, match="format 99"):
+        from_pretrained(tmp_path / "newer")
+    config["lambda_kernels"] |= {"format": 1, "removed": [1]}
+    write_json(tmp_path / "newer" / "config.json", config)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        from_pretrained(tmp_path / "newer")
+
+
+def test_an_interrupted_save_keeps_the_previous_one(tmp_path, monkeypatch):
+    first = convert_vit(small_vit(), remove=(0,))
+    save_pretrained(first, tmp_path)
+    second = convert_vit(small_vit(), remove=(1,))
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    import safetensors.torch
+
+    monkeypatch.setattr(safetensors.torch, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(second, tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(from_pretrained(tmp_path)(images()), first(images()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    # between the two files: noticed, not silently mixed
+    monkeypatch.setattr(checkpoint, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(second, tmp_path)
+    with pytest.raises(CheckpointError, match="interrupted"):
+        from_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="MiB are free"):
+        save_pretrained(small_vit(), tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+
+
+def test_reading_weights(tmp_path):
+    state = small_vit().state_dict()
+    for wrapper in (None, "model", "state_dict", "net"):
+        torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "w.pth")
+        assert read_weights(tmp_path / "w.pth").keys() == state.keys()
+    with pytest.raises(CheckpointError, match="no weights at"):
+        read_weights(tmp_path / "absent.pth")
+    (tmp_path / "bad.safetensors").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_weights(tmp_path / "bad.safetensors")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="no state dict"):
+        read_weights(tmp_path / "list.pth")
+
+
+def test_pickled_code_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_atomic_write(tmp_path):
+    target = tmp_path / "sub" / "file.txt"
+    with atomic_write(target) as temporary:
+        temporary.write_text("one")
+    assert target.read_text() == "one"
+
+    def interrupted() -> None:
+        with atomic_write(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert target.read_text() == "one"
+    assert [p.name for p in target.parent.iterdir()] == ["file.txt"]
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(target, {"x": float("nan")})
+    assert target.read_text() == "one"
