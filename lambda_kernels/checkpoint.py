@@ -23,6 +23,9 @@ from .files import atomic_write, sha256, write_json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
 
+# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
+_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing")
+
 
 def save_pretrained(
     model: nn.Module, folder: str | Path, *, architecture: str | None = None, model_args: dict | None = None
@@ -224,7 +227,11 @@ def _find_model_args(model: nn.Module, architecture: str, given: dict) -> dict:
 def _visible_args(model: nn.Module) -> dict:
     """Constructor arguments that can be read off a built model."""
     names = inspect.signature(type(model).__init__).parameters
-    args = {k: v for k, v in vars(model).items() if k in names and isinstance(v, (bool, int, float, str))}
+    args = {
+        k: v
+        for k, v in vars(model).items()
+        if k in names and k not in _NO_EFFECT and isinstance(v, (bool, int, float, str))
+    }
     patch = model.patch_embed
     proj = getattr(patch, "proj", None)
     if isinstance(proj, nn.Conv2d):
@@ -267,7 +274,7 @@ def _first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
     plain = (bool, int, float, str, type(None))
     for name, value in vars(model).items():
         other = vars(rebuilt).get(name)
-        if name != "training" and isinstance(value, plain) and isinstance(other, plain) and value != other:
+        if name not in _NO_EFFECT and isinstance(value, plain) and isinstance(other, plain) and value != other:
             return f"model.{name} is {value!r}, timm builds {other!r}"
     return None
 

@@ -135,7 +135,8 @@ def profile(
     with progress.shown():
         result = profile_layers(network, loader, estimator=estimator.value)
     console = _console()
-    table = Table(title=f"{model}: mean entropy per channel, bits ({estimator.value}, {result.samples} images)")
+    console.print(f"{model}: mean entropy per channel, bits ({estimator.value}, {result.samples} images)")
+    table = Table()
     for name in ("block", "attention", "MLP"):
         table.add_column(name, justify="right")
     for row in result.blocks:

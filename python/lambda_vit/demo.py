@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
+from lambda_kernels.files import atomic_write
 
 from . import environment
 from .data import Digits, digits, make_loader
@@ -47,7 +49,7 @@ class DemoOptions:
 
     count: int = 3
     baseline_epochs: int = 15
-    dilution_epochs: int = 15
+    dilution_epochs: int = 10
     tuning_epochs: int = 5
     batch_size: int = 64
     seed: int = 0
@@ -127,6 +129,7 @@ def _run(folder: Path, options: DemoOptions, device: torch.device, console: Cons
         console.print("[bold]7/7[/] Write the report")
         record = demo.record(full, profile.to_dict(), picks, variants, models["nose diluted"], folder)
         write_report(record, folder)
+        demo.write_log(folder / "log.jsonl")
         advance()
     console.print(console_summary(record))
     return DemoResult(folder, record, ok=variants[0]["top1"] >= LEAST_BASELINE)
@@ -295,11 +298,18 @@ class _Demo:
             "next_commands": next_commands(folder),
             "files": {
                 "selection.json": "the picks and every score",
+                "log.jsonl": "every epoch of every run",
                 "model/": "config.json and model.safetensors, for from_pretrained",
                 "report.html": "this report as one page",
                 "report.json": "all figures of this report",
             },
         }
+
+    def write_log(self, path: Path) -> None:
+        """One JSON object per line and epoch, of all runs."""
+        rows = [{"run": run["name"], **epoch} for run in self.histories for epoch in run["epochs"]]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
 
     def _remember(self, name: str, label: str, history: tuple[Epoch, ...]) -> None:
         self.histories.append({"name": name, "label": label, "epochs": [epoch.to_dict() for epoch in history]})

@@ -131,7 +131,7 @@ def finetune(
                 loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
                 if not torch.isfinite(loss):
                     raise ValueError(
-                        f"the loss became {float(loss)} in epoch {epoch}, step {step} (lr {lr:g}). Lower lr, or clip "
+                        f"the loss became {loss.item()} in epoch {epoch}, step {step} (lr {lr:g}). Lower lr, or clip "
                         "gradients"
                     )
                 optimizer.zero_grad(set_to_none=True)

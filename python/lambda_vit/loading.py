@@ -45,9 +45,10 @@ def open_model(
             )
         return from_pretrained(name, device=check_device(device), backend=backend)
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f" Did you mean {', '.join(close)}?" if close else " See timm.list_models()."
-        raise ValueError(f"{option} {name!r} is neither a folder with a {CONFIG} nor a timm model.{hint}")
+        raise ValueError(
+            f"{option} {name!r} is neither a folder with a {CONFIG} nor a timm model. "
+            f"Did you mean {', '.join(_close_names(name, timm.list_models()))}?"
+        )
     if (weights is None) != pretrained:
         what = "both were given" if pretrained else "random weights say nothing about attention"
         raise ValueError(f"{option} {name} needs either {prefix}weights FILE or {prefix}pretrained: {what}")
@@ -66,6 +67,14 @@ def open_model(
         model = timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
         load_state_dict(model, state, source=str(weights))
     return model.to(place).eval()
+
+
+def _close_names(name: str, names: list[str]) -> list[str]:
+    # People shorten names at the end, so each is compared over the length that was typed.
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name, other[: len(name)]).ratio()
+
+    return sorted(names, key=lambda other: (-likeness(other), len(other)))[:3]
 
 
 def check_device(device: str) -> torch.device:

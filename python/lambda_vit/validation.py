@@ -91,7 +91,7 @@ def compare(
         cost_batch: Batch size of the peak memory.
     """
     sizes = tuple(dict.fromkeys(batch_sizes))
-    times = compare_latency(models, sizes, seconds=60) if sizes else {}
+    times = compare_latency(models, sizes, seconds=30) if sizes else {}
     reference = models.get("reference")
     variants = [
         variant(

@@ -1,0 +1,243 @@
+"""The command line as a user types it: in this process for speed, and once as the installed command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGES, WEIGHTS, small_vit
+from PIL import Image
+
+import lambda_vit.cli as cli
+from lambda_kernels import convert_vit, from_pretrained, save_pretrained
+from lambda_vit import Selection
+from lambda_vit.loading import open_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Ten classes of noise, distinguishable by brightness, as train/<class>/* and val/<class>/*."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for label in range(10):
+            place = root / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 60, (40, 36, 3)) + 19 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A small full model, saved."""
+    return save_pretrained(small_vit(), tmp_path_factory.mktemp("model") / "full")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; gives (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lambda-vit", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_select_convert_validate_profile(run, folder, saved, tmp_path):
+    selection, small = tmp_path / "selection.json", tmp_path / "small"
+    code, out, err = run("select", "--model", saved, "--data", folder, "--count", 2, "--out", selection)
+    assert code == 0, err
+    picks = Selection.from_json(selection)
+    assert len(picks.layers) == 2
+    assert picks.samples == 30
+    assert f"Picked, in order: {picks.layers[0]}, {picks.layers[1]}" in out
+    assert "lambda-vit convert" in out
+
+    code, out, err = run("convert", "--model", saved, "--selection", selection, "--out", small)
+    assert code == 0, err
+    assert "parameters" in out
+    loaded = from_pretrained(small)
+    assert loaded.lambda_kernels_info.removed == tuple(sorted(picks.layers))
+    expected = convert_vit(from_pretrained(saved), picks)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), expected(x))
+
+    record = tmp_path / "v.json"
+    code, out, err = run(
+        "validate", "--model", small, "--reference", saved, "--data", folder, "--batch-size", 4, "--out", record
+    )
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(record.read_text())["variants"]}
+    assert rows["model"]["removed"] == sorted(picks.layers)
+    assert rows["model"]["parameters"] == sum(p.numel() for p in loaded.parameters())
+    assert rows["model"]["flops"] < rows["reference"]["flops"]
+    assert rows["model"]["images"] == 20
+    assert set(rows["model"]["latency_ms"]) == {"1", "4"}
+    assert 0 <= rows["model"]["agreement"] <= 100
+    assert "Top-1" in out
+
+    code, out, err = run("profile", "--model", small, "--data", folder, "--out", tmp_path / "p.json")
+    assert code == 0, err
+    assert "removed" in out
+    assert len(json.loads((tmp_path / "p.json").read_text())["blocks"]) == 4
+
+
+def test_convert_by_indices(run, saved, tmp_path):
+    code, out, _ = run("convert", "--model", saved, "--remove", "2,0", "--residual-scale", 2, "--out", tmp_path / "m")
+    assert code == 0
+    assert "blocks 0, 2" in out
+    assert from_pretrained(tmp_path / "m").lambda_kernels_info.residual_scale == 2.0
+
+
+def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, list[str]]]:
+    Selection((0,), depth=12).to_json(tmp_path / "deep.json")
+    Selection((0,), model="vit_giant", depth=4).to_json(tmp_path / "other.json")
+    out = ["--out", tmp_path / "out"]
+    data = ["--data", folder]
+    return {
+        "an unknown model": (
+            ["select", "--model", "deit_tinny", *data, *out],
+            ["deit_tinny", "Did you mean", "deit_tiny"],
+        ),
+        "no weights": (["select", "--model", "deit_tiny_patch16_224", *data, *out], ["--weights FILE", "--pretrained"]),
+        "two sources": (["select", "--model", saved, "--pretrained", *data, *out], ["folder with weights of its own"]),
+        "a folder that is no model": (["select", "--model", folder, *data, *out], ["config.json"]),
+        "no data": (["select", "--model", saved, "--data", folder / "absent", *out], ["absent", "does not exist"]),
+        "no split": (["profile", "--model", saved, *data, "--split", "test"], ["split='test'", "train, val"]),
+        "too many": (["select", "--model", saved, *data, "--count", 9, *out], ["count", "1 to 3", "9"]),
+        "no number": (["select", "--model", saved, *data, "--exclude", "a,b", *out], ["--exclude", "'a,b'"]),
+        "out of range": (["convert", "--model", saved, "--remove", "0,7", *out], ["7", "0 to 3"]),
+        "neither": (["convert", "--model", saved, *out], ["--selection FILE or --remove"]),
+        "another depth": (
+            ["convert", "--model", saved, "--selection", tmp_path / "deep.json", *out],
+            ["12 blocks", "has 4"],
+        ),
+        "another model": (["convert", "--model", saved, "--selection", tmp_path / "other.json", *out], ["vit_giant"]),
+        "no selection": (["convert", "--model", saved, "--selection", tmp_path / "none.json", *out], ["none.json"]),
+        "no device": (["profile", "--model", saved, *data, "--device", "cuda:77"], ["cuda:77", "There is: cpu"]),
+        "not a number": (["select", "--model", saved, *data, "--count", "two", *out], ["--count", "integer"]),
+    }
+
+
+@pytest.mark.parametrize("case", errors(Path("m"), Path("d"), Path("/tmp")))
+def test_errors_are_one_line_and_exit_2(case, run, saved, folder, tmp_path):
+    arguments, words = errors(saved, folder, tmp_path)[case]
+    code, _, err = run(*arguments)
+    assert code == 2
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_images_are_named_counted_or_refused(run, folder, saved, tmp_path):
+    import shutil
+
+    root = shutil.copytree(folder, tmp_path / "images")
+    bad = root / "train" / "class3" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    arguments = ["profile", "--model", saved, "--data", root]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert str(bad) in err
+    assert "--skip-bad" in err
+    code, out, _ = run(*arguments, "--skip-bad", 1)
+    assert code == 0
+    assert str(bad) in out
+    assert "29 images" in out
+    shutil.rmtree(root / "val" / "class4")
+    code, _, err = run("validate", "--model", saved, "--data", root)
+    assert code == 2
+    assert "missing (1): class4" in err
+
+
+def test_debug_shows_where_it_came_from(run, saved, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAMBDA_VIT_DEBUG", "1")
+    with pytest.raises(ValueError, match="--remove"):
+        run("convert", "--model", saved, "--remove", "x", "--out", tmp_path / "o")
+
+
+def test_doctor(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    for word in ("torch", "triton", "timm", "extension", "ln_mlp", "histogram", "float32", "no Triton kernel"):
+        assert word in out
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert {row["operator"] for row in found["backends"]} == {"ln_mlp", "histogram"}
+
+
+def test_doctor_says_why_there_is_no_extension(run, monkeypatch):
+    from lambda_kernels import _extension
+
+    monkeypatch.setattr(_extension, "why_unavailable", lambda: "no compiler was there when it was installed")
+    monkeypatch.setattr(_extension, "available", lambda: False)
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert "no compiler was there" in found["versions"]["extension"]
+    rows = [row for row in found["backends"] if row["operator"] == "histogram"]
+    assert {row["backend"] for row in rows if row["device"] == "cpu"} == {"torch"}
+
+
+def test_parse_indices():
+    assert cli.parse_indices("1, 5,4", "--remove") == (1, 5, 4)
+    assert cli.parse_indices("", "--remove") == ()
+
+
+def test_the_installed_command():
+    command = Path(sys.executable).parent / "lambda-vit"
+    assert command.exists(), "the package is not installed: pip install -e '.[test]'"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, env=environment)
+    for name in ("demo", "profile", "select", "convert", "validate", "doctor"):
+        assert name in done.stdout
+
+
+def test_weights_of_another_number_of_classes(tmp_path):
+    model = small_vit("vit_tiny_patch16_224", img_size=224, embed_dim=192, depth=12, num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    assert open_model("vit_tiny_patch16_224", weights=tmp_path / "w.pth").num_classes == 7
+
+
+@pytest.mark.slow
+def test_real_weights_and_images(run, real_data, tmp_path):
+    """Select, convert and validate on a real DeiT-Tiny and real images, few of them."""
+    data = ["--data", real_data / IMAGES]
+    model = ["--model", "deit_tiny_patch16_224", "--weights", real_data / WEIGHTS]
+    selection = tmp_path / "selection.json"
+    code, _, err = run("select", *model, *data, "--count", 2, "--samples", 30, "--out", selection)
+    assert code == 0, err
+    picks = Selection.from_json(selection)
+    assert picks.model == "deit_tiny_patch16_224"
+    assert "30 images for 1000 output channels" in picks.warnings[-1]
+    code, _, err = run("convert", *model, "--selection", selection, "--out", tmp_path / "small")
+    assert code == 0, err
+    code, _, err = run(
+        "validate", "--model", tmp_path / "small", "--reference", "deit_tiny_patch16_224",
+        "--reference-weights", real_data / WEIGHTS, *data, "--samples", 100, "--no-latency", "--out", tmp_path / "v.json",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads((tmp_path / "v.json").read_text())["variants"]}
+    assert rows["reference"]["parameters"] == 5_717_416
+    assert rows["reference"]["top1"] > 60
+    # two layers of little entropy skipped, nothing trained: far from chance (0.1 %), and not better by a miracle
+    assert 20 < rows["model"]["top1"] <= 100
+    assert rows["model"]["agreement"] > 30
