@@ -11,7 +11,8 @@ from .ops.ln_mlp import ln_mlp
 
 def fusion_obstacles(norm2: nn.Module, mlp: nn.Module, ls2: nn.Module) -> list[str]:
     """Why these modules cannot be computed as one `ln_mlp` without changing what they compute; empty when they can."""
-    from timm.layers import LayerNorm, LayerScale, Mlp
+    from timm.layers import LayerNorm, Mlp
+    from timm.models.vision_transformer import LayerScale  # timm.layers has another class of that name in some versions
 
     found = []
     if type(norm2) not in (nn.LayerNorm, LayerNorm):

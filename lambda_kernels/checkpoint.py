@@ -71,7 +71,7 @@ def save_pretrained(
             "fuse": info.fuse if info else "all",
         },
     }
-    difference = _first_difference(_build(config, "meta"), model)
+    difference = _first_difference(_build_skeleton(config), model)
     if difference:
         raise CheckpointError(
             f"timm.create_model({architecture!r}, **{model_args}) would not rebuild this model: {difference}. Pass what it "
@@ -215,11 +215,22 @@ def _build(config: dict, device: str, backend: str = "auto") -> nn.Module:
     return remove_attention(model, removed, ours["residual_scale"], ours["fuse"], backend)
 
 
+def _build_skeleton(config: dict) -> nn.Module:
+    """The model for its structure alone: without memory for weights where timm can build it so."""
+    try:
+        return _build(config, "meta")
+    except CheckpointError as error:
+        # timm before 1.0.23 reads its drop-path rates off a tensor, which a meta tensor does not have.
+        if "meta" not in str(error):
+            raise
+        return _build(config, "cpu")
+
+
 def _find_model_args(model: nn.Module, architecture: str, given: dict) -> dict:
     """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
     plain = {"architecture": architecture, "model_args": given, "lambda_kernels": {}}
     plain["lambda_kernels"] = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
-    default = _visible_args(_build(plain, "meta"))
+    default = _visible_args(_build_skeleton(plain))
     found = {k: v for k, v in _visible_args(model).items() if k not in given and v != default.get(k)}
     return {**found, **given}
 
@@ -242,7 +253,8 @@ def _visible_args(model: nn.Module) -> dict:
     args["num_classes"] = model.num_classes
     last = model.blocks[-1]  # the highest drop-path rate
     args["drop_path_rate"] = float(getattr(last.drop_path2, "drop_prob", 0.0) or 0.0)
-    args["init_values"] = getattr(last.ls2, "init_values", None)
+    # Any value makes a LayerScale; its gamma comes from the weights. Not every timm keeps the one it was built with.
+    args["init_values"] = getattr(last.ls2, "init_values", 1e-5 if hasattr(last.ls2, "gamma") else None)
     if isinstance(getattr(last.mlp, "fc1", None), nn.Linear):
         args["mlp_ratio"] = last.mlp.fc1.out_features / last.mlp.fc1.in_features
         args["proj_drop_rate"] = last.mlp.drop2.p

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import IMAGES, images, small_vit
 
-from lambda_kernels import NonFiniteActivationError, convert_vit
+from lambda_kernels import EntropyMeter, NonFiniteActivationError, convert_vit
 from lambda_vit import Selection, profile_layers, select_layers, transfer_entropy
 from lambda_vit.transfer import Measurement, skip_attention
 
@@ -89,9 +89,14 @@ def test_estimators_and_scores():
     gaussian = select_layers(model, data, 2)
     histogram = select_layers(model, data, 2, estimator="histogram")
     assert histogram.estimator == "histogram"
-    # two estimates of one quantity: the first round's scores go together
-    pairs = [(gaussian.rounds[0].scores[i], histogram.rounds[0].scores[i]) for i in range(4)]
-    assert float(torch.tensor(pairs).T.corrcoef()[0, 1]) > 0.9
+    with torch.no_grad():
+        logits = [
+            torch.cat([view(x) for x, _ in data]) for view in (model, *(skip_attention(model, (i,)) for i in range(4)))
+        ]
+    meters = [EntropyMeter("histogram").update(x).compute(differential=True).sum() for x in logits]
+    for i in range(4):
+        assert histogram.rounds[0].scores[i] == pytest.approx(float((meters[0] - meters[i + 1]).abs()), abs=1e-6)
+    assert histogram.rounds[0].scores != gaussian.rounds[0].scores
     assert select_layers(model, data, 1, score="pre_logits").channels == 48
     assert select_layers(small_vit(num_classes=0), data, 1).channels == 48
 
