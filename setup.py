@@ -176,20 +176,30 @@ def find_compiler(environ):
     return next((name for name in ("c++", "g++", "clang++") if shutil.which(name, path=path)), None)
 
 
-def make_plan(environ, compiler, toolkit, torch_version, torch_cuda):
+def headers_are_there():
+    """Whether C code can include Python.h; Linux distributions ship it apart from Python itself."""
+    return any((Path(sysconfig.get_path(name)) / "Python.h").is_file() for name in ("include", "platinclude"))
+
+
+def make_plan(environ, compiler, toolkit, torch_version, torch_cuda, headers=True):
     """Decides what to build.
 
     Raises:
         BuildError: LAMBDA_KERNELS_CUDA=1, and the CUDA code cannot be built.
     """
     switch = cuda_switch(environ)
-    obstacle = "no C++ compiler found" if compiler is None else cuda_obstacle(toolkit, torch_version, torch_cuda)
+    missing = None
+    if compiler is None:
+        missing = "no C++ compiler found"
+    elif not headers:
+        missing = "Python.h not found (on Debian and Ubuntu it comes with python3-dev)"
+    obstacle = missing or cuda_obstacle(toolkit, torch_version, torch_cuda)
     if switch and obstacle:
         raise BuildError(
             f"LAMBDA_KERNELS_CUDA=1, but {obstacle}. LAMBDA_KERNELS_CUDA=0 (or unset) installs without CUDA code."
         )
-    if compiler is None:
-        return Plan(False, None, f"{obstacle}: no extension is built, the operators run as plain PyTorch")
+    if missing:
+        return Plan(False, None, f"{missing}: no extension is built, the operators run as plain PyTorch")
     if switch is False:
         return Plan(True, None, "building CPU code only: LAMBDA_KERNELS_CUDA=0")
     if obstacle:
@@ -267,7 +277,7 @@ def setup_arguments(environ):
         raise BuildError(
             "PyTorch must be there to build the extension: install torch first, or drop --no-build-isolation"
         ) from error
-    plan = make_plan(environ, compiler, toolkit, torch.__version__, torch.version.cuda)
+    plan = make_plan(environ, compiler, toolkit, torch.__version__, torch.version.cuda, headers_are_there())
     print(f"lambda-kernels: {plan.message}", file=sys.stderr, flush=True)
     if not plan.cpp:
         return {}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,9 +20,11 @@ from .blocks import AttentionFreeBlock
 from .convert import check_indices, remove_attention
 from .errors import CheckpointError
 from .families import inspect_model
-from .files import atomic_write, sha256, write_json
+from .files import atomic_write, remove_leftovers, sha256, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# The weights that an existing config.json belongs to, kept until the new one has replaced it.
+PREVIOUS = "model.previous.safetensors"
 FORMAT = 1
 
 # Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
@@ -30,7 +34,9 @@ _NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing")
 def save_pretrained(
     model: nn.Module, folder: str | Path, *, architecture: str | None = None, model_args: dict | None = None
 ) -> Path:
-    """Write `folder/config.json` and `folder/model.safetensors`; both replace earlier ones atomically.
+    """Write `folder/config.json` and `folder/model.safetensors`.
+
+    They replace earlier ones so that `from_pretrained` finds the old model or the new one whenever this is killed.
 
     Args:
         model: A timm vision transformer, converted or not.
@@ -56,13 +62,14 @@ def save_pretrained(
             f"{type(model).__name__} does not say which timm model it is. Build it with timm.create_model, or pass "
             "architecture='…' (and model_args)"
         )
-    model_args = _find_model_args(model, architecture, dict(model_args or {}))
+    cfg = {key: value for key, value in cfg.items() if _is_json(value)}
+    model_args = _find_model_args(model, architecture, cfg, dict(model_args or {}))
     info = getattr(model, "lambda_kernels_info", None)
     config = {
         "architecture": architecture,
         "num_classes": model.num_classes,
         "model_args": model_args,
-        "pretrained_cfg": {key: value for key, value in cfg.items() if _is_json(value)},
+        "pretrained_cfg": cfg,
         "lambda_kernels": {
             "format": FORMAT,
             "version": __version__,
@@ -80,14 +87,41 @@ def save_pretrained(
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     _check_room(folder, state)
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / WEIGHTS) as weights:
-        save_file(state, weights, metadata={"format": "pt"})
-        config["lambda_kernels"]["sha256"] = sha256(weights)
+    for name in (WEIGHTS, CONFIG):
+        remove_leftovers(folder / name)
+    try:
+        with atomic_write(folder / WEIGHTS) as weights:
+            save_file(state, weights, metadata={"format": "pt"})
+            config["lambda_kernels"]["sha256"] = sha256(weights)
+            if _weights_of(folder) == folder / WEIGHTS:
+                with atomic_write(folder / PREVIOUS) as kept:
+                    _link_or_copy(folder / WEIGHTS, kept)
+    except SafetensorError as error:
+        raise OSError(f"writing {folder / WEIGHTS} failed ({error}); the model that was there is kept") from error
     write_json(folder / CONFIG, config)
+    (folder / PREVIOUS).unlink(missing_ok=True)
     return folder
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _weights_of(folder: Path) -> Path | None:
+    """The file of weights that `folder/config.json` was written with; None if neither is."""
+    try:
+        expected = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lambda_kernels"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    candidates = (folder / WEIGHTS, folder / PREVIOUS)
+    return next((path for path in candidates if path.is_file() and sha256(path) == expected), None)
 
 
 def from_pretrained(
@@ -108,28 +142,51 @@ def from_pretrained(
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; expected a folder written by save_pretrained")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        ours = config["lambda_kernels"]
-        version, expected = ours["format"], ours["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    config = _read_config(folder / CONFIG)
+    weights = _weights_of(folder)
+    if weights is None:
         raise CheckpointError(
-            f"{folder / CONFIG} is not a config written by save_pretrained ({type(error).__name__}: {error})"
-        ) from error
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {version}, this version reads up to {FORMAT}; update lambda-kernels"
+            f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: a file was damaged or replaced. Save the "
+            "model again"
         )
-    if sha256(folder / WEIGHTS) != expected:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: a save was interrupted, or a file was "
-            "replaced. Save the model again"
-        )
-    ours.update({} if fuse is None else {"fuse": fuse})
+    if weights.name == PREVIOUS:
+        warnings.warn(f"the last save to {folder} was interrupted; this is the model saved before it", stacklevel=2)
+    if fuse is not None:
+        config["lambda_kernels"]["fuse"] = fuse
     model = _build(config, "cpu", backend)
     # assign keeps the dtypes of the file, so a bf16 model comes back as one
-    load_state_dict(model, read_weights(folder / WEIGHTS), assign=True, source=str(folder / WEIGHTS))
+    load_state_dict(model, read_weights(weights), assign=True, source=str(weights))
     return model.to(device).eval()
+
+
+_KINDS = {
+    "architecture": str,
+    "model_args": dict,
+    "pretrained_cfg": dict,
+    "lambda_kernels": dict,
+    "lambda_kernels.format": int,
+    "lambda_kernels.removed": list,
+    "lambda_kernels.residual_scale": (int, float),
+    "lambda_kernels.fuse": str,
+    "lambda_kernels.sha256": str,
+}
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a config written by save_pretrained: {error}") from error
+    for name, kind in _KINDS.items():
+        value = config
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CheckpointError(f"{path} is not a config written by save_pretrained: {name} is {value!r}")
+    if config["lambda_kernels"]["format"] > FORMAT:
+        found = config["lambda_kernels"]["format"]
+        raise CheckpointError(f"{path} has format {found}, this version reads up to {FORMAT}; update lambda-kernels")
+    return config
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -205,7 +262,13 @@ def _build(config: dict, device: str, backend: str = "auto") -> nn.Module:
     ours = config["lambda_kernels"]
     try:
         with torch.device(device):
-            model = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
+            model = timm.create_model(
+                config["architecture"],
+                pretrained=False,
+                # the mean, standard deviation and crop that the weights were trained with come back with them
+                pretrained_cfg=config["pretrained_cfg"] or None,
+                **config["model_args"],
+            )
     except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError …
         raise CheckpointError(
             f"timm cannot build {config['architecture']!r} with {config['model_args']} ({type(error).__name__}: {error})"
@@ -226,10 +289,10 @@ def _build_skeleton(config: dict) -> nn.Module:
         return _build(config, "cpu")
 
 
-def _find_model_args(model: nn.Module, architecture: str, given: dict) -> dict:
+def _find_model_args(model: nn.Module, architecture: str, cfg: dict, given: dict) -> dict:
     """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
-    plain = {"architecture": architecture, "model_args": given, "lambda_kernels": {}}
-    plain["lambda_kernels"] = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
+    ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
+    plain = {"architecture": architecture, "model_args": given, "pretrained_cfg": cfg, "lambda_kernels": ours}
     default = _visible_args(_build_skeleton(plain))
     found = {k: v for k, v in _visible_args(model).items() if k not in given and v != default.get(k)}
     return {**found, **given}
@@ -237,7 +300,8 @@ def _find_model_args(model: nn.Module, architecture: str, given: dict) -> dict:
 
 def _visible_args(model: nn.Module) -> dict:
     """Constructor arguments that can be read off a built model."""
-    names = inspect.signature(type(model).__init__).parameters
+    # Over all base classes: a distilled model passes *args and **kwargs on.
+    names = {name for cls in type(model).__mro__ for name in inspect.signature(cls.__init__).parameters}
     args = {
         k: v
         for k, v in vars(model).items()
@@ -250,6 +314,8 @@ def _visible_args(model: nn.Module) -> dict:
     if getattr(patch, "img_size", None) is not None:
         args["img_size"] = list(patch.img_size)
     args["depth"] = len(model.blocks)
+    args["class_token"] = getattr(model, "cls_token", None) is not None
+    args["reg_tokens"] = getattr(model, "num_reg_tokens", 0)
     args["num_classes"] = model.num_classes
     last = model.blocks[-1]  # the highest drop-path rate
     args["drop_path_rate"] = float(getattr(last.drop_path2, "drop_prob", 0.0) or 0.0)
@@ -260,7 +326,11 @@ def _visible_args(model: nn.Module) -> dict:
         args["proj_drop_rate"] = last.mlp.drop2.p
     for block in model.blocks:
         if not isinstance(block, AttentionFreeBlock):
-            args |= {"num_heads": block.attn.num_heads, "attn_drop_rate": block.attn.attn_drop.p}
+            attn = block.attn
+            args |= {"num_heads": attn.num_heads, "attn_drop_rate": attn.attn_drop.p}
+            if isinstance(getattr(attn, "qkv", None), nn.Linear):
+                args["qkv_bias"] = attn.qkv.bias is not None
+            args["qk_norm"] = not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity)
             break
     for name, dropout in (("drop_rate", "head_drop"), ("pos_drop_rate", "pos_drop"), ("patch_drop_rate", "patch_drop")):
         module = getattr(model, dropout, None)

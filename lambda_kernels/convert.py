@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from .blocks import AttentionFreeBlock
+from .blocks import AttentionFreeBlock, has_hooks
 from .errors import AlreadyConvertedError, UnsupportedModelError
 from .families import Anatomy, inspect_model
 from .ops.checks import check_choice
@@ -35,7 +35,11 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class ConversionInfo:
-    """What `convert_vit` did to a model; it hangs on the model as `lambda_kernels_info`."""
+    """What `convert_vit` did to a model; it hangs on the model as `lambda_kernels_info`.
+
+    `blocks` says how each block runs in eval mode on the device and with the dtype that the model had when it was
+    converted; `describe_blocks(model)` says it for the present ones.
+    """
 
     removed: tuple[int, ...]
     residual_scale: float
@@ -62,7 +66,7 @@ def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int
         raise ValueError(f"{name} must be a sequence of block indices; got {layers!r}. {allowed}")
     checked: list[int] = []
     for value in layers:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
             raise ValueError(f"{name} holds {value!r}: {allowed}")
         try:
             index = operator.index(value)
@@ -122,15 +126,23 @@ def remove_attention(
 ) -> nn.Module:
     """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
+    Any block with timm's names for its MLP half can be swapped, one without attention too.
+
     Raises:
+        ValueError: `fuse` or `backend` is none of the known ones.
         BackendUnavailableError: `backend` was asked for by name and cannot run; the model is untouched.
     """
+    check_choice("fuse", fuse, FUSE)
+    check_choice("backend", backend, BACKENDS)
     options = {"residual_scale": residual_scale, "fuse": fuse != "none", "backend": backend}
     new = {i: AttentionFreeBlock.from_block(model.blocks[i], **options) for i in removed}
-    info = _describe(model, new, residual_scale, fuse, backend)
+    rows = _describe(list(model.blocks), new, fuse, *_place(model))
+    hooked = [i for i in removed if has_hooks(model.blocks[i])]
+    if hooked:
+        warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
     for index, block in new.items():
         model.blocks[index] = block
-    model.lambda_kernels_info = info
+    model.lambda_kernels_info = ConversionInfo(removed, float(residual_scale), fuse, backend, rows)
     return model
 
 
@@ -157,8 +169,8 @@ def convert_vit(
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
-        The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that is converted already, with the
-        same arguments' result, comes back as it is.
+        The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that was converted by the same
+        arguments comes back as it is; another `fuse` or `backend` is applied.
 
     Raises:
         ValueError: Indices or options are wrong, or no attention would be left for a class token to read the image.
@@ -176,7 +188,11 @@ def convert_vit(
     removed = check_indices(remove, anatomy.depth)
     if anatomy.removed:
         if (removed, float(residual_scale)) == (anatomy.removed, anatomy.residual_scale):
-            return model
+            info = getattr(model, "lambda_kernels_info", None)
+            if info is not None and (info.fuse, info.backend) == (fuse, backend):
+                return model
+            target = model if inplace else copy.deepcopy(model)
+            return remove_attention(target, removed, residual_scale, fuse, backend)
         raise AlreadyConvertedError(
             f"the model has lost the attention of blocks {list(anatomy.removed)} already (residual_scale "
             f"{anatomy.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
@@ -186,16 +202,26 @@ def convert_vit(
     return remove_attention(model if inplace else copy.deepcopy(model), removed, residual_scale, fuse, backend)
 
 
-def _describe(
-    model: nn.Module, new: dict[int, AttentionFreeBlock], residual_scale: float, fuse: str, backend: str
-) -> ConversionInfo:
+def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
+    """How each block of a converted model runs in eval mode, where the model is now, and why."""
+    new = {i: block for i, block in enumerate(model.blocks) if isinstance(block, AttentionFreeBlock)}
+    return _describe(list(model.blocks), new, model.lambda_kernels_info.fuse, *_place(model))
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     weight = next(model.parameters(), torch.empty(0))
+    return weight.device, weight.dtype
+
+
+def _describe(
+    blocks: list[nn.Module], new: dict[int, AttentionFreeBlock], fuse: str, device: torch.device, dtype: torch.dtype
+) -> tuple[BlockInfo, ...]:
     rows = []
-    for index in range(len(model.blocks)):
+    for index in range(len(blocks)):
         if index in new:
-            choice = new[index].path(weight.device, weight.dtype)
+            choice = new[index].path(device, dtype, training=False)
             rows.append(BlockInfo(index, "removed", choice.backend, choice.reason))
         else:
             reason = "fusing blocks with attention is not in this version" if fuse == "all" else f"fuse={fuse!r}"
             rows.append(BlockInfo(index, "kept", "timm", reason))
-    return ConversionInfo(tuple(new), float(residual_scale), fuse, backend, tuple(rows))
+    return tuple(rows)

@@ -22,7 +22,7 @@ from .ops.checks import check_choice, check_tensor
 KINDS = ("gaussian", "histogram")
 PER = ("channel", "layer", "sample")
 
-# A channel that never changes has log σ = −∞. It is given this standard deviation instead, counted and reported.
+# A channel that never changes has log σ = −∞. One below this standard deviation is given it, counted and reported.
 STD_FLOOR = 2.0**-24
 
 # Rows that are turned into float64 at a time: bounds the memory of an update to a few tens of megabytes.
@@ -115,10 +115,13 @@ class EntropyMeter:
     ) -> None:
         check_choice("kind", kind, KINDS)
         check_choice("per", per, PER)
-        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-            raise ValueError(f"bins must be a positive integer; got {bins!r}")
-        if not (base > 0 and base != 1):
-            raise ValueError(f"base must be positive and not 1; got {base!r}")
+        least = 2 if range is None else 1  # the dyadic grid needs a bin on either side of 0
+        if isinstance(bins, bool) or not isinstance(bins, int) or not least <= bins <= ops.MAX_BINS:
+            raise ValueError(f"bins must be an integer from {least} to {ops.MAX_BINS}; got {bins!r}")
+        if not (0 < base < math.inf and base != 1):
+            raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
+        if range is not None and kind != "histogram":
+            raise ValueError(f"range={range!r} belongs to kind='histogram'; got kind={kind!r}")
         if range is not None:
             low, high = (float(v) for v in range)
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -138,6 +141,8 @@ class EntropyMeter:
             NonFiniteActivationError: NaN or infinity; names what was measured, the batch and the dtype.
         """
         check_tensor("x", x)
+        if x.dim() == 0 or (x.dim() > 1 and x.shape[-1] == 0):
+            raise ValueError(f"{self.name}: x must be [..., C] with at least one channel; got shape {list(x.shape)}")
         x = x.detach()
         if self.per == "sample":
             x = x.reshape(x.shape[0], -1).T
@@ -145,7 +150,7 @@ class EntropyMeter:
             x = x.reshape(-1, 1)
         else:
             x = x.reshape(-1, x.shape[-1])
-        self.updates += 1
+        batch, self.updates = self.updates, self.updates + 1
         if x.numel() == 0:
             return self
         if x.device.type == "mps":  # Metal has no float64
@@ -153,8 +158,12 @@ class EntropyMeter:
         new = _Gaussian.of(x) if self.kind == "gaussian" else _Histogram.of(x, self.bins, self.range)
         if not new.finite:
             bad = int((~torch.isfinite(x)).sum())
+            if bad == 0:
+                raise ValueError(
+                    f"{self.name}: values up to {float(x.abs().max()):g} are too large to take statistics of"
+                )
             raise NonFiniteActivationError(
-                f"{self.name}: {bad} of {x.numel()} values are NaN or infinite in batch {self.updates - 1} "
+                f"{self.name}: {bad} of {x.numel()} values are NaN or infinite in batch {batch} "
                 f"({str(x.dtype).removeprefix('torch.')}). "
                 + ("Try bfloat16 or float32" if x.dtype == torch.float16 else "Check the weights and the input")
             )
@@ -191,7 +200,7 @@ class EntropyMeter:
         device = self._parts[0].device if self._parts else None
         self.updates, self._parts = 0, []
         for state in states:
-            other = EntropyMeter(**self._options())
+            other = EntropyMeter(**self._options(), name=self.name)
             other.load_state_dict(state, device=device)
             self.merge(other)
         return self
@@ -202,8 +211,13 @@ class EntropyMeter:
         return self._parts[0].count if self._parts else 0
 
     @property
+    def channels(self) -> int:
+        """How many entropies `compute` gives."""
+        return sum(part.channels for part in self._parts)
+
+    @property
     def constant_channels(self) -> int:
-        """How many channels never changed. A Gaussian gives them the floor `STD_FLOOR` instead of −∞."""
+        """How many channels do not change (Gaussian: by less than `STD_FLOOR`, which they are given instead)."""
         return sum(int(part.constant().sum()) for part in self._parts)
 
     def compute(self, *, constant: bool = False, differential: bool = False) -> Tensor:
@@ -221,7 +235,7 @@ class EntropyMeter:
             raise ValueError(f"{self.name}: an entropy needs at least two samples per channel; got {self.count}")
         if self.kind == "histogram":
             return torch.cat([part.entropy(self.base, differential, self.name) for part in self._parts])
-        dead, channels = self.constant_channels, sum(part.channels for part in self._parts)
+        dead, channels = self.constant_channels, self.channels
         if dead == channels:
             raise ValueError(f"{self.name}: all {channels} channels are constant over {self.count} samples")
         if dead:
@@ -233,7 +247,7 @@ class EntropyMeter:
         return torch.cat([part.entropy(self.base, constant) for part in self._parts])
 
     def _options(self) -> dict:
-        return {name: getattr(self, name) for name in ("kind", "per", "bins", "range", "base", "name")}
+        return {name: getattr(self, name) for name in ("kind", "per", "bins", "range", "base")}
 
     def state_dict(self) -> dict:
         """Everything seen so far, as tensors on the CPU and plain values."""
@@ -281,13 +295,15 @@ class _Gaussian:
         return _Gaussian(count, mean, m2)
 
     def entropy(self, base: float, constant: bool) -> Tensor:
-        std = (self.m2 / (self.count - 1)).sqrt()
-        std = torch.where(self.constant(), std.new_tensor(STD_FLOOR), std)
+        std = self._std().clamp_min(STD_FLOOR)
         offset = 0.5 * math.log(2 * math.pi * math.e) if constant else 0.0
         return (std.log() + offset) / math.log(base)
 
     def constant(self) -> Tensor:
-        return self.m2 == 0
+        return self._std() < STD_FLOOR
+
+    def _std(self) -> Tensor:
+        return (self.m2 / max(1, self.count - 1)).sqrt()
 
     @property
     def finite(self) -> bool:
@@ -359,7 +375,8 @@ class _Histogram:
 
     @property
     def finite(self) -> bool:
-        return not bool(self.outside[:, 2:].any())
+        # The dyadic grid follows the data: what it cannot hold is not finite, or beyond its largest magnitude.
+        return not bool(self.outside[:, 0 if self.extrema is not None else 2 :].any())
 
     @property
     def channels(self) -> int:

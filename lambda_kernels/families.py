@@ -27,13 +27,13 @@ _REFUSED = {
     "timm.models.vision_transformer_relpos.RelPosBlock": "its attention takes relative position biases",
     "timm.models.vision_transformer_relpos.ResPostRelPosBlock": "its norms come after the branches",
     "timm.models.vision_transformer_sam.Block": "its attention works in windows on a 2-d token map",
+    "timm.models.naflexvit.NaFlexVit": "its batches hold padding, which every statistic would have to leave out",
     "timm.models.swin_transformer.SwinTransformer": "attention in shifted windows mixes with the stages' down-sampling",
     "timm.models.swin_transformer_v2.SwinTransformerV2": "attention in shifted windows, post-norm",
     "timm.models.cait.LayerScaleBlock": "talking-heads attention, and separate class-attention blocks follow",
     "timm.models.xcit.XCABlock": "attention over channels, with a local patch interaction between it and the MLP",
     "timm.models.volo.VOLO": "outlook attention in some stages, and class-attention blocks follow",
     "timm.models.tnt.Block": "each block nests an inner transformer over pixels",
-    "lambda_vit.dilution.DilutedBlock": "its attention is still being diluted; call lambda_vit.finish_dilution first",
     "timm.models.convit.Block": "gated positional attention replaces the plain one in the lower blocks",
 }
 
@@ -72,13 +72,16 @@ def inspect_model(model: nn.Module) -> Anatomy:
     _refuse_wrappers(model)
     blocks = getattr(model, "blocks", None)
     name = type(model).__name__
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        reason = _REFUSED.get(qualified_name(model), "it has no sequence of transformer blocks named `blocks`")
+    reason = _REFUSED.get(qualified_name(model))
+    if reason is None and (not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0):
+        reason = "it has no sequence of transformer blocks named `blocks`"
+    if reason is not None:
         raise UnsupportedModelError(f"{name} is not supported: {reason}. {_ADVICE}")
     strangers = {i: blk for i, blk in enumerate(blocks) if type(blk) not in (Block, AttentionFreeBlock)}
     if strangers:
         index, stranger = next(iter(strangers.items()))
-        reason = _REFUSED.get(qualified_name(model)) or _REFUSED.get(qualified_name(stranger))
+        # A block that stands in for another one for a while can say itself what has to be done first.
+        reason = getattr(stranger, "why_not_convertible", None) or _REFUSED.get(qualified_name(stranger))
         if reason is None:
             reason = (
                 "a subclass of timm's Block may compute something else"
@@ -109,6 +112,7 @@ def _refuse_wrappers(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     remedies = {
         "DistributedDataParallel": ("module", "convert before wrapping, or pass model.module and wrap again"),
+        "FullyShardedDataParallel": ("module", "convert before wrapping"),
         "DataParallel": ("module", "convert before wrapping, or pass model.module and wrap again"),
         "OptimizedModule": ("_orig_mod", "convert before torch.compile, or pass model._orig_mod and compile again"),
         "FeatureGetterNet": ("model", "convert before features_only wrapping, or pass model.model"),

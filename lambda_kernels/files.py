@@ -6,36 +6,58 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success it is flushed to disk and renamed to `path`.
+def atomic_writes(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
+    """Yield a temporary path beside each of `paths`; on success all are flushed to disk, then renamed in that order.
 
-    On an exception the temporary file is removed and `path` keeps what it had.
+    On an exception the temporary files are removed and every path keeps what it had. Folders are created.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    targets = [Path(path) for path in paths]
+    mark = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporaries = [target.with_name(f".{target.name}{mark}") for target in targets]
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporaries
+        for temporary in temporaries:
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+        for temporary, target in zip(temporaries, targets, strict=True):
+            os.replace(temporary, target)
+        for folder in {target.parent for target in targets}:
+            _flush_folder(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """`atomic_writes` for one file."""
+    with atomic_writes([path]) as (temporary,):
+        yield temporary
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove temporary files that a killed process left while it was writing `path`."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    # A rename is on disk only when its folder is. Elsewhere than on POSIX a folder cannot be opened.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -48,6 +70,21 @@ def write_json(path: str | Path, value: object) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise before long work whose result could not be written to `path` afterwards. Leaves nothing behind.
+
+    Raises:
+        OSError: The folder, or the nearest one above it that is there, cannot be written to; the message names it.
+    """
+    folder = next(place for place in Path(path).absolute().parents if place.exists())
+    probe = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another place than {path}") from error
 
 
 def sha256(path: str | Path) -> str:

@@ -132,6 +132,16 @@ def test_plan_without_cuda_says_why_in_one_line(build: ModuleType, given: dict, 
         plan(build, "1", **given)
 
 
+def test_plan_without_python_headers(build: ModuleType) -> None:
+    toolkit = build.Toolkit(Path("/cuda"), Path("/cuda/include"), Path("/cuda/lib64/libcudart_static.a"), "13.0")
+    decided = build.make_plan({}, "c++", toolkit, "2.15.0", "13.2", headers=False)
+    assert (decided.cpp, decided.toolkit) == (False, None)
+    assert "python3-dev" in decided.message
+    with pytest.raises(build.BuildError, match=r"Python\.h"):
+        build.make_plan({"LAMBDA_KERNELS_CUDA": "1"}, "c++", toolkit, "2.15.0", "13.2", headers=False)
+    assert build.headers_are_there()
+
+
 def test_plan_without_compiler(build: ModuleType) -> None:
     decided = plan(build, "", compiler=None)
     assert (decided.cpp, decided.toolkit) == (False, None)

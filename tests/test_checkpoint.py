@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from conftest import images, small_vit
+from conftest import REPOSITORY, images, small_vit
 
 import lambda_kernels.checkpoint as checkpoint
 from lambda_kernels import CheckpointError, convert_vit, from_pretrained, save_pretrained
@@ -93,11 +94,11 @@ def test_the_loaded_model_can_be_trained(tmp_path):
 
 
 def test_a_model_that_could_not_be_rebuilt_is_refused_when_saved(tmp_path):
-    model = small_vit(qkv_bias=False)
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv.*bias=False.*model_args"):
+    model = small_vit(act_layer="relu")
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.act is ReLU.*model_args"):
         save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    save_pretrained(model, tmp_path / "model", model_args={"qkv_bias": False})
+    save_pretrained(model, tmp_path / "model", model_args={"act_layer": "relu"})
     assert torch.equal(from_pretrained(tmp_path / "model")(images()), model(images()))
     model = small_vit()
     model.pretrained_cfg = {}
@@ -143,11 +144,22 @@ def test_damaged_folders(tmp_path):
         from_pretrained(tmp_path / "lost")
     with open(damage("cut") / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(CheckpointError, match="interrupted"):
+    with pytest.raises(CheckpointError, match="damaged or replaced"):
         from_pretrained(tmp_path / "cut")
     (damage("text") / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not a config"):
         from_pretrained(tmp_path / "text")
+    whole = json.loads((good / "config.json").read_text())
+    for key in ("removed", "residual_scale", "fuse", "format", "sha256"):
+        for wrong in (None, "2" if key != "fuse" else 2):
+            ours = {**whole["lambda_kernels"], key: wrong}
+            write_json(tmp_path / "text" / "config.json", {**whole, "lambda_kernels": ours})
+            with pytest.raises(CheckpointError):
+                from_pretrained(tmp_path / "text")
+    for key in ("architecture", "model_args", "lambda_kernels"):
+        write_json(tmp_path / "text" / "config.json", {k: v for k, v in whole.items() if k != key})
+        with pytest.raises(CheckpointError, match=f"{key}.* is None"):
+            from_pretrained(tmp_path / "text")
     config = json.loads((damage("newer") / "config.json").read_text())
     config["lambda_kernels"]["format"] = 99
     write_json(tmp_path / "newer" / "config.json", config)
@@ -175,12 +187,79 @@ def test_an_interrupted_save_keeps_the_previous_one(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert torch.equal(from_pretrained(tmp_path)(images()), first(images()))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    # between the two files: noticed, not silently mixed
+    # between the two files: the first model still loads, and says so
     monkeypatch.setattr(checkpoint, "write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_pretrained(second, tmp_path)
-    with pytest.raises(CheckpointError, match="interrupted"):
-        from_pretrained(tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            save_pretrained(second, tmp_path)
+        with pytest.warns(UserWarning, match="last save to .* was interrupted"):
+            assert torch.equal(from_pretrained(tmp_path)(images()), first(images()))
+    monkeypatch.undo()
+    save_pretrained(second, tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(images()), second(images()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_process_killed_anywhere_leaves_one_whole_model(tmp_path):
+    """SIGKILL, which no cleanup sees, at every system call that could matter: rename, link, flush."""
+    first = convert_vit(small_vit(), remove=(0,))
+    code = """
+import os, signal, sys
+from conftest import small_vit
+from lambda_kernels import convert_vit, save_pretrained
+model, left = convert_vit(small_vit(), remove=(1,)), int(sys.argv[2])
+def deadly(real):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+for name in ("replace", "link", "fsync"):
+    setattr(os, name, deadly(getattr(os, name)))
+for start in range(int(sys.argv[2]), -1, -1):  # each child dies at a call of its own
+    left = start
+    if os.fork() == 0:
+        save_pretrained(model, os.path.join(sys.argv[1], str(start)))
+        os._exit(0)
+    os.wait()
+"""
+    calls = 12
+    for number in range(calls + 1):
+        save_pretrained(first, tmp_path / str(number))
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(calls)],
+        check=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [from_pretrained(tmp_path / str(n)).lambda_kernels_info.removed for n in range(calls + 1)]
+    assert found[0] == (0,)
+    assert found[-1] == (1,)
+    assert found == sorted(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "deit_tiny_distilled_patch16_224"])
+def test_what_belongs_to_the_weights_comes_back(name, tmp_path):
+    """Mean, standard deviation and crop of the tag, and the second head of a distilled model."""
+    from timm.data import resolve_model_data_config
+
+    model = convert_vit(small_vit(name, reg_tokens=2) if "dino" in name else small_vit(name), remove=(0,))
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.pretrained_cfg["tag"] == model.pretrained_cfg["tag"]
+    wanted, found = (resolve_model_data_config(m) for m in (model, loaded))
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()} == {
+        k: list(v) if isinstance(v, (tuple, list)) else v for k, v in found.items()
+    }
+    assert torch.equal(loaded(images()), model(images()))
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):

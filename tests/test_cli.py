@@ -167,6 +167,80 @@ def test_bad_images_are_named_counted_or_refused(run, folder, saved, tmp_path):
     assert "missing (1): class4" in err
 
 
+def test_own_classes(run, folder, saved, tmp_path):
+    """Labels play no part in selecting; validating needs to know which output a folder means."""
+    import shutil
+
+    root = tmp_path / "images"
+    for name, source in (("cat", "class3"), ("dog", "class7")):
+        for split in ("train", "val"):
+            shutil.copytree(folder / split / source, root / split / name)
+    code, _, err = run("select", "--model", saved, "--data", root, "--count", 1, "--out", tmp_path / "s.json")
+    assert code == 0, err
+    code, _, err = run("validate", "--model", saved, "--data", root)
+    assert code == 2
+    assert "--class-map" in err
+    (tmp_path / "map.json").write_text('{"cat": 3, "dog": 7}')
+    arguments = ["validate", "--model", saved, "--data", root, "--no-latency"]
+    code, _, err = run(*arguments, "--class-map", tmp_path / "map.json")
+    assert code == 0, err
+    (tmp_path / "map.json").write_text('{"cat": "three"}')
+    code, _, err = run(*arguments, "--class-map", tmp_path / "map.json")
+    assert code == 2
+    assert "map.json must hold an object" in err
+
+
+def test_models_that_want_other_images_are_not_compared(run, folder, saved, tmp_path):
+    other = small_vit()
+    other.pretrained_cfg = {**other.pretrained_cfg, "mean": [0.1, 0.2, 0.3]}
+    save_pretrained(other, tmp_path / "other")
+    code, _, err = run("validate", "--model", saved, "--reference", tmp_path / "other", "--data", folder)
+    assert code == 2
+    assert "mean" in err
+    assert "Validate each alone" in err
+
+
+def test_unwritable_outputs_are_refused_before_the_work(run, folder, saved, monkeypatch):
+    import lambda_vit.loading
+
+    monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: pytest.fail("work began"))
+    for command in (["select", "--data", folder], ["profile", "--data", folder], ["convert", "--remove", "0"]):
+        code, _, err = run(*command, "--model", saved, "--out", "/proc/nowhere/out.json")
+        assert code == 2
+        assert "cannot write to /proc" in err
+
+
+def test_brackets_and_spaces_in_paths(run, saved, tmp_path):
+    out = tmp_path / "a [b] [/c]"
+    code, printed, err = run("convert", "--model", saved, "--remove", "0", "--out", out)
+    assert code == 0, err
+    assert f"Written: {out}/" in printed
+    assert f"--model '{out}'" in printed
+    from_pretrained(out)
+
+
+def test_a_pipe_that_cannot_show_every_letter(saved, tmp_path):
+    command = Path(sys.executable).parent / "lambda-vit"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [command, "convert", "--model", saved, "--remove", "0", "--out", tmp_path / "m"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Written" in done.stdout
+
+
+def test_an_unsupported_model_is_named_before_its_weights_are(run, folder, tmp_path):
+    torch.save({}, tmp_path / "w.pth")
+    arguments = ["select", "--model", "swin_tiny_patch4_window7_224", "--weights", tmp_path / "w.pth"]
+    code, _, err = run(*arguments, "--data", folder, "--out", tmp_path / "s.json")
+    assert code == 2
+    assert "SwinTransformer is not supported" in err
+
+
 def test_debug_shows_where_it_came_from(run, saved, monkeypatch, tmp_path):
     monkeypatch.setenv("LAMBDA_VIT_DEBUG", "1")
     with pytest.raises(ValueError, match="--remove"):

@@ -20,6 +20,7 @@ from lambda_kernels import (
     UnsupportedModelError,
     convert_vit,
 )
+from lambda_kernels.convert import describe_blocks
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {}),
@@ -125,6 +126,42 @@ def test_which_path_runs(monkeypatch):
     assert not calls
 
 
+def test_parts_changed_after_conversion_count():
+    """An adapter around a linear, another activation, a backward hook: what is there when it runs is what runs."""
+
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return 100 * super().forward(x)
+
+    converted = convert_vit(build("vit"), remove=(0,))
+    block, before = converted.blocks[0], converted(images())
+    plain = block.mlp.fc1
+    block.mlp.fc1 = Louder(48, 192)
+    block.mlp.fc1.load_state_dict(plain.state_dict())
+    assert block.path(torch.device("cpu"), torch.float32).backend == "modules"
+    assert not torch.allclose(converted(images()), before, atol=1e-3)
+    block.mlp.fc1 = plain
+    assert torch.equal(converted(images()), before)
+    block.mlp.act = nn.ReLU()
+    assert "ReLU" in block.path(torch.device("cpu"), torch.float32).reason
+    assert not torch.allclose(converted(images()), before, atol=1e-3)
+    block.mlp.act = nn.GELU()
+    fired = []
+    block.mlp.register_full_backward_hook(lambda module, grads, outputs: fired.append(module))
+    converted(images()).sum().backward()
+    assert fired == [block.mlp]
+
+
+def test_the_info_speaks_of_eval_mode():
+    model = small_vit(drop_path_rate=0.2).train()
+    converted = convert_vit(model, remove=(1,))
+    assert converted.lambda_kernels_info.blocks[1].mlp == "torch"
+    assert "drop-path" in converted.blocks[1].path(torch.device("cpu"), torch.float32).reason
+    converted.double()
+    assert "float64" in describe_blocks(converted)[1].reason
+    assert "float64" not in converted.lambda_kernels_info.blocks[1].reason
+
+
 def test_hooks_inside_a_removed_block_still_fire():
     converted = convert_vit(build("vit"), remove=(0,))
     seen = []
@@ -174,6 +211,7 @@ def test_mask_and_compile_and_checkpointing():
         ((-1,), ["-1", "0 to 3"]),
         ((1, 1), ["1 twice"]),
         ((True,), ["True", "integers"]),
+        (torch.tensor([True, False]), ["True", "integers"]),
         (("1",), ["'1'", "integers"]),
         ("0,1", ["'0,1'"]),
         ((1.0,), ["1.0"]),
@@ -227,6 +265,12 @@ def test_a_backend_by_name_raises_and_leaves_the_model_alone():
 def test_already_converted():
     model = convert_vit(build("vit"), remove=(0, 2))
     assert convert_vit(model, remove=(2, 0)) is model
+    with pytest.raises(BackendUnavailableError):
+        convert_vit(model, remove=(0, 2), backend="triton")
+    other = convert_vit(model, remove=(0, 2), fuse="none")
+    assert other is not model
+    assert [row.mlp for row in other.lambda_kernels_info.blocks] == ["modules", "timm"] * 2
+    assert torch.allclose(other(images()), model(images()), atol=1e-5)
     for remove, scale in (((0, 1), 1.0), ((0, 2), 2.0)):
         with pytest.raises(AlreadyConvertedError) as caught:
             convert_vit(model, remove=remove, residual_scale=scale)
@@ -246,6 +290,7 @@ REFUSED = {
     "tnt_s_legacy_patch16_224": ["timm.models.tnt.Block", "inner"],
     "samvit_base_patch16": ["timm.models.vision_transformer_sam.Block", "windows"],
     "vit_base_patch16_18x2_224": ["ParallelThingsBlock", "several"],
+    "naflexvit_base_patch16_gap": ["NaFlexVit", "padding"],
     "volo_d1_224": ["VOLO", "outlook"],
     "resnet18": ["ResNet", "blocks"],
 }
@@ -274,12 +319,18 @@ def test_a_subclass_of_block_is_refused():
         convert_vit(model, remove=(0,))
 
 
-def test_wrappers_are_refused_with_the_remedy():
+def test_wrappers_are_refused_with_the_remedy(tmp_path):
     compiled = torch.compile(build("vit"), backend="eager")
     with pytest.raises(UnsupportedModelError, match="_orig_mod"):
         convert_vit(compiled, remove=(0,))
     with pytest.raises(UnsupportedModelError, match=r"model\.module"):
         convert_vit(nn.DataParallel(build("vit")), remove=(0,))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(UnsupportedModelError, match=r"DistributedDataParallel.*model\.module"):
+            convert_vit(nn.parallel.DistributedDataParallel(build("vit")), remove=(0,))
+    finally:
+        torch.distributed.destroy_process_group()
     features = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=32)
     with pytest.raises(UnsupportedModelError, match=r"model\.model"):
         convert_vit(features, remove=(0,))
@@ -295,6 +346,10 @@ def test_no_final_norm_needs_scale_one():
 
 
 def test_warnings():
+    hooked = build("vit")
+    hooked.blocks[1].register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match=r"hooks on blocks \[1\] are gone"):
+        convert_vit(hooked, remove=(0, 1))
     with pytest.warns(UserWarning, match="last 2 block"):
         convert_vit(build("vit"), remove=(2, 3))
     small = build("deit3")

@@ -9,7 +9,13 @@ import torch
 from conftest import images, small_vit
 from torch import nn
 
-from lambda_kernels import AttentionFreeBlock, UnsupportedModelError, convert_vit, save_pretrained
+from lambda_kernels import (
+    AttentionFreeBlock,
+    BackendUnavailableError,
+    UnsupportedModelError,
+    convert_vit,
+    save_pretrained,
+)
 from lambda_vit import Selection, dilute, finetune, finish_dilution, set_lambda
 from lambda_vit.data import digits, make_loader
 from lambda_vit.dilution import DilutedBlock, LambdaSchedule, diluted_blocks
@@ -65,6 +71,8 @@ def test_moving_dtype_and_copying():
     set_lambda(twin, 0.0)
     finish_dilution(twin)
     assert float(model.blocks[1].lam) == 0.5
+    set_lambda(model, 0.9967)
+    assert float(model.blocks[1].lam) == pytest.approx(0.9967)  # bfloat16 would make 0.9961 of it
     assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
 
 
@@ -107,6 +115,13 @@ def test_wrong_uses(tmp_path):
     with pytest.raises(UnsupportedModelError, match="residual_scale=1"):
         dilute(small_vit(final_norm=False), (1,))
     assert not diluted_blocks(model)
+    for options in ({"backend": "triton"}, {"fuse": "bogus"}):
+        faded = dilute(model, (1,), lam=0.0)
+        before = faded(images())
+        with pytest.raises((BackendUnavailableError, ValueError)):
+            finish_dilution(faded, **options)
+        assert torch.equal(faded(images()), before)
+        assert list(diluted_blocks(faded)) == [1]
 
 
 def tiny_digits_vit() -> nn.Module:
@@ -148,6 +163,38 @@ def test_finetune_is_reproducible():
     results = [finetune(tiny_digits_vit(), train, layers=(0,), epochs=2, seed=5) for _ in range(2)]
     first, second = (r.model.state_dict() for r in results)
     assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+def test_finetune_keeps_the_callers_generator():
+    train, _ = tiny_loaders()
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    model = tiny_digits_vit()
+    torch.manual_seed(11)
+    finetune(model, train, epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class Short:
+    """A loader that promises more batches than it gives, as one that leaves out unreadable images may."""
+
+    def __init__(self, batches: list, length: int) -> None:
+        self.batches, self.length = batches, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_finetune_deletes_the_attention_whatever_the_loader_gives():
+    train, _ = tiny_loaders()
+    result = finetune(tiny_digits_vit(), Short(list(train), 7), layers=(0, 1), epochs=2, dilution_epochs=2)
+    assert [type(b) for b in result.model.blocks[:2]] == [AttentionFreeBlock] * 2
+    assert result.swap_difference is not None
+    with pytest.raises(ValueError, match="gave nothing in epoch 1"):
+        finetune(tiny_digits_vit(), Short([], 3), epochs=1)
 
 
 @pytest.mark.parametrize(

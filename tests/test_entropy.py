@@ -126,6 +126,11 @@ def test_constant_channels_are_floored_counted_and_reported():
         entropy = meter.compute()
     assert meter.constant_channels == 1
     assert float(entropy[1]) == math.log2(STD_FLOOR)
+    assert float(entropy.min()) == math.log2(STD_FLOOR)
+    tiny = 1e-12 * sample(100, 1, dtype=torch.float64)
+    mixed = EntropyMeter().update(torch.cat([tiny, sample(100, 1, dtype=torch.float64)], 1))
+    with pytest.warns(UserWarning, match="1 of 2"):
+        assert float(mixed.compute()[0]) == math.log2(STD_FLOOR)
     assert bool(torch.isfinite(entropy).all())
     with pytest.raises(ValueError, match="all 2 channels are constant"):
         gaussian_entropy(torch.ones(10, 2))
@@ -183,6 +188,10 @@ def test_state_round_trip(kind, tmp_path):
         ({"kind": "normal"}, "kind.*'normal'"),
         ({"per": "token"}, "per.*'token'"),
         ({"bins": 0}, "bins.*0"),
+        ({"bins": 1, "kind": "histogram"}, "from 2"),
+        ({"bins": 10**6}, "65536"),
+        ({"kind": "gaussian", "range": (0.0, 1.0)}, "kind='histogram'"),
+        ({"base": math.inf}, "base.*inf"),
         ({"bins": True}, "bins.*True"),
         ({"range": (1.0, 1.0)}, "range"),
         ({"range": (0.0, math.inf)}, "range"),
@@ -199,6 +208,13 @@ def test_wrong_input():
         gaussian_entropy(torch.arange(5))
     with pytest.raises(TypeError, match="list"):
         EntropyMeter().update([1.0])
+    with pytest.raises(ValueError, match="at least one channel"):
+        EntropyMeter().update(torch.zeros(4, 0))
+    with pytest.raises(ValueError, match="at least one channel"):
+        EntropyMeter().update(torch.tensor(1.0))
+    for kind in ("gaussian", "histogram"):
+        with pytest.raises(ValueError, match=r"1e\+200 are too large"):
+            EntropyMeter(kind).update(torch.tensor([[1e200], [-1e200]], dtype=torch.float64))
     with pytest.raises(ValueError, match="dim=2"):
         gaussian_entropy(torch.zeros(3, 3), dim=2)
 

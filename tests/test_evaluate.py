@@ -230,7 +230,7 @@ def test_outputs_that_are_no_logits_are_refused():
 
 def test_a_model_on_several_devices_lists_them():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
-    with pytest.raises(ValueError, match="cpu, meta"):
+    with pytest.raises(ValueError, match=r"0\.weight on cpu, 1\.weight on meta"):
         evaluate(model, pictures([0, 1]))
 
 

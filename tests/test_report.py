@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lambda_kernels import files
 from lambda_vit import report, units
 from lambda_vit.report import console_summary, write_report
 
@@ -356,7 +357,7 @@ def test_bad_record_is_named_and_writes_nothing(tmp_path, path, value, error, ma
 def test_failure_while_writing_leaves_earlier_files_whole(tmp_path, monkeypatch, call, allowed):
     paths = write_report({"title": "earlier"}, tmp_path)
     before = {kind: path.read_bytes() for kind, path in paths.items()}
-    real, calls = getattr(report.os, call), []
+    real, calls = getattr(files.os, call), []
 
     def fails(*args):
         calls.append(args)
@@ -364,7 +365,7 @@ def test_failure_while_writing_leaves_earlier_files_whole(tmp_path, monkeypatch,
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(report.os, call, fails)
+    monkeypatch.setattr(files.os, call, fails)
     with pytest.raises(OSError, match="No space left"):
         write_report({"title": "later"}, tmp_path)
     monkeypatch.undo()

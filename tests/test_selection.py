@@ -124,6 +124,8 @@ def test_json_round_trip(tmp_path):
         ('{"layers": 3}', "not a selection"),
         ('{"layers": [1], "rounds": [{}]}', "not a selection"),
         ('{"layers": [1], "format": 9}', "format 9"),
+        ('{"layers": [1], "format": "1"}', "format is '1'"),
+        ('{"layers": [1.5]}', "block indices"),
     ):
         (tmp_path / "s.json").write_text(text)
         with pytest.raises(ValueError, match=words):
@@ -194,6 +196,29 @@ def test_mixed_devices_are_listed():
     model.head.to("meta")
     with pytest.raises(ValueError, match=r"cls_token on cpu.*head\.weight on meta"):
         select_layers(model, loader(), 1)
+
+
+def test_mixed_dtypes_are_listed():
+    model = small_vit()
+    model.blocks.bfloat16()
+    for measure in (lambda: select_layers(model, loader(), 1), lambda: profile_layers(model, loader())):
+        with pytest.raises(ValueError, match=r"cls_token float32.*blocks\.0\.norm1\.weight bfloat16.*autocast"):
+            measure()
+
+
+@pytest.mark.parametrize("estimator", ["gaussian", "histogram"])
+def test_dead_output_channels_are_counted_reported_and_refused_when_all_are_dead(estimator):
+    model = small_vit()
+    with torch.no_grad():
+        model.head.weight[:4] = 0
+    with pytest.warns(UserWarning, match="up to 4 of 10 output channels never change") as caught:
+        selection = select_layers(model, loader(), 2, estimator=estimator)
+    assert len([w for w in caught if "never change" in str(w.message)]) == 1
+    assert any("4 of 10" in note for note in selection.warnings)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    with pytest.raises(ValueError, match="all 10 channels are constant"):
+        select_layers(model, loader(), 1, estimator=estimator)
 
 
 def test_a_converted_model_is_refused_but_can_be_profiled():

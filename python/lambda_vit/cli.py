@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -57,24 +58,46 @@ class Score(str, enum.Enum):
 def _console() -> object:
     from rich.console import Console
 
-    return Console(highlight=False)
+    # Paths and model names are printed as they are: brackets in them are no markup.
+    return Console(highlight=False, markup=False)
 
 
 def _open_data(
-    model: object, data: Path, split: str, samples: int | None, batch_size: int, workers: int, skip_bad: int
+    model: object,
+    data: Path,
+    split: str,
+    samples: int | None,
+    batch_size: int,
+    workers: int,
+    skip_bad: int,
+    *,
+    labelled: bool = False,
+    class_map: Path | None = None,
 ) -> object:
+    """A loader; unless it is `labelled`, class folders only spread the samples and need not be the model's classes."""
     from .data import make_loader, open_images, subset, transforms_for
 
-    classes = model.num_classes or None
-    dataset = open_images(data, split, transform=transforms_for(model), num_classes=classes)
+    classes = model.num_classes or None if labelled else None
+    mapping = None if class_map is None else _read_class_map(class_map)
+    dataset = open_images(data, split, transform=transforms_for(model), num_classes=classes, class_to_idx=mapping)
     if samples is not None and samples < len(dataset):
         dataset = subset(dataset, samples)
     return make_loader(dataset, batch_size, workers=workers, skip_bad=skip_bad)
 
 
+def _read_class_map(path: Path) -> dict[str, int]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--class-map {path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not all(type(index) is int for index in found.values()):
+        raise ValueError(f'--class-map {path} must hold an object such as {{"cat": 281, "dog": 207}}')
+    return found
+
+
 def _report_bad(console: object, loader: object) -> None:
     for path in loader.bad:
-        console.print(f"[yellow]left out, unreadable:[/] {path}")
+        console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
 
 
 @app.command()
@@ -84,11 +107,14 @@ def demo(
     device: Device = "cpu",
 ) -> None:
     """Train, measure, select, dilute, remove and compare on scikit-learn's digits; takes a minute or two."""
+    from lambda_kernels.files import check_writable
+
     from . import demo as module
     from . import environment, progress
     from .loading import check_device
 
     console = _console()
+    check_writable(out / "report.html")
     console.print(f"lambda-vit demo, seed {seed}, writing to {out}/")
     for name, value in environment.versions().items():
         console.print(f"  {name:15} {value}", soft_wrap=True)
@@ -99,11 +125,8 @@ def demo(
     console.print("\nOn your own images:")
     for entry in result.record["next_commands"]:
         console.print(f"  # {entry['what']}\n  {entry['command']}", soft_wrap=True)
-    if not result.ok:
-        raise _FailureError(
-            f"the baseline reached {result.record['variants'][0]['top1']:.1f} %, below {module.LEAST_BASELINE:g} %: what "
-            "follows from it means nothing"
-        )
+    if result.failures:
+        raise _FailureError("; ".join(result.failures))
 
 
 @app.command()
@@ -124,15 +147,17 @@ def profile(
     """Print the entropy of every attention and MLP output, block by block."""
     from rich.table import Table
 
-    from lambda_kernels.files import write_json
+    from lambda_kernels.files import check_writable, write_json
 
     from . import progress
     from .layer_profile import profile_layers
     from .loading import open_model
 
-    network = open_model(model, weights=weights, pretrained=pretrained, device=device)
-    loader = _open_data(network, data, split, samples, batch_size, workers, skip_bad)
+    if out is not None:
+        check_writable(out)
     with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        loader = _open_data(network, data, split, samples, batch_size, workers, skip_bad)
         result = profile_layers(network, loader, estimator=estimator.value)
     console = _console()
     console.print(f"{model}: mean entropy per channel, bits ({estimator.value}, {result.samples} images)")
@@ -170,17 +195,20 @@ def select(
     device: Device = "auto",
 ) -> None:
     """Pick the attention layers whose removal changes the output's entropy least, and write them down."""
+    from lambda_kernels.files import check_writable
+
     from . import progress
     from .loading import open_model
     from .report import console_summary
-    from .selection import select_layers
+    from .selection import SelectionWarning, select_layers
 
     console = _console()
-    network = open_model(model, weights=weights, pretrained=pretrained, device=device)
     excluded = parse_indices(exclude, "--exclude")
-    loader = _open_data(network, data, split, samples, batch_size, workers, skip_bad)
+    check_writable(out)
     with progress.shown(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="lambda_vit")  # they are in the table below
+        warnings.simplefilter("ignore", SelectionWarning)  # the selection lists them, and they are printed with it
+        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        loader = _open_data(network, data, split, samples, batch_size, workers, skip_bad)
         selection = select_layers(
             network,
             loader,
@@ -195,11 +223,9 @@ def select(
     selection.to_json(out)
     console.print(console_summary({"selection": selection.to_dict()}))
     _report_bad(console, loader)
-    source = f"--weights {weights}" if weights else "--pretrained" if pretrained else ""
-    console.print(f"Picked, in order: {', '.join(map(str, selection.layers))}. Written: {out}")
-    console.print(
-        f"Next: lambda-vit convert --model {model} {source} --selection {out} --out {out.stem}-model", soft_wrap=True
-    )
+    console.print(f"Picked, in order: {', '.join(map(str, selection.layers))}. Written: {out}", soft_wrap=True)
+    following = ["convert", "--model", model, *_weights_options("--", weights, pretrained)]
+    _print_next(console, *following, "--selection", out, "--out", f"{out.stem}-model")
 
 
 @app.command()
@@ -217,19 +243,23 @@ def convert(
     """Delete attention layers and save the smaller model."""
     from lambda_kernels import convert_vit, save_pretrained
     from lambda_kernels.families import inspect_model
+    from lambda_kernels.files import check_writable
 
+    from . import progress
     from .loading import open_model
-    from .selection import Selection
+    from .selection import Selection, model_name
 
     if (selection is None) == (not remove):
         raise ValueError("pass either --selection FILE or --remove 1,5,4,11")
     chosen = parse_indices(remove, "--remove") if selection is None else Selection.from_json(selection)
-    network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
+    check_writable(out / "config.json")
+    with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
     if selection is not None:
         depth = inspect_model(network).depth
         if chosen.depth not in (None, depth):
             raise ValueError(f"{selection} was made for a model of {chosen.depth} blocks, {model} has {depth}")
-        name = network.pretrained_cfg.get("architecture")
+        name = model_name(network)
         if chosen.model not in (None, name):
             raise ValueError(f"{selection} was made for {chosen.model}, not for {name}; select on this model")
     before = sum(p.numel() for p in network.parameters())
@@ -239,12 +269,11 @@ def convert(
     console = _console()
     console.print(
         f"Removed the attention of blocks {', '.join(map(str, network.lambda_kernels_info.removed))}: "
-        f"{before:,} → {after:,} parameters (−{100 * (1 - after / before):.1f} %). Written: {out}/"
+        f"{before:,} → {after:,} parameters (−{100 * (1 - after / before):.1f} %). Written: {out}/",
+        soft_wrap=True,
     )
-    source = f"--reference-weights {weights}" if weights else "--reference-pretrained" if pretrained else ""
-    console.print(
-        f"Next: lambda-vit validate --model {out} --reference {model} {source} --data FOLDER_OR_ZIP", soft_wrap=True
-    )
+    following = ["validate", "--model", out, "--reference", model]
+    _print_next(console, *following, *_weights_options("--reference-", weights, pretrained), "--data", "path/to/images")
 
 
 @app.command()
@@ -257,6 +286,12 @@ def validate(
     reference_weights: Weights = None,
     reference_pretrained: Annotated[bool, typer.Option("--reference-pretrained", help="As --pretrained.")] = False,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    class_map: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="JSON: class folder → output of the model, where neither names nor number tell.", show_default=False
+        ),
+    ] = None,
     samples: Annotated[Optional[int], typer.Option(min=1, help="Fewer images than all.", show_default=False)] = None,  # noqa: UP045
     latency: Annotated[bool, typer.Option(help="Take times at batch 1 and --batch-size.")] = True,
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
@@ -266,30 +301,36 @@ def validate(
     device: Device = "auto",
 ) -> None:
     """Measure accuracy, agreement with the original, size, FLOPs, memory and latency."""
-    from lambda_kernels.files import write_json
+    from lambda_kernels.files import check_writable, write_json
 
     from . import progress
     from .loading import open_model
     from .report import console_summary
-    from .validation import compare
+    from .validation import compare, path_lines
 
-    network = open_model(model, weights=weights, pretrained=pretrained, device=device)
-    models = {}
-    if reference is not None:
-        models["reference"] = open_model(
-            reference,
-            weights=reference_weights,
-            pretrained=reference_pretrained,
-            device=device,
-            option="--reference-model",
-        )
-    models["model"] = network
+    if out is not None:
+        check_writable(out)
     labels = {"reference": reference, "model": model}
-    loader = _open_data(network, data, split, samples, batch_size, workers, skip_bad)
+    models = {}
     with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        if reference is not None:
+            models["reference"] = open_model(
+                reference,
+                weights=reference_weights,
+                pretrained=reference_pretrained,
+                device=device,
+                option="--reference",
+            )
+        models["model"] = network
+        loader = _open_data(
+            network, data, split, samples, batch_size, workers, skip_bad, labelled=True, class_map=class_map
+        )
         record = compare(models, labels, loader, (1, batch_size) if latency else (), cost_batch=batch_size)
     console = _console()
     console.print(console_summary(record))
+    for line in path_lines(record["kernel_paths"]):
+        console.print(line, soft_wrap=True)
     _report_bad(console, loader)
     if out is not None:
         write_json(out, record)
@@ -320,6 +361,16 @@ def doctor(
     console.print(table)
 
 
+def _weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:
+    if weights is not None:
+        return [f"{prefix}weights", weights]
+    return [f"{prefix}pretrained"] if pretrained else []
+
+
+def _print_next(console: object, *arguments: object) -> None:
+    console.print(f"Next: lambda-vit {shlex.join(map(str, arguments))}", soft_wrap=True)
+
+
 class _FailureError(RuntimeError):
     """The command did its work, and the outcome is a failure."""
 
@@ -338,14 +389,21 @@ def parse_indices(text: str, option: str) -> tuple[int, ...]:
 
 def main() -> None:
     """Entry point. Expected errors are one line and exit code 2; LAMBDA_VIT_DEBUG=1 shows where they came from."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # not every terminal and pipe can show λ and →
     warnings.showwarning = _show_warning
     try:
         app()
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except _FailureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, RuntimeError, OSError) as error:  # a TypeError would be a fault of this program
         if os.environ.get("LAMBDA_VIT_DEBUG", "0") != "0":
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, _FailureError) else 2)
+        hint = "" if isinstance(error, (ValueError, OSError)) else " (LAMBDA_VIT_DEBUG=1 shows where it came from)"
+        print(f"error: {error}{hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _show_warning(message: object, category: type, *place: object) -> None:

@@ -424,6 +424,7 @@ def _labels(names: list[str], num_classes: int | None) -> dict[str, int]:
     if num_classes not in (None, len(names)):
         raise ValueError(
             f"there are {len(names)} class folders ({', '.join(names[:3])}, …) and num_classes={num_classes}: use a "
-            f"model with {len(names)} outputs, or pass class_to_idx to say which output each folder belongs to"
+            f"model with {len(names)} outputs, or say which output each folder belongs to (--class-map FILE on the command "
+            "line, class_to_idx in Python)"
         )
     return {name: index for index, name in enumerate(names)}

@@ -25,7 +25,7 @@ from .layer_profile import profile_layers
 from .progress import task
 from .report import console_summary, write_report
 from .selection import Selection, select_layers
-from .validation import kernel_paths, variant
+from .validation import kernel_paths, path_lines, variant
 
 # A ViT small enough to train in seconds. timm's default initialisation reaches only about 42 % here, "moco" over 90.
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -49,8 +49,8 @@ class DemoOptions:
 
     count: int = 3
     baseline_epochs: int = 15
-    dilution_epochs: int = 10
-    tuning_epochs: int = 5
+    dilution_epochs: int = 8
+    tuning_epochs: int = 4
     batch_size: int = 64
     seed: int = 0
     device: str = "cpu"
@@ -59,11 +59,11 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the files are, what was found, and whether the baseline was good enough for it to mean anything."""
+    """Where the files are, what was found, and what makes the run a failure: a poor baseline, a check that failed."""
 
     folder: Path
     record: dict
-    ok: bool
+    failures: tuple[str, ...]
 
 
 def run_demo(folder: str | Path, options: DemoOptions | None = None, console: Console | None = None) -> DemoResult:
@@ -79,8 +79,7 @@ def run_demo(folder: str | Path, options: DemoOptions | None = None, console: Co
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
-    torch.manual_seed(options.seed)
-    with _one_thread(), warnings.catch_warnings():
+    with torch.random.fork_rng(), _one_thread(), warnings.catch_warnings():
         # Said once, in the selection's own warnings, and not again for every variant.
         warnings.filterwarnings("ignore", message="the last .* would have no attention")
         return _run(folder, options, device, console)
@@ -98,18 +97,23 @@ def _one_thread() -> Iterator[None]:
 
 
 def _run(folder: Path, options: DemoOptions, device: torch.device, console: Console) -> DemoResult:
+    torch.manual_seed(options.seed)
     train, val = digits("train"), digits("val")
     if options.train_images is not None:
         train = train.select(range(options.train_images))
-    demo = _Demo(options, device, train, val, console)
+    demo = _Demo(options, device, train, val)
+
+    def say(text: str) -> None:
+        console.print(text, style="bold", markup=False)
+
     with task("Demo", 7) as advance:
-        console.print("[bold]1/7[/] Train a small ViT on scikit-learn's digits")
+        say("1/7 Train a small ViT on scikit-learn's digits")
         full = demo.train_baseline()
         advance()
-        console.print("[bold]2/7[/] Measure the entropy of every attention and MLP output")
+        say("2/7 Measure the entropy of every attention and MLP output")
         profile = profile_layers(full, demo.calibration)
         advance()
-        console.print(f"[bold]3/7[/] Select {options.count} attention layers by NOSE, and controls")
+        say(f"3/7 Select {options.count} attention layers by NOSE, and controls")
         picks = {
             "nose": select_layers(full, demo.calibration, options.count),
             "random": demo.random_control(full),
@@ -117,31 +121,42 @@ def _run(folder: Path, options: DemoOptions, device: torch.device, console: Cons
         }
         picks["nose"].to_json(folder / "selection.json")
         advance()
-        console.print("[bold]4/7[/] Dilute the selected layers, then the controls, each from the same baseline")
+        say("4/7 Dilute the selected layers, then the controls, each from the same baseline")
         models = demo.train_variants(full, picks)
         advance()
-        console.print("[bold]5/7[/] Save, load again, compare")
+        say("5/7 Save, load again, compare")
         demo.check_reload(models["nose diluted"], folder / "model")
         advance()
-        console.print("[bold]6/7[/] Count costs and take times")
+        say("6/7 Count costs and take times")
         variants = demo.variants(models)
         advance()
-        console.print("[bold]7/7[/] Write the report")
+        say("7/7 Write the report")
         record = demo.record(full, profile.to_dict(), picks, variants, models["nose diluted"], folder)
         write_report(record, folder)
         demo.write_log(folder / "log.jsonl")
         advance()
     console.print(console_summary(record))
-    return DemoResult(folder, record, ok=variants[0]["top1"] >= LEAST_BASELINE)
+    say("How the blocks of the smaller model run")
+    for line in path_lines(record["kernel_paths"]):
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+    return DemoResult(folder, record, failures_of(record, variants[0]["top1"]))
+
+
+def failures_of(record: dict, baseline: float) -> tuple[str, ...]:
+    """What makes a run a failure: checks that did not hold, and a baseline (top-1 in percent) that is too low."""
+    failures = [f"{check['name']}: {check['value']}" for check in record["checks"] if not check["ok"]]
+    if baseline < LEAST_BASELINE:
+        failures.append(
+            f"the baseline reached {baseline:.1f} %, below {LEAST_BASELINE:g} %: what follows means nothing"
+        )
+    return tuple(failures)
 
 
 class _Demo:
     """What the steps share: data, training settings, and the checks gathered on the way."""
 
-    def __init__(
-        self, options: DemoOptions, device: torch.device, train: Digits, val: Digits, console: Console
-    ) -> None:
-        self.options, self.device, self.console, self.train, self.val = options, device, console, train, val
+    def __init__(self, options: DemoOptions, device: torch.device, train: Digits, val: Digits) -> None:
+        self.options, self.device, self.train, self.val = options, device, train, val
         # 8×8 images fit on any device, and the fixed order makes runs comparable.
         self.calibration = make_loader(train, 256)
         self.val_loader = make_loader(val, 256)
@@ -169,7 +184,7 @@ class _Demo:
         return result.model
 
     def random_control(self, model: nn.Module) -> Selection:
-        """A random pick that is not NOSE's own by accident is not wanted: a control is drawn blindly, once."""
+        """Drawn blindly, once: where it falls on NOSE's own picks, the report shows that."""
         return select_layers(model, None, self.options.count, strategy="random", seed=self.options.seed)
 
     def train_variants(self, full: nn.Module, picks: dict[str, Selection]) -> dict[str, nn.Module]:
@@ -288,7 +303,7 @@ class _Demo:
             "selection": picks["nose"].to_dict(),
             "variants": variants,
             "training": self.histories,
-            "kernel_paths": kernel_paths(final.lambda_kernels_info),
+            "kernel_paths": kernel_paths(final),
             "checks": self.checks,
             "not_exercised": [
                 *environment.not_exercised(self.device),

@@ -35,16 +35,18 @@ class DilutedBlock(nn.Module):
     0·∞ would be NaN.
     """
 
+    # Shown by convert_vit and save_pretrained, which must not take a network that is still fading.
+    why_not_convertible = "its attention is still being diluted; call lambda_vit.finish_dilution first"
+
     def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
         super().__init__()
         for name, module in block.named_children():
             self.add_module(name, module)
-        object.__setattr__(self, "original", block)  # not a child: its parameters are counted once
         reference = block.norm2.weight if getattr(block.norm2, "weight", None) is not None else torch.empty(0)
         self.register_buffer("lam", torch.ones((), device=reference.device), persistent=False)
         self.attention_on = True
         self.set_lambda(lam)
-        self.train(block.training)
+        self.training = block.training  # of this block alone: its parts keep the mode they have
 
     def set_lambda(self, lam: float) -> None:
         """Set λ, from 1 (plain block) to 0 (identity twin).
@@ -54,6 +56,8 @@ class DilutedBlock(nn.Module):
         """
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"lam must lie in [0, 1]; got {lam!r}")
+        if self.lam.dtype != torch.float32:
+            self.lam = self.lam.float()  # the model was cast; λ keeps its digits
         self.lam.fill_(lam)
         self.attention_on = lam > 0
 
@@ -129,8 +133,6 @@ def finish_dilution(model: nn.Module, *, fuse: str = "all", backend: str = "auto
     fading = {i: float(block.lam) for i, block in blocks.items() if block.attention_on}
     if fading:
         raise ValueError(f"λ must reach 0 before attention is deleted; blocks at {fading}. Call set_lambda(model, 0)")
-    for index, block in blocks.items():
-        model.blocks[index] = block.original.train(block.training)
     return remove_attention(model, tuple(blocks), DILUTED_SCALE, fuse, backend)
 
 

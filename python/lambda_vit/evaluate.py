@@ -10,7 +10,7 @@ import statistics
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lambda_kernels.errors import NonFiniteActivationError
 
 from . import progress
+from .placement import eval_mode, one_device
 
 MINIMUM_ROUNDS = 5  # fewer give no quartiles worth printing
 
@@ -117,7 +118,7 @@ def evaluate(
     divergence, classes, times = 0.0, 0, []
     with contextlib.ExitStack() as stack:
         for runner in runners:
-            stack.enter_context(_eval_mode(runner.model))
+            stack.enter_context(eval_mode(runner.model))
         for batch, (images, labels) in enumerate(progress.track(loader, description)):
             started = time.perf_counter()
             logits = runners[0].logits(images, f"batch {batch}")
@@ -196,7 +197,7 @@ def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None,
     runner = _Runner(model, None)
     parameters = sum(p.numel() for p in model.parameters())
     saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
-    with _eval_mode(model), torch.inference_mode(False), torch.no_grad():
+    with eval_mode(model), torch.inference_mode(False), torch.no_grad():
         flops = _count_flops(model, runner.images(1, shape))
         measure = _cuda_peak if runner.device.type == "cuda" else _traced_peak
         peak, method = measure(model, runner.images(batch_size, shape))
@@ -252,7 +253,7 @@ def compare_latency(
     result: dict[str, dict[int, Latency]] = {name: {} for name in models}
     with contextlib.ExitStack() as stack:
         for model in models.values():
-            stack.enter_context(_eval_mode(model))
+            stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
         advance = stack.enter_context(progress.task("Measure latency", len(batch_sizes) * rounds))
         for size in batch_sizes:
@@ -272,10 +273,8 @@ class _Runner:
 
     def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
         self.model = model
-        devices = sorted({str(p.device) for p in model.parameters()} or {str(b.device) for b in model.buffers()})
-        if len(devices) > 1:
-            raise ValueError(f"{type(model).__name__} has parameters on {', '.join(devices)}: move it to one device")
-        self.device = torch.device(devices[0]) if devices else _resolved(device or "cpu")
+        weightless = not _weights(model)
+        self.device = _resolved(device or "cpu") if weightless else one_device(model)
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         # With mixed dtypes the model has a policy of its own (autocast, a cast inside): leave the images as they are.
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -424,18 +423,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(getattr(model, name, None), nn.Module):
             return _unwrapped(getattr(model, name))
     return model
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        # Set directly, because a model's own train() may do more than that, such as thawing what was frozen.
-        for module, training in modes.items():
-            module.training = training
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 
 from .dilution import LambdaSchedule, dilute, diluted_blocks, finish_dilution, set_lambda
 from .evaluate import evaluate
+from .placement import one_device
 from .progress import task
-from .transfer import one_device
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,6 @@ def finetune(
     elif not inplace:
         model = copy.deepcopy(model)
     device = one_device(model)
-    torch.manual_seed(seed)
-
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay)
     steps = epochs * steps_per_epoch
     warmup = min(round(warmup_epochs * steps_per_epoch), steps // 2)
@@ -114,14 +112,16 @@ def finetune(
     lam_at = LambdaSchedule(dilution_epochs * steps_per_epoch, schedule)
     history: list[Epoch] = []
     swap_difference = None
-    step = 0
-    with task(description, steps) as advance:
+    generators = [device] if device.type == "cuda" else []  # the caller's stay as they are
+    with torch.random.fork_rng(generators), task(description, steps) as advance:
+        torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
             model.train()
             if hasattr(train_loader, "set_epoch"):
                 train_loader.set_epoch(epoch - 1)
             total, seen, lam = 0.0, 0, None
-            for images, targets in train_loader:
+            # Counted from the epoch's beginning: a loader that leaves out bad batches must not stretch the schedules.
+            for step, (images, targets) in enumerate(train_loader, (epoch - 1) * steps_per_epoch):
                 images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 if diluted_blocks(model):
                     lam = lam_at(step)
@@ -139,11 +139,12 @@ def finetune(
                 if clip_grad is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
                 optimizer.step()
-                step += 1
-                scheduler.step_update(step)
+                scheduler.step_update(step + 1)
                 total, seen = total + float(loss.detach()) * len(images), seen + len(images)
                 advance(note=f"loss {total / seen:.3f}" + ("" if lam is None else f"  λ {lam:.2f}"))
-            if diluted_blocks(model) and step >= lam_at.steps:
+            if seen == 0:
+                raise ValueError(f"train_loader gave nothing in epoch {epoch}, though its length is {steps_per_epoch}")
+            if diluted_blocks(model) and epoch >= dilution_epochs:
                 set_lambda(model, 0.0)
                 swap_difference, lam = _swap(model, optimizer, images), 0.0
             top1 = None if val_loader is None else evaluate(model, val_loader, description="Validate").top1

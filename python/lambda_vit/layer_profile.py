@@ -13,8 +13,9 @@ from lambda_kernels.entropy import EntropyMeter
 from lambda_kernels.families import inspect_model
 from lambda_kernels.ops.checks import check_choice
 
+from .placement import eval_mode, one_device, one_dtype
 from .progress import track
-from .transfer import ESTIMATORS, one_device
+from .transfer import ESTIMATORS
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def profile_layers(model: nn.Module, loader: Iterable, *, estimator: str = "gaus
     """
     check_choice("estimator", estimator, ESTIMATORS)
     inspect_model(model)
-    device, dtype = one_device(model), next(model.parameters()).dtype
+    device, dtype = one_device(model), one_dtype(model)
     meters: dict[tuple[int, str], EntropyMeter] = {}
     hooks = []
     for index, block in enumerate(model.blocks):
@@ -62,19 +63,16 @@ def profile_layers(model: nn.Module, loader: Iterable, *, estimator: str = "gaus
         for name, layer in layers.items():
             meter = meters[index, name] = EntropyMeter(estimator, name=f"blocks[{index}].{name}")
             hooks.append(layer.register_forward_hook(lambda module, args, output, meter=meter: _add(meter, output)))
-    training = {module: module.training for module in model.modules()}
     samples = 0
     try:
-        model.eval()
-        for batch in track(loader, "Profile"):
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            samples += len(images)
-            model(images.to(device, dtype, non_blocking=True))
+        with eval_mode(model):
+            for batch in track(loader, "Profile"):
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                samples += len(images)
+                model(images.to(device, dtype, non_blocking=True))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     if samples == 0:
         raise ValueError("loader gave no images: there is nothing to measure")
     values = {

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from lambda_kernels.checkpoint import CONFIG, from_pretrained, load_state_dict, read_weights
+from lambda_kernels.families import inspect_model
+
+from .progress import task
 
 
 def open_model(
@@ -32,12 +35,20 @@ def open_model(
 
     Raises:
         ValueError: Neither or both sources of weights, or an unknown name; close ones are suggested.
+        UnsupportedModelError: The model's attention layers cannot be removed.
         CheckpointError: The weights do not fit.
         RuntimeError: The hub cannot be reached.
     """
+    with task(f"Load {name}", 1) as advance:
+        model = _open_model(name, weights, pretrained, device, backend, option)
+        advance()
+    return model
+
+
+def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, backend: str, option: str) -> nn.Module:
     import timm
 
-    prefix = option.removesuffix("model")
+    prefix = "--" if option == "--model" else f"{option}-"
     if Path(name).is_dir():
         if weights is not None or pretrained:
             raise ValueError(
@@ -45,15 +56,15 @@ def open_model(
             )
         return from_pretrained(name, device=check_device(device), backend=backend)
     if not timm.is_model(name):
-        raise ValueError(
-            f"{option} {name!r} is neither a folder with a {CONFIG} nor a timm model. "
-            f"Did you mean {', '.join(_close_names(name, timm.list_models()))}?"
-        )
+        close = _close_names(name, timm.list_models())
+        hint = f"Did you mean {', '.join(close)}?" if close else "See timm.list_models()"
+        raise ValueError(f"{option} {name!r} is neither a folder with a {CONFIG} nor a timm model. {hint}")
     if (weights is None) != pretrained:
         what = "both were given" if pretrained else "random weights say nothing about attention"
         raise ValueError(f"{option} {name} needs either {prefix}weights FILE or {prefix}pretrained: {what}")
     place = check_device(device)
     if pretrained:
+        inspect_model(timm.create_model(name, pretrained=False))  # refused before anything is downloaded
         try:
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # the hub client, urllib and timm each raise their own
@@ -65,6 +76,7 @@ def open_model(
         state = read_weights(weights)
         classes = state["head.weight"].shape[0] if "head.weight" in state else None
         model = timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
+        inspect_model(model)
         load_state_dict(model, state, source=str(weights))
     return model.to(place).eval()
 
@@ -74,7 +86,8 @@ def _close_names(name: str, names: list[str]) -> list[str]:
     def likeness(other: str) -> float:
         return difflib.SequenceMatcher(None, name, other[: len(name)]).ratio()
 
-    return sorted(names, key=lambda other: (-likeness(other), len(other)))[:3]
+    likely = [other for other in names if likeness(other) > 0.8]
+    return sorted(likely, key=lambda other: (-likeness(other), len(other)))[:3]
 
 
 def check_device(device: str) -> torch.device:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lambda_kernels.files import atomic_writes
 
 from . import figures, report_sections
 
@@ -63,9 +63,10 @@ def write_report(record: dict[str, Any], folder: str | Path) -> dict[str, Path]:
         "html": _render("report.html.j2", record).encode(),
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"report.{kind}" for kind in contents}
-    _write_all({paths[kind]: content for kind, content in contents.items()})
+    with atomic_writes(list(paths.values())) as temporaries:
+        for temporary, content in zip(temporaries, contents.values(), strict=True):
+            temporary.write_bytes(content)
     return paths
 
 
@@ -147,30 +148,6 @@ def _check_keys(value: Any, path: str, pattern: str) -> None:
             _check_keys(item, f"{path}[{index}]", f"{pattern}[]")
     elif pattern in _REQUIRED and value is not None:
         raise ValueError(f"{path} must be an object with {', '.join(_REQUIRED[pattern])}, got {value!r}")
-
-
-def _write_all(contents: dict[Path, bytes]) -> None:
-    mark = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    stored: list[tuple[Path, Path]] = []
-    try:
-        for path, content in contents.items():
-            temporary = path.with_name(f".{path.name}{mark}")
-            stored.append((temporary, path))
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, path in stored:
-            os.replace(temporary, path)
-    finally:
-        for temporary, _ in stored:
-            temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(next(iter(contents)).parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _render(template: str, record: dict[str, Any]) -> str:

@@ -17,10 +17,14 @@ from lambda_kernels.files import write_json
 from lambda_kernels.ops.checks import check_choice
 
 from .progress import task
-from .transfer import Measurement
+from .transfer import Measurement, constant_note
 
 STRATEGIES = ("nose", "random", "first")
 FORMAT = 1
+
+
+class SelectionWarning(UserWarning):
+    """Something about a selection that deserves a second look; the selection itself lists it too."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,11 @@ class Selection:
         Raises:
             ValueError: `value` is no selection of a format that this version reads.
         """
-        if not isinstance(value, dict) or not isinstance(value.get("layers"), list):
-            raise ValueError("not a selection: there is no list named 'layers'")
+        layers = value.get("layers") if isinstance(value, dict) else None
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise ValueError("not a selection: there is no list of block indices named 'layers'")
+        if not isinstance(value.get("format", FORMAT), int):
+            raise ValueError(f"not a selection: format is {value['format']!r}")
         if value.get("format", FORMAT) > FORMAT:
             raise ValueError(f"selection of format {value['format']}; this version reads up to {FORMAT}")
         try:
@@ -141,8 +148,7 @@ def select_layers(
     excluded = check_indices(exclude, anatomy.depth, "exclude")
     candidates = [i for i in range(anatomy.depth) if i not in excluded]
     _check_count(count, candidates, anatomy)
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    common = {"strategy": strategy, "model": name, "depth": anatomy.depth}
+    common = {"strategy": strategy, "model": model_name(model), "depth": anatomy.depth}
     if strategy != "nose":
         order = random.Random(seed).sample(candidates, count) if strategy == "random" else candidates[:count]
         notes = _removal_warnings(model, order, anatomy)
@@ -164,14 +170,16 @@ def select_layers(
             picked.append(best)
             rounds.append(Round(best, scores, entropies[best]))
             advance()
-    notes = _removal_warnings(model, picked, anatomy)
+    notes = [*_removal_warnings(model, picked, anatomy)]
+    if measurement.constant_channels:
+        notes.append(constant_note(measurement))
     if measurement.samples < measurement.channels:
-        text = (
+        notes.append(
             f"{measurement.samples} images for {measurement.channels} output channels: the entropies are rough. "
             "Use more images"
         )
-        warnings.warn(text, stacklevel=2)
-        notes = (*notes, text)
+    for note in notes:
+        warnings.warn(note, SelectionWarning, stacklevel=2)
     return Selection(
         tuple(picked),
         **common,
@@ -182,8 +190,15 @@ def select_layers(
         samples=measurement.samples,
         channels=measurement.channels,
         rounds=tuple(rounds),
-        warnings=notes,
+        warnings=tuple(notes),
     )
+
+
+def model_name(model: nn.Module) -> str | None:
+    """timm's name of a model with the tag of its weights, as far as the model knows it."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name, tag = cfg.get("architecture"), cfg.get("tag")
+    return f"{name}.{tag}" if name and tag else name
 
 
 def _check_count(count: int, candidates: list[int], anatomy: Anatomy) -> None:

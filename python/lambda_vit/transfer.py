@@ -8,6 +8,7 @@ that timm's own `forward` runs and nothing of it is written again here.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -20,6 +21,7 @@ from lambda_kernels.errors import NonFiniteActivationError
 from lambda_kernels.families import inspect_model
 from lambda_kernels.ops.checks import check_choice
 
+from .placement import eval_mode, one_device, one_dtype
 from .progress import task
 
 ESTIMATORS = ("gaussian", "histogram")
@@ -62,9 +64,9 @@ class _Tap(nn.Module):
         super().__init__()
         self.block, self.seen = block, None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **options: object) -> Tensor:
         self.seen = x
-        return self.block(x)
+        return self.block(x, **options)
 
 
 class _Inject(nn.Module):
@@ -74,7 +76,7 @@ class _Inject(nn.Module):
         super().__init__()
         self.tokens = tokens
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **options: object) -> Tensor:
         return self.tokens
 
 
@@ -112,9 +114,10 @@ class Measurement:
             raise ValueError("loader must be iterable more than once (a DataLoader or a list); got an iterator")
         self.anatomy = inspect_model(model)
         self.model, self.loader, self.estimator, self.score, self.bins = model, loader, estimator, score, bins
-        self.device, self.dtype = one_device(model), next(model.parameters()).dtype
+        self.device, self.dtype = one_device(model), one_dtype(model)
         self.samples = 0
         self.channels = 0
+        self.constant_channels = 0  # the most that any path had so far
 
     @torch.inference_mode()
     def entropies(
@@ -136,30 +139,23 @@ class Measurement:
             meters[i] = self._meter(f"{self.score} with {[*skip, i]} skipped")
             skipping[i] = AttentionFreeBlock.from_block(self.model.blocks[i])
         samples = 0
-        modes = [(m, m.training) for m in {*self.model.modules(), *skipping.values(), *base.modules()}]
-        for module, _ in modes:
-            module.training = False
-        try:
-            total = len(self.loader) if hasattr(self.loader, "__len__") else None
-            with task(description, total) as advance:
-                for number, batch in enumerate(self.loader):
-                    images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                    images = images.to(self.device, self.dtype, non_blocking=True)
-                    samples += len(images)
-                    try:
-                        meters[None].update(score_output(base, images, self.score))
-                        for i in candidates:
-                            rest = [_Inject(taps[i].seen), skipping[i], *(tap.block for tap in taps[i + 1 :])]
-                            meters[i].update(score_output(with_blocks(self.model, rest), images, self.score))
-                    except NonFiniteActivationError as error:
-                        raise NonFiniteActivationError(f"{_culprit(taps, images, number)}: {error}") from error
-                    advance()
-        finally:
-            for module, training in modes:
-                module.training = training
+        total = len(self.loader) if hasattr(self.loader, "__len__") else None
+        with eval_mode(self.model, base, *skipping.values()), task(description, total) as advance:
+            for number, batch in enumerate(self.loader):
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                images = images.to(self.device, self.dtype, non_blocking=True)
+                samples += len(images)
+                try:
+                    meters[None].update(score_output(base, images, self.score))
+                    for i in candidates:
+                        rest = [_Inject(taps[i].seen), skipping[i], *(tap.block for tap in taps[i + 1 :])]
+                        meters[i].update(score_output(with_blocks(self.model, rest), images, self.score))
+                except NonFiniteActivationError as error:
+                    raise NonFiniteActivationError(f"{_culprit(taps, images, number)}: {error}") from error
+                advance()
         if samples == 0:
             raise ValueError("loader gave no images: there is nothing to measure")
-        self.samples, self.channels = samples, int(meters[None].compute().numel())
+        self.samples, self.channels = samples, meters[None].channels
         results = {key: self._entropy(meter) for key, meter in meters.items()}
         return results.pop(None), results
 
@@ -167,9 +163,24 @@ class Measurement:
         return EntropyMeter(self.estimator, bins=self.bins, name=name)
 
     def _entropy(self, meter: EntropyMeter) -> float:
-        # Grids of different paths differ in their bin width, so histograms are compared as differential entropies.
-        values = meter.compute(differential=True) if self.estimator == "histogram" else meter.compute()
+        constant = meter.constant_channels
+        if meter.count > 1 and constant == meter.channels:
+            raise ValueError(f"{meter.name}: all {constant} channels are constant over {meter.count} samples")
+        self.constant_channels = max(self.constant_channels, constant)
+        with warnings.catch_warnings():
+            # Counted above, and reported once by whoever asked instead of once per candidate.
+            warnings.filterwarnings("ignore", message=".* channels are constant")
+            # Grids of different paths differ in their bin width, so histograms are compared as differential entropies.
+            values = meter.compute(differential=True) if self.estimator == "histogram" else meter.compute()
         return float(values.sum())
+
+
+def constant_note(measurement: Measurement) -> str:
+    """What to say about output channels that never change."""
+    return (
+        f"up to {measurement.constant_channels} of {measurement.channels} output channels never change on these images; "
+        "they count with a floor instead of their own entropy"
+    )
 
 
 def _culprit(taps: list[_Tap], images: Tensor, batch: int) -> str:
@@ -181,21 +192,6 @@ def _culprit(taps: list[_Tap], images: Tensor, batch: int) -> str:
             place = f"block {index - 1}" if index else "the patch embedding"
             return f"{place} gave NaN or infinity in batch {batch} ({dtype})"
     return f"block {len(taps) - 1} or the head gave NaN or infinity in batch {batch} ({dtype})"
-
-
-def one_device(model: nn.Module) -> torch.device:
-    """The device that all parameters and buffers of `model` are on.
-
-    Raises:
-        ValueError: They are spread over several; each is listed with a parameter that lives there.
-    """
-    devices: dict[torch.device, str] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        devices.setdefault(tensor.device, name)
-    if len(devices) > 1:
-        listed = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ValueError(f"the model is spread over several devices ({listed}). Move it with model.to(device) first")
-    return next(iter(devices), torch.device("cpu"))
 
 
 def transfer_entropy(
@@ -226,4 +222,6 @@ def transfer_entropy(
     skip = check_indices(skip, measurement.anatomy.depth, "skip")
     full, _ = measurement.entropies((), (), "Full model")
     without, _ = measurement.entropies(skip, (), "Skipped")
+    if measurement.constant_channels:
+        warnings.warn(constant_note(measurement), stacklevel=2)
     return full - without if signed else abs(full - without)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 from torch import nn
 
-from lambda_kernels.convert import ConversionInfo
+from lambda_kernels.convert import describe_blocks
 from lambda_kernels.families import inspect_model
 
 from . import environment
-from .evaluate import Latency, compare_latency, cost, evaluate
+from .evaluate import Latency, compare_latency, cost, evaluate, input_shape
+from .progress import task
 
 
 def variant(
@@ -41,7 +43,9 @@ def variant(
     """
     anatomy = inspect_model(model)
     result = evaluate(model, loader, reference=reference, description=label)
-    price = cost(model, batch_size=cost_batch)
+    with task(f"Cost of {label}", 1) as advance:
+        price = cost(model, batch_size=cost_batch)
+        advance()
     row = {
         "name": name,
         "label": label,
@@ -66,11 +70,38 @@ def variant(
     return row
 
 
-def kernel_paths(info: ConversionInfo | None) -> list[dict]:
-    """How each block of a converted model runs, for a report."""
-    if info is None:
-        return []
-    return [{key: getattr(b, key) for key in ("block", "attention", "mlp", "reason")} for b in info.blocks]
+def kernel_paths(model: nn.Module) -> list[dict]:
+    """How each block of a converted model runs where it is now, for a report; empty for an untouched model."""
+    return [asdict(row) for row in describe_blocks(model)] if hasattr(model, "lambda_kernels_info") else []
+
+
+def _check_preparation(models: Mapping[str, nn.Module]) -> None:
+    from timm.data import resolve_model_data_config
+
+    wanted = {}
+    for name, model in models.items():
+        config = resolve_model_data_config(model, args={"input_size": input_shape(model)})
+        wanted[name] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+    first, *others = wanted
+    for other in others:
+        keys = [key for key in wanted[first] if wanted[first][key] != wanted[other].get(key)]
+        if keys:
+            listed = "; ".join(f"{key} {wanted[first][key]} and {wanted[other].get(key)}" for key in keys)
+            raise ValueError(
+                f"{first} and {other} want their images prepared differently ({listed}): they cannot be compared on one "
+                "data set. Validate each alone"
+            )
+
+
+def path_lines(paths: Sequence[Mapping]) -> list[str]:
+    """The `kernel_paths` of a model in words, blocks that run alike on one line."""
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    for row in paths:
+        alike.setdefault((row["attention"], row["mlp"], row["reason"]), []).append(row["block"])
+    return [
+        f"blocks {', '.join(map(str, blocks))}: attention {attention}, MLP {mlp} ({reason})"
+        for (attention, mlp, reason), blocks in alike.items()
+    ]
 
 
 def compare(
@@ -89,7 +120,11 @@ def compare(
         loader: Labelled images, for all models alike.
         batch_sizes: At which latencies are compared; empty leaves them out.
         cost_batch: Batch size of the peak memory.
+
+    Raises:
+        ValueError: The models were made for images that are prepared differently: one loader cannot serve them all.
     """
+    _check_preparation(models)
     sizes = tuple(dict.fromkeys(batch_sizes))
     times = compare_latency(models, sizes, seconds=30) if sizes else {}
     reference = models.get("reference")
@@ -110,5 +145,5 @@ def compare(
         "command": environment.command_line(),
         "environment": environment.versions(),
         "variants": variants,
-        "kernel_paths": kernel_paths(getattr(models["model"], "lambda_kernels_info", None)),
+        "kernel_paths": kernel_paths(models["model"]),
     }
