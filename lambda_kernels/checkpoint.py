@@ -260,13 +260,15 @@ def _build(config: dict, device: str, backend: str = "auto") -> nn.Module:
     import timm
 
     ours = config["lambda_kernels"]
+    # JSON made lists of timm's tuples.
+    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
     try:
         with torch.device(device):
             model = timm.create_model(
                 config["architecture"],
                 pretrained=False,
                 # the mean, standard deviation and crop that the weights were trained with come back with them
-                pretrained_cfg=config["pretrained_cfg"] or None,
+                pretrained_cfg=cfg or None,
                 **config["model_args"],
             )
     except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError …
