@@ -271,6 +271,14 @@ def test_doctor_says_why_there_is_no_extension(run, monkeypatch):
     assert {row["backend"] for row in rows if row["device"] == "cpu"} == {"torch"}
 
 
+def test_same_model():
+    assert cli._same_model("vit_small", "vit_small.dino")
+    assert cli._same_model("vit_small.dino", "vit_small.dino")
+    assert not cli._same_model("vit_small.dino", "vit_small.augreg")
+    assert not cli._same_model("vit_small", "vit_base")
+    assert not cli._same_model("vit_small", None)
+
+
 def test_parse_indices():
     assert cli.parse_indices("1, 5,4", "--remove") == (1, 5, 4)
     assert cli.parse_indices("", "--remove") == ()

@@ -260,7 +260,7 @@ def convert(
         if chosen.depth not in (None, depth):
             raise ValueError(f"{selection} was made for a model of {chosen.depth} blocks, {model} has {depth}")
         name = model_name(network)
-        if chosen.model not in (None, name):
+        if chosen.model is not None and not _same_model(chosen.model, name):
             raise ValueError(f"{selection} was made for {chosen.model}, not for {name}; select on this model")
     before = sum(p.numel() for p in network.parameters())
     network = convert_vit(network, chosen, residual_scale=residual_scale, inplace=True)
@@ -359,6 +359,12 @@ def doctor(
     for row in found["backends"]:
         table.add_row(*row.values())
     console.print(table)
+
+
+def _same_model(one: str, other: str | None) -> bool:
+    """Whether two names mean one architecture and, where both say which, the same weights."""
+    first, second = one.partition("."), (other or "").partition(".")
+    return first[0] == second[0] and (first[2] == second[2] or not (first[2] and second[2]))
 
 
 def _weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:

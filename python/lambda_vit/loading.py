@@ -78,6 +78,9 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
         model = timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
         inspect_model(model)
         load_state_dict(model, state, source=str(weights))
+        if "." not in name:
+            # timm fills in the tag of its own default weights, which these are not.
+            model.pretrained_cfg = {**model.pretrained_cfg, "tag": ""}
     return model.to(place).eval()
 
 
