@@ -285,7 +285,7 @@ def _build_skeleton(config: dict) -> nn.Module:
     try:
         return _build(config, "meta")
     except CheckpointError as error:
-        # timm before 1.0.23 reads its drop-path rates off a tensor, which a meta tensor does not have.
+        # Older timm (seen in 1.0.20) reads its drop-path rates off a tensor, which a meta tensor does not have.
         if "meta" not in str(error):
             raise
         return _build(config, "cpu")

@@ -136,7 +136,7 @@ def remove_attention(
     check_choice("backend", backend, BACKENDS)
     options = {"residual_scale": residual_scale, "fuse": fuse != "none", "backend": backend}
     new = {i: AttentionFreeBlock.from_block(model.blocks[i], **options) for i in removed}
-    rows = _describe(list(model.blocks), new, fuse, *_place(model))
+    rows = _describe(len(model.blocks), new, fuse, *_place(model))
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
@@ -205,7 +205,7 @@ def convert_vit(
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
     """How each block of a converted model runs in eval mode, where the model is now, and why."""
     new = {i: block for i, block in enumerate(model.blocks) if isinstance(block, AttentionFreeBlock)}
-    return _describe(list(model.blocks), new, model.lambda_kernels_info.fuse, *_place(model))
+    return _describe(len(model.blocks), new, model.lambda_kernels_info.fuse, *_place(model))
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -214,10 +214,10 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _describe(
-    blocks: list[nn.Module], new: dict[int, AttentionFreeBlock], fuse: str, device: torch.device, dtype: torch.dtype
+    depth: int, new: dict[int, AttentionFreeBlock], fuse: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[BlockInfo, ...]:
     rows = []
-    for index in range(len(blocks)):
+    for index in range(depth):
         if index in new:
             choice = new[index].path(device, dtype, training=False)
             rows.append(BlockInfo(index, "removed", choice.backend, choice.reason))

@@ -54,11 +54,6 @@ class Anatomy:
     pooling: str  # timm's global_pool: "token", "avg", "map" …
     has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
 
-    @property
-    def with_attention(self) -> tuple[int, ...]:
-        """Indices of the blocks that still have their attention."""
-        return tuple(i for i in range(self.depth) if i not in self.removed)
-
 
 def inspect_model(model: nn.Module) -> Anatomy:
     """Describe `model`, or refuse it.
