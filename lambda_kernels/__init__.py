@@ -19,6 +19,7 @@ _PUBLIC = {
     "CheckpointError": "errors",
     "EntropyMeter": "entropy",
     "ExtensionUnavailableError": "errors",
+    "FusedMlp": "blocks",
     "NonFiniteActivationError": "errors",
     "UnsupportedModelError": "errors",
     "convert_vit": "convert",
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "EntropyMeter",
     "ExtensionUnavailableError",
+    "FusedMlp",
     "NonFiniteActivationError",
     "UnsupportedModelError",
     "__version__",
@@ -48,7 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .blocks import AttentionFreeBlock
+    from .blocks import AttentionFreeBlock, FusedMlp
     from .checkpoint import from_pretrained, save_pretrained
     from .convert import convert_vit
     from .entropy import EntropyMeter, gaussian_entropy, histogram_entropy

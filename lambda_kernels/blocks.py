@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import TypeVar
+
 import torch
-from timm.layers import LayerNorm, Mlp
+from timm.layers import DropPath, LayerNorm, Mlp
 from timm.layers.activations import GELU, GELUTanh
-from timm.models.vision_transformer import LayerScale  # timm.layers has another class of that name in some versions
+from timm.models.vision_transformer import Block, LayerScale  # timm.layers has another LayerScale in some versions
 from torch import Tensor, nn
 
 from .ops.dispatch import Choice, choose
 from .ops.ln_mlp import ln_mlp
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# The submodules of timm's Block, in its order, and what its forward takes. Blocks that differ are left alone.
+_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+_MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+_ARGUMENTS = frozenset(inspect.signature(Block.forward).parameters)
+_UNKNOWN_ARGUMENTS = sorted(_ARGUMENTS - {"self", "x", "attn_mask", "is_causal"})
+_HAS_CAUSAL = "is_causal" in _ARGUMENTS  # seen in timm 1.0.26, not in 1.0.23
+
+_BARE = frozenset(vars(nn.Module()))
+_SETTINGS = frozenset(("residual_scale", "fuse", "backend"))
 
 
 def gelu_form(act: nn.Module) -> str | None:
@@ -25,10 +36,147 @@ def gelu_form(act: nn.Module) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of `module` would run hooks."""
-    return any(getattr(module, name) for name in _HOOKS)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
-class AttentionFreeBlock(nn.Module):
+def _is_altered(module: nn.Module | None) -> bool:
+    # Some libraries replace `forward` on the instance (accelerate does, for offloading), which no type shows.
+    return module is not None and (has_hooks(module) or "forward" in module.__dict__)
+
+
+def replacement_obstacles(block: nn.Module) -> list[str]:
+    """What would be lost or go wrong if another block took over the submodules of `block`; empty when nothing would.
+
+    Args:
+        block: timm's `Block`, or a `FusedMlp`.
+    """
+    found = []
+    if _UNKNOWN_ARGUMENTS:
+        found.append(f"this version of timm passes {', '.join(_UNKNOWN_ARGUMENTS)} to its blocks")
+    if set(block._modules) != set(_PARTS):
+        names = ", ".join(sorted(set(block._modules) ^ set(_PARTS)))
+        found.append(f"its submodules are not those of timm's Block ({names})")
+    own = [
+        name
+        for name, value in vars(block).items()
+        if name not in _BARE | _SETTINGS or (name != "_modules" and isinstance(value, (dict, set)) and value)
+    ]
+    if any("hooks" in name for name in own):
+        found.append("a hook on the block itself would be lost")
+    others = [name for name in own if "hooks" not in name]
+    if others:
+        found.append(f"what was put on the block itself would be lost ({', '.join(others)})")
+    return found
+
+
+class _MlpHalf(nn.Module):
+    """What both blocks share: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
+
+    Subclasses register `norm2`, `mlp`, `ls2` and `drop_path2`.
+    """
+
+    def __init__(self, residual_scale: float, fuse: bool, backend: str) -> None:
+        super().__init__()
+        self.residual_scale = float(residual_scale)
+        self.fuse = fuse
+        self.backend = backend
+
+    def path(self, device: torch.device, dtype: torch.dtype, training: bool | None = None) -> Choice:
+        """How the MLP half runs for tokens on `device` with `dtype`, and why.
+
+        `backend` is "modules" where the submodules are called one by one, else what `ln_mlp` chooses. `training` asks for
+        a mode other than the present one.
+        """
+        obstacles = self.fusion_obstacles(training)
+        if obstacles:
+            return Choice("modules", "; ".join(obstacles))
+        return choose("ln_mlp", device, dtype, self.backend)
+
+    def fusion_obstacles(self, training: bool | None = None) -> list[str]:
+        """Why the submodules cannot run as one `ln_mlp` without changing what they compute; empty when they can.
+
+        Asked at every forward: submodules may be wrapped, replaced, hooked or put into another mode at any time.
+        `training` asks for a mode other than the one each submodule is in.
+        """
+        if not self.fuse:
+            return ["fusion was switched off"]
+        # Out of the dictionaries: attributes of an nn.Module are found by a search that would cost more than all of this.
+        norm2, mlp, ls2, drop_path2 = map(self._modules.get, ("norm2", "mlp", "ls2", "drop_path2"))
+        if type(mlp) is not Mlp:
+            return [f"mlp is {type(mlp).__name__}, not Mlp"]
+        inside = fc1, act, drop1, norm, fc2, drop2 = [*map(mlp._modules.get, _MLP_PARTS)]
+        found = []
+        if type(norm2) not in (nn.LayerNorm, LayerNorm):
+            found.append(f"norm2 is {type(norm2).__name__}, not LayerNorm")
+        elif norm2.__dict__.get("_fast_norm"):
+            found.append("norm2 uses timm's fast norm, which rounds differently")
+        if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
+            found.append(f"mlp's layers are {type(fc1).__name__} and {type(fc2).__name__}, not Linear")
+        if gelu_form(act) is None:
+            found.append(f"the activation is {type(act).__name__}, not GELU")
+        if type(norm) is not nn.Identity:
+            found.append("mlp has a norm between its layers")
+        if type(ls2) not in (nn.Identity, LayerScale):
+            found.append(f"ls2 is {type(ls2).__name__}, not LayerScale")
+        if type(drop1) is not nn.Dropout or type(drop2) is not nn.Dropout:
+            found.append("mlp's dropouts were replaced")
+        # Each one's own mode: Monte-Carlo dropout puts only the dropouts of an evaluated model into training mode.
+        elif any(d.p > 0 and (d.training if training is None else training) for d in (drop1, drop2)):
+            found.append("dropout is active")
+        if type(drop_path2) not in (nn.Identity, DropPath):
+            found.append(f"drop_path2 is {type(drop_path2).__name__}, not DropPath")
+        elif (
+            type(drop_path2) is DropPath
+            and drop_path2.drop_prob
+            and (drop_path2.training if training is None else training)
+        ):
+            found.append("drop-path is active")
+        if any(map(_is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
+            found.append("a hook or a replaced forward inside the block must run")
+        if not found:
+            scale, w1, w2 = norm2.weight, fc1.weight, fc2.weight
+            if w1.dtype != w2.dtype or (scale is not None and scale.dtype != w1.dtype):
+                found.append("norm2 and mlp have different dtypes")
+            if hasattr(w1, "__tensor_flatten__") or hasattr(w2, "__tensor_flatten__"):
+                found.append("mlp's weights are wrapped: quantized, or spread over devices")
+        return found
+
+    def _mlp_half(self, x: Tensor) -> Tensor:
+        norm2, mlp, ls2 = self.norm2, self.mlp, self.ls2
+        if self.fusion_obstacles():
+            x = x if self.residual_scale == 1.0 else self.residual_scale * x
+            return x + self.drop_path2(ls2(mlp(norm2(x))))
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        return ln_mlp(
+            x,
+            norm2.weight,
+            norm2.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            eps=norm2.eps,
+            residual_scale=self.residual_scale,
+            layer_scale=None if type(ls2) is nn.Identity else ls2.gamma,
+            approximate=gelu_form(mlp.act),
+            backend=self.backend,
+        )
+
+
+_Half = TypeVar("_Half", bound=_MlpHalf)
+
+
+def _settle(new: _Half, block: nn.Module, options: dict) -> _Half:
+    """Finish `new`, which took over parts of `block`: settings that `options` leave open and the mode are those of `block`."""
+    if isinstance(block, _MlpHalf):
+        new.fuse, new.backend = options.get("fuse", block.fuse), options.get("backend", block.backend)
+    new.training = block.training  # of this block alone: its parts keep the mode they have
+    return new
+
+
+class AttentionFreeBlock(_MlpHalf):
     """A ViT block whose attention is gone: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`.
 
     Takes over the submodules of the block it replaces, under timm's names, so state-dict keys survive. `forward` has the
@@ -55,91 +203,90 @@ class AttentionFreeBlock(nn.Module):
         fuse: bool = True,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(residual_scale, fuse, backend)
         self.norm2 = norm2
         self.mlp = mlp
         self.ls2 = ls2 if ls2 is not None else nn.Identity()
         self.drop_path2 = drop_path2 if drop_path2 is not None else nn.Identity()
-        self.residual_scale = float(residual_scale)
-        self.fuse = fuse
-        self.backend = backend
         self.register_load_state_dict_pre_hook(_explain_attention_keys)
 
     @classmethod
     def from_block(cls, block: nn.Module, **options: object) -> AttentionFreeBlock:
-        """Take over the MLP half of a timm `Block`; its parameters are shared, not copied.
+        """Take over the MLP half of a timm `Block` or a `FusedMlp`; its parameters are shared, not copied.
 
-        `options` are the keyword arguments of the constructor.
+        `options` are the keyword arguments of the constructor; `fuse` and `backend` default to those of a `FusedMlp`.
         """
-        new = cls(block.norm2, block.mlp, block.ls2, block.drop_path2, **options)
-        new.training = block.training  # of this block alone: its parts keep the mode they have
-        return new
-
-    def path(self, device: torch.device, dtype: torch.dtype, training: bool | None = None) -> Choice:
-        """How `forward` runs for tokens on `device` with `dtype`, and why.
-
-        `backend` is "modules" where the submodules are called one by one, else what `ln_mlp` chooses. `training` asks for
-        a mode other than the present one.
-        """
-        obstacles = self.fusion_obstacles(self.training if training is None else training)
-        if obstacles:
-            return Choice("modules", "; ".join(obstacles))
-        return choose("ln_mlp", device, dtype, self.backend)
-
-    def fusion_obstacles(self, training: bool) -> list[str]:
-        """Why the submodules cannot run as one `ln_mlp` without changing what they compute; empty when they can.
-
-        Asked at every forward: submodules may be wrapped, replaced or hooked at any time.
-        """
-        norm2, mlp, ls2, drop_path2 = self.norm2, self.mlp, self.ls2, self.drop_path2
-        if not self.fuse:
-            return ["fusion was switched off"]
-        if type(mlp) is not Mlp:
-            return [f"mlp is {type(mlp).__name__}, not Mlp"]
-        found = []
-        if type(norm2) not in (nn.LayerNorm, LayerNorm):
-            found.append(f"norm2 is {type(norm2).__name__}, not LayerNorm")
-        elif getattr(norm2, "_fast_norm", False):
-            found.append("norm2 uses timm's fast norm, which rounds differently")
-        if type(mlp.fc1) is not nn.Linear or type(mlp.fc2) is not nn.Linear:
-            found.append(f"mlp's layers are {type(mlp.fc1).__name__} and {type(mlp.fc2).__name__}, not Linear")
-        if gelu_form(mlp.act) is None:
-            found.append(f"the activation is {type(mlp.act).__name__}, not GELU")
-        if type(mlp.norm) is not nn.Identity:
-            found.append("mlp has a norm between its layers")
-        if type(ls2) not in (nn.Identity, LayerScale):
-            found.append(f"ls2 is {type(ls2).__name__}, not LayerScale")
-        if type(mlp.drop1) is not nn.Dropout or type(mlp.drop2) is not nn.Dropout:
-            found.append("mlp's dropouts were replaced")
-        elif training and (mlp.drop1.p > 0 or mlp.drop2.p > 0):
-            found.append("dropout is active")
-        if training and type(drop_path2) is not nn.Identity and getattr(drop_path2, "drop_prob", 1.0):
-            found.append("drop-path is active")
-        if any(map(has_hooks, (norm2, mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.fc2, mlp.drop2, ls2, drop_path2))):
-            found.append("a hook inside the block must fire")
-        return found
+        return _settle(cls(block.norm2, block.mlp, block.ls2, block.drop_path2, **options), block, options)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.fusion_obstacles(self.training):
-            x = x if self.residual_scale == 1.0 else self.residual_scale * x
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return ln_mlp(
-            x,
-            self.norm2.weight,
-            self.norm2.bias,
-            self.mlp.fc1.weight,
-            self.mlp.fc1.bias,
-            self.mlp.fc2.weight,
-            self.mlp.fc2.bias,
-            eps=self.norm2.eps,
-            residual_scale=self.residual_scale,
-            layer_scale=getattr(self.ls2, "gamma", None),
-            approximate=gelu_form(self.mlp.act),
-            backend=self.backend,
-        )
+        return self._mlp_half(x)
 
     def extra_repr(self) -> str:
         return f"residual_scale={self.residual_scale:g}"
+
+
+class FusedMlp(_MlpHalf):
+    """A ViT block that keeps its attention and runs its MLP half through `ln_mlp`: the same function as timm's `Block`.
+
+    Holds the submodules of the block it stands for, under timm's names and in timm's order, so that state-dict keys, the
+    order of the parameters and optimizer groups survive. It is no `Block` itself: code that patches every `Block` of a
+    model must not take it for one.
+
+    Args:
+        norm1: The norm before the attention.
+        attn: The attention; called with the mask arguments that timm's `Block` passes on.
+        ls1: LayerScale or an identity.
+        drop_path1: Stochastic depth or an identity.
+        norm2: The norm before the MLP.
+        mlp: The MLP.
+        ls2: LayerScale or an identity.
+        drop_path2: Stochastic depth or an identity.
+        fuse: Compute the MLP half through `ln_mlp` where that is possible.
+        backend: Passed on to `ln_mlp`.
+    """
+
+    def __init__(
+        self,
+        norm1: nn.Module,
+        attn: nn.Module,
+        ls1: nn.Module,
+        drop_path1: nn.Module,
+        norm2: nn.Module,
+        mlp: nn.Module,
+        ls2: nn.Module,
+        drop_path2: nn.Module,
+        *,
+        fuse: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(1.0, fuse, backend)
+        for name, part in zip(_PARTS, (norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2), strict=True):
+            self.add_module(name, part)
+
+    @classmethod
+    def from_block(cls, block: nn.Module, **options: object) -> FusedMlp:
+        """Take over all submodules of a timm `Block`; its parameters are shared, not copied.
+
+        `options` are the keyword arguments of the constructor.
+        """
+        return _settle(cls(*(getattr(block, name) for name in _PARTS), **options), block, options)
+
+    def to_timm(self) -> Block:
+        """timm's own `Block` around the same submodules, as they are now."""
+        # Built without __init__, which would need the sizes and make modules to throw away. Nothing of the block that this
+        # one came from is kept beside its submodules: a second reference would be stale once one of them is replaced.
+        block = Block.__new__(Block)
+        nn.Module.__init__(block)
+        for name, part in self._modules.items():
+            block.add_module(name, part)
+        block.training = self.training
+        return block
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        masks = {"attn_mask": attn_mask}
+        if _HAS_CAUSAL or is_causal:  # an attention that knows no is_causal refuses it, as it does under timm's Block
+            masks["is_causal"] = is_causal
+        return self._mlp_half(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks))))
 
 
 def _explain_attention_keys(

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .blocks import AttentionFreeBlock
+from .blocks import AttentionFreeBlock, FusedMlp
 from .convert import check_indices, remove_attention
 from .errors import CheckpointError
 from .families import inspect_model
 from .files import atomic_write, remove_leftovers, sha256, write_json
+from .ops.checks import check_choice
+from .ops.dispatch import BACKENDS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # The weights that an existing config.json belongs to, kept until the new one has replaced it.
@@ -75,7 +77,8 @@ def save_pretrained(
             "version": __version__,
             "removed": list(anatomy.removed),
             "residual_scale": anatomy.residual_scale or 1.0,
-            "fuse": info.fuse if info else "all",
+            # "removed" leaves a model that was never converted as it is
+            "fuse": info.fuse if info else "removed",
         },
     }
     difference = _first_difference(_build_skeleton(config), model)
@@ -137,7 +140,9 @@ def from_pretrained(
 
     Raises:
         CheckpointError: A file is missing or damaged, or weights and config do not belong together.
+        BackendUnavailableError: `backend="triton"` cannot run on `device`.
     """
+    check_choice("backend", backend, BACKENDS)
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -153,10 +158,13 @@ def from_pretrained(
         warnings.warn(f"the last save to {folder} was interrupted; this is the model saved before it", stacklevel=2)
     if fuse is not None:
         config["lambda_kernels"]["fuse"] = fuse
-    model = _build(config, "cpu", backend)
+    model = _build(config, "cpu")
     # assign keeps the dtypes of the file, so a bf16 model comes back as one
     load_state_dict(model, read_weights(weights), assign=True, source=str(weights))
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    info = model.lambda_kernels_info
+    # Not before the model is where it will run: there alone it shows whether a backend is available, and which one runs.
+    return remove_attention(model, info.removed, info.residual_scale, info.fuse, backend)
 
 
 _KINDS = {
@@ -256,7 +264,7 @@ def _attention_blocks(keys: list[str]) -> list[int] | None:
     return sorted(blocks)
 
 
-def _build(config: dict, device: str, backend: str = "auto") -> nn.Module:
+def _build(config: dict, device: str) -> nn.Module:
     import timm
 
     ours = config["lambda_kernels"]
@@ -277,7 +285,7 @@ def _build(config: dict, device: str, backend: str = "auto") -> nn.Module:
         ) from error
     # The warnings of convert_vit were given when the model was converted.
     removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
-    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"], backend)
+    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"])
 
 
 def _build_skeleton(config: dict) -> nn.Module:
@@ -347,7 +355,7 @@ def _first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
     for name in sorted(new.keys() | old.keys()):
         if name not in new or name not in old:
             return f"{name} exists only in {'the model' if name in old else 'what timm builds'}"
-        ours, theirs = (f"{type(m).__name__}({m.extra_repr()})" for m in (old[name], new[name]))
+        ours, theirs = (f"{_class_name(m)}({m.extra_repr()})" for m in (old[name], new[name]))
         if ours != theirs:
             return f"{name or 'the model'} is {ours}, timm builds {theirs}"
     new_state, old_state = rebuilt.state_dict(), model.state_dict()
@@ -361,6 +369,11 @@ def _first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
         if name not in _NO_EFFECT and isinstance(value, plain) and isinstance(other, plain) and value != other:
             return f"model.{name} is {value!r}, timm builds {other!r}"
     return None
+
+
+def _class_name(module: nn.Module) -> str:
+    # A FusedMlp computes what timm's Block does, and which of the two a block is says nothing about the weights.
+    return "Block" if type(module) is FusedMlp else type(module).__name__
 
 
 def _check_room(folder: Path, state: dict[str, Tensor]) -> None:

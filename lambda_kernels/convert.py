@@ -1,17 +1,18 @@
-"""Model surgery: put attention-free blocks where attention was. No arithmetic here."""
+"""Model surgery: put attention-free blocks where attention was, fused ones elsewhere. No arithmetic here."""
 
 from __future__ import annotations
 
 import copy
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
-from .blocks import AttentionFreeBlock, has_hooks
+from .blocks import AttentionFreeBlock, FusedMlp, has_hooks, replacement_obstacles
 from .errors import AlreadyConvertedError, UnsupportedModelError
 from .families import Anatomy, inspect_model
 from .ops.checks import check_choice
@@ -29,7 +30,7 @@ class BlockInfo:
 
     block: int
     attention: str  # "kept" or "removed"
-    mlp: str  # "timm": the block's own modules; "modules", "torch", "triton": see AttentionFreeBlock.path
+    mlp: str  # "timm": the block is timm's own; "modules", "torch", "triton": see AttentionFreeBlock.path
     reason: str
 
 
@@ -126,7 +127,8 @@ def remove_attention(
 ) -> nn.Module:
     """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
-    Any block with timm's names for its MLP half can be swapped, one without attention too.
+    Any block with timm's names for its MLP half can lose its attention, one without it too. The others become what `fuse`
+    asks for.
 
     Raises:
         ValueError: `fuse` or `backend` is none of the known ones.
@@ -135,15 +137,46 @@ def remove_attention(
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
     options = {"residual_scale": residual_scale, "fuse": fuse != "none", "backend": backend}
-    new = {i: AttentionFreeBlock.from_block(model.blocks[i], **options) for i in removed}
-    rows = _describe(len(model.blocks), new, fuse, *_place(model))
+    new = [
+        AttentionFreeBlock.from_block(block, **options) if i in removed else _keep(block, fuse, backend)
+        for i, block in enumerate(model.blocks)
+    ]
+    rows = _describe(new, fuse, *_place(model))
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
-    for index, block in new.items():
+    for index, block in enumerate(new):
         model.blocks[index] = block
     model.lambda_kernels_info = ConversionInfo(removed, float(residual_scale), fuse, backend, rows)
     return model
+
+
+def _keep(block: nn.Module, fuse: str, backend: str) -> nn.Module:
+    """What a block with attention becomes; itself where it is that already, or where something would be lost.
+
+    `block` is left as it is: the caller may find yet that the model cannot be converted.
+    """
+    if type(block) not in (Block, FusedMlp):
+        return block
+    stays = bool(replacement_obstacles(block))
+    if type(block) is Block:
+        return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend)
+    if fuse != "all" and not stays:
+        return block.to_timm()
+    if (block.fuse, block.backend) == (fuse == "all", backend):
+        return block
+    twin = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
+    twin.fuse, twin.backend = fuse == "all", backend
+    return twin
+
+
+def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str, backend: str) -> bool:
+    """Whether a model that has lost the attention of `removed` alone would come out of the conversion as it is."""
+    info = getattr(model, "lambda_kernels_info", None)
+    asked = (removed, float(residual_scale), fuse, backend)
+    if info is None or (info.removed, info.residual_scale, info.fuse, info.backend) != asked:
+        return False
+    return all(i in removed or _keep(block, fuse, backend) is block for i, block in enumerate(model.blocks))
 
 
 def convert_vit(
@@ -155,16 +188,19 @@ def convert_vit(
     backend: str = "auto",
     inplace: bool = False,
 ) -> nn.Module:
-    """Remove the attention layers of a timm vision transformer; their parameters leave the model.
+    """Remove attention layers of a timm vision transformer, and run the MLP halves of its blocks through `ln_mlp`.
+
+    The parameters of removed attention leave the model; those that are left keep their names.
 
     Args:
         model: A timm model whose `blocks` are `timm.models.vision_transformer.Block`.
         remove: Indices of the blocks that lose their attention, or a `Selection`. The default is the published choice
-            for DeiT-B (arXiv 2404.05657). `()` only attaches the info.
+            for DeiT-B (arXiv 2404.05657). `()` removes none.
         residual_scale: 1.0 for a skipped attention (measuring, zero-shot use), 2.0 for one that was diluted into the
             identity while training.
-        fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". Blocks that
-            keep their attention keep timm's own MLP in this version, and `lambda_kernels_info` says so.
+        fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". With "all",
+            blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
+            anything else of its own stays, and `lambda_kernels_info` says so.
         backend: "auto", "triton" or "torch", passed on to `ln_mlp`.
         inplace: Change `model` itself instead of a deep copy.
 
@@ -186,26 +222,22 @@ def convert_vit(
         raise ValueError("residual_scale must be finite; got inf")
     anatomy = inspect_model(model)
     removed = check_indices(remove, anatomy.depth)
-    if anatomy.removed:
-        if (removed, float(residual_scale)) == (anatomy.removed, anatomy.residual_scale):
-            info = getattr(model, "lambda_kernels_info", None)
-            if info is not None and (info.fuse, info.backend) == (fuse, backend):
-                return model
-            target = model if inplace else copy.deepcopy(model)
-            return remove_attention(target, removed, residual_scale, fuse, backend)
+    if anatomy.removed and (removed, float(residual_scale)) != (anatomy.removed, anatomy.residual_scale):
         raise AlreadyConvertedError(
             f"the model has lost the attention of blocks {list(anatomy.removed)} already (residual_scale "
             f"{anatomy.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
             "full model"
         )
-    check_removal(model, removed, anatomy, residual_scale)
+    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, fuse, backend):
+        return model
+    if not anatomy.removed:
+        check_removal(model, removed, anatomy, residual_scale)
     return remove_attention(model if inplace else copy.deepcopy(model), removed, residual_scale, fuse, backend)
 
 
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
     """How each block of a converted model runs in eval mode, where the model is now, and why."""
-    new = {i: block for i, block in enumerate(model.blocks) if isinstance(block, AttentionFreeBlock)}
-    return _describe(len(model.blocks), new, model.lambda_kernels_info.fuse, *_place(model))
+    return _describe(model.blocks, model.lambda_kernels_info.fuse, *_place(model))
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -214,14 +246,21 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _describe(
-    depth: int, new: dict[int, AttentionFreeBlock], fuse: str, device: torch.device, dtype: torch.dtype
+    blocks: Sequence[nn.Module], fuse: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[BlockInfo, ...]:
     rows = []
-    for index in range(depth):
-        if index in new:
-            choice = new[index].path(device, dtype, training=False)
-            rows.append(BlockInfo(index, "removed", choice.backend, choice.reason))
+    for index, block in enumerate(blocks):
+        if isinstance(block, (AttentionFreeBlock, FusedMlp)):
+            choice = block.path(device, dtype, training=False)
+            attention = "kept" if isinstance(block, FusedMlp) else "removed"
+            rows.append(BlockInfo(index, attention, choice.backend, choice.reason))
         else:
-            reason = "fusing blocks with attention is not in this version" if fuse == "all" else f"fuse={fuse!r}"
-            rows.append(BlockInfo(index, "kept", "timm", reason))
+            rows.append(BlockInfo(index, "kept", "timm", _why_not_fused(block, fuse)))
     return tuple(rows)
+
+
+def _why_not_fused(block: nn.Module, fuse: str) -> str:
+    if fuse != "all":
+        return f"fuse={fuse!r}"
+    obstacles = getattr(block, "why_not_convertible", None) or "; ".join(replacement_obstacles(block))
+    return obstacles or "it was put there after the conversion"

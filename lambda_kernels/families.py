@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .blocks import AttentionFreeBlock
+from .blocks import AttentionFreeBlock, FusedMlp
 from .errors import UnsupportedModelError
 
 _ADVICE = "Use a model whose blocks are timm.models.vision_transformer.Block (ViT, DeiT, DeiT-III, DINOv2, SigLIP …)"
@@ -46,7 +46,10 @@ def qualified_name(value: object) -> str:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What matters about a supported model before and after its attention layers are removed."""
+    """What matters about a supported model before and after its attention layers are removed.
+
+    Blocks that keep their attention count alike, whether they are timm's own or `FusedMlp`.
+    """
 
     depth: int
     removed: tuple[int, ...]
@@ -72,7 +75,7 @@ def inspect_model(model: nn.Module) -> Anatomy:
         reason = "it has no sequence of transformer blocks named `blocks`"
     if reason is not None:
         raise UnsupportedModelError(f"{name} is not supported: {reason}. {_ADVICE}")
-    strangers = {i: blk for i, blk in enumerate(blocks) if type(blk) not in (Block, AttentionFreeBlock)}
+    strangers = {i: blk for i, blk in enumerate(blocks) if type(blk) not in (Block, FusedMlp, AttentionFreeBlock)}
     if strangers:
         index, stranger = next(iter(strangers.items()))
         # A block that stands in for another one for a while can say itself what has to be done first.

@@ -8,6 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this variable while it is imported; afterwards
+# its own switch takes over, and processes that tests start know nothing of it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 WEIGHTS = "deit_tiny_patch16_224.safetensors"
 IMAGES = "imagenette_224.zip"
@@ -58,6 +67,12 @@ def small_vit(name: str = "vit_tiny_patch16_224", **options: object) -> torch.nn
 def images(count: int = 4, size: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
     """Random images `[count, channels, size, size]`."""
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a user's process, where Triton's interpreter is off."""
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
 
 
 @pytest.fixture

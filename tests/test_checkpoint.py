@@ -12,9 +12,10 @@ import warnings
 import pytest
 import torch
 from conftest import REPOSITORY, images, small_vit
+from timm.models.vision_transformer import Block
 
 import lambda_kernels.checkpoint as checkpoint
-from lambda_kernels import CheckpointError, convert_vit, from_pretrained, save_pretrained
+from lambda_kernels import CheckpointError, FusedMlp, convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.checkpoint import load_state_dict, read_weights
 from lambda_kernels.files import atomic_write, write_json
 
@@ -84,6 +85,32 @@ def test_dtype_comes_back(tmp_path):
     loaded = from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert torch.equal(loaded(images().bfloat16()), model(images().bfloat16()))
+
+
+@pytest.mark.parametrize("fuse", ["all", "removed", "none"])
+@pytest.mark.parametrize("removed", [(), (1,)])
+@torch.no_grad()
+def test_how_the_blocks_compute_comes_back(fuse, removed, tmp_path):
+    model = convert_vit(small_vit("deit3_small_patch16_224", num_heads=3), remove=removed, fuse=fuse)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.lambda_kernels_info == model.lambda_kernels_info
+    assert str(loaded) == str(model)
+    assert torch.equal(loaded(images()), model(images()))
+    other = from_pretrained(tmp_path, fuse="all", backend="torch")
+    assert {type(block) for i, block in enumerate(other.blocks) if i not in removed} == {FusedMlp}
+    assert {row.reason for row in other.lambda_kernels_info.blocks} == {"asked for by name"}
+    with pytest.raises(ValueError, match="'cuda'"):
+        from_pretrained(tmp_path, backend="cuda")
+
+
+def test_saving_looks_through_what_is_only_another_way_to_compute(tmp_path):
+    model = small_vit()
+    save_pretrained(model, tmp_path / "plain")
+    assert [type(block) for block in from_pretrained(tmp_path / "plain").blocks] == [Block] * 4
+    model.blocks[1].register_forward_hook(lambda *args: None)
+    save_pretrained(convert_vit(model, remove=()), tmp_path / "hooked")
+    assert torch.equal(from_pretrained(tmp_path / "hooked")(images()), model(images()))
 
 
 def test_the_loaded_model_can_be_trained(tmp_path):

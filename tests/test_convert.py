@@ -109,14 +109,16 @@ def test_which_path_runs(monkeypatch):
     genuine = lambda_kernels.blocks.ln_mlp
     monkeypatch.setattr(lambda_kernels.blocks, "ln_mlp", lambda *a, **k: calls.append(k) or genuine(*a, **k))
     for name, expected, path in (("tanh", 2, "torch"), ("deit3", 2, "torch"), ("gated", 0, "modules")):
-        calls.clear()
-        converted = convert_vit(build(name), remove=(0, 2))
-        converted(images())
-        rows = converted.lambda_kernels_info.blocks
-        assert len(calls) == expected
-        assert [row.mlp for row in rows] == [path, "timm", path, "timm"]
-        assert [row.attention for row in rows] == ["removed", "kept"] * 2
+        for fuse, kept in (("removed", "timm"), ("all", path)):
+            calls.clear()
+            converted = convert_vit(build(name), remove=(0, 2), fuse=fuse)
+            converted(images())
+            rows = converted.lambda_kernels_info.blocks
+            assert len(calls) == expected * (2 if fuse == "all" else 1)
+            assert [row.mlp for row in rows] == [path, kept] * 2
+            assert [row.attention for row in rows] == ["removed", "kept"] * 2
     assert "GluMlp" in rows[0].reason
+    assert "GluMlp" in rows[1].reason
     calls.clear()
     converted = convert_vit(build("tanh"), remove=(0,))
     converted(images())
@@ -256,17 +258,19 @@ def test_wrong_options(options, words):
 
 
 def test_a_backend_by_name_raises_and_leaves_the_model_alone():
-    model = build("vit")
-    with pytest.raises(BackendUnavailableError, match="triton"):
-        convert_vit(model, remove=(0,), backend="triton", inplace=True)
-    assert type(model.blocks[0]) is not AttentionFreeBlock
+    model = build("vit").double()  # which no kernel takes, wherever it runs
+    for remove in ((0,), ()):
+        with pytest.raises(BackendUnavailableError, match="triton"):
+            convert_vit(model, remove=remove, backend="triton", inplace=True)
+    assert {type(block) for block in model.blocks} == {timm.models.vision_transformer.Block}
+    assert not hasattr(model, "lambda_kernels_info")
 
 
 def test_already_converted():
     model = convert_vit(build("vit"), remove=(0, 2))
     assert convert_vit(model, remove=(2, 0)) is model
     with pytest.raises(BackendUnavailableError):
-        convert_vit(model, remove=(0, 2), backend="triton")
+        convert_vit(copy.deepcopy(model).double(), remove=(0, 2), backend="triton")
     other = convert_vit(model, remove=(0, 2), fuse="none")
     assert other is not model
     assert [row.mlp for row in other.lambda_kernels_info.blocks] == ["modules", "timm"] * 2

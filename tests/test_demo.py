@@ -73,7 +73,7 @@ def test_it_says_what_it_did_not_do_and_what_comes_next(result):
     assert any("Triton" in line for line in record["not_exercised"])
     assert any(entry["command"].startswith("lambda-vit select") for entry in record["next_commands"])
     assert "Not exercised" in printed
-    assert "attention removed, MLP torch (this version ships no Triton kernel" in printed
+    assert "attention removed, MLP torch (" in printed
     for step in range(1, 8):
         assert f"{step}/7" in printed
 

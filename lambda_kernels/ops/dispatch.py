@@ -6,6 +6,7 @@ print, so what is reported cannot drift from what runs. A backend asked for by n
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -17,7 +18,12 @@ from .checks import check_choice
 BACKENDS = ("auto", "triton", "torch")
 
 # Operators for which this version ships a Triton kernel.
-TRITON_OPERATORS: frozenset[str] = frozenset()
+TRITON_OPERATORS = frozenset({"ln_mlp"})
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Compute capability from which the kernels' products run on bfloat16 tensor cores.
+_OLDEST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,43 @@ class Choice:
     reason: str
 
 
+@torch.compiler.assume_constant_result
+def in_interpreter() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU: slow, exact, for tests."""
+    if not _TRITON_INSTALLED:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache
+def _capability(index: int | None) -> tuple[int, int] | None:
+    # None where no CUDA device can be asked, as when a model for one is traced without data.
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def _device_obstacles(device: torch.device) -> list[str]:
+    if torch.version.hip is not None:
+        return ["the device is driven by ROCm, and the kernels were written for and tested on CUDA"]
+    capability = _capability(device.index)
+    if capability is not None and capability < _OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, _OLDEST_CAPABILITY))
+        return [f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need {oldest}"]
+    return []
+
+
 def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Everything that keeps `operator` from running as a Triton kernel on `device` with `dtype`; empty when it can."""
     obstacles = []
     if operator not in TRITON_OPERATORS:
         obstacles.append(f"this version ships no Triton kernel for {operator}")
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         obstacles.append("triton is not installed")
-    if device.type != "cuda":
+    elif device.type == "cuda":
+        obstacles += _device_obstacles(device)
+    elif not (device.type == "cpu" and in_interpreter()):
         obstacles.append(f"the tensors are on {device.type}, not on a CUDA device")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         obstacles.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
@@ -53,6 +88,8 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, backend: str
     if backend == "torch":
         return Choice("torch", "asked for by name")
     obstacles = triton_obstacles(operator, device, dtype)
+    if backend == "auto" and not obstacles and device.type == "cpu":
+        return Choice("torch", "Triton's interpreter is only used when backend='triton' asks for it")
     if not obstacles:
         return Choice("triton", "asked for by name" if backend == "triton" else "a fused kernel serves this case")
     if backend == "triton":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
-from . import checks, dispatch
+from . import checks, dispatch, operators
+
+# At this width and below, products are cheaper than the memory traffic of saved activations.
+RECOMPUTE_ALL_BELOW = 256
 
 APPROXIMATIONS = ("auto", "none", "tanh")
 RECOMPUTE = ("auto", "none", "act", "all")
@@ -57,6 +61,83 @@ def ln_mlp(
         ValueError: A shape, device, option or number does not fit; the message names it.
         BackendUnavailableError: `backend="triton"` cannot run here.
     """
+    if not _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale):
+        _check_tensors(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
+    checks.check_choice("approximate", approximate, APPROXIMATIONS)
+    checks.check_choice("recompute", recompute, RECOMPUTE)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive; got {eps}")
+    if not abs(residual_scale) < float("inf"):
+        raise ValueError(f"residual_scale must be finite; got {residual_scale}")
+
+    hidden, channels = w1.shape
+    compute = compute_dtype(x, w1)
+    chosen = dispatch.choose("ln_mlp", x.device, compute, backend)
+    form = "tanh" if approximate == "tanh" else "none"
+    # Of no tokens nothing is computed: the twin gives shape, dtype and zero gradients.
+    if chosen.backend == "torch" or x.numel() == 0 or hidden == 0:
+        return reference.ln_mlp(
+            x,
+            ln_weight,
+            ln_bias,
+            w1,
+            b1,
+            w2,
+            b2,
+            eps=eps,
+            residual_scale=residual_scale,
+            layer_scale=layer_scale,
+            approximate=form,
+        )
+    tokens = x.reshape(-1, channels)
+    if tokens.stride(1) != 1 or tokens.stride(0) < channels:  # a transposed or expanded view
+        tokens = tokens.contiguous()
+    # As autocast would, only the operands of the products are cast; tokens and residual stay what they are.
+    w1, w2 = (w.to(compute).contiguous() for w in (w1, w2))
+    vectors = (v if v is None else v.contiguous() for v in (ln_weight, ln_bias, b1, b2, layer_scale))
+    ln_weight, ln_bias, b1, b2, layer_scale = vectors
+    tensors = (tokens, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
+    save = operators.SAVE_NOTHING
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        save = resolve_recompute(recompute, channels)
+    out, *_ = torch.ops.lambda_kernels.ln_mlp(*tensors, float(eps), float(residual_scale), form, save)
+    return out.reshape(x.shape)
+
+
+def compute_dtype(x: Tensor, w1: Tensor) -> torch.dtype:
+    """The dtype of both products: autocast's where it is on, else that of the weights; autocast spares float64."""
+    device = x.device.type
+    if torch.float64 in (x.dtype, w1.dtype):
+        return torch.float64
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w1.dtype
+
+
+def resolve_recompute(recompute: str, channels: int) -> str:
+    """What "auto" means: everything is recomputed where the width makes that cheap, the activation alone above."""
+    if recompute != "auto":
+        return recompute
+    return "all" if channels <= RECOMPUTE_ALL_BELOW else "act"
+
+
+def _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> bool:
+    """Whether all is plainly well, asked at every call; `_check_tensors` finds out what is not, or that it is well too."""
+    try:
+        dtype, device, (hidden, channels) = x.dtype, x.device, w1.shape
+        if dtype not in checks.FLOATING or x.shape[-1] != channels or w2.shape != (channels, hidden):
+            return False
+        vectors = ((ln_weight, channels), (ln_bias, channels), (b1, hidden), (b2, channels), (layer_scale, channels))
+        given = [w1, w2]
+        for vector, size in vectors:
+            if vector is not None:
+                given.append(vector)
+                if vector.shape != (size,):
+                    return False
+        return all(isinstance(t, Tensor) and t.dtype == dtype and t.device == device for t in given)
+    except (AttributeError, IndexError, TypeError, ValueError):  # no tensor, or of too few dimensions
+        return False
+
+
+def _check_tensors(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> None:
     tensors = {"x": x, "w1": w1, "w2": w2}
     optional = {"ln_weight": ln_weight, "ln_bias": ln_bias, "b1": b1, "b2": b2, "layer_scale": layer_scale}
     tensors.update({name: value for name, value in optional.items() if value is not None})
@@ -76,26 +157,3 @@ def ln_mlp(
             checks.check_shape(name, tensors[name], shape, letters)
     checks.check_same_device(tensors)
     checks.check_same_dtype(tensors)
-    checks.check_choice("approximate", approximate, APPROXIMATIONS)
-    checks.check_choice("recompute", recompute, RECOMPUTE)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive; got {eps}")
-    if not abs(residual_scale) < float("inf"):
-        raise ValueError(f"residual_scale must be finite; got {residual_scale}")
-
-    # Only the PyTorch twin can be chosen until an operator is listed in dispatch.TRITON_OPERATORS; the call raises
-    # where a kernel was asked for by name.
-    dispatch.choose("ln_mlp", x.device, x.dtype, backend)
-    return reference.ln_mlp(
-        x,
-        ln_weight,
-        ln_bias,
-        w1,
-        b1,
-        w2,
-        b2,
-        eps=eps,
-        residual_scale=residual_scale,
-        layer_scale=layer_scale,
-        approximate="tanh" if approximate == "tanh" else "none",
-    )

@@ -1,0 +1,368 @@
+"""Compile every shipped kernel configuration without a GPU and read what the compiler made of it.
+
+    python -m lambda_kernels.audit [--arch 80 90 100] [--kernel one_pass fc1 …] [--defaults] [--json FILE]
+
+For each configuration: registers, stack, shared memory, and from the disassembly the matrix instructions and the loads and
+stores of local memory. It fails on
+- local memory traffic inside a loop (a spill),
+- shared memory above the architecture's limit,
+- on sm_90, a warp-group product that was serialized or takes its A operand from registers, or that became the older HMMA,
+- on sm_100, a product that is no tcgen05 one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .files import write_json
+
+# Shared memory a program may use, bytes: CUDA C++ programming guide, table of technical specifications.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ARCHITECTURES = (80, 90, 100)
+
+# The matrix instruction that products of 16-bit operands must become.
+_MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a launch on tensors without memory, for one architecture."""
+
+    kernel: str
+    shape: str
+    config: str
+    arch: int
+    launch: object
+    tensor_cores: bool  # whether products must run on the tensor cores
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the compiler made of a case; `faults` is empty where it passes."""
+
+    kernel: str
+    shape: str
+    config: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    matrix_instructions: int
+    spills: int
+    spills_in_loop: int
+    faults: tuple[str, ...]
+
+
+def source(launch: object) -> tuple[dict[str, str], dict[str, object], dict]:
+    """Signature, constants and attributes of a launch, as its kernel would be specialized for these arguments."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    constants = dict(launch.constants)
+    signature, attributes = {}, {}
+    general = launch.kernel.do_not_specialize or ()
+    for position, name in enumerate(launch.kernel.arg_names):
+        value = launch.args.get(name)
+        aligned = False
+        if name in constants or value is None:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            aligned = True
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            aligned = value % 16 == 0 and name not in general
+        else:
+            signature[name] = "fp32"
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_case(case: Case) -> Finding:
+    """Compile `case` for its architecture, with no device present, and read registers, memory and instructions."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    launch, arch = case.launch, case.arch
+    signature, constants, attributes = source(launch)
+    facts = {"kernel": case.kernel, "shape": case.shape, "config": case.config, "arch": arch}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    try:
+        compiled = triton.compile(
+            ASTSource(launch.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", arch, 32),
+            options=options,
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        fault = f"does not compile: {type(error).__name__}: {reason[-1] if reason else ''}"
+        return Finding(
+            **facts, registers=0, stack=0, shared=0, matrix_instructions=0, spills=0, spills_in_loop=0, faults=(fault,)
+        )
+    usage, sass, warnings = _disassemble(compiled, arch)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Finding(
+        **facts,
+        registers=registers,
+        stack=stack,
+        shared=compiled.metadata.shared,
+        matrix_instructions=_count(_MATRIX_INSTRUCTION[arch], sass),
+        spills=_count("LDL", sass) + _count("STL", sass),
+        spills_in_loop=_local_memory_in_loops(sass),
+        faults=tuple(_faults(case, compiled.metadata.shared, sass, warnings)),
+    )
+
+
+def _disassemble(compiled: object, arch: int) -> tuple[str, str, str]:
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    # The assembler that Triton itself uses for this architecture: releases differ in which one that is.
+    ptxas = get_ptxas(arch).path
+
+    def run(*command: object) -> subprocess.CompletedProcess:
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = run(binaries / "cuobjdump", "-res-usage", cubin)
+        sass = run(binaries / "cuobjdump", "-sass", cubin)
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        again = run(ptxas, f"-arch={name}", "-v", ptx, "-o", Path(folder, "again.cubin"))
+        for done in (usage, sass, again):
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(done.args)} failed: {done.stderr.strip()}")
+        return usage.stdout, sass.stdout, again.stderr
+
+
+def _count(opcode: str, sass: str) -> int:
+    return len(re.findall(rf"\b{opcode}\b", sass))
+
+
+def _local_memory_in_loops(sass: str) -> int:
+    """Loads and stores of local memory between the target of a backward branch and the branch."""
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", sass)]
+    loops = []
+    for address, text in code:
+        jump = re.search(r"\bBRA(?:\.\w+)*\s.*?(0x[0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:  # a jump to itself is the padding after the end
+            loops.append((int(jump[1], 16), address))
+    return sum(
+        1
+        for address, text in code
+        if re.search(r"\b(LDL|STL)\b", text) and any(low <= address <= high for low, high in loops)
+    )
+
+
+def _faults(case: Case, shared: int, sass: str, warnings: str) -> Iterator[str]:
+    if spilled := _local_memory_in_loops(sass):
+        yield f"{spilled} spill instructions inside a loop"
+    if shared > SHARED_LIMIT[case.arch]:
+        yield f"{shared} bytes of shared memory, the limit is {SHARED_LIMIT[case.arch]}"
+    if not case.tensor_cores:
+        return
+    wanted = _MATRIX_INSTRUCTION[case.arch]
+    if not _count(wanted, sass):
+        others = [name for name in ("HMMA", "HGMMA", "FFMA") if _count(name, sass)]
+        yield f"no {wanted}; products run as {' and '.join(others) or 'nothing known'}"
+    if case.arch == 90:
+        if "serialized" in warnings:
+            yield "warp-group products are serialized"
+        if re.search(r"\bHGMMA\S*\s+R\d+,\s*R\d+", sass):
+            yield "a warp-group product takes its A operand from registers"
+
+
+# Widths that are compiled: those that ViTs have, chunks of every count, and rows that descriptors cannot address.
+_WIDTHS = {True: (64, 128, 192, 256, 384, 768, 1024, 1152, 1408), False: (100, 192, 384, 768)}
+_DEFAULT_WIDTHS = {True: (192, 384, 768), False: (100, 768)}
+_TOKENS = 50_432
+_ROW_WIDTHS = (192, 768, 1664, 4096)
+
+
+def cases(
+    architectures: tuple[int, ...] = ARCHITECTURES, kernels: tuple[str, ...] = (), *, defaults: bool = False
+) -> Iterator[Case]:
+    """Every configuration that ships, on tensors without memory; with `defaults`, those that are used unmeasured.
+
+    Args:
+        architectures: Compute capabilities, 80, 86, 90 ….
+        kernels: Names; empty for all.
+        defaults: Only the first configuration of each list, in bfloat16 and float32, at fewer widths.
+    """
+    from .ops.kernels import configs
+
+    dtypes = (torch.bfloat16, torch.float32) if defaults else (torch.bfloat16, torch.float16, torch.float32)
+    for arch in architectures:
+        for kernel in kernels or (*configs.KERNELS, *_ROW_KERNELS):
+            if kernel in _ROW_KERNELS:
+                for channels in _ROW_WIDTHS[:2] if defaults else _ROW_WIDTHS:
+                    made = _row_launch(kernel, channels)
+                    yield Case(kernel, f"C={channels} bf16", f"rows w{made.warps}", arch, made, False)
+                continue
+            for tma in (True, False) if configs.uses_descriptors(arch) else (False,):
+                for dtype in dtypes:
+                    if tma and dtype == torch.float32:
+                        continue
+                    for channels in (_DEFAULT_WIDTHS if defaults else _WIDTHS)[tma]:
+                        shipped = configs.shipped(kernel, arch, dtype, channels, tma)
+                        for config in shipped[:1] if defaults else shipped:
+                            yield _product_case(kernel, channels, dtype, config, tma, arch)
+            if kernel in configs.KERNELS and not defaults:
+                for config in configs.shipped(kernel, arch, torch.float32, 192, False):
+                    with _tf32():
+                        yield _product_case(kernel, 192, torch.float32, config, False, arch, " tf32")
+
+
+_ROW_KERNELS = ("row_statistics", "layer_norm", "layer_norm_input", "elementwise")
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _product_case(
+    kernel: str, channels: int, dtype: torch.dtype, config: object, tma: bool, arch: int, note: str = ""
+) -> Case:
+    """The most that a kernel can be asked for: every bias, LayerScale, statistics and what the backward needs."""
+    from .ops import launch
+
+    rows, hidden = _TOKENS, 4 * channels
+    math = launch.Arithmetic.of(dtype, "none")
+    x, out = _empty(rows, channels, dtype=dtype), _empty(rows, channels, dtype=dtype)
+    w1, w2 = _empty(hidden, channels, dtype=dtype), _empty(channels, hidden, dtype=dtype)
+    c, h = _empty(channels, dtype=dtype), _empty(hidden, dtype=dtype)
+    wide, act = _empty(rows, hidden, dtype=dtype), _empty(rows, hidden, dtype=dtype)
+    statistics, sums = _empty(rows), _empty(-(-rows // config.bm), hidden)
+    how = {"math": math, "config": config, "tma": tma}
+    if kernel == "one_pass":
+        made = launch.one_pass(x, c, c, w1, h, w2, c, c, out, statistics, statistics, eps=1e-6, scale=2.0, **how)
+    elif kernel == "fc1":
+        corrected = dtype != torch.float32
+        vectors = (_empty(hidden), statistics, statistics, _empty(hidden)) if corrected else (h, None, None, None)
+        made = launch.fc1(x, w1, *vectors, act, wide, scale=2.0, **how)
+    elif kernel == "fc2":
+        made = launch.fc2(act, w2, c, c, x, out, scale=2.0, **how)
+    elif kernel == "hidden_gradient":
+        made = launch.hidden_gradient(x, w1, h, None, out, w2, wide, act, sums, **how)
+    elif kernel == "saved_gradient":
+        made = launch.hidden_gradient(None, w1, h, act, out, w2, wide, act, sums, **how)
+    else:
+        raise ValueError(f"kernel must be one of {', '.join(_ROW_KERNELS)} or a product kernel; got {kernel!r}")
+    how_moved = "descriptors" if tma else "pointers"
+    shape = f"C={channels} {_TYPES[dtype]}{note} {how_moved}"
+    # Without TF32, float32 products are no tensor-core ones.
+    return Case(kernel, shape, str(config), arch, made, dtype != torch.float32)
+
+
+def _row_launch(kernel: str, channels: int) -> object:
+    from .ops import launch
+    from .ops.kernels import configs
+
+    dtype, rows, hidden, programs = torch.bfloat16, _TOKENS, 4 * channels, 528
+    x, c, statistics = _empty(rows, channels, dtype=dtype), _empty(channels, dtype=dtype), _empty(rows)
+    if kernel == "layer_norm":
+        return launch.layer_norm(x, c, c, x, statistics, statistics, eps=1e-6, scale=2.0, given=False)
+    if kernel == "layer_norm_input":
+        sums = [_empty(programs, channels)] * 3
+        return launch.layer_norm_input(x, x, x, c, statistics, statistics, x, *sums, scale=2.0, programs=programs)
+    w1, h = _empty(hidden, channels, dtype=dtype), _empty(hidden)
+    if kernel == "row_statistics":
+        return launch.row_statistics(x, statistics, statistics, c, c, w1, h, w1, h, h, eps=1e-6, scale=2.0)
+    wide = _empty(rows, hidden, dtype=dtype)
+    math = launch.Arithmetic.of(dtype, "none")
+    sums = _empty(-(-rows // configs.ELEMENTWISE.bm), hidden)
+    return launch.elementwise(wide, wide, wide, wide, sums, math=math, config=configs.ELEMENTWISE)
+
+
+def audit(chosen: Iterable[Case], workers: int = 1) -> Iterator[Finding]:
+    """Compile and read the cases, `workers` at a time, in their order."""
+    if workers == 1:
+        yield from map(compile_case, chosen)
+        return
+    # Threads suffice: most of the time is spent in the assembler and the disassembler, other processes.
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(compile_case, chosen)
+
+
+_COLUMNS = ("kernel", "shape", "config", "sm", "regs", "stack", "shared", "matrix", "spills", "in loop", "verdict")
+_WIDTH = (16, 26, 18, 4, 5, 6, 7, 7, 7, 8, 0)
+
+
+def _line(values: Iterable[object]) -> str:
+    return " ".join(f"{value!s:<{width}}" for value, width in zip(values, _WIDTH, strict=True)).rstrip()
+
+
+def _row(f: Finding) -> str:
+    verdict = "; ".join(f.faults) or "ok"
+    numbers = (f.registers, f.stack, f.shared, f.matrix_instructions, f.spills, f.spills_in_loop)
+    return _line((f.kernel, f.shape, f.config, f.arch, *numbers, verdict))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns 0 if every case passes, 1 otherwise, 2 where nothing can be compiled."""
+    parser = argparse.ArgumentParser(prog="python -m lambda_kernels.audit", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--kernel", nargs="+", default=(), help="names of kernels; all of them if not given")
+    parser.add_argument("--defaults", action="store_true", help="only what is used where nothing was measured")
+    parser.add_argument("--workers", type=int, default=1, help="compilations at a time")
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    options = parser.parse_args(arguments)
+    try:
+        import triton
+    except ImportError:
+        print("triton is not installed: nothing to compile with", file=sys.stderr)
+        return 2
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    from .ops.kernels import configs
+
+    known = (*configs.KERNELS, *_ROW_KERNELS)
+    if unknown := set(options.kernel) - set(known):
+        parser.error(f"argument --kernel: unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    print(f"triton {triton.__version__}")
+    print(_line(_COLUMNS))
+    findings = []
+    chosen = cases(tuple(options.arch), tuple(options.kernel), defaults=options.defaults)
+    for finding in audit(chosen, options.workers):
+        findings.append(finding)
+        print(_row(finding), flush=True)
+    failed = sum(bool(finding.faults) for finding in findings)
+    print(f"{len(findings)} configurations, {failed} failed")
+    if options.json:
+        write_json(options.json, {"triton": triton.__version__, "findings": [asdict(f) for f in findings]})
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""`ln_mlp` forward and backward as sequences of kernels and library products, on flat tokens [M, C].
+
+Each stage has several ways to be computed, of which the library's is always one; `tuning.choose` picks. What ran is
+recorded by `trace`. Needs triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from . import launch, tracing, tuning
+from .kernels import configs
+from .operators import SAVE_NOTHING
+from .tuning import Candidate, Problem
+
+LIBRARY = Candidate("library")
+STAGED = Candidate("staged")
+
+# What the forward saves for the backward, by `recompute`: "nothing" where no gradient is wanted.
+SAVE = {SAVE_NOTHING: (), "all": ("stats",), "act": ("stats", "pre"), "none": ("stats", "pre", "act")}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """γ [C], β [C], W1 [H, C], b1 [H], W2 [C, H], b2 [C], LayerScale [C]; all but the matrices may be None."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    ls: Tensor | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """LayerNorm's epsilon, the residual's factor s, and the form of GELU: "none" or "tanh"."""
+
+    eps: float
+    scale: float
+    approximate: str
+
+
+@functools.lru_cache
+def _device_facts(device: torch.device) -> tuple[int, int]:
+    """(compute capability as 80, 90 …, number of multiprocessors); for the interpreter, one that shows every feature."""
+    if device.type != "cuda":
+        return 90, 2
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def _settled(function: Callable[..., object]) -> Callable[..., object]:
+    """Run `function(tokens, …)` with the tokens' device current and autocast off: the dtypes of products are settled."""
+
+    @functools.wraps(function)
+    def call(tokens: Tensor, *args: object) -> object:
+        device = tokens.device
+        elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
+        if not elsewhere and not torch.is_autocast_enabled(device.type):
+            return function(tokens, *args)
+        with contextlib.ExitStack() as stack:
+            if elsewhere:
+                stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            return function(tokens, *args)
+
+    return call
+
+
+def _run(made: launch.Launch, config: object = None) -> None:
+    tracing.note(made.name, str(config) if config is not None else "")
+    made.run()
+
+
+def _library(name: str) -> None:
+    tracing.note("library", name)
+
+
+def _tma(p: Parameters, tokens: Tensor) -> bool:
+    """Whether tiles go through descriptors. What is allocated here has rows like W1's or W2's, so it is as describable.
+
+    Not for float32, where descriptors double the registers that a product needs.
+    """
+    arch, _ = _device_facts(p.w1.device)
+    return configs.uses_descriptors(arch) and p.w1.dtype != torch.float32 and launch.describable(tokens, p.w1, p.w2)
+
+
+@functools.lru_cache(maxsize=4096)
+def _details(tokens: torch.dtype, approximate: str, strided: bool, precision: str, *flags: str) -> str:
+    words = [f"x={str(tokens).removeprefix('torch.')}", f"gelu={approximate}", "strided" if strided else "", precision]
+    return " ".join(word for word in (*words, *flags) if word)
+
+
+def _problem(stage: str, x: Tensor, p: Parameters, o: Options, tma: bool, *flags: str) -> Problem:
+    hidden, channels = p.w1.shape
+    dtype = p.w1.dtype
+    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
+    moved, scaled = "" if tma else "pointers", "" if p.ls is None else "layer_scale"
+    details = _details(x.dtype, o.approximate, x.stride(0) != channels, precision, scaled, moved, *flags)
+    return Problem(stage, x.shape[0], channels, hidden, _NAMES[dtype], details)
+
+
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+@functools.lru_cache
+def _candidates(
+    kernel: str, methods: tuple[str, ...], arch: int, dtype: torch.dtype, channels: int, tma: bool, last: bool | None
+) -> tuple[Candidate, ...]:
+    """Every shipped tile for each method, then the library; or `STAGED` first (`last` is False) or last (True)."""
+    tiles = configs.shipped(kernel, arch, dtype, channels, tma)
+    offered = [Candidate(method, config) for method in methods for config in tiles]
+    if last is None:
+        return (*offered, LIBRARY)
+    return (*offered, STAGED) if last else (STAGED, *offered)
+
+
+def _offer(
+    kernel: str, *methods: str, x: Tensor, p: Parameters, tma: bool, last: bool | None = None
+) -> tuple[Candidate, ...]:
+    return _candidates(kernel, methods, _device_facts(x.device)[0], p.w1.dtype, x.shape[1], tma, last)
+
+
+# Forward
+
+
+@_settled
+def forward(x: Tensor, p: Parameters, o: Options, save: str) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """out [M, C] and what `save` asks for: mean, rstd float32 [M], pre and act [M, H] of the compute dtype."""
+    kept, tma = SAVE[save], _tma(p, x)
+    if "pre" in kept:
+        return _staged(x, p, o, kept, tma)
+
+    def run(candidate: Candidate) -> tuple[Tensor, dict[str, Tensor | None]]:
+        return _staged(x, p, o, kept, tma) if candidate == STAGED else _one_pass(x, p, o, kept, candidate, tma)
+
+    # In device-memory terms one pass has an edge below a width of about 256.
+    offered = _offer("one_pass", "one_pass", x=x, p=p, tma=tma, last=x.shape[1] <= 256)
+    return run(tuning.choose(_problem("forward", x, p, o, tma, f"save={save}"), offered, run, x.device))
+
+
+def _output_dtype(x: Tensor, p: Parameters) -> torch.dtype:
+    """That of `x + ls·branch`, as PyTorch promotes."""
+    branch = p.w1.dtype if p.ls is None else torch.promote_types(p.w1.dtype, p.ls.dtype)
+    return torch.promote_types(x.dtype, branch)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _one_pass(x, p, o, kept, candidate, tma) -> tuple[Tensor, dict[str, Tensor | None]]:
+    out = torch.empty(x.shape, dtype=_output_dtype(x, p), device=x.device)
+    mean, rstd = _statistics(x) if kept else (None, None)
+    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
+    made = launch.one_pass(
+        x,
+        p.gamma,
+        p.beta,
+        p.w1,
+        p.b1,
+        p.w2,
+        p.b2,
+        p.ls,
+        out,
+        mean,
+        rstd,
+        eps=o.eps,
+        scale=o.scale,
+        math=math,
+        config=candidate.config,
+        tma=tma,
+    )
+    _run(made, candidate.config)
+    return out, {"mean": mean, "rstd": rstd, "pre": None, "act": None}
+
+
+def _staged(x, p, o, kept, tma) -> tuple[Tensor, dict[str, Tensor | None]]:
+    keep_pre = "pre" in kept
+    flags = ["pre"] if keep_pre else []
+
+    def first(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return _hidden(x, p, o, candidate, keep_pre, tma)
+
+    # On raw tokens LayerNorm is a correction of the product. That rounds no more than LayerNorm's own output would, for
+    # tokens that are already rounded to the compute dtype; wider ones would lose digits of what is left of their mean.
+    raw = x.dtype == p.w1.dtype and x.dtype != torch.float32
+    methods = ("corrected", "normalized") if raw else ("normalized",)
+    offered = _offer("fc1", *methods, x=x, p=p, tma=tma)
+    act, pre, mean, rstd = first(tuning.choose(_problem("fc1", x, p, o, tma, *flags), offered, first, x.device))
+
+    def second(candidate: Candidate) -> Tensor:
+        return _output(act, x, p, o, candidate, tma)
+
+    offered = _offer("fc2", "fused", x=x, p=p, tma=tma)
+    out = second(tuning.choose(_problem("fc2", x, p, o, tma), offered, second, x.device))
+    return out, {"mean": mean, "rstd": rstd, "pre": pre, "act": act if "act" in kept else None}
+
+
+def _normalize(x, p, o, mean, rstd, *, given: bool) -> Tensor:
+    normed = torch.empty(x.shape, dtype=p.w1.dtype, device=x.device)
+    _run(launch.layer_norm(x, p.gamma, p.beta, normed, mean, rstd, eps=o.eps, scale=o.scale, given=given))
+    return normed
+
+
+def _hidden(x, p, o, candidate, keep_pre, tma) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """act, pre [M, H] and the row statistics."""
+    (tokens, _), hidden = x.shape, p.w1.shape[0]
+    mean, rstd = _statistics(x)
+    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
+    if candidate.method == "corrected":
+        folded = torch.empty_like(p.w1)
+        w1_sum, b1 = (x.new_empty(hidden, dtype=torch.float32) for _ in range(2))
+        _run(
+            launch.row_statistics(
+                x, mean, rstd, p.gamma, p.beta, p.w1, p.b1, folded, w1_sum, b1, eps=o.eps, scale=o.scale
+            )
+        )
+        source, w1, mean_, rstd_ = x, folded, mean, rstd
+    else:
+        source = _normalize(x, p, o, mean, rstd, given=False)
+        w1, b1, mean_, rstd_, w1_sum = p.w1, p.b1, None, None, None
+        if candidate == LIBRARY:
+            pre = F.linear(source, w1, b1)
+            _library("fc1")
+            return F.gelu(pre, approximate=o.approximate), pre if keep_pre else None, mean, rstd
+    act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=x.device)
+    pre = torch.empty_like(act) if keep_pre else None
+    made = launch.fc1(
+        source,
+        w1,
+        b1,
+        mean_,
+        rstd_,
+        w1_sum,
+        act,
+        pre,
+        scale=o.scale,
+        math=math,
+        config=candidate.config,
+        tma=tma,
+    )
+    _run(made, candidate.config)
+    return act, pre, mean, rstd
+
+
+def _output(act, x, p, o, candidate, tma) -> Tensor:
+    """out [M, C]."""
+    dtype = _output_dtype(x, p)
+    if candidate == LIBRARY:
+        branch = F.linear(act, p.w2, p.b2)
+        _library("fc2")
+        if p.ls is not None:
+            branch = branch * p.ls
+        return torch.add(branch, x, alpha=o.scale).to(dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
+    made = launch.fc2(act, p.w2, p.b2, p.ls, x, out, scale=o.scale, math=math, config=candidate.config, tma=tma)
+    _run(made, candidate.config)
+    return out
+
+
+# Backward
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted."""
+
+    x: bool
+    gamma: bool
+    beta: bool
+    w1: bool
+    b1: bool
+    w2: bool
+    b2: bool
+    ls: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward kept: row statistics always, p and GELU(p) [M, H] if it was asked to."""
+
+    mean: Tensor
+    rstd: Tensor
+    pre: Tensor | None
+    act: Tensor | None
+
+
+@_settled
+def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, needs: Needs) -> list[Tensor | None]:
+    """Gradients in the order of `Needs`, None where not wanted. Nothing is computed that none of them needs."""
+    dtype = p.w1.dtype
+    through_gelu = needs.x or needs.gamma or needs.beta or needs.w1 or needs.b1
+    want_act = needs.w2 or needs.ls
+    narrow = grad.to(dtype)
+    normed = None
+    if needs.w1 or (saved.pre is None and (through_gelu or (want_act and saved.act is None))):
+        normed = _normalize(x, p, o, saved.mean, saved.rstd, given=True)
+
+    act, grad_pre, grad_b1 = saved.act, None, None
+    if through_gelu:
+        grad_pre, computed, grad_b1 = _hidden_gradient(
+            narrow, x, p, o, saved, normed, want_act and act is None, needs.b1
+        )
+        act = act if act is not None else computed
+    elif want_act and act is None:
+        act = _activation(normed, x, p, o, saved)
+
+    grad_w1 = _product(grad_pre.T, normed, "grad_w1").to(dtype) if needs.w1 else None
+    through_norm = needs.x or needs.gamma or needs.beta
+    column_sums = needs.b2 or (needs.ls and p.b2 is not None)
+    grad_x = grad_gamma = grad_beta = sum_grad = None
+    if through_norm:
+        grad_ln = _product(grad_pre, p.w1, "grad_ln")
+        grad_x, grad_gamma, grad_beta, sum_grad = _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums)
+    elif column_sums:
+        sum_grad = grad.sum(0, dtype=torch.float32)
+
+    grad_w2 = grad_ls = grad_b2 = None
+    if want_act:
+        # Before LayerScale: dOᵀ·GELU(p) [C, H] gives dW2 and, summed against W2, the gradient of the scale.
+        product = _product(narrow.T, act, "grad_w2")
+        if needs.w2:
+            grad_w2 = product if p.ls is None else (product * p.ls[:, None]).to(dtype)
+        if needs.ls:
+            grad_ls = (product.float() * p.w2).sum(1)
+            if p.b2 is not None:
+                grad_ls = grad_ls + sum_grad * p.b2
+            grad_ls = grad_ls.to(p.ls.dtype)
+    if needs.b2:
+        grad_b2 = (sum_grad if p.ls is None else sum_grad * p.ls).to(p.b2.dtype)
+    return [grad_x, grad_gamma, grad_beta, grad_w1, grad_b1, grad_w2, grad_b2, grad_ls]
+
+
+def _product(a: Tensor, b: Tensor, name: str) -> Tensor:
+    _library(name)
+    return torch.mm(a, b)
+
+
+def _activation(normed, x, p, o, saved) -> Tensor:
+    """GELU(p) alone, where nothing in front of it wants a gradient."""
+    if saved.pre is not None:
+        return F.gelu(saved.pre, approximate=o.approximate)
+    _library("fc1")
+    return F.gelu(F.linear(normed, p.w1, p.b1), approximate=o.approximate)
+
+
+def _hidden_gradient(grad, x, p, o, saved, normed, want_act, want_b1) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dP, GELU(p) if wanted [M, H], and b1's gradient."""
+    tokens, hidden = grad.shape[0], p.w1.shape[0]
+    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
+    w2 = p.w2 if p.ls is None else (p.w2 * p.ls[:, None]).to(p.w2.dtype)
+    pre = saved.pre
+
+    def run(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        config = candidate.config or configs.ELEMENTWISE
+        act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=grad.device) if want_act else None
+        sums = grad.new_empty(triton.cdiv(tokens, config.bm), hidden, dtype=torch.float32) if want_b1 else None
+        if candidate == LIBRARY:
+            before = pre if pre is not None else F.linear(normed, p.w1, p.b1)
+            grad_pre = torch.mm(grad, w2)
+            _library("hidden_gradient")
+            _run(launch.elementwise(before, grad_pre, grad_pre, act, sums, math=math, config=config), config)
+        else:
+            grad_pre = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=grad.device)
+            made = launch.hidden_gradient(
+                normed, p.w1, p.b1, pre, grad, w2, grad_pre, act, sums, math=math, config=config, tma=tma
+            )
+            _run(made, config)
+        return grad_pre, act, sums.sum(0).to(p.b1.dtype) if want_b1 else None
+
+    kernel = "hidden_gradient" if pre is None else "saved_gradient"
+    tma = _tma(p, grad)
+    offered = _offer(kernel, "fused", x=x, p=p, tma=tma)
+    flags = [name for name, on in (("act", want_act), ("b1", want_b1)) if on]
+    return run(tuning.choose(_problem(kernel, x, p, o, tma, *flags), offered, run, x.device))
+
+
+def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums) -> tuple[Tensor | None, ...]:
+    """dx, and the gradients of γ, of β and of a bias added to the output (float32), each where wanted."""
+    tokens, channels = x.shape
+    _, rows = launch.rows_per_program(channels, launch.row_warps(channels))
+    programs = min(triton.cdiv(tokens, rows), 4 * _device_facts(x.device)[1])
+
+    def partial(wanted: bool) -> Tensor | None:
+        return x.new_empty(programs, channels, dtype=torch.float32) if wanted else None
+
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs.x else None
+    sums = [partial(needs.gamma), partial(needs.beta), partial(column_sums)]
+    made = launch.layer_norm_input(
+        grad_ln, x, grad, p.gamma, saved.mean, saved.rstd, grad_x, *sums, scale=o.scale, programs=programs
+    )
+    _run(made)
+    grad_gamma, grad_beta, sum_grad = (None if s is None else s.sum(0) for s in sums)
+    return (
+        grad_x,
+        grad_gamma.to(p.gamma.dtype) if needs.gamma else None,
+        grad_beta.to(p.beta.dtype) if needs.beta else None,
+        sum_grad,
+    )

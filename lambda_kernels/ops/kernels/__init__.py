@@ -1,0 +1,1 @@
+"""Triton kernels, and nothing else: no allocation, no dispatch, no autograd. Importing this needs triton."""

@@ -1,0 +1,382 @@
+"""From tensors to kernel launches: arguments, tiles and grids of each kernel. No choice is made and nothing is run here.
+
+A `Launch` is built the same way for real tensors and for meta tensors, so that what is compiled and read offline is what
+runs. This module needs triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .kernels import backward, forward
+from .kernels.configs import Config
+
+# Set when the kernels were imported: they run in Triton's interpreter, on the CPU.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Neighbouring row tiles that run together, for the L2 cache.
+_GROUP = 8
+
+# Elements per thread of the row kernels: enough loads in flight, few enough registers.
+_ROW_ELEMENTS = 16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what runs over which grid with which arguments."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    args: dict[str, object]  # run-time arguments by name; None where an optional tensor is absent
+    constants: dict[str, object]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
+
+    def run(self) -> None:
+        """Launch on the current stream."""
+        self.kernel[self.grid](
+            **self.args, **self.constants, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
+        )
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The form of GELU and the precision of products, from the compute dtype and what the model uses."""
+
+    form: str  # "erf", "quintic", "tanh"
+    unit: str  # the instructions that tanh is made of: "tanh", "rcp", "plain"
+    precision: str  # of float32 products
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, approximate: str) -> Arithmetic:
+        """`approximate` is "none" or "tanh"."""
+        form = "tanh" if approximate == "tanh" else ("erf" if dtype == torch.float32 else "quintic")
+        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        unit = "plain" if INTERPRETED else {torch.bfloat16: "tanh", torch.float16: "rcp"}.get(dtype, "plain")
+        return cls(form, unit, "tf32" if tf32 else "ieee")
+
+    def constants(self) -> dict[str, object]:
+        """As kernel constants."""
+        return {"FORM": self.form, "UNIT": self.unit}
+
+
+def describable(*matrices: Tensor | None) -> bool:
+    """Whether the tensor memory accelerator can address all of these matrices: 16-byte aligned rows, unit inner stride."""
+    return all(
+        t is None
+        or (
+            t.stride(1) == 1
+            and (t.stride(0) * t.element_size()) % 16 == 0
+            and (t.is_meta or t.data_ptr() % 16 == 0)
+            and t.shape[1] * t.element_size() >= 16
+        )
+        for t in matrices
+    )
+
+
+# What a descriptor holds besides its tensor, by layout: validating it anew costs more than the launch.
+_layouts: dict[tuple, dict[str, object]] = {}
+_MOST_LAYOUTS = 4096
+
+
+def _tile(t: Tensor | None, rows: int, cols: int, tma: bool) -> object:
+    if t is None or not tma:
+        return t
+    key = (t.shape, t.stride(0), t.dtype, rows, cols)
+    layout = _layouts.get(key)
+    if layout is None:
+        if len(_layouts) >= _MOST_LAYOUTS:
+            _layouts.clear()
+        layout = dict(vars(TensorDescriptor(t, list(t.shape), [t.stride(0), 1], [rows, cols])))
+        del layout["base"]  # or every tensor that was ever described would be kept
+        _layouts[key] = layout
+    described = object.__new__(TensorDescriptor)
+    described.__dict__.update(layout, base=t)
+    return described
+
+
+@functools.lru_cache
+def chunks(channels: int) -> tuple[int, int]:
+    """(columns per chunk, number of chunks): a power of two times 1, 2 or 3, wasting the fewest columns."""
+    options = []
+    for count in (1, 2, 3):
+        width = max(16, triton.next_power_of_2(triton.cdiv(channels, count)))
+        options.append((width * count, count, width))
+    _, count, width = min(options)
+    return width, count
+
+
+@functools.lru_cache
+def rows_per_program(channels: int, warps: int) -> tuple[int, int]:
+    """(power of two that holds `channels`, rows per program) of the kernels that take whole rows."""
+    block = triton.next_power_of_2(channels)
+    return block, max(1, _ROW_ELEMENTS * 32 * warps // block)
+
+
+def row_warps(channels: int) -> int:
+    """Warps of the kernels that take whole rows."""
+    return 4 if channels <= 1024 else 8 if channels <= 4096 else 16
+
+
+def one_pass(x, gamma, beta, w1, b1, w2, b2, ls, out, mean, rstd, *, eps, scale, math, config, tma) -> Launch:
+    """Launch of the whole forward: x [M, C], W1 [H, C], W2 [C, H], out [M, C]; mean, rstd [M] or None."""
+    tokens, channels = x.shape
+    hidden = w1.shape[0]
+    width, _ = chunks(channels)
+    return Launch(
+        forward.one_pass,
+        (triton.cdiv(tokens, config.bm),),
+        {
+            "x": _tile(x, config.bm, width, tma),
+            "gamma": gamma,
+            "beta": beta,
+            "w1": _tile(w1, config.bn, width, tma),
+            "b1": b1,
+            "w2": _tile(w2, width, config.bn, tma),
+            "b2": b2,
+            "ls": ls,
+            "out": _tile(out, config.bm, width, tma),
+            "mean": mean,
+            "rstd": rstd,
+            "M": tokens,
+            "stride_x": x.stride(0),
+            "eps": eps,
+            "scale": scale,
+        },
+        _one_pass_constants(channels, hidden, math, config, tma),
+        config.warps,
+        config.stages,
+    )
+
+
+def row_statistics(x, mean, rstd, gamma, beta, w1, b1, folded, w1_sum, b1_folded, *, eps, scale) -> Launch:
+    """Launch of row statistics and of W1's folding with γ and β: folded [H, C], w1_sum and b1_folded [H] float32."""
+    tokens, channels = x.shape
+    warps = row_warps(channels)
+    block, rows = rows_per_program(channels, warps)
+    row_programs = triton.cdiv(tokens, rows)
+    return Launch(
+        forward.row_statistics,
+        (row_programs + triton.cdiv(w1.shape[0], rows),),
+        {
+            "x": x,
+            "mean": mean,
+            "rstd": rstd,
+            "gamma": gamma,
+            "beta": beta,
+            "w1": w1,
+            "b1": b1,
+            "w1_folded": folded,
+            "w1_sum": w1_sum,
+            "b1_folded": b1_folded,
+            "M": tokens,
+            "H": w1.shape[0],
+            "stride_x": x.stride(0),
+            "eps": eps,
+            "scale": scale,
+            "ROW_PROGRAMS": row_programs,
+        },
+        {"C": channels, "BC": block, "ROWS": rows},
+        warps,
+        1,
+    )
+
+
+def layer_norm(x, gamma, beta, out, mean, rstd, *, eps, scale, given: bool) -> Launch:
+    """Launch of LN(s·x) into out [M, C]; mean and rstd [M] are read where `given`, else written."""
+    tokens, channels = x.shape
+    warps = row_warps(channels)
+    block, rows = rows_per_program(channels, warps)
+    return Launch(
+        forward.layer_norm,
+        (triton.cdiv(tokens, rows),),
+        {
+            "x": x,
+            "gamma": gamma,
+            "beta": beta,
+            "out": out,
+            "mean": mean,
+            "rstd": rstd,
+            "M": tokens,
+            "stride_x": x.stride(0),
+            "eps": eps,
+            "scale": scale,
+        },
+        {"C": channels, "BC": block, "ROWS": rows, "GIVEN": given},
+        warps,
+        1,
+    )
+
+
+def fc1(x, w1, b1, mean, rstd, w1_sum, act, pre, *, scale, math, config, tma) -> Launch:
+    """Launch of the first product: on tokens with statistics and a folded W1, or on normalized tokens without."""
+    tokens, channels = x.shape
+    hidden = w1.shape[0]
+    return Launch(
+        forward.fc1,
+        (triton.cdiv(tokens, config.bm) * triton.cdiv(hidden, config.bn),),
+        {
+            "x": _tile(x, config.bm, config.bk, tma),
+            "w1": _tile(w1, config.bn, config.bk, tma),
+            "b1": b1,
+            "mean": mean,
+            "rstd": rstd,
+            "w1_sum": w1_sum,
+            "act": _tile(act, config.bm, config.bn, tma),
+            "pre": _tile(pre, config.bm, config.bn, tma),
+            "M": tokens,
+            "stride_x": x.stride(0),
+            "scale": scale,
+        },
+        _gelu_product_constants(channels, hidden, math, config, tma),
+        config.warps,
+        config.stages,
+    )
+
+
+def fc2(act, w2, b2, ls, x, out, *, scale, math, config, tma) -> Launch:
+    """Launch of the second product with bias, LayerScale and residual: act [M, H], x and out [M, C]."""
+    tokens, channels = x.shape
+    hidden = w2.shape[1]
+    return Launch(
+        forward.fc2,
+        (triton.cdiv(tokens, config.bm) * triton.cdiv(channels, config.bn),),
+        {
+            "act": _tile(act, config.bm, config.bk, tma),
+            "w2": _tile(w2, config.bn, config.bk, tma),
+            "b2": b2,
+            "ls": ls,
+            "x": _tile(x, config.bm, config.bn, tma),
+            "out": _tile(out, config.bm, config.bn, tma),
+            "M": tokens,
+            "stride_x": x.stride(0),
+            "scale": scale,
+        },
+        _product_constants(channels, hidden, math, config, tma),
+        config.warps,
+        config.stages,
+    )
+
+
+def hidden_gradient(normed, w1, b1, pre, grad, w2, grad_pre, act, sums, *, math, config, tma) -> Launch:
+    """Launch of dP [M, H] (and GELU(p)) from dO [M, C]; p from `normed`·W1ᵀ + b1, or from `pre` if that is given."""
+    tokens, channels = grad.shape
+    hidden = w2.shape[1]
+    recompute = pre is None
+    return Launch(
+        backward.hidden_gradient,
+        (triton.cdiv(tokens, config.bm) * triton.cdiv(hidden, config.bn),),
+        {
+            "normed": _tile(normed, config.bm, config.bk, tma) if recompute else None,
+            "w1": _tile(w1, config.bn, config.bk, tma) if recompute else None,
+            "b1": b1 if recompute else None,
+            "pre": _tile(pre, config.bm, config.bn, tma),
+            "grad": _tile(grad, config.bm, config.bk, tma),
+            "w2": _tile(w2, config.bk, config.bn, tma),
+            "grad_pre": _tile(grad_pre, config.bm, config.bn, tma),
+            "act": _tile(act, config.bm, config.bn, tma),
+            "sums": sums,
+            "M": tokens,
+        },
+        _gelu_product_constants(channels, hidden, math, config, tma),
+        config.warps,
+        config.stages,
+    )
+
+
+def elementwise(pre, grad_act, grad_pre, act, sums, *, math, config) -> Launch:
+    """Launch of dP = dA·GELU'(p) and GELU(p), all [M, H]."""
+    tokens, hidden = pre.shape
+    return Launch(
+        backward.elementwise,
+        (triton.cdiv(tokens, config.bm), triton.cdiv(hidden, config.bn)),
+        {"pre": pre, "grad_act": grad_act, "grad_pre": grad_pre, "act": act, "sums": sums, "M": tokens, "H": hidden},
+        {"BM": config.bm, "BN": config.bn} | math.constants(),
+        config.warps,
+        config.stages,
+    )
+
+
+def layer_norm_input(
+    grad_ln, x, grad, gamma, mean, rstd, grad_x, sum_gamma, sum_beta, sum_grad, *, scale, programs
+) -> Launch:
+    """Launch of dx [M, C] and the partial column sums [programs, C] of γ's, β's and b2's gradients."""
+    tokens, channels = x.shape
+    warps = row_warps(channels)
+    block, rows = rows_per_program(channels, warps)
+    return Launch(
+        backward.layer_norm_input,
+        (programs,),
+        {
+            "grad_ln": grad_ln,
+            "x": x,
+            "grad": grad,
+            "gamma": gamma,
+            "mean": mean,
+            "rstd": rstd,
+            "grad_x": grad_x,
+            "sum_gamma": sum_gamma,
+            "sum_beta": sum_beta,
+            "sum_grad": sum_grad,
+            "M": tokens,
+            "stride_x": x.stride(0),
+            "scale": scale,
+            "TURNS": triton.cdiv(triton.cdiv(tokens, rows), programs),
+        },
+        {"C": channels, "BC": block, "ROWS": rows},
+        warps,
+        1,
+    )
+
+
+@functools.lru_cache
+def _one_pass_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, object]:
+    width, count = chunks(channels)
+    return {
+        "C": channels,
+        "H": hidden,
+        "NC": width,
+        "CHUNKS": count,
+        "BM": config.bm,
+        "BH": config.bn,
+        "STAGES": config.stages,
+        "FORM": math.form,
+        "UNIT": math.unit,
+        "PRECISION": math.precision,
+        "TMA": tma,
+        "EMULATE": INTERPRETED,
+    }
+
+
+@functools.lru_cache
+def _product_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, object]:
+    return {
+        "C": channels,
+        "H": hidden,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "STAGES": config.stages,
+        "GROUP": _GROUP,
+        "PRECISION": math.precision,
+        "TMA": tma,
+        "EMULATE": INTERPRETED,
+    }
+
+
+@functools.lru_cache
+def _gelu_product_constants(
+    channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool
+) -> dict[str, object]:
+    return _product_constants(channels, hidden, math, config, tma) | math.constants()

@@ -1,0 +1,191 @@
+"""The registered operators: shapes without data, autograd, compile, export, autocast, FLOP counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, relative_error
+from torch.utils.flop_counter import FlopCounterMode
+
+from lambda_kernels import ln_mlp, reference
+from lambda_kernels.ops import tracing, tuning
+from lambda_kernels.ops.operators import SAVE_NOTHING
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def forward_arguments(save: str, dtype: torch.dtype = F32, **options: object) -> tuple:
+    return (*problem(20, 48, 80, dtype, **options).values(), 1e-5, 2.0, "none", save)
+
+
+@pytest.mark.parametrize("save", ["all", "act", "none"])
+@pytest.mark.parametrize("layer_scale", [False, True])
+def test_opcheck_forward(save, layer_scale):
+    torch.library.opcheck(
+        torch.ops.lambda_kernels.ln_mlp.default, forward_arguments(save, layer_scale=layer_scale), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("save", ["all", "act", "none"])
+def test_opcheck_backward(save):
+    args = [None if t is None else t.detach() if isinstance(t, torch.Tensor) else t for t in forward_arguments(save)]
+    out, mean, rstd, pre, act = torch.ops.lambda_kernels.ln_mlp(*args)
+    needs = [True, False, True, True, False, True, True, False]
+    saved = (mean, rstd, pre if pre.numel() else None, act if act.numel() else None)
+    torch.library.opcheck(
+        torch.ops.lambda_kernels.ln_mlp_backward.default, (torch.randn_like(out), *args[:-1], *saved, needs)
+    )
+
+
+@pytest.mark.parametrize("save", [SAVE_NOTHING, "all", "act", "none"])
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F16, F16, F16), (F32, F16, F32), (F16, F16, F32)])
+def test_shapes_without_data_are_those_with_data(save, dtypes):
+    tokens, weights, gamma = dtypes
+    args = list(forward_arguments(save, weights))
+    args[0] = args[0].detach().to(tokens)
+    args[7] = args[7].detach().to(gamma)
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+    real = torch.ops.lambda_kernels.ln_mlp(*args)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = torch.ops.lambda_kernels.ln_mlp(
+            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+        )
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("recompute", ["all", "act"])
+def test_compiled_as_one_graph(backend, recompute):
+    args = problem((2, 10), 48, 80)
+
+    def function(**kwargs: torch.Tensor) -> torch.Tensor:
+        return ln_mlp(**kwargs, eps=1e-5, residual_scale=2.0, recompute=recompute, backend="triton")
+
+    def gradients(call) -> list[torch.Tensor]:
+        out = call(**args)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), list(args.values()))]
+
+    expected = gradients(function)
+    with tracing.recorded() as ran:
+        got = gradients(torch.compile(function, fullgraph=True, backend=backend))
+    assert any(entry.startswith("hidden_gradient") for entry in ran)
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b.double()) < 1e-6
+
+
+def test_compiled_for_any_number_of_tokens():
+    args = {k: v.detach() for k, v in problem(20, 48, 80).items()}
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: ln_mlp(**args | {"x": x}, eps=1e-5, backend="triton"), fullgraph=True, dynamic=True, backend=count
+    )
+    for tokens in (20, 33, 7):
+        x = problem(tokens, 48, 80, seed=tokens)["x"].detach()
+        assert relative_error(compiled(x), ln_mlp(**args | {"x": x}, eps=1e-5, backend="triton").double()) < 1e-6
+    assert len(graphs) == 1
+    assert any("ln_mlp" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_exported():
+    args = {k: v.detach() for k, v in problem(20, 48, 80).items()}
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ln_mlp(**args | {"x": x}, eps=1e-5, backend="triton")
+
+    program = torch.export.export(Model(), (args["x"],), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    assert any("ln_mlp" in str(node.target) for node in program.graph.nodes)
+    x = problem(33, 48, 80, seed=3)["x"].detach()
+    assert relative_error(program.module()(x), Model()(x).double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("recompute", ["all", "act"])
+@pytest.mark.parametrize("tokens_dtype", [F32, None])
+def test_autocast(dtype, recompute, tokens_dtype):
+    """Only the products are narrow: tokens, residual and parameters keep their dtype, as in timm under autocast."""
+    args = problem(40, 64, 96)
+    if tokens_dtype is None:
+        args["x"] = args["x"].detach().to(dtype).requires_grad_()
+    with torch.autocast(DEVICE, dtype), tracing.recorded() as ran:
+        found = errors(args, residual_scale=2.0, recompute=recompute)
+        out = ln_mlp(**args, eps=1e-5, residual_scale=2.0, backend="triton")
+        twin = reference.ln_mlp(**{k: v.detach() for k, v in args.items()}, eps=1e-5, residual_scale=2.0)
+    assert out.dtype == twin.dtype == F32
+    if tokens_dtype == F32:
+        assert not any("row_statistics" in entry for entry in ran)  # LayerNorm sees the tokens as they are
+    assert_close(found, dtype)
+
+
+def test_autocast_switched_off_inside():
+    args = problem(40, 64, 96)
+    with torch.autocast(DEVICE, BF16), torch.autocast(DEVICE, enabled=False):
+        assert_close(errors(args), F32)
+
+
+def test_backward_outside_autocast_is_as_narrow_as_the_forward():
+    """and a backward inside autocast of a forward outside is as wide."""
+    args = problem(40, 64, 96)
+    out = ln_mlp(**args, eps=1e-5, backend="triton")
+    with torch.autocast(DEVICE, BF16):
+        got = torch.autograd.grad(out.sum(), list(args.values()))
+    twins = in_float64(args)
+    expected = torch.autograd.grad(reference.ln_mlp(**twins, eps=1e-5).sum(), list(twins.values()))
+    found = {n: relative_error(g, e) for n, g, e in zip(NAMES, got, expected, strict=True)}
+    assert_close(found, F32)
+
+
+def test_second_derivative_is_refused():
+    args = problem(8, 48, 80)
+    (grad,) = torch.autograd.grad(
+        ln_mlp(**args, eps=1e-5, backend="triton").square().sum(), args["x"], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="backend='torch'"):
+        grad.sum().backward()
+
+
+def test_checkpointed():
+    args = problem(20, 48, 80)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return ln_mlp(**args | {"x": x}, eps=1e-5, backend="triton")
+
+    plain = torch.autograd.grad(function(args["x"]).square().sum(), args["x"])[0]
+    again = torch.utils.checkpoint.checkpoint(function, args["x"], use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.square().sum(), args["x"])[0], plain)
+
+
+def test_nothing_is_saved_without_a_gradient():
+    args = {k: v.detach() for k, v in problem(20, 48, 80).items()}
+    with tracing.recorded() as ran, tuning.forced(forward="staged"):
+        ln_mlp(**args, eps=1e-5, recompute="none", backend="triton")
+    assert not any("row_statistics" in entry for entry in ran)
+    _, *rest = torch.ops.lambda_kernels.ln_mlp(*args.values(), 1e-5, 1.0, "none", SAVE_NOTHING)
+    assert [t.numel() for t in rest] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "act", "all"])
+def test_flops(recompute):
+    tokens, channels, hidden = 20, 48, 80
+    args = problem(tokens, channels, hidden)
+    product = 2 * tokens * channels * hidden
+    with FlopCounterMode(display=False) as counter:
+        out = ln_mlp(**args, eps=1e-5, recompute=recompute, backend="triton")
+        assert counter.get_total_flops() == 2 * product
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * product + (5 if recompute == "all" else 4) * product
+
+
+def test_flops_of_frozen_weights():
+    args = {k: v.requires_grad_(k == "x") for k, v in problem(20, 48, 80).items()}
+    with FlopCounterMode(display=False) as counter:
+        ln_mlp(**args, eps=1e-5, recompute="act", backend="triton").sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * 20 * 48 * 80

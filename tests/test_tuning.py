@@ -1,0 +1,444 @@
+"""Choosing the fastest way: what is measured and remembered, forcing, and how it is told. A CUDA device is simulated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tuning_support import (
+    CORRECTED,
+    CUDA,
+    FC1,
+    LIBRARY,
+    MACHINE,
+    MEASURE,
+    NARROW,
+    NORMALIZED,
+    Ways,
+    cache_file,  # noqa: F401
+    latest,
+    no_unexpected_warning,  # noqa: F401
+    usual,
+)
+
+from lambda_kernels.ops import tuning
+from lambda_kernels.ops.tuning import Candidate, Problem, TuningWarning
+
+# What is chosen
+
+
+@given(st.lists(st.floats(1.0, 1000.0), min_size=2, max_size=6))
+@example([102.0, 100.0])  # exactly 2 % apart
+@example([101.9, 103.0, 100.0])
+@example([103.0, 101.9, 100.0])
+@example([101.0, 102.5, 100.0])  # each near the next, the first and the second not both near the fastest
+@example([7.0, 7.0])
+@example([0.0, 0.0])  # below what the timer resolves
+def test_the_first_that_is_within_two_percent_of_the_fastest_is_chosen(times: list[float]) -> None:
+    with tuning.forced(other="world"):  # measured here, never written: examples leave nothing to each other
+        tuning.clear()
+        ways = Ways({Candidate(f"method_{i}"): t for i, t in enumerate(times)})
+        chosen = ways.choose()
+    assert ways.ran == list(ways.times)
+    best = min(times)
+    expected = next(i for i, t in enumerate(times) if t == best or t / best < 1.02)
+    assert chosen.method == f"method_{expected}"
+
+
+def test_the_library_is_measured_and_chosen_where_it_is_fastest() -> None:
+    assert usual().choose() == LIBRARY
+    decision = latest()
+    assert (decision.candidate, decision.source, decision.reason) == (LIBRARY, "measured", "fastest of 3")
+    assert decision.times_us == {
+        "corrected 128x128x64 w8 s4": 141.0,
+        "normalized 128x64 w4 s2": 150.0,
+        "library": 120.0,
+    }
+    assert decision.problem == replace(FC1, tokens=65536)
+
+
+def test_preferring_an_earlier_one_is_told() -> None:
+    assert Ways({CORRECTED: 101.0, LIBRARY: 100.0}).choose() == CORRECTED
+    assert latest().reason == "within 2 % of the fastest, and preferred"
+
+
+def test_a_failing_candidate_is_left_out_with_a_warning(cache: Path) -> None:
+    ways = Ways({CORRECTED: RuntimeError("out of resource: shared memory"), NORMALIZED: 5.0, LIBRARY: 9.0})
+    with pytest.warns(
+        TuningWarning, match=r"fc1: corrected 128x128x64 w8 s4 .* RuntimeError: out of resource"
+    ) as record:
+        assert ways.choose() == NORMALIZED
+    assert len(record) == 1
+    assert "corrected 128x128x64 w8 s4" not in latest().times_us
+    assert "normalized" in cache.read_text()
+    assert ways.choose() == NORMALIZED
+    assert len(ways.ran) == 3
+
+
+def test_when_all_fail_the_last_error_is_raised(cache: Path) -> None:
+    last = ValueError("the last")
+    ways = Ways({CORRECTED: RuntimeError("the first"), LIBRARY: last})
+    with pytest.warns(TuningWarning), pytest.raises(ValueError, match="the last") as caught:
+        ways.choose()
+    assert caught.value is last
+    assert not cache.exists()
+    ways.times = {CORRECTED: 1.0, LIBRARY: 2.0}
+    assert ways.choose() == CORRECTED, "a failure must not be remembered"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("device lost")])
+def test_an_error_of_the_moment_is_not_written_down(cache: Path, error: Exception) -> None:
+    ways = Ways({CORRECTED: error, LIBRARY: 9.0})
+    with pytest.warns(TuningWarning, match="corrected"):
+        assert ways.choose() == LIBRARY
+    assert ways.choose() == LIBRARY
+    assert len(ways.ran) == 2, "this process remembers"
+    assert not cache.exists()
+    tuning.clear()
+    ways.times[CORRECTED] = 1.0
+    assert ways.choose() == CORRECTED
+
+
+def test_without_memory_to_measure_in_the_first_is_used() -> None:
+    ways = Ways({CORRECTED: torch.OutOfMemoryError("full"), LIBRARY: torch.OutOfMemoryError("full")})
+    with pytest.warns(TuningWarning):
+        assert ways.choose() == CORRECTED
+    assert (latest().source, latest().reason) == ("default", "no memory to measure in")
+    assert ways.choose() == CORRECTED
+    assert len(ways.ran) == 2, "trying again at each call would cost more than it could win"
+
+
+def test_a_failed_candidate_holds_no_tensors_while_the_next_is_measured() -> None:
+    held = []
+
+    class Big:
+        def __del__(self) -> None:
+            held.append("freed")
+
+    def run(candidate: Candidate) -> float:
+        if candidate == CORRECTED:
+            big = Big()  # noqa: F841
+            raise RuntimeError("out of resource")
+        assert held == ["freed"]
+        return 1.0
+
+    with pytest.warns(TuningWarning):
+        assert tuning.choose(FC1, [CORRECTED, LIBRARY], run, CUDA) == LIBRARY
+
+
+def test_no_candidates_are_an_error() -> None:
+    with pytest.raises(ValueError, match="fc1: no candidates"):
+        Ways({}).choose()
+
+
+def test_the_timer_gives_microseconds_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("triton.testing")
+    monkeypatch.setattr(testing, "do_bench", lambda run, **options: (run(), options["return_mode"]) and 0.141)
+    ran = []
+    assert MEASURE(lambda: ran.append(1)) == pytest.approx(141.0)
+    assert ran == [1]
+
+
+# What is remembered
+
+
+def test_memory_spares_measuring() -> None:
+    ways = usual()
+    first = ways.choose()
+    assert ways.choose() == first
+    assert len(ways.ran) == 3
+    assert latest().source == "measured"
+
+
+def test_a_new_process_reads_the_file() -> None:
+    usual().choose()
+    measured = latest()
+    tuning.clear()
+    assert tuning.decisions() == ()
+    ways = usual()
+    assert ways.choose() == LIBRARY
+    assert ways.ran == []
+    assert latest() == replace(measured, source="cache file", reason="measured earlier")
+
+
+def test_the_file_is_read_once(cache: Path) -> None:
+    other = replace(FC1, stage="fc2")
+    for problem in (FC1, other):
+        usual().choose(problem)
+    tuning.clear()
+    usual().choose()
+    cache.unlink()
+    ways = usual()
+    assert ways.choose(other) == LIBRARY
+    assert ways.ran == []
+
+
+def test_order_of_candidates_is_not_part_of_the_file_but_their_set_is() -> None:
+    usual().choose()
+    tuning.clear()
+    backwards = Ways(dict(reversed(usual().times.items())))
+    assert backwards.choose() == LIBRARY
+    assert backwards.ran == []
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], Problem]] = {
+    "machine": lambda patch: patch.setattr(tuning, "_machine", lambda device: "NVIDIA A10") or FC1,
+    "kernels": lambda patch: patch.setattr(tuning, "KERNEL_REVISION", tuning.KERNEL_REVISION + 1) or FC1,
+    "stage": lambda patch: replace(FC1, stage="fc2"),
+    "bucket": lambda patch: replace(FC1, tokens=65537),
+    "channels": lambda patch: replace(FC1, channels=192),
+    "hidden": lambda patch: replace(FC1, hidden=1024),
+    "dtype": lambda patch: replace(FC1, dtype="float16"),
+    "details": lambda patch: replace(FC1, details="x=float32 gelu=none"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_machine_or_problem_is_measured_anew(change: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    usual().choose()
+    if change in ("machine", "kernels"):
+        tuning.clear()  # they do not change within a process
+    other = CHANGES[change](monkeypatch)
+    ways = Ways({CORRECTED: 1.0, NORMALIZED: 150.0, LIBRARY: 120.0})
+    assert ways.choose(other) == CORRECTED
+    assert len(ways.ran) == 3
+    assert len(json.loads(cache.read_text())["entries"]) == 2
+
+
+@pytest.mark.parametrize("again", ["same process", "new process"])
+def test_other_candidates_are_measured_anew_beside_the_old(again: str) -> None:
+    def start() -> None:
+        if again == "new process":
+            tuning.clear()
+
+    usual().choose()
+    for times in ({CORRECTED: 1.0, LIBRARY: 120.0}, {NARROW: 1.0, NORMALIZED: 150.0, LIBRARY: 120.0}):
+        start()
+        ways = Ways(times)
+        assert ways.choose() == next(iter(times))
+        assert len(ways.ran) == len(times)
+    start()
+    ways = usual()
+    assert ways.choose() == LIBRARY
+    assert ways.ran == [], "the first set is still known"
+
+
+def test_another_device_of_the_process_is_measured_anew() -> None:
+    tuning._machine = str
+    usual().choose()
+    ways = Ways({CORRECTED: 1.0, NORMALIZED: 2.0, LIBRARY: 3.0})
+    assert ways.choose(device=torch.device("cuda", 1)) == CORRECTED
+    assert usual().choose() == LIBRARY
+
+
+@pytest.mark.parametrize(("tokens", "measured"), [(32769, 0), (65536, 0), (32768, 3), (65537, 3)])
+def test_token_counts_of_one_bucket_share_a_choice(tokens: int, measured: int) -> None:
+    usual().choose()
+    ways = usual()
+    ways.choose(replace(FC1, tokens=tokens))
+    assert len(ways.ran) == measured
+
+
+@given(st.integers(1, 1 << 40))
+def test_buckets_are_the_next_power_of_two(tokens: int) -> None:
+    bucket = replace(FC1, tokens=tokens).bucket
+    assert bucket >= max(tokens, 16)
+    assert bucket & (bucket - 1) == 0
+    assert bucket == 16 or bucket // 2 < tokens
+    assert replace(FC1, tokens=bucket).bucket == bucket
+
+
+def test_the_machine_is_told_with_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    words = MACHINE.__wrapped__(CUDA)
+    for part in ("NVIDIA H200", "9.0", "132", torch.__version__, triton.__version__, str(torch.version.cuda)):
+        assert part in words
+
+
+def test_threads_do_not_measure_the_same_twice() -> None:
+    ways = usual()
+    tuning._measure = lambda run: time.sleep(0.02) or run()
+    chosen = []
+    threads = [threading.Thread(target=lambda: chosen.append(ways.choose())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert chosen == [LIBRARY] * 4
+    assert len(ways.ran) == 3
+
+
+def test_a_composite_candidate_chooses_its_parts_while_it_is_measured() -> None:
+    parts = usual()
+
+    def run(candidate: Candidate) -> float:
+        return 100.0 if candidate.method == "one_pass" else parts.times[parts.choose()] - 30.0
+
+    candidates = [Candidate("one_pass"), Candidate("staged")]
+    assert tuning.choose(replace(FC1, stage="forward"), candidates, run, CUDA).method == "staged"
+    assert [(d.problem.stage, d.source) for d in tuning.decisions()] == [("fc1", "measured"), ("forward", "measured")]
+
+
+# Forcing
+
+
+def sources() -> dict[str, str]:
+    return {d.problem.stage: d.source for d in tuning.decisions()}
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [("corrected", NARROW), (CORRECTED, CORRECTED), ("library", LIBRARY), (replace(LIBRARY), LIBRARY)],
+)
+def test_forced_takes_the_first_of_a_method_or_the_very_candidate(wish: str | Candidate, expected: Candidate) -> None:
+    ways = Ways({NORMALIZED: 1.0, NARROW: 50.0, CORRECTED: 20.0, LIBRARY: 70.0})
+    for device in (CUDA, torch.device("cpu")):
+        with tuning.forced(fc1=wish):
+            assert ways.choose(device=device) == expected
+        assert latest().source == "forced"
+    assert ways.ran == []
+    assert ways.choose() == NORMALIZED
+
+
+@pytest.mark.parametrize("wish", ["one_pass", NARROW])
+def test_forcing_what_is_not_there_lists_what_is(wish: str | Candidate) -> None:
+    message = f"fc1 is forced to {wish}; available here: corrected 128x128x64 w8 s4, normalized 128x64 w4 s2, library"
+    with tuning.forced(fc1=wish), pytest.raises(ValueError, match=message):
+        usual().choose()
+    assert usual().choose() == LIBRARY
+
+
+def test_forcing_nests_and_ends() -> None:
+    ways = usual()
+
+    def chosen() -> list[str]:
+        return [ways.choose(replace(FC1, stage=stage)).method for stage in ("fc1", "fc2")]
+
+    def fail() -> None:
+        with tuning.forced(fc1="library"):
+            raise KeyError
+
+    assert chosen() == ["library", "library"]
+    with tuning.forced(fc1="normalized"):
+        assert chosen() == ["normalized", "library"]
+        assert sources() == {"fc1": "forced", "fc2": "cache file"}, "what was measured outside is used inside"
+        with tuning.forced(fc2="corrected"):
+            assert chosen() == ["normalized", "corrected"]
+            with tuning.forced(fc1=None):
+                assert chosen() == ["library", "corrected"]
+        assert chosen() == ["normalized", "library"]
+        with pytest.raises(KeyError):
+            fail()
+        assert chosen() == ["normalized", "library"]
+        tuning.clear()
+        assert chosen() == ["normalized", "library"], "forgetting does not end what is forced"
+    assert chosen() == ["library", "library"]
+    assert len(ways.ran) == 6
+
+
+def test_after_forcing_decisions_tell_what_is_used_now() -> None:
+    usual().choose()
+    with tuning.forced(fc1="normalized"):
+        usual().choose()
+        assert sources() == {"fc1": "forced"}
+    usual().choose()
+    assert sources() == {"fc1": "measured"}
+
+
+def test_other_threads_are_forced_too() -> None:
+    # Autograd runs the backward on a CUDA device in a thread of its own.
+    chosen = []
+    with tuning.forced(fc1="normalized"):
+        thread = threading.Thread(target=lambda: chosen.append(usual().choose()))
+        thread.start()
+        thread.join()
+    assert chosen == [NORMALIZED]
+
+
+def test_what_was_measured_with_forced_parts_stays_inside(cache: Path) -> None:
+    times = {"corrected": 200.0, "library": 50.0}
+    parts = Ways({CORRECTED: 200.0, LIBRARY: 50.0})
+    ran = []
+
+    def run(candidate: Candidate) -> float:
+        ran.append(candidate)
+        return 100.0 if candidate.method == "one_pass" else times[parts.choose().method]
+
+    def forward() -> str:
+        return tuning.choose(
+            replace(FC1, stage="forward"), [Candidate("one_pass"), Candidate("staged")], run, CUDA
+        ).method
+
+    for _ in range(2):
+        with tuning.forced(fc1="corrected"):
+            assert forward() == "one_pass"
+    assert len(ran) == 2, "inside, it is remembered"
+    assert not cache.exists()
+    assert forward() == "staged"
+    tuning.clear()
+    assert forward() == "staged"
+    assert len(ran) == 4
+
+
+# Words
+
+
+def test_describe_and_decisions() -> None:
+    def decide(stage: str, times: dict[Candidate, float], **changes: object) -> None:
+        Ways(times).choose(replace(FC1, stage=stage, **changes))
+
+    decide("fc1", {CORRECTED: 141.0, NORMALIZED: 155.55, LIBRARY: 160.24})
+    decide("fc2", {NARROW: 90.0, LIBRARY: 70.0}, tokens=3)
+    decide("forward", {Candidate("staged"): 9.0, CORRECTED: 6.0, NARROW: 7.0})
+    decide("hidden_gradient", {LIBRARY: 1.0})
+    decide("fc1", {CORRECTED: 1.0, LIBRARY: 9.0}, channels=192)
+    decide("fc1", {CORRECTED: 1.0, LIBRARY: 9.0}, dtype="float16")
+    with tuning.forced(saved_gradient="library"):
+        decide("saved_gradient", {CORRECTED: 1.0, LIBRARY: 9.0})
+    assert tuning.describe(384, 1536, "bfloat16") == [
+        "fc1, 32769–65536 tokens: corrected 128x128x64 w8 s4 (measured, 141.0 µs; library 160.2 µs)",
+        "fc2, 1–16 tokens: library (measured, 70.0 µs; corrected 64x128x64 w4 s3 90.0 µs)",
+        "forward, 32769–65536 tokens: corrected 128x128x64 w8 s4 (measured, 6.0 µs; staged 9.0 µs)",
+        "hidden_gradient, 32769–65536 tokens: library (default: only one candidate)",
+        "saved_gradient, 32769–65536 tokens: library (forced)",
+    ]
+    assert len(tuning.describe(192, 1536, "bfloat16")) == 1
+    assert tuning.describe(384, 1024, "bfloat16") == []
+    assert len(tuning.decisions()) == 7
+    tuning.clear()
+    decide("fc1", {CORRECTED: 141.0, NORMALIZED: 155.55, LIBRARY: 160.24})
+    assert tuning.describe(384, 1536, "bfloat16") == [
+        "fc1, 32769–65536 tokens: corrected 128x128x64 w8 s4 (cache file, 141.0 µs; library 160.2 µs)"
+    ]
+
+
+def test_describe_tells_details_only_where_lines_would_be_alike() -> None:
+    for details in ("pre", "", "act"):
+        Ways({LIBRARY: 1.0}).choose(replace(FC1, details=details))
+    Ways({LIBRARY: 1.0}).choose(replace(FC1, stage="fc2", details="pre"))
+    Ways({LIBRARY: 1.0}).choose(replace(FC1, stage="fc2", details="pre"), torch.device("cuda", 1))
+    grounds = "library (default: only one candidate)"
+    assert tuning.describe(384, 1536, "bfloat16") == [
+        f"fc1, 32769–65536 tokens, pre: {grounds}",
+        f"fc1, 32769–65536 tokens: {grounds}",
+        f"fc1, 32769–65536 tokens, act: {grounds}",
+        f"fc2, 32769–65536 tokens: {grounds}",
+    ]
+
+
+def test_importing_needs_neither_triton_nor_timm() -> None:
+    code = "import sys; sys.modules['triton'] = sys.modules['timm'] = None; from lambda_kernels.ops import tuning"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
