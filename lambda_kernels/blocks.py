@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, LayerScale  # timm.layers has 
 from torch import Tensor, nn
 
 from .ops.dispatch import Choice, choose
-from .ops.ln_mlp import ln_mlp
+from .ops.ln_mlp import compute_dtype, ln_mlp
 
 # The submodules of timm's Block, in its order, and what its forward takes. Blocks that differ are left alone.
 _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
@@ -127,12 +127,6 @@ class _MlpHalf(nn.Module):
             found.append("dropout is active")
         if type(drop_path2) not in (nn.Identity, DropPath):
             found.append(f"drop_path2 is {type(drop_path2).__name__}, not DropPath")
-        elif (
-            type(drop_path2) is DropPath
-            and drop_path2.drop_prob
-            and (drop_path2.training if training is None else training)
-        ):
-            found.append("drop-path is active")
         if any(map(_is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
             found.append("a hook or a replaced forward inside the block must run")
         if not found:
@@ -149,6 +143,9 @@ class _MlpHalf(nn.Module):
             x = x if self.residual_scale == 1.0 else self.residual_scale * x
             return x + self.drop_path2(ls2(mlp(norm2(x))))
         fc1, fc2 = mlp.fc1, mlp.fc2
+        gamma = None if type(ls2) is nn.Identity else ls2.gamma
+        dtype = compute_dtype(x, fc2.weight)
+        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
         return ln_mlp(
             x,
             norm2.weight,
@@ -159,10 +156,24 @@ class _MlpHalf(nn.Module):
             fc2.bias,
             eps=norm2.eps,
             residual_scale=self.residual_scale,
-            layer_scale=None if type(ls2) is nn.Identity else ls2.gamma,
+            layer_scale=gamma,
+            branch_scale=_stochastic_depth(self.drop_path2, x, dtype),
             approximate=gelu_form(mlp.act),
             backend=self.backend,
         )
+
+
+def _stochastic_depth(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What timm's DropPath would multiply each sample's branch by, `[B, 1, …]` for x `[B, …, C]`; None where it does nothing.
+
+    Drawn as timm draws it, in the `dtype` of the branch, so that the same seed drops the same samples.
+    """
+    if type(drop_path) is not DropPath or not drop_path.training or not drop_path.drop_prob:
+        return None
+    keep = 1.0 - drop_path.drop_prob
+    factor = torch.empty((x.shape[0],) + (1,) * (x.dim() - 2), dtype=dtype, device=x.device)
+    factor.bernoulli_(keep)
+    return factor.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else factor
 
 
 _Half = TypeVar("_Half", bound=_MlpHalf)

@@ -53,9 +53,10 @@ def ln_mlp(
     eps: float,
     residual_scale: float = 1.0,
     layer_scale: Tensor | None = None,
+    branch_scale: Tensor | None = None,
     approximate: str = "none",
 ) -> Tensor:
-    """`s·x + ls·(GELU(LN(s·x) @ w1.T + b1) @ w2.T + b2)`; arguments as for `lambda_kernels.ln_mlp`.
+    """`s·x + k·ls·(GELU(LN(s·x) @ w1.T + b1) @ w2.T + b2)`; arguments as for `lambda_kernels.ln_mlp`.
 
     The same calls in the same order as timm's `Block`, so that it rounds as timm does.
     """
@@ -65,4 +66,6 @@ def ln_mlp(
     branch = F.linear(F.gelu(F.linear(branch, w1, b1), approximate=approximate), w2, b2)
     if layer_scale is not None:
         branch = branch * layer_scale
+    if branch_scale is not None:
+        branch = branch * branch_scale.to(branch.dtype).unsqueeze(-1)
     return x + branch

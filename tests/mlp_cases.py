@@ -67,6 +67,8 @@ def errors(
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
     twins = in_float64(args)
     twin_options = {k: options[k] for k in ("eps", "residual_scale") if k in options}
+    if options.get("branch_scale") is not None:
+        twin_options["branch_scale"] = options["branch_scale"].double()
     expected = reference.ln_mlp(**twins, approximate=approximate, **twin_options)
     found = {"out": relative_error(out.detach(), expected.detach())}
     wanted = [name for name, t in args.items() if t is not None and t.requires_grad]

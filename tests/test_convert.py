@@ -93,7 +93,7 @@ def test_drop_path_and_dropout_in_training(scale):
     assert torch.equal(got, run_by_hand(model, images(8), (1, 2), scale))
     assert not torch.equal(got, converted(images(8)))
     assert converted.blocks[1].path(torch.device("cpu"), torch.float32).backend == "modules"
-    assert "drop-path" in converted.blocks[1].path(torch.device("cpu"), torch.float32).reason
+    assert "dropout" in converted.blocks[1].path(torch.device("cpu"), torch.float32).reason
 
 
 def test_gradients_reach_every_parameter_that_is_left():
@@ -155,10 +155,10 @@ def test_parts_changed_after_conversion_count():
 
 
 def test_the_info_speaks_of_eval_mode():
-    model = small_vit(drop_path_rate=0.2).train()
+    model = small_vit(proj_drop_rate=0.2).train()
     converted = convert_vit(model, remove=(1,))
     assert converted.lambda_kernels_info.blocks[1].mlp == "torch"
-    assert "drop-path" in converted.blocks[1].path(torch.device("cpu"), torch.float32).reason
+    assert "dropout" in converted.blocks[1].path(torch.device("cpu"), torch.float32).reason
     converted.double()
     assert "float64" in describe_blocks(converted)[1].reason
     assert "float64" not in converted.lambda_kernels_info.blocks[1].reason

@@ -121,6 +121,26 @@ def test_absent_parameters(absent, forward, recompute):
     assert_close(found, F16)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize(
+    ("forward", "recompute"), [("one_pass", "all"), ("staged", "all"), ("staged", "act"), ("staged", "none")]
+)
+@pytest.mark.parametrize("second", ["fused", "library"])
+def test_branch_scale(dtype, forward, recompute, second):
+    """Stochastic depth: samples whose branch is dropped, the others scaled up."""
+    factor = torch.tensor([[0.0], [1.25], [1.25], [0.0], [1.25]], dtype=dtype, device=DEVICE)
+    with tuning.forced(**{"forward": forward, "fc2": second} if recompute == "all" else {"fc2": second}):
+        found = errors(problem((5, 9), 48, 80, dtype), residual_scale=2.0, recompute=recompute, branch_scale=factor)
+    assert_close(found, dtype)
+
+
+@pytest.mark.parametrize("wanted", [("b2",), ("layer_scale",), ("w2",), ("x",)])
+def test_branch_scale_with_frozen_parameters(wanted):
+    args = {name: t.requires_grad_(name in wanted) for name, t in problem((5, 9), 48, 80).items()}
+    factor = torch.linspace(0, 2, 45, device=DEVICE).view(5, 9)
+    assert_close(errors(args, recompute="all", branch_scale=factor), F32)
+
+
 # What must run, and what must not, when only these want a gradient.
 FROZEN = [
     (("x",), {"hidden_gradient", "layer_norm_input", "library grad_ln"}, {"library grad_w1", "library grad_w2"}),

@@ -106,6 +106,33 @@ def test_absent_biases():
     assert torch.allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1, 5), (3, 5), (5,), (1,)])
+def test_branch_scale(shape):
+    args = arguments(3, 5, 40, dtype=torch.float64)
+    factor = torch.linspace(0.0, 2.0, math.prod(shape), dtype=torch.float64).view(shape)
+    got = ln_mlp(**args, eps=1e-5, residual_scale=2.0, branch_scale=factor)
+    branch = by_hand(**args, eps=1e-5, residual_scale=2.0) - 2.0 * args["x"]
+    assert torch.allclose(got, 2.0 * args["x"] + branch * factor.expand(3, 5)[..., None], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "words"),
+    [
+        (torch.ones(3, 5, 1), ValueError, ["branch_scale", "[3, 5]", "[3, 5, 1]"]),
+        (torch.ones(4, 1), ValueError, ["branch_scale", "[3, 5]", "[4, 1]"]),
+        (torch.ones(3, 1, requires_grad=True), ValueError, ["branch_scale", "detach"]),
+        (torch.ones(3, 1, dtype=torch.int64), TypeError, ["branch_scale", "int64"]),
+        (torch.ones(3, 1, device="meta"), ValueError, ["branch_scale on meta"]),
+        (0.5, TypeError, ["branch_scale", "float"]),
+    ],
+)
+def test_wrong_branch_scale(factor, error, words):
+    with pytest.raises(error) as caught:
+        ln_mlp(**arguments(3, 5, 40), eps=1e-6, branch_scale=factor)
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_autocast_as_timm():
     from timm.models.vision_transformer import Block
 

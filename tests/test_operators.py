@@ -16,15 +16,19 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def forward_arguments(save: str, dtype: torch.dtype = F32, **options: object) -> tuple:
-    return (*problem(20, 48, 80, dtype, **options).values(), 1e-5, 2.0, "none", save)
+def forward_arguments(save: str, dtype: torch.dtype = F32, *, branch_scale: bool = True, **options: object) -> tuple:
+    factor = torch.linspace(0, 2, 20, device=DEVICE) if branch_scale else None
+    return (*problem(20, 48, 80, dtype, **options).values(), factor, 1e-5, 2.0, "none", save)
 
 
 @pytest.mark.parametrize("save", ["all", "act", "none"])
 @pytest.mark.parametrize("layer_scale", [False, True])
 def test_opcheck_forward(save, layer_scale):
     torch.library.opcheck(
-        torch.ops.lambda_kernels.ln_mlp.default, forward_arguments(save, layer_scale=layer_scale), atol=1e-4, rtol=1e-4
+        torch.ops.lambda_kernels.ln_mlp.default,
+        forward_arguments(save, layer_scale=layer_scale, branch_scale=layer_scale),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -168,7 +172,7 @@ def test_nothing_is_saved_without_a_gradient():
     with tracing.recorded() as ran, tuning.forced(forward="staged"):
         ln_mlp(**args, eps=1e-5, recompute="none", backend="triton")
     assert not any("row_statistics" in entry for entry in ran)
-    _, *rest = torch.ops.lambda_kernels.ln_mlp(*args.values(), 1e-5, 1.0, "none", SAVE_NOTHING)
+    _, *rest = torch.ops.lambda_kernels.ln_mlp(*args.values(), None, 1e-5, 1.0, "none", SAVE_NOTHING)
     assert [t.numel() for t in rest] == [0, 0, 0, 0]
 
 

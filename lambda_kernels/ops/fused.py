@@ -30,7 +30,10 @@ SAVE = {SAVE_NOTHING: (), "all": ("stats",), "act": ("stats", "pre"), "none": ("
 
 @dataclass(frozen=True)
 class Parameters:
-    """γ [C], β [C], W1 [H, C], b1 [H], W2 [C, H], b2 [C], LayerScale [C]; all but the matrices may be None."""
+    """γ [C], β [C], W1 [H, C], b1 [H], W2 [C, H], b2 [C], LayerScale [C], the branch's factor for each token, float32 [M].
+
+    All but the matrices may be None.
+    """
 
     gamma: Tensor | None
     beta: Tensor | None
@@ -39,6 +42,7 @@ class Parameters:
     w2: Tensor
     b2: Tensor | None
     ls: Tensor | None
+    keep: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ def _problem(stage: str, x: Tensor, p: Parameters, o: Options, tma: bool, *flags
     dtype = p.w1.dtype
     precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
     moved, scaled = "" if tma else "pointers", "" if p.ls is None else "layer_scale"
-    details = _details(x.dtype, o.approximate, x.stride(0) != channels, precision, scaled, moved, *flags)
+    kept = "" if p.keep is None else "branch_scale"
+    details = _details(x.dtype, o.approximate, x.stride(0) != channels, precision, scaled, kept, moved, *flags)
     return Problem(stage, x.shape[0], channels, hidden, _NAMES[dtype], details)
 
 
@@ -172,6 +177,7 @@ def _one_pass(x, p, o, kept, candidate, tma) -> tuple[Tensor, dict[str, Tensor |
         p.w2,
         p.b2,
         p.ls,
+        p.keep,
         out,
         mean,
         rstd,
@@ -262,10 +268,12 @@ def _output(act, x, p, o, candidate, tma) -> Tensor:
         _library("fc2")
         if p.ls is not None:
             branch = branch * p.ls
+        if p.keep is not None:
+            branch = branch * p.keep[:, None].to(branch.dtype)
         return torch.add(branch, x, alpha=o.scale).to(dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
-    made = launch.fc2(act, p.w2, p.b2, p.ls, x, out, scale=o.scale, math=math, config=candidate.config, tma=tma)
+    made = launch.fc2(act, p.w2, p.b2, p.ls, p.keep, x, out, scale=o.scale, math=math, config=candidate.config, tma=tma)
     _run(made, candidate.config)
     return out
 
@@ -303,7 +311,7 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
     dtype = p.w1.dtype
     through_gelu = needs.x or needs.gamma or needs.beta or needs.w1 or needs.b1
     want_act = needs.w2 or needs.ls
-    narrow = grad.to(dtype)
+    narrow = _branch_gradient(grad, p)
     normed = None
     if needs.w1 or (saved.pre is None and (through_gelu or (want_act and saved.act is None))):
         normed = _normalize(x, p, o, saved.mean, saved.rstd, given=True)
@@ -325,11 +333,11 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
         grad_ln = _product(grad_pre, p.w1, "grad_ln")
         grad_x, grad_gamma, grad_beta, sum_grad = _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums)
     elif column_sums:
-        sum_grad = grad.sum(0, dtype=torch.float32)
+        sum_grad = grad.sum(0, dtype=torch.float32) if p.keep is None else (grad * p.keep[:, None]).sum(0)
 
     grad_w2 = grad_ls = grad_b2 = None
     if want_act:
-        # Before LayerScale: dOᵀ·GELU(p) [C, H] gives dW2 and, summed against W2, the gradient of the scale.
+        # Before LayerScale: dBᵀ·GELU(p) [C, H] gives dW2 and, summed against W2, the gradient of the scale.
         product = _product(narrow.T, act, "grad_w2")
         if needs.w2:
             grad_w2 = product if p.ls is None else (product * p.ls[:, None]).to(dtype)
@@ -341,6 +349,13 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
     if needs.b2:
         grad_b2 = (sum_grad if p.ls is None else sum_grad * p.ls).to(p.b2.dtype)
     return [grad_x, grad_gamma, grad_beta, grad_w1, grad_b1, grad_w2, grad_b2, grad_ls]
+
+
+def _branch_gradient(grad: Tensor, p: Parameters) -> Tensor:
+    """dB [M, C] of the compute dtype, in one pass where it is not dO itself."""
+    if p.keep is None:
+        return grad.to(p.w1.dtype)
+    return torch.mul(grad, p.keep[:, None], out=torch.empty(grad.shape, dtype=p.w1.dtype, device=grad.device))
 
 
 def _product(a: Tensor, b: Tensor, name: str) -> Tensor:
@@ -399,7 +414,7 @@ def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums) -> tupl
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs.x else None
     sums = [partial(needs.gamma), partial(needs.beta), partial(column_sums)]
     made = launch.layer_norm_input(
-        grad_ln, x, grad, p.gamma, saved.mean, saved.rstd, grad_x, *sums, scale=o.scale, programs=programs
+        grad_ln, x, grad, p.gamma, saved.mean, saved.rstd, p.keep, grad_x, *sums, scale=o.scale, programs=programs
     )
     _run(made)
     grad_gamma, grad_beta, sum_grad = (None if s is None else s.sum(0) for s in sums)

@@ -129,7 +129,7 @@ def row_warps(channels: int) -> int:
     return 4 if channels <= 1024 else 8 if channels <= 4096 else 16
 
 
-def one_pass(x, gamma, beta, w1, b1, w2, b2, ls, out, mean, rstd, *, eps, scale, math, config, tma) -> Launch:
+def one_pass(x, gamma, beta, w1, b1, w2, b2, ls, keep, out, mean, rstd, *, eps, scale, math, config, tma) -> Launch:
     """Launch of the whole forward: x [M, C], W1 [H, C], W2 [C, H], out [M, C]; mean, rstd [M] or None."""
     tokens, channels = x.shape
     hidden = w1.shape[0]
@@ -146,6 +146,7 @@ def one_pass(x, gamma, beta, w1, b1, w2, b2, ls, out, mean, rstd, *, eps, scale,
             "w2": _tile(w2, width, config.bn, tma),
             "b2": b2,
             "ls": ls,
+            "keep": keep,
             "out": _tile(out, config.bm, width, tma),
             "mean": mean,
             "rstd": rstd,
@@ -245,7 +246,7 @@ def fc1(x, w1, b1, mean, rstd, w1_sum, act, pre, *, scale, math, config, tma) ->
     )
 
 
-def fc2(act, w2, b2, ls, x, out, *, scale, math, config, tma) -> Launch:
+def fc2(act, w2, b2, ls, keep, x, out, *, scale, math, config, tma) -> Launch:
     """Launch of the second product with bias, LayerScale and residual: act [M, H], x and out [M, C]."""
     tokens, channels = x.shape
     hidden = w2.shape[1]
@@ -257,6 +258,7 @@ def fc2(act, w2, b2, ls, x, out, *, scale, math, config, tma) -> Launch:
             "w2": _tile(w2, config.bn, config.bk, tma),
             "b2": b2,
             "ls": ls,
+            "keep": keep,
             "x": _tile(x, config.bm, config.bn, tma),
             "out": _tile(out, config.bm, config.bn, tma),
             "M": tokens,
@@ -309,7 +311,7 @@ def elementwise(pre, grad_act, grad_pre, act, sums, *, math, config) -> Launch:
 
 
 def layer_norm_input(
-    grad_ln, x, grad, gamma, mean, rstd, grad_x, sum_gamma, sum_beta, sum_grad, *, scale, programs
+    grad_ln, x, grad, gamma, mean, rstd, keep, grad_x, sum_gamma, sum_beta, sum_grad, *, scale, programs
 ) -> Launch:
     """Launch of dx [M, C] and the partial column sums [programs, C] of γ's, β's and b2's gradients."""
     tokens, channels = x.shape
@@ -325,6 +327,7 @@ def layer_norm_input(
             "gamma": gamma,
             "mean": mean,
             "rstd": rstd,
+            "keep": keep,
             "grad_x": grad_x,
             "sum_gamma": sum_gamma,
             "sum_beta": sum_beta,

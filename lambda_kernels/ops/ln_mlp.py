@@ -27,11 +27,12 @@ def ln_mlp(
     eps: float,
     residual_scale: float = 1.0,
     layer_scale: Tensor | None = None,
+    branch_scale: Tensor | None = None,
     approximate: str = "auto",
     recompute: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    """Compute `s·x + ls·(GELU(LN(s·x) @ w1.T + b1) @ w2.T + b2)`, with s = residual_scale and ls = layer_scale or 1.
+    """Compute `s·x + k·ls·(GELU(LN(s·x) @ w1.T + b1) @ w2.T + b2)`: s = residual_scale, ls = layer_scale, k = branch_scale.
 
     This is the whole of an attention-free block: with s = 1 the attention was skipped, with s = 2 it was diluted away,
     x ← (2 − λ)·x + λ·attn at λ = 0 (arXiv 2404.05657, eq. 6).
@@ -46,9 +47,11 @@ def ln_mlp(
         b2: Its bias `[C]`, or None.
         eps: LayerNorm's epsilon, added to the variance of s·x.
         residual_scale: s, finite. Also multiplies what LayerNorm sees.
-        layer_scale: LayerScale's gamma `[C]`, or None.
-        approximate: "none" for the exact erf GELU, "tanh" for the tanh form; "auto" is the exact one on the PyTorch
-            path.
+        layer_scale: LayerScale's gamma `[C]`, or None for 1.
+        branch_scale: k, a factor of each token's branch, broadcastable to `x.shape[:-1]`, or None for 1: `[B, 1]` for the
+            stochastic depth of samples. It gets no gradient.
+        approximate: "none" or "auto" for the exact erf GELU, "tanh" for the tanh form. The fused kernels compute the exact
+            one in float32, and in bfloat16 and float16 a form that differs from it by at most 3.2e-5 before rounding.
         recompute: What the backward recomputes instead of saving: "none", "act" (the activation), "all"; "auto"
             decides by width. The PyTorch path saves what autograd saves, whatever is asked for.
         backend: "auto", "triton" or "torch". "triton" raises where it cannot run.
@@ -61,6 +64,8 @@ def ln_mlp(
         ValueError: A shape, device, option or number does not fit; the message names it.
         BackendUnavailableError: `backend="triton"` cannot run here.
     """
+    if branch_scale is not None:
+        _check_branch_scale(branch_scale, x)
     if not _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale):
         _check_tensors(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
     checks.check_choice("approximate", approximate, APPROXIMATIONS)
@@ -87,6 +92,7 @@ def ln_mlp(
             eps=eps,
             residual_scale=residual_scale,
             layer_scale=layer_scale,
+            branch_scale=branch_scale,
             approximate=form,
         )
     tokens = x.reshape(-1, channels)
@@ -96,11 +102,13 @@ def ln_mlp(
     w1, w2 = (w.to(compute).contiguous() for w in (w1, w2))
     vectors = (v if v is None else v.contiguous() for v in (ln_weight, ln_bias, b1, b2, layer_scale))
     ln_weight, ln_bias, b1, b2, layer_scale = vectors
+    if branch_scale is not None:
+        branch_scale = branch_scale.expand(x.shape[:-1]).reshape(-1).to(torch.float32).contiguous()
     tensors = (tokens, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
     save = operators.SAVE_NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         save = resolve_recompute(recompute, channels)
-    out, *_ = torch.ops.lambda_kernels.ln_mlp(*tensors, float(eps), float(residual_scale), form, save)
+    out, *_ = torch.ops.lambda_kernels.ln_mlp(*tensors, branch_scale, float(eps), float(residual_scale), form, save)
     return out.reshape(x.shape)
 
 
@@ -135,6 +143,17 @@ def _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> bool:
         return all(isinstance(t, Tensor) and t.dtype == dtype and t.device == device for t in given)
     except (AttributeError, IndexError, TypeError, ValueError):  # no tensor, or of too few dimensions
         return False
+
+
+def _check_branch_scale(branch_scale: Tensor, x: Tensor) -> None:
+    checks.check_tensor("branch_scale", branch_scale)
+    checks.check_tensor("x", x)
+    checks.check_same_device({"x": x, "branch_scale": branch_scale})
+    if branch_scale.requires_grad:
+        raise ValueError("branch_scale gets no gradient, but requires one; pass branch_scale.detach()")
+    own, leading = branch_scale.shape, x.shape[:-1]
+    if len(own) > len(leading) or any(a not in (1, b) for a, b in zip(reversed(own), reversed(leading), strict=False)):
+        raise ValueError(f"branch_scale must be broadcastable to x.shape[:-1] = {list(leading)}; got shape {list(own)}")
 
 
 def _check_tensors(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> None:

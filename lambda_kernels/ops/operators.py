@@ -20,6 +20,7 @@ _library = torch.library.Library("lambda_kernels", "FRAGMENT")
 
 _PARAMETERS = (
     "Tensor? ln_weight, Tensor? ln_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? layer_scale, "
+    "Tensor? branch_scale, "
     "float eps, float residual_scale, str approximate"
 )
 
@@ -36,11 +37,11 @@ _library.define(
 
 
 def _forward(
-    x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, eps, residual_scale, approximate, save
+    x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale, eps, residual_scale, approximate, save
 ) -> tuple[Tensor, ...]:
     from . import fused
 
-    parameters = fused.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
+    parameters = fused.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
     options = fused.Options(eps, residual_scale, approximate)
     out, saved = fused.forward(x, parameters, options, save)
     return out, *(x.new_empty(0) if saved[k] is None else saved[k] for k in ("mean", "rstd", "pre", "act"))
@@ -56,6 +57,7 @@ def _backward(
     w2,
     b2,
     layer_scale,
+    branch_scale,
     eps,
     residual_scale,
     approximate,
@@ -70,7 +72,7 @@ def _backward(
     gradients = fused.backward(
         grad.contiguous(),
         x,
-        fused.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale),
+        fused.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale),
         fused.Options(eps, residual_scale, approximate),
         fused.Saved(mean, rstd, pre, act),
         fused.Needs(*needs),
@@ -88,7 +90,7 @@ for _device in (
 
 @torch.library.register_fake("lambda_kernels::ln_mlp", lib=_library)
 def _forward_shapes(
-    x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, eps, residual_scale, approximate, save
+    x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale, eps, residual_scale, approximate, save
 ) -> tuple[Tensor, ...]:
     tokens, hidden = x.shape[0], w1.shape[0]
     dtype = torch.promote_types(x.dtype, w1.dtype)
@@ -121,6 +123,7 @@ def _backward_shapes(
     w2,
     b2,
     layer_scale,
+    branch_scale,
     eps,
     residual_scale,
     approximate,
@@ -152,14 +155,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, grad: Tensor | None, *unused: None) -> tuple:
     needs = list(ctx.needs_input_grad[:8])
     if grad is None or not any(needs):
-        return (None,) * 12
+        return (None,) * 13
     if ctx.save == SAVE_NOTHING:
         raise RuntimeError("ln_mlp was called without saving anything for a backward, but a gradient is asked for")
     saved = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
-    tensors, (mean, rstd, *rest) = saved[:8], saved[8:]
+    tensors, (mean, rstd, *rest) = saved[:9], saved[9:]
     pre, act = (*rest, None, None)[:2]
     gradients = torch.ops.lambda_kernels.ln_mlp_backward(grad, *tensors, *ctx.options, mean, rstd, pre, act, needs)
-    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None, None)
+    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 5)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

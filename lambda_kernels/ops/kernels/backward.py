@@ -1,10 +1,11 @@
-"""Backward kernels of `ln_mlp`. With dO the gradient of the output, p = LN(s·x)·W1ᵀ + b1 and W2' = diag(ls)·W2:
+"""Backward kernels of `ln_mlp`. With dO the gradient of the output, p = LN(s·x)·W1ᵀ + b1, W2' = diag(ls)·W2 and dB the
+gradient of the branch before LayerScale, which is dO unless tokens have factors of their own, keep·dO:
 
-    hidden_gradient    dA = dO·W2', dP = dA·GELU'(p), and GELU(p) again where W2 needs it; column sums of dP per row tile
+    hidden_gradient    dA = dB·W2', dP = dA·GELU'(p), and GELU(p) again where W2 needs it; column sums of dP per row tile
     elementwise        the same after products that a library computed
     layer_norm_input   dx from dLN = dP·W1, with the column sums for γ, β and b2 per program
 
-The products dP·W1, dPᵀ·LN(s·x) and dOᵀ·GELU(p) have nothing to fuse with and are left to the library. Column sums come as
+The products dP·W1, dPᵀ·LN(s·x) and dBᵀ·GELU(p) have nothing to fuse with and are left to the library. Column sums come as
 one partial row per tile or program, added up by one more reduction in a fixed order: results do not change from run to run.
 """
 
@@ -23,7 +24,7 @@ def hidden_gradient(
     w1,  # [H, C] or None
     b1,  # [H] or None
     pre,  # [M, H] or None: p as the forward saved it
-    grad,  # [M, C]: dO
+    grad,  # [M, C]: dB
     w2,  # [C, H]: W2'
     grad_pre,  # [M, H]: dP
     act,  # [M, H] or None: GELU(p)
@@ -66,7 +67,7 @@ def hidden_gradient(
     a, slope = gelu_and_slope(p, FORM, UNIT)
     if act is not None:
         store_tile(act, a, m, n, M, H, H, BM, BN, TMA)
-    # Rows beyond M add nothing to the sums: their dO, hence their dA, is zero.
+    # Rows beyond M add nothing to the sums: their dB, hence their dA, is zero.
     grad_p = grad_act * slope
     store_tile(grad_pre, grad_p, m, n, M, H, H, BM, BN, TMA)
     if sums is not None:
@@ -109,10 +110,11 @@ def layer_norm_input(
     gamma,  # [C] or None
     mean,  # [M]
     rstd,  # [M]
+    keep,  # [M] or None: factor of each token's branch
     grad_x,  # [M, C] or None
     sum_gamma,  # [programs, C] or None
     sum_beta,  # [programs, C] or None
-    sum_grad,  # [programs, C] or None: column sums of dO
+    sum_grad,  # [programs, C] or None: column sums of dB
     M,
     stride_x,
     scale,
@@ -149,7 +151,10 @@ def layer_norm_input(
         if (grad_x is not None) or (sum_grad is not None):
             residual = tl.load(grad + row * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
             if sum_grad is not None:
-                acc_grad += residual
+                if keep is not None:
+                    acc_grad += residual * tl.load(keep + r, mask=r < M, other=0.0)[:, None]
+                else:
+                    acc_grad += residual
             if grad_x is not None:
                 g = d * weight[None, :]
                 along = tl.sum(g * xhat, 1) / C

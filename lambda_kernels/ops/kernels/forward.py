@@ -1,4 +1,4 @@
-"""Forward kernels of `out = s·x + ls·(GELU(LN(s·x)·W1ᵀ + b1)·W2ᵀ + b2)`, x [M, C], W1 [H, C], W2 [C, H].
+"""Forward kernels of `out = s·x + keep·ls·(GELU(LN(s·x)·W1ᵀ + b1)·W2ᵀ + b2)`, x [M, C], W1 [H, C], W2 [C, H].
 
     one_pass          all of it; nothing of size [M, H] leaves the chip
     row_statistics    mean and 1/σ of s·x, and W1·diag(γ) with its row sums, for `fc1` on raw tokens
@@ -28,6 +28,7 @@ def one_pass(
     w2,  # [C, H]
     b2,  # [C] or None
     ls,  # [C] or None
+    keep,  # [M] or None: factor of each token's branch
     out,  # [M, C]
     mean,  # [M] or None
     rstd,  # [M] or None
@@ -106,6 +107,8 @@ def one_pass(
             branch += load_vector(b2, i * NC, C, NC)[:, None]
         if ls is not None:
             branch *= load_vector(ls, i * NC, C, NC)[:, None]
+        if keep is not None:
+            branch *= load_vector(keep, m, M, BM)[None, :]
         # Read again rather than kept: the tile's registers are worth more to the loop.
         tile = load_tile(x, m, i * NC, M, C, stride_x, BM, NC, TMA).to(tl.float32) * scale
         store_tile(out, tile + tl.trans(branch), m, i * NC, M, C, C, BM, NC, TMA)
@@ -269,6 +272,7 @@ def fc2(
     w2,  # [C, H]
     b2,  # [C] or None
     ls,  # [C] or None
+    keep,  # [M] or None: factor of each token's branch
     x,  # [M, C]
     out,  # [M, C]
     M,
@@ -285,7 +289,7 @@ def fc2(
     TMA: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """`s·x + ls·(act·W2ᵀ + b2)`."""
+    """`s·x + keep·ls·(act·W2ᵀ + b2)`."""
     tile_m, tile_n = place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(C, BN), GROUP)
     m = tile_m * BM
     n = tile_n * BN
@@ -298,5 +302,7 @@ def fc2(
         acc += load_vector(b2, n, C, BN)[None, :]
     if ls is not None:
         acc *= load_vector(ls, n, C, BN)[None, :]
+    if keep is not None:
+        acc *= load_vector(keep, m, M, BM)[:, None]
     tile = load_tile(x, m, n, M, C, stride_x, BM, BN, TMA).to(tl.float32) * scale
     store_tile(out, tile + acc, m, n, M, C, C, BM, BN, TMA)
