@@ -125,8 +125,8 @@ def compile_case(case: Case) -> Finding:
         shared=compiled.metadata.shared,
         matrix_instructions=_count(_MATRIX_INSTRUCTION[arch], sass),
         spills=_count("LDL", sass) + _count("STL", sass),
-        spills_in_loop=_local_memory_in_loops(sass),
-        faults=tuple(_faults(case, compiled.metadata.shared, sass, warnings)),
+        spills_in_loop=local_memory_in_loops(sass),
+        faults=tuple(find_faults(case, compiled.metadata.shared, sass, warnings)),
     )
 
 
@@ -159,14 +159,27 @@ def _count(opcode: str, sass: str) -> int:
     return len(re.findall(rf"\b{opcode}\b", sass))
 
 
-def _local_memory_in_loops(sass: str) -> int:
-    """Loads and stores of local memory between the target of a backward branch and the branch."""
-    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", sass)]
+def local_memory_in_loops(sass: str) -> int:
+    """Loads and stores of local memory between the target of a backward branch and the branch.
+
+    Targets are addresses, as cuobjdump prints them, or labels, as nvdisasm does.
+    """
+    code: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    for label, address, text in re.findall(r"^\s*(\.L_\w+):|/\*([0-9a-f]{4,})\*/\s+(\S.*?);", sass, re.MULTILINE):
+        if label:
+            waiting.append(label)
+            continue
+        labels.update(dict.fromkeys(waiting, int(address, 16)))
+        waiting.clear()
+        code.append((int(address, 16), text))
     loops = []
     for address, text in code:
-        jump = re.search(r"\bBRA(?:\.\w+)*\s.*?(0x[0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < address:  # a jump to itself is the padding after the end
-            loops.append((int(jump[1], 16), address))
+        jump = re.search(r"\bBRA(?:\.\w+)*\s.*?(?:(0x[0-9a-f]+)|(\.L_\w+))", text)
+        target = address if jump is None else int(jump[1], 16) if jump[1] else labels.get(jump[2], address)
+        if target < address:  # a jump to itself is the padding after the end
+            loops.append((target, address))
     return sum(
         1
         for address, text in code
@@ -174,8 +187,8 @@ def _local_memory_in_loops(sass: str) -> int:
     )
 
 
-def _faults(case: Case, shared: int, sass: str, warnings: str) -> Iterator[str]:
-    if spilled := _local_memory_in_loops(sass):
+def find_faults(case: Case, shared: int, sass: str, warnings: str) -> Iterator[str]:
+    if spilled := local_memory_in_loops(sass):
         yield f"{spilled} spill instructions inside a loop"
     if shared > SHARED_LIMIT[case.arch]:
         yield f"{shared} bytes of shared memory, the limit is {SHARED_LIMIT[case.arch]}"
@@ -213,8 +226,8 @@ def cases(
 
     dtypes = (torch.bfloat16, torch.float32) if defaults else (torch.bfloat16, torch.float16, torch.float32)
     for arch in architectures:
-        for kernel in kernels or (*configs.KERNELS, *_ROW_KERNELS):
-            if kernel in _ROW_KERNELS:
+        for kernel in kernels or (*configs.KERNELS, *ROW_KERNELS):
+            if kernel in ROW_KERNELS:
                 for channels in _ROW_WIDTHS[:2] if defaults else _ROW_WIDTHS:
                     made = _row_launch(kernel, channels)
                     yield Case(kernel, f"C={channels} bf16", f"rows w{made.warps}", arch, made, False)
@@ -226,14 +239,14 @@ def cases(
                     for channels in (_DEFAULT_WIDTHS if defaults else _WIDTHS)[tma]:
                         shipped = configs.shipped(kernel, arch, dtype, channels, tma)
                         for config in shipped[:1] if defaults else shipped:
-                            yield _product_case(kernel, channels, dtype, config, tma, arch)
+                            yield product_case(kernel, channels, dtype, config, tma, arch)
             if kernel in configs.KERNELS and not defaults:
                 for config in configs.shipped(kernel, arch, torch.float32, 192, False):
                     with _tf32():
-                        yield _product_case(kernel, 192, torch.float32, config, False, arch, " tf32")
+                        yield product_case(kernel, 192, torch.float32, config, False, arch, " tf32")
 
 
-_ROW_KERNELS = ("row_statistics", "layer_norm", "layer_norm_input", "elementwise")
+ROW_KERNELS = ("row_statistics", "layer_norm", "layer_norm_input", "elementwise")
 
 
 @contextlib.contextmanager
@@ -250,10 +263,10 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _product_case(
+def product_case(
     kernel: str, channels: int, dtype: torch.dtype, config: object, tma: bool, arch: int, note: str = ""
 ) -> Case:
-    """The most that a kernel can be asked for: every bias, LayerScale, statistics and what the backward needs."""
+    """The most that a kernel can be asked for: biases, LayerScale, branch factors, statistics, what the backward needs."""
     from .ops import launch
 
     rows, hidden = _TOKENS, 4 * channels
@@ -265,19 +278,21 @@ def _product_case(
     statistics, sums = _empty(rows), _empty(-(-rows // config.bm), hidden)
     how = {"math": math, "config": config, "tma": tma}
     if kernel == "one_pass":
-        made = launch.one_pass(x, c, c, w1, h, w2, c, c, out, statistics, statistics, eps=1e-6, scale=2.0, **how)
+        made = launch.one_pass(
+            x, c, c, w1, h, w2, c, c, statistics, out, statistics, statistics, eps=1e-6, scale=2.0, **how
+        )
     elif kernel == "fc1":
         corrected = dtype != torch.float32
         vectors = (_empty(hidden), statistics, statistics, _empty(hidden)) if corrected else (h, None, None, None)
         made = launch.fc1(x, w1, *vectors, act, wide, scale=2.0, **how)
     elif kernel == "fc2":
-        made = launch.fc2(act, w2, c, c, x, out, scale=2.0, **how)
+        made = launch.fc2(act, w2, c, c, statistics, x, out, scale=2.0, **how)
     elif kernel == "hidden_gradient":
         made = launch.hidden_gradient(x, w1, h, None, out, w2, wide, act, sums, **how)
     elif kernel == "saved_gradient":
         made = launch.hidden_gradient(None, w1, h, act, out, w2, wide, act, sums, **how)
     else:
-        raise ValueError(f"kernel must be one of {', '.join(_ROW_KERNELS)} or a product kernel; got {kernel!r}")
+        raise ValueError(f"kernel must be one of {', '.join(ROW_KERNELS)} or a product kernel; got {kernel!r}")
     how_moved = "descriptors" if tma else "pointers"
     shape = f"C={channels} {_TYPES[dtype]}{note} {how_moved}"
     # Without TF32, float32 products are no tensor-core ones.
@@ -294,7 +309,9 @@ def _row_launch(kernel: str, channels: int) -> object:
         return launch.layer_norm(x, c, c, x, statistics, statistics, eps=1e-6, scale=2.0, given=False)
     if kernel == "layer_norm_input":
         sums = [_empty(programs, channels)] * 3
-        return launch.layer_norm_input(x, x, x, c, statistics, statistics, x, *sums, scale=2.0, programs=programs)
+        return launch.layer_norm_input(
+            x, x, x, c, statistics, statistics, statistics, x, *sums, scale=2.0, programs=programs
+        )
     w1, h = _empty(hidden, channels, dtype=dtype), _empty(hidden)
     if kernel == "row_statistics":
         return launch.row_statistics(x, statistics, statistics, c, c, w1, h, w1, h, h, eps=1e-6, scale=2.0)
@@ -347,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from .ops.kernels import configs
 
-    known = (*configs.KERNELS, *_ROW_KERNELS)
+    known = (*configs.KERNELS, *ROW_KERNELS)
     if unknown := set(options.kernel) - set(known):
         parser.error(f"argument --kernel: unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     print(f"triton {triton.__version__}")

@@ -15,6 +15,7 @@ from torch import nn
 from .blocks import AttentionFreeBlock, FusedMlp, has_hooks, replacement_obstacles
 from .errors import AlreadyConvertedError, UnsupportedModelError
 from .families import Anatomy, inspect_model
+from .ops import tuning
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
 
@@ -47,10 +48,22 @@ class ConversionInfo:
     fuse: str
     backend: str  # as asked for
     blocks: tuple[BlockInfo, ...]
+    widths: tuple[tuple[int, int], ...] = ()  # (channels, hidden) of the MLP halves that `ln_mlp` can serve
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Which kernels or library products `ln_mlp` has chosen so far in this process for these widths, one per line."""
+        kinds = ("float32", "bfloat16", "float16")
+        return tuple(line for width in self.widths for kind in kinds for line in tuning.describe(*width, kind))
 
     def to_dict(self) -> dict:
         """As plain JSON types."""
-        return asdict(self) | {"removed": list(self.removed), "blocks": [asdict(b) for b in self.blocks]}
+        return asdict(self) | {
+            "removed": list(self.removed),
+            "blocks": [asdict(b) for b in self.blocks],
+            "widths": [list(width) for width in self.widths],
+            "kernels": list(self.kernels),
+        }
 
 
 def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int, ...]:
@@ -147,7 +160,9 @@ def remove_attention(
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
     for index, block in enumerate(new):
         model.blocks[index] = block
-    model.lambda_kernels_info = ConversionInfo(removed, float(residual_scale), fuse, backend, rows)
+    model.lambda_kernels_info = ConversionInfo(
+        removed, float(residual_scale), fuse, backend, rows, _widths(model.blocks)
+    )
     return model
 
 
@@ -238,6 +253,13 @@ def convert_vit(
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
     """How each block of a converted model runs in eval mode, where the model is now, and why."""
     return _describe(model.blocks, model.lambda_kernels_info.fuse, *_place(model))
+
+
+def _widths(blocks: Sequence[nn.Module]) -> tuple[tuple[int, int], ...]:
+    ours = (block for block in blocks if isinstance(block, (AttentionFreeBlock, FusedMlp)))
+    linears = (getattr(block.mlp, "fc1", None) for block in ours)
+    found = {(fc1.in_features, fc1.out_features) for fc1 in linears if isinstance(fc1, nn.Linear)}
+    return tuple(sorted(found))
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import types
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import images, small_vit
+from mlp_cases import DEVICE
 from torch import nn
 
 import lambda_kernels.blocks
@@ -21,6 +23,7 @@ from lambda_kernels import (
     convert_vit,
 )
 from lambda_kernels.convert import describe_blocks
+from lambda_kernels.ops import tuning
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {}),
@@ -370,3 +373,15 @@ def test_warnings():
 def test_average_pooling_may_lose_all_attention():
     converted = convert_vit(build("average"), remove=(0, 1, 2, 3))
     assert not torch.allclose(converted(images(1, seed=1)), converted(images(1, seed=2)))
+
+
+def test_the_info_tells_which_kernels_were_chosen():
+    converted = convert_vit(build("vit").to(DEVICE), remove=(1,), backend="triton")
+    info = converted.lambda_kernels_info
+    assert info.widths == ((48, 192),)
+    tuning.clear()
+    assert info.kernels == ()
+    with tuning.forced(forward="staged", fc2="library"), torch.no_grad():
+        converted(images().to(DEVICE))
+    assert any(line.startswith("fc2, ") and "library (forced)" in line for line in info.kernels)
+    assert json.loads(json.dumps(info.to_dict()))["kernels"] == list(info.kernels)

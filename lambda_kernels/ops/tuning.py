@@ -221,8 +221,7 @@ def _wished(wish: Candidate | str, problem: Problem, candidates: _Offer) -> Cand
 
 def _obstacle(candidates: _Offer, device: torch.device) -> str:
     """Why nothing can be measured; empty when it can."""
-    switch = os.environ.get(SWITCH, "on")
-    check_choice(f"the environment variable {SWITCH}", switch, ("on", "off"))
+    switch = _switch()
     if len(candidates) == 1:
         return "only one candidate"
     if switch == "off":
@@ -232,6 +231,12 @@ def _obstacle(candidates: _Offer, device: torch.device) -> str:
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     return _CAPTURING if torch.cuda.is_current_stream_capturing() else ""
+
+
+def _switch() -> str:
+    switch = os.environ.get(SWITCH, "on")
+    check_choice(f"the environment variable {SWITCH}", switch, ("on", "off"))
+    return switch
 
 
 def _interpreted() -> bool:
@@ -450,6 +455,21 @@ def _grounds(decision: Decision) -> str:
         rival = "library" if "library" in rivals else min(rivals, key=rivals.__getitem__)
         words += f"; {rival} {rivals[rival]:.1f} µs"
     return words
+
+
+def status() -> dict[str, object]:
+    """The switch, the file, and what is in it: a dictionary of plain types for `lambda-vit doctor`.
+
+    Raises:
+        ValueError: `LAMBDA_KERNELS_TUNING` is neither "on" nor "off".
+    """
+    switch = _switch()
+    try:
+        path = cache_path()
+    except RuntimeError as error:
+        return {"switch": switch, "file": f"none: {error}", "entries": []}
+    entries = [{"problem": key, **entry} for key, entry in _read(_state, path).items()]
+    return {"switch": switch, "file": str(path), "entries": entries}
 
 
 @contextlib.contextmanager

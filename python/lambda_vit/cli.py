@@ -346,7 +346,11 @@ def doctor(
 
     from . import environment
 
-    found = {"versions": environment.versions(), "backends": environment.backends()}
+    found = {
+        "versions": environment.versions(),
+        "backends": environment.backends(),
+        "tuning": environment.tuning_status(),
+    }
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -359,6 +363,11 @@ def doctor(
     for row in found["backends"]:
         table.add_row(*row.values())
     console.print(table)
+    tuned = found["tuning"]
+    console.print(f"tuning {tuned['switch']}, {len(tuned['entries'])} measured in {tuned['file']}", soft_wrap=True)
+    for entry in tuned["entries"]:
+        times = ", ".join(f"{name} {time:.1f} µs" for name, time in entry["times_us"].items())
+        console.print(f"  {entry['problem']}: {entry['candidate']} ({times})", soft_wrap=True, highlight=False)
 
 
 def _same_model(one: str, other: str | None) -> bool:

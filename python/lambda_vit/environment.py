@@ -10,6 +10,7 @@ import sys
 import torch
 
 from lambda_kernels import _extension
+from lambda_kernels.ops import tuning
 from lambda_kernels.ops.dispatch import choose
 from lambda_kernels.ops.histogram import histogram_backend
 
@@ -76,6 +77,11 @@ def backends() -> list[dict[str, str]]:
                     }
                 )
     return sorted(rows, key=lambda row: (row["operator"] != "ln_mlp", row["device"] != "cuda"))
+
+
+def tuning_status() -> dict[str, object]:
+    """Whether kernels are tuned, where that is remembered, and what is."""
+    return tuning.status()
 
 
 def not_exercised(device: torch.device) -> list[str]:

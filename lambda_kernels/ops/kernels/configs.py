@@ -107,6 +107,7 @@ _SINGLE: dict[str, tuple[Config, ...]] = {
 _ONE_PASS_HALF: dict[tuple[str, bool], tuple[tuple[int, Config], ...]] = {
     ("hopper", True): (
         (192, Config(64, 64, 0, 4, 1)),
+        (192, Config(64, 64, 0, 4, 2)),
         (192, Config(128, 128, 0, 8, 1)),
         (384, Config(64, 128, 0, 8, 1)),
     ),
