@@ -69,6 +69,12 @@ def images(count: int = 4, size: int = 32, channels: int = 3, seed: int = 0) -> 
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first candidate of each stage runs: results do not depend on times, and nobody's cache is written to."""
+    monkeypatch.setenv("LAMBDA_KERNELS_TUNING", "off")
+
+
 @pytest.fixture
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a user's process, where Triton's interpreter is off."""

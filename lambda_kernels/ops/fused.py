@@ -90,13 +90,13 @@ def _library(name: str) -> None:
     tracing.note("library", name)
 
 
-def _tma(p: Parameters, tokens: Tensor) -> bool:
+def _tma(p: Parameters, *given: Tensor | None) -> bool:
     """Whether tiles go through descriptors. What is allocated here has rows like W1's or W2's, so it is as describable.
 
     Not for float32, where descriptors double the registers that a product needs.
     """
     arch, _ = _device_facts(p.w1.device)
-    return configs.uses_descriptors(arch) and p.w1.dtype != torch.float32 and launch.describable(tokens, p.w1, p.w2)
+    return configs.uses_descriptors(arch) and p.w1.dtype != torch.float32 and launch.describable(*given, p.w1, p.w2)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -396,7 +396,7 @@ def _hidden_gradient(grad, x, p, o, saved, normed, want_act, want_b1) -> tuple[T
         return grad_pre, act, sums.sum(0).to(p.b1.dtype) if want_b1 else None
 
     kernel = "hidden_gradient" if pre is None else "saved_gradient"
-    tma = _tma(p, grad)
+    tma = _tma(p, grad, pre)
     offered = _offer(kernel, "fused", x=x, p=p, tma=tma)
     flags = [name for name, on in (("act", want_act), ("b1", want_b1)) if on]
     return run(tuning.choose(_problem(kernel, x, p, o, tma, *flags), offered, run, x.device))
