@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import images, small_vit
 from mlp_cases import NAMES, TOLERANCES, errors, problem, relative_error
 
 from lambda_kernels import AttentionFreeBlock, convert_vit, ln_mlp
@@ -171,8 +172,6 @@ def test_auto_takes_the_kernels():
 
 
 def test_a_converted_model_says_and_does_so():
-    from conftest import images, small_vit
-
     model = convert_vit(small_vit(), remove=(1,))
     assert {row.mlp for row in describe_blocks(model)} == {"torch"}
     model = model.to(DEVICE)

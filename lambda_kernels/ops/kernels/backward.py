@@ -143,7 +143,7 @@ def layer_norm_input(
         xhat = tl.load(x + row * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32) * scale
         mu = tl.load(mean + r, mask=r < M, other=0.0)
         inv_std = tl.load(rstd + r, mask=r < M, other=0.0)
-        xhat = tl.where(mask, (xhat - mu[:, None]) * inv_std[:, None], 0.0)
+        xhat = (xhat - mu[:, None]) * inv_std[:, None]  # beyond C it meets only zeros
         if sum_gamma is not None:
             acc_gamma += d * xhat
         if sum_beta is not None:
