@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from . import launch, tracing, tuning
@@ -381,7 +380,7 @@ def _hidden_gradient(grad, x, p, o, saved, normed, want_act, want_b1) -> tuple[T
     def run(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor | None]:
         config = candidate.config or configs.ELEMENTWISE
         act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=grad.device) if want_act else None
-        sums = grad.new_empty(triton.cdiv(tokens, config.bm), hidden, dtype=torch.float32) if want_b1 else None
+        sums = grad.new_empty(launch.ceil_div(tokens, config.bm), hidden, dtype=torch.float32) if want_b1 else None
         if candidate == LIBRARY:
             before = pre if pre is not None else F.linear(normed, p.w1, p.b1)
             grad_pre = torch.mm(grad, w2)
@@ -406,7 +405,7 @@ def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums) -> tupl
     """dx, and the gradients of γ, of β and of a bias added to the output (float32), each where wanted."""
     tokens, channels = x.shape
     _, rows = launch.rows_per_program(channels, launch.row_warps(channels))
-    programs = min(triton.cdiv(tokens, rows), 4 * _device_facts(x.device)[1])
+    programs = min(launch.ceil_div(tokens, rows), 4 * _device_facts(x.device)[1])
 
     def partial(wanted: bool) -> Tensor | None:
         return x.new_empty(programs, channels, dtype=torch.float32) if wanted else None

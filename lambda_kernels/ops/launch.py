@@ -44,10 +44,48 @@ class Launch:
         return self.kernel.__name__
 
     def run(self) -> None:
-        """Launch on the current stream."""
-        self.kernel[self.grid](
+        """Launch on the current stream of the current device."""
+        if INTERPRETED:
+            self._run_anew()
+            return
+        key = self._specialization()
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = self._run_anew()
+        else:
+            compiled[self.grid](*self.args.values(), *self.constants.values())
+
+    def _run_anew(self) -> object:
+        """By Triton's own way to a kernel, which binds, looks up and, where needed, compiles."""
+        assert [*self.args, *self.constants] == self.kernel.arg_names, "arguments are passed on by their position"
+        return self.kernel[self.grid](
             **self.args, **self.constants, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
         )
+
+    def _specialization(self) -> tuple[object, ...]:
+        """All that Triton compiles a kernel anew for: constants, and dtype, alignment, absence of arguments."""
+        general = self.kernel.do_not_specialize
+        kinds: list[object] = []
+        for name, value in self.args.items():
+            if value is None:
+                kinds.append(None)
+            elif isinstance(value, Tensor):
+                kinds.append((value.dtype, value.data_ptr() % 16 == 0))
+            elif isinstance(value, TensorDescriptor):
+                kinds.append(value.base.dtype)  # its tile is among the constants
+            elif isinstance(value, int):
+                wide = value > _LARGEST_INT32
+                kinds.append(wide if name in general else (wide, value % 16 == 0, value == 1))
+            else:
+                kinds.append(float)
+        device = triton.runtime.driver.active.get_current_device()
+        return (self.kernel, device, self.warps, self.stages, *self.constants.values(), *kinds)
+
+
+# Compiled kernels by specialization: Triton's own way to one costs more host time than all else here together.
+_compiled: dict[tuple[object, ...], object] = {}
+
+_LARGEST_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +107,11 @@ class Arithmetic:
     def constants(self) -> dict[str, object]:
         """As kernel constants."""
         return {"FORM": self.form, "UNIT": self.unit}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a/b rounded up; triton.cdiv is made for kernels and slow outside of them."""
+    return -(-a // b)
 
 
 def describable(*matrices: Tensor | None) -> bool:
@@ -111,7 +154,7 @@ def chunks(channels: int) -> tuple[int, int]:
     """(columns per chunk, number of chunks): a power of two times 1, 2 or 3, wasting the fewest columns."""
     options = []
     for count in (1, 2, 3):
-        width = max(16, triton.next_power_of_2(triton.cdiv(channels, count)))
+        width = max(16, triton.next_power_of_2(ceil_div(channels, count)))
         options.append((width * count, count, width))
     _, count, width = min(options)
     return width, count
@@ -136,7 +179,7 @@ def one_pass(x, gamma, beta, w1, b1, w2, b2, ls, keep, out, mean, rstd, *, eps, 
     width, _ = chunks(channels)
     return Launch(
         forward.one_pass,
-        (triton.cdiv(tokens, config.bm),),
+        (ceil_div(tokens, config.bm), 1, 1),
         {
             "x": _tile(x, config.bm, width, tma),
             "gamma": gamma,
@@ -166,10 +209,10 @@ def row_statistics(x, mean, rstd, gamma, beta, w1, b1, folded, w1_sum, b1_folded
     tokens, channels = x.shape
     warps = row_warps(channels)
     block, rows = rows_per_program(channels, warps)
-    row_programs = triton.cdiv(tokens, rows)
+    row_programs = ceil_div(tokens, rows)
     return Launch(
         forward.row_statistics,
-        (row_programs + triton.cdiv(w1.shape[0], rows),),
+        (row_programs + ceil_div(w1.shape[0], rows), 1, 1),
         {
             "x": x,
             "mean": mean,
@@ -201,7 +244,7 @@ def layer_norm(x, gamma, beta, out, mean, rstd, *, eps, scale, given: bool) -> L
     block, rows = rows_per_program(channels, warps)
     return Launch(
         forward.layer_norm,
-        (triton.cdiv(tokens, rows),),
+        (ceil_div(tokens, rows), 1, 1),
         {
             "x": x,
             "gamma": gamma,
@@ -226,7 +269,7 @@ def fc1(x, w1, b1, mean, rstd, w1_sum, act, pre, *, scale, math, config, tma) ->
     hidden = w1.shape[0]
     return Launch(
         forward.fc1,
-        (triton.cdiv(tokens, config.bm) * triton.cdiv(hidden, config.bn),),
+        (ceil_div(tokens, config.bm) * ceil_div(hidden, config.bn), 1, 1),
         {
             "x": _tile(x, config.bm, config.bk, tma),
             "w1": _tile(w1, config.bn, config.bk, tma),
@@ -252,7 +295,7 @@ def fc2(act, w2, b2, ls, keep, x, out, *, scale, math, config, tma) -> Launch:
     hidden = w2.shape[1]
     return Launch(
         forward.fc2,
-        (triton.cdiv(tokens, config.bm) * triton.cdiv(channels, config.bn),),
+        (ceil_div(tokens, config.bm) * ceil_div(channels, config.bn), 1, 1),
         {
             "act": _tile(act, config.bm, config.bk, tma),
             "w2": _tile(w2, config.bn, config.bk, tma),
@@ -278,7 +321,7 @@ def hidden_gradient(normed, w1, b1, pre, grad, w2, grad_pre, act, sums, *, math,
     recompute = pre is None
     return Launch(
         backward.hidden_gradient,
-        (triton.cdiv(tokens, config.bm) * triton.cdiv(hidden, config.bn),),
+        (ceil_div(tokens, config.bm) * ceil_div(hidden, config.bn), 1, 1),
         {
             "normed": _tile(normed, config.bm, config.bk, tma) if recompute else None,
             "w1": _tile(w1, config.bn, config.bk, tma) if recompute else None,
@@ -302,7 +345,7 @@ def elementwise(pre, grad_act, grad_pre, act, sums, *, math, config) -> Launch:
     tokens, hidden = pre.shape
     return Launch(
         backward.elementwise,
-        (triton.cdiv(tokens, config.bm), triton.cdiv(hidden, config.bn)),
+        (ceil_div(tokens, config.bm), ceil_div(hidden, config.bn), 1),
         {"pre": pre, "grad_act": grad_act, "grad_pre": grad_pre, "act": act, "sums": sums, "M": tokens, "H": hidden},
         {"BM": config.bm, "BN": config.bn} | math.constants(),
         config.warps,
@@ -319,7 +362,7 @@ def layer_norm_input(
     block, rows = rows_per_program(channels, warps)
     return Launch(
         backward.layer_norm_input,
-        (programs,),
+        (programs, 1, 1),
         {
             "grad_ln": grad_ln,
             "x": x,
@@ -335,7 +378,7 @@ def layer_norm_input(
             "M": tokens,
             "stride_x": x.stride(0),
             "scale": scale,
-            "TURNS": triton.cdiv(triton.cdiv(tokens, rows), programs),
+            "TURNS": ceil_div(ceil_div(tokens, rows), programs),
         },
         {"C": channels, "BC": block, "ROWS": rows},
         warps,

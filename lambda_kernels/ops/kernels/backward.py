@@ -37,11 +37,11 @@ def hidden_gradient(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     GROUP: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     EMULATE: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     tile_m, tile_n = place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(H, BN), GROUP)
     m = tile_m * BM

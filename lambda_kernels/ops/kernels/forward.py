@@ -131,10 +131,10 @@ def row_statistics(
     stride_x,
     eps,
     scale,
+    ROW_PROGRAMS,
     C: tl.constexpr,
     BC: tl.constexpr,  # power of two >= C
     ROWS: tl.constexpr,
-    ROW_PROGRAMS,
 ):
     """The first `ROW_PROGRAMS` programs: mean and 1/σ of s·x. The others: W1·diag(γ) rounded, its row sums, b1 + W1·β.
 
@@ -236,11 +236,11 @@ def fc1(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     GROUP: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     EMULATE: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """`GELU(LN(s·x)·W1ᵀ + b1)`. On raw tokens LayerNorm is a correction after the product:
 
