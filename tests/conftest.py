@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 # its own switch takes over, and processes that tests start know nothing of it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton
+    with contextlib.suppress(ImportError):  # there is no Triton for macOS and Windows
+        import triton
 
-    triton.knobs.runtime.interpret = True
+        triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from lambda_kernels import audit
 from lambda_kernels.ops.kernels import configs
 

@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from conftest import images, small_vit
-from mlp_cases import DEVICE
 from torch import nn
 
 import lambda_kernels.blocks
@@ -376,6 +375,8 @@ def test_average_pooling_may_lose_all_attention():
 
 
 def test_the_info_tells_which_kernels_were_chosen():
+    from mlp_cases import DEVICE
+
     converted = convert_vit(build("vit").to(DEVICE), remove=(1,), backend="triton")
     info = converted.lambda_kernels_info
     assert info.widths == ((48, 192),)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from lambda_kernels.ops import launch
 
 CHECKS = (
