@@ -404,7 +404,7 @@ def _hidden_gradient(grad, x, p, o, saved, normed, want_act, want_b1) -> tuple[T
 def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums) -> tuple[Tensor | None, ...]:
     """dx, and the gradients of γ, of β and of a bias added to the output (float32), each where wanted."""
     tokens, channels = x.shape
-    _, rows = launch.rows_per_program(channels, launch.row_warps(channels))
+    _, rows, _ = launch.gradient_rows(channels)
     programs = min(launch.ceil_div(tokens, rows), 4 * _device_facts(x.device)[1])
 
     def partial(wanted: bool) -> Tensor | None:

@@ -23,8 +23,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Neighbouring row tiles that run together, for the L2 cache.
 _GROUP = 8
 
-# Elements per thread of the row kernels: enough loads in flight, few enough registers.
+# Elements per thread of the kernels that take whole rows: enough loads in flight, few enough registers. The backward keeps
+# six values for each.
 _ROW_ELEMENTS = 16
+_GRADIENT_ROW_ELEMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,16 @@ def chunks(channels: int) -> tuple[int, int]:
 
 
 @functools.lru_cache
-def rows_per_program(channels: int, warps: int) -> tuple[int, int]:
+def rows_per_program(channels: int, warps: int, elements: int = _ROW_ELEMENTS) -> tuple[int, int]:
     """(power of two that holds `channels`, rows per program) of the kernels that take whole rows."""
     block = triton.next_power_of_2(channels)
-    return block, max(1, _ROW_ELEMENTS * 32 * warps // block)
+    return block, max(1, elements * 32 * warps // block)
+
+
+def gradient_rows(channels: int) -> tuple[int, int, int]:
+    """(power of two that holds `channels`, rows per program, warps) of `layer_norm_input`."""
+    warps = 4 if channels <= 1024 else 8 if channels <= 2048 else 16
+    return *rows_per_program(channels, warps, _GRADIENT_ROW_ELEMENTS), warps
 
 
 def row_warps(channels: int) -> int:
@@ -358,8 +366,7 @@ def layer_norm_input(
 ) -> Launch:
     """Launch of dx [M, C] and the partial column sums [programs, C] of γ's, β's and b2's gradients."""
     tokens, channels = x.shape
-    warps = row_warps(channels)
-    block, rows = rows_per_program(channels, warps)
+    block, rows, warps = gradient_rows(channels)
     return Launch(
         backward.layer_norm_input,
         (programs, 1, 1),
