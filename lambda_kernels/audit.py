@@ -207,7 +207,16 @@ def find_faults(case: Case, shared: int, sass: str, warnings: str) -> Iterator[s
 
 # Widths that are compiled: those that ViTs have, chunks of every count, and rows that descriptors cannot address.
 _WIDTHS = {True: (64, 128, 192, 256, 384, 768, 1024, 1152, 1408), False: (100, 192, 384, 768)}
-_DEFAULT_WIDTHS = {True: (192, 384, 768), False: (100, 768)}
+# Of one tile, all widths above a few tiles give the same code.
+_DEFAULT_WIDTHS = {"one_pass": {True: (192, 384), False: (100, 192)}, "others": {True: (768,), False: (100,)}}
+_VARIANT_WIDTHS = (192, 384, 768)
+_VARIANTS = {
+    "one_pass": ("mixed", "tanh"),
+    "fc1": ("normalized", "tanh"),
+    "fc2": ("mixed",),
+    "hidden_gradient": ("tanh",),
+    "saved_gradient": ("tanh",),
+}
 _TOKENS = 50_432
 _ROW_WIDTHS = (192, 768, 1664, 4096)
 
@@ -236,14 +245,27 @@ def cases(
                 for dtype in dtypes:
                     if tma and dtype == torch.float32:
                         continue
-                    for channels in (_DEFAULT_WIDTHS if defaults else _WIDTHS)[tma]:
+                    widths = _DEFAULT_WIDTHS["one_pass" if kernel == "one_pass" else "others"] if defaults else _WIDTHS
+                    for channels in widths[tma]:
                         shipped = configs.shipped(kernel, arch, dtype, channels, tma)
                         for config in shipped[:1] if defaults else shipped:
                             yield product_case(kernel, channels, dtype, config, tma, arch)
-            if kernel in configs.KERNELS and not defaults:
-                for config in configs.shipped(kernel, arch, torch.float32, 192, False):
-                    with _tf32():
-                        yield product_case(kernel, 192, torch.float32, config, False, arch, " tf32")
+            if not defaults:
+                yield from _variants(kernel, arch)
+
+
+def _variants(kernel: str, arch: int) -> Iterator[Case]:
+    """What else the configurations are used for: TF32, autocast's float32 tokens, the tanh form, normalized tokens."""
+    from .ops.kernels import configs
+
+    for config in configs.shipped(kernel, arch, torch.float32, 192, False):
+        with _tf32():
+            yield product_case(kernel, 192, torch.float32, config, False, arch, "tf32")
+    for tma in (True, False) if configs.uses_descriptors(arch) else (False,):
+        for channels in _VARIANT_WIDTHS:
+            for config in configs.shipped(kernel, arch, torch.bfloat16, channels, tma):
+                for variant in _VARIANTS[kernel]:
+                    yield product_case(kernel, channels, torch.bfloat16, config, tma, arch, variant)
 
 
 ROW_KERNELS = ("row_statistics", "layer_norm", "layer_norm_input", "elementwise")
@@ -251,12 +273,12 @@ ROW_KERNELS = ("row_statistics", "layer_norm", "layer_norm_input", "elementwise"
 
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -264,14 +286,15 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def product_case(
-    kernel: str, channels: int, dtype: torch.dtype, config: object, tma: bool, arch: int, note: str = ""
+    kernel: str, channels: int, dtype: torch.dtype, config: object, tma: bool, arch: int, variant: str = ""
 ) -> Case:
     """The most that a kernel can be asked for: biases, LayerScale, branch factors, statistics, what the backward needs."""
     from .ops import launch
 
     rows, hidden = _TOKENS, 4 * channels
-    math = launch.Arithmetic.of(dtype, "none")
-    x, out = _empty(rows, channels, dtype=dtype), _empty(rows, channels, dtype=dtype)
+    math = launch.Arithmetic.of(dtype, "tanh" if variant == "tanh" else "none")
+    wider = torch.float32 if variant == "mixed" else dtype
+    x, out = _empty(rows, channels, dtype=wider), _empty(rows, channels, dtype=wider)
     w1, w2 = _empty(hidden, channels, dtype=dtype), _empty(channels, hidden, dtype=dtype)
     c, h = _empty(channels, dtype=dtype), _empty(hidden, dtype=dtype)
     wide, act = _empty(rows, hidden, dtype=dtype), _empty(rows, hidden, dtype=dtype)
@@ -282,7 +305,7 @@ def product_case(
             x, c, c, w1, h, w2, c, c, statistics, out, statistics, statistics, eps=1e-6, scale=2.0, **how
         )
     elif kernel == "fc1":
-        corrected = dtype != torch.float32
+        corrected = dtype != torch.float32 and variant != "normalized"
         vectors = (_empty(hidden), statistics, statistics, _empty(hidden)) if corrected else (h, None, None, None)
         made = launch.fc1(x, w1, *vectors, act, wide, scale=2.0, **how)
     elif kernel == "fc2":
@@ -294,7 +317,7 @@ def product_case(
     else:
         raise ValueError(f"kernel must be one of {', '.join(ROW_KERNELS)} or a product kernel; got {kernel!r}")
     how_moved = "descriptors" if tma else "pointers"
-    shape = f"C={channels} {_TYPES[dtype]}{note} {how_moved}"
+    shape = " ".join(filter(None, (f"C={channels}", _TYPES[dtype], variant, how_moved)))
     # Without TF32, float32 products are no tensor-core ones.
     return Case(kernel, shape, str(config), arch, made, dtype != torch.float32)
 
@@ -332,7 +355,7 @@ def audit(chosen: Iterable[Case], workers: int = 1) -> Iterator[Finding]:
 
 
 _COLUMNS = ("kernel", "shape", "config", "sm", "regs", "stack", "shared", "matrix", "spills", "in loop", "verdict")
-_WIDTH = (16, 26, 18, 4, 5, 6, 7, 7, 7, 8, 0)
+_WIDTH = (16, 36, 18, 4, 5, 6, 7, 7, 7, 8, 0)
 
 
 def _line(values: Iterable[object]) -> str:

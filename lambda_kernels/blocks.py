@@ -35,9 +35,21 @@ def gelu_form(act: nn.Module) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of `module` would run hooks."""
+    """Whether a call of `module` would run hooks of its own."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _global_hooks() -> bool:
+    """Whether a call of any module would run hooks."""
+    # PyTorch asks the same at each call of a module.
+    every = nn.modules.module
+    return bool(
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
     )
 
 
@@ -127,12 +139,13 @@ class _MlpHalf(nn.Module):
             found.append("dropout is active")
         if type(drop_path2) not in (nn.Identity, DropPath):
             found.append(f"drop_path2 is {type(drop_path2).__name__}, not DropPath")
-        if any(map(_is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
+        if _global_hooks() or any(map(_is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
             found.append("a hook or a replaced forward inside the block must run")
         if not found:
-            scale, w1, w2 = norm2.weight, fc1.weight, fc2.weight
-            if w1.dtype != w2.dtype or (scale is not None and scale.dtype != w1.dtype):
-                found.append("norm2 and mlp have different dtypes")
+            w1, w2 = fc1.weight, fc2.weight
+            others = (norm2.weight, norm2.bias, fc1.bias, w2, fc2.bias, None if type(ls2) is nn.Identity else ls2.gamma)
+            if any(other is not None and other.dtype != w1.dtype for other in others):
+                found.append("norm2, mlp and ls2 have different dtypes")
             if hasattr(w1, "__tensor_flatten__") or hasattr(w2, "__tensor_flatten__"):
                 found.append("mlp's weights are wrapped: quantized, or spread over devices")
         return found

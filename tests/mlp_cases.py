@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")  # for whoever imports this
 
 from lambda_kernels import ln_mlp, reference
+from lambda_kernels.ops import tracing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU means Triton's interpreter: see conftest.py
 
@@ -66,7 +67,9 @@ def errors(
 ) -> dict[str, float]:
     """Relative errors of the output and of every wanted gradient against the float64 twin."""
     options = {"eps": 1e-5, **options}
-    out = ln_mlp(**args, approximate=approximate, backend=backend, **options)
+    with tracing.recorded() as ran:
+        out = ln_mlp(**args, approximate=approximate, backend=backend, **options)
+    assert ran  # a kernel, or a library product between kernels: never the twin
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
     twins = in_float64(args)
     twin_options = {k: options[k] for k in ("eps", "residual_scale") if k in options}

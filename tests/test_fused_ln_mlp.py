@@ -1,16 +1,17 @@
 """The fused MLP: forward and every gradient against the float64 twin, over widths, dtypes, paths and what is saved.
 
-Runs on a GPU where there is one, else in Triton's interpreter. Every test asserts which kernels ran.
+Runs on a GPU where there is one, else in Triton's interpreter. `errors` asserts that kernels ran and not the twin; tests of
+one path assert that it was that path.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from mlp_cases import DEVICE, NAMES, assert_close, errors, problem, relative_error
+from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, relative_error
 
-from lambda_kernels import ln_mlp
-from lambda_kernels.ops import tracing, tuning
+from lambda_kernels import ln_mlp, reference
+from lambda_kernels.ops import launch, tracing, tuning
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -75,16 +76,65 @@ def test_ragged_token_counts(tokens, forward):
         assert_close(errors(problem(tokens, 48, 80), residual_scale=2.0, recompute="all"), F32)
 
 
-@pytest.mark.parametrize(("channels", "hidden"), [(1, 1), (3, 5), (17, 31), (50, 70)])
+@pytest.mark.parametrize(("channels", "hidden"), [(17, 31), (50, 70), (100, 64), (64, 100)])
+@pytest.mark.parametrize(("forward", "recompute"), [("one_pass", "all"), ("staged", "all"), ("staged", "act")])
+def test_rows_that_descriptors_cannot_address(channels, hidden, forward, recompute):
+    """Rows that are no multiple of 16 bytes go through pointers, in each kernel of the call."""
+    made = []
+    genuine = launch.Launch.run
+    with pytest.MonkeyPatch.context() as patch, tuning.forced(**({"forward": forward} if recompute == "all" else {})):
+        patch.setattr(launch.Launch, "run", lambda self: made.append(self) or genuine(self))
+        found = errors(problem(19, channels, hidden, F16), recompute=recompute)
+    assert [m.constants["TMA"] for m in made if "TMA" in m.constants] == [False] * (2 if forward == "one_pass" else 3)
+    assert_close(found, F16)
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(1, 1), (3, 5)])
 @pytest.mark.parametrize("forward", ["one_pass", "staged"])
-def test_rows_that_descriptors_cannot_address(channels, hidden, forward):
-    """Rows that are no multiple of 16 bytes go through pointers."""
+def test_a_few_channels(channels, hidden, forward):
     args = problem(19, channels, hidden)
     if channels == 1:  # LN of one channel is its bias: x and γ have gradients that only rounding keeps from 0
         args["ln_weight"] = args["ln_weight"].detach()
     with tuning.forced(forward=forward):
         found = errors(args, recompute="all")
     assert_close(found, F32)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, "spread", 0.0])
+@pytest.mark.parametrize("recompute", ["all", "act"])
+def test_small_layer_scale_in_float16(size, recompute):
+    """LayerScale starts at 1e-5 or 1e-6: on float16 weights it would vanish, and gradients without it overflow."""
+    args = problem(60, 48, 80)
+    gamma = torch.logspace(-6, 0, 48) if size == "spread" else torch.full((48,), size)
+    args["layer_scale"] = gamma.to(DEVICE).requires_grad_()
+    twins = in_float64(args)
+    # as under a loss scale: sums over tokens of dO·GELU(p) alone would pass float16's 65504
+    grad = 3e4 * (1 + 0.1 * torch.randn(60, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    grad = (grad / 1e3 if size == "spread" else grad).to(DEVICE)
+    with torch.autocast(DEVICE, F16):
+        out = ln_mlp(**args, eps=1e-5, recompute=recompute, backend="triton")
+    got = torch.autograd.grad(out, list(args.values()), grad.to(out))
+    true = torch.autograd.grad(reference.ln_mlp(**twins, eps=1e-5), list(twins.values()), grad)
+    for name, g, t in zip(NAMES, got, true, strict=True):
+        if float(t.norm()) == 0.0:
+            assert not g.any(), name
+        else:
+            assert relative_error(g, t) < 3e-3, name
+
+
+def test_the_newer_setting_of_tf32():
+    """With which PyTorch refuses to be asked by the older one."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        assert launch.Arithmetic.of(F32, "none").precision == "tf32"
+        assert launch.Arithmetic.of(BF16, "none").precision == "ieee"
+        assert max(errors(problem(20, 48, 80)).values()) < 2e-3
+        settings.fp32_precision = "ieee"
+        assert launch.Arithmetic.of(F32, "none").precision == "ieee"
+    finally:
+        settings.fp32_precision = before
 
 
 @pytest.mark.parametrize("stage", ["fc1", "fc2", "hidden_gradient", "saved_gradient"])

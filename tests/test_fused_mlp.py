@@ -189,7 +189,11 @@ def test_what_is_inside_when_it_runs_is_what_runs():
     def norm_in_float32(block):
         block.bfloat16().norm2.float()
 
+    def layer_scale_in_float32(block):
+        block.bfloat16().ls2.float()
+
     changes = {
+        layer_scale_in_float32: "different dtypes",
         other_drop_path: "drop_path2 is Quiet",
         other_forward: "replaced forward",
         hook_on_the_norm_within_the_mlp: "hook",
@@ -205,7 +209,18 @@ def test_what_is_inside_when_it_runs_is_what_runs():
         assert words in choice.reason
         result = block(x)
         assert torch.equal(result, block.to_timm()(x)), words
-        assert change is norm_in_float32 or not torch.allclose(result, before, atol=1e-3)
+        assert "dtypes" in words or not torch.allclose(result, before, atol=1e-3)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
+    try:
+        block, x = FusedMlp.from_block(build("deit3").blocks[0]), torch.randn(2, 5, 48)
+        block.to_timm()(x)
+        theirs = [kind for kind in seen if kind is not Block]
+        seen.clear()
+        block(x)
+        assert [kind for kind in seen if kind is not FusedMlp] == theirs
+    finally:
+        handle.remove()
     weight = nn.Parameter(TwoTensor(block.mlp.fc1.weight.detach(), block.mlp.fc1.weight.detach()))
     block = FusedMlp.from_block(build().blocks[0])
     block.mlp.fc1.weight = weight  # as libraries do that quantize or shard

@@ -133,6 +133,14 @@ def test_wrong_branch_scale(factor, error, words):
         assert word in str(caught.value)
 
 
+def test_on_the_meta_device():
+    args = {k: v.to("meta") for k, v in arguments(2, 9, 40).items()}
+    out = ln_mlp(**args, eps=1e-6)
+    assert (out.shape, out.device.type) == ((2, 9, 40), "meta")
+    with pytest.raises(TypeError, match="one dtype"):
+        ln_mlp(**args | {"b1": args["b1"].half()}, eps=1e-6)
+
+
 def test_autocast_as_timm():
     from timm.models.vision_transformer import Block
 
@@ -167,6 +175,11 @@ def test_autocast_as_timm():
         ({"b2": torch.zeros(40, dtype=torch.bfloat16)}, TypeError, ["b2 bfloat16", "x float32", "autocast"]),
         ({"w1": torch.zeros(100, 40, device="meta")}, ValueError, ["w1 on meta", "x on cpu", ".to(device)"]),
         ({"eps": 0.0}, ValueError, ["eps", "0.0"]),
+        ({"eps": math.inf}, ValueError, ["eps", "inf"]),
+        ({"eps": "1e-5"}, TypeError, ["eps", "str"]),
+        ({"eps": torch.tensor(1e-5)}, TypeError, ["eps", "Tensor"]),
+        ({"residual_scale": None}, TypeError, ["residual_scale", "NoneType"]),
+        ({"x": torch.zeros(9, 40).to_sparse()}, TypeError, ["x", "sparse"]),
         ({"residual_scale": math.inf}, ValueError, ["residual_scale", "inf"]),
         ({"approximate": "erf"}, ValueError, ["approximate", "'erf'", "'tanh'"]),
         ({"recompute": "some"}, ValueError, ["recompute", "'some'"]),

@@ -9,7 +9,7 @@ import torch
 from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from lambda_kernels import ln_mlp, reference
+from lambda_kernels import BackendUnavailableError, ln_mlp, reference
 from lambda_kernels.ops import tracing, tuning
 from lambda_kernels.ops.operators import SAVE_NOTHING
 
@@ -158,6 +158,25 @@ def test_second_derivative_is_refused():
     )
     with pytest.raises(NotImplementedError, match="backend='torch'"):
         grad.sum().backward()
+
+
+def test_transforms_are_refused_by_name_and_left_to_the_twin_otherwise():
+    """A custom operator is left out of forward-mode differentiation without a word: its tangent would be zero."""
+    args = {k: v.detach() for k, v in problem(8, 48, 80).items()}
+
+    def function(backend: str, x: torch.Tensor) -> torch.Tensor:
+        return ln_mlp(**args | {"x": x}, eps=1e-5, backend=backend).sum()
+
+    for transform in (torch.func.grad, torch.vmap):
+        with pytest.raises(BackendUnavailableError, match=r"torch\.func"):
+            transform(lambda x: function("triton", x))(args["x"])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(args["x"], torch.ones_like(args["x"]))
+        with pytest.raises(BackendUnavailableError, match="forward-mode"):
+            function("triton", dual)
+        tangent = torch.autograd.forward_ad.unpack_dual(function("auto", dual)).tangent
+    _, expected = torch.func.jvp(lambda x: function("torch", x), (args["x"],), (torch.ones_like(args["x"]),))
+    assert float(tangent) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_checkpointed():

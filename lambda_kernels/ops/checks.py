@@ -8,6 +8,11 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for devices of this type; those that know none, as "meta", included."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -18,6 +23,8 @@ def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a floating-point tensor of a supported dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
     if value.dtype not in FLOATING:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
         raise TypeError(f"{name} must have one of the dtypes {names}; got {value.dtype}")
@@ -40,7 +47,7 @@ def check_same_dtype(tensors: dict[str, Tensor]) -> None:
     """Raise TypeError listing every tensor's dtype unless they are the same or autocast is on for their device."""
     if len({t.dtype for t in tensors.values()}) > 1:
         device_type = next(iter(tensors.values())).device.type
-        if torch.is_autocast_enabled(device_type):
+        if autocast_enabled(device_type):
             return
         listed = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items())
         raise TypeError(f"all tensors must have one dtype outside autocast; got {listed}. Cast them, or use autocast")

@@ -61,6 +61,20 @@ def _device_obstacles(device: torch.device) -> list[str]:
     return []
 
 
+def _transforms() -> list[str]:
+    """Transforms of PyTorch in force that a custom operator cannot take part in, and some would silently leave out."""
+    if torch.compiler.is_compiling():
+        return []
+    found = []
+    if torch._C._are_functorch_transforms_active():
+        found.append(
+            "a torch.func transform (grad, vmap, jvp …) is active, which only PyTorch's own operators can follow"
+        )
+    if torch.autograd.forward_ad._current_level >= 0:
+        found.append("forward-mode differentiation is active, which the kernels have no formula for")
+    return found
+
+
 def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Everything that keeps `operator` from running as a Triton kernel on `device` with `dtype`; empty when it can."""
     obstacles = []
@@ -72,6 +86,7 @@ def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
         obstacles += _device_obstacles(device)
     elif not (device.type == "cpu" and in_interpreter()):
         obstacles.append(f"the tensors are on {device.type}, not on a CUDA device")
+    obstacles += _transforms()
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         obstacles.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
     return obstacles

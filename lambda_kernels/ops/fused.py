@@ -107,7 +107,7 @@ def _details(tokens: torch.dtype, approximate: str, strided: bool, precision: st
 def _problem(stage: str, x: Tensor, p: Parameters, o: Options, tma: bool, *flags: str) -> Problem:
     hidden, channels = p.w1.shape
     dtype = p.w1.dtype
-    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
+    precision = launch.float32_precision() if dtype == torch.float32 else ""
     moved, scaled = "" if tma else "pointers", "" if p.ls is None else "layer_scale"
     kept = "" if p.keep is None else "branch_scale"
     details = _details(x.dtype, o.approximate, x.stride(0) != channels, precision, scaled, kept, moved, *flags)
@@ -197,10 +197,11 @@ def _staged(x, p, o, kept, tma) -> tuple[Tensor, dict[str, Tensor | None]]:
     def first(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return _hidden(x, p, o, candidate, keep_pre, tma)
 
-    # On raw tokens LayerNorm is a correction of the product. That rounds no more than LayerNorm's own output would, for
-    # tokens that are already rounded to the compute dtype; wider ones would lose digits of what is left of their mean.
+    # On raw tokens LayerNorm is a correction of the product: the mean cancels there, at float32's accuracy, so that p is off
+    # by about 2^-24·√C·|mean|/σ. That stays below the dtype's own rounding up to |mean|/σ of some hundreds. Tokens wider
+    # than the compute dtype would lose digits of what is left of their mean when they are rounded.
     raw = x.dtype == p.w1.dtype and x.dtype != torch.float32
-    methods = ("corrected", "normalized") if raw else ("normalized",)
+    methods = ("normalized", "corrected") if raw else ("normalized",)
     offered = _offer("fc1", *methods, x=x, p=p, tma=tma)
     act, pre, mean, rstd = first(tuning.choose(_problem("fc1", x, p, o, tma, *flags), offered, first, x.device))
 
@@ -310,7 +311,8 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
     dtype = p.w1.dtype
     through_gelu = needs.x or needs.gamma or needs.beta or needs.w1 or needs.b1
     want_act = needs.w2 or needs.ls
-    narrow = _branch_gradient(grad, p)
+    level = _level(p)
+    narrow = _branch_gradient(grad, p, level)
     normed = None
     if needs.w1 or (saved.pre is None and (through_gelu or (want_act and saved.act is None))):
         normed = _normalize(x, p, o, saved.mean, saved.rstd, given=True)
@@ -318,7 +320,7 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
     act, grad_pre, grad_b1 = saved.act, None, None
     if through_gelu:
         grad_pre, computed, grad_b1 = _hidden_gradient(
-            narrow, x, p, o, saved, normed, want_act and act is None, needs.b1
+            narrow, x, p, o, saved, normed, level, want_act and act is None, needs.b1
         )
         act = act if act is not None else computed
     elif want_act and act is None:
@@ -339,9 +341,11 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
         # Before LayerScale: dBᵀ·GELU(p) [C, H] gives dW2 and, summed against W2, the gradient of the scale.
         product = _product(narrow.T, act, "grad_w2")
         if needs.w2:
-            grad_w2 = product if p.ls is None else (product * p.ls[:, None]).to(dtype)
+            grad_w2 = product if p.ls is None else (product * _scale_within(p, level)[:, None]).to(dtype)
         if needs.ls:
             grad_ls = (product.float() * p.w2).sum(1)
+            if level is not None:
+                grad_ls = grad_ls / level
             if p.b2 is not None:
                 grad_ls = grad_ls + sum_grad * p.b2
             grad_ls = grad_ls.to(p.ls.dtype)
@@ -350,11 +354,36 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
     return [grad_x, grad_gamma, grad_beta, grad_w1, grad_b1, grad_w2, grad_b2, grad_ls]
 
 
-def _branch_gradient(grad: Tensor, p: Parameters) -> Tensor:
-    """dB [M, C] of the compute dtype, in one pass where it is not dO itself."""
-    if p.keep is None:
+def _level(p: Parameters) -> Tensor | None:
+    """The power of two next above LayerScale's largest factor, float32 [], in float16; None where no level is needed.
+
+    LayerScale is put on W2 in the backward, so that its own gradient falls off from W2's. Factors of 1e-6, as they are
+    initialized, would make float16 weights vanish, and gradients without them overflow: so their common level goes onto the
+    gradient, where a loss scale meets it, and only what is left of them onto the weights.
+    """
+    if p.ls is None or p.w1.dtype != torch.float16:
+        return None
+    largest = p.ls.abs().amax().float()
+    _, exponent = torch.frexp(largest)
+    # All zero, its gradient still wants dO·GELU(p), at a level that float16 holds it at.
+    exponent = torch.where(largest == 0, -10, exponent)
+    return torch.ldexp(torch.ones((), device=p.ls.device), exponent)
+
+
+def _scale_within(p: Parameters, level: Tensor | None) -> Tensor:
+    """LayerScale relative to its level."""
+    return p.ls if level is None else p.ls / level
+
+
+def _branch_gradient(grad: Tensor, p: Parameters, level: Tensor | None) -> Tensor:
+    """dB [M, C] of the compute dtype, in one pass where it is not dO itself; times `level` if there is one."""
+    factors = [f for f in (None if p.keep is None else p.keep[:, None], level) if f is not None]
+    if not factors:
         return grad.to(p.w1.dtype)
-    return torch.mul(grad, p.keep[:, None], out=torch.empty(grad.shape, dtype=p.w1.dtype, device=grad.device))
+    factor = functools.reduce(torch.mul, factors).expand(
+        grad.shape[0], 1
+    )  # with a dimension, so that it decides the dtype
+    return torch.mul(grad, factor, out=torch.empty(grad.shape, dtype=p.w1.dtype, device=grad.device))
 
 
 def _product(a: Tensor, b: Tensor, name: str) -> Tensor:
@@ -370,11 +399,13 @@ def _activation(normed, x, p, o, saved) -> Tensor:
     return F.gelu(F.linear(normed, p.w1, p.b1), approximate=o.approximate)
 
 
-def _hidden_gradient(grad, x, p, o, saved, normed, want_act, want_b1) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _hidden_gradient(
+    grad, x, p, o, saved, normed, level, want_act, want_b1
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dP, GELU(p) if wanted [M, H], and b1's gradient."""
     tokens, hidden = grad.shape[0], p.w1.shape[0]
     math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
-    w2 = p.w2 if p.ls is None else (p.w2 * p.ls[:, None]).to(p.w2.dtype)
+    w2 = p.w2 if p.ls is None else (p.w2 * _scale_within(p, level)[:, None]).to(p.w2.dtype)
     pre = saved.pre
 
     def run(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -90,6 +90,12 @@ _compiled: dict[tuple[object, ...], object] = {}
 _LARGEST_INT32 = 2**31 - 1
 
 
+def float32_precision() -> str:
+    """How float32 products are to be computed: "tf32", else exactly."""
+    # torch.get_float32_matmul_precision() raises where the newer settings were used; this one knows both.
+    return torch.backends.cuda.matmul.fp32_precision
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """The form of GELU and the precision of products, from the compute dtype and what the model uses."""
@@ -102,7 +108,7 @@ class Arithmetic:
     def of(cls, dtype: torch.dtype, approximate: str) -> Arithmetic:
         """`approximate` is "none" or "tanh"."""
         form = "tanh" if approximate == "tanh" else ("erf" if dtype == torch.float32 else "quintic")
-        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        tf32 = dtype == torch.float32 and float32_precision() == "tf32"
         unit = "plain" if INTERPRETED else {torch.bfloat16: "tanh", torch.float16: "rcp"}.get(dtype, "plain")
         return cls(form, unit, "tf32" if tf32 else "ieee")
 
@@ -122,9 +128,9 @@ def describable(*matrices: Tensor | None) -> bool:
         t is None
         or (
             t.stride(1) == 1
+            and t.stride(0) >= t.shape[1]
             and (t.stride(0) * t.element_size()) % 16 == 0
             and (t.is_meta or t.data_ptr() % 16 == 0)
-            and t.shape[1] * t.element_size() >= 16
         )
         for t in matrices
     )

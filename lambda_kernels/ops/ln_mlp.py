@@ -70,8 +70,11 @@ def ln_mlp(
         _check_tensors(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
     checks.check_choice("approximate", approximate, APPROXIMATIONS)
     checks.check_choice("recompute", recompute, RECOMPUTE)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive; got {eps}")
+    for name, number in (("eps", eps), ("residual_scale", residual_scale)):
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number; got {type(number).__name__}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive and finite; got {eps}")
     if not abs(residual_scale) < float("inf"):
         raise ValueError(f"residual_scale must be finite; got {residual_scale}")
 
@@ -117,7 +120,7 @@ def compute_dtype(x: Tensor, w1: Tensor) -> torch.dtype:
     device = x.device.type
     if torch.float64 in (x.dtype, w1.dtype):
         return torch.float64
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w1.dtype
+    return torch.get_autocast_dtype(device) if checks.autocast_enabled(device) else w1.dtype
 
 
 def resolve_recompute(recompute: str, channels: int) -> str:
@@ -131,7 +134,12 @@ def _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> bool:
     """Whether all is plainly well, asked at every call; `_check_tensors` finds out what is not, or that it is well too."""
     try:
         dtype, device, (hidden, channels) = x.dtype, x.device, w1.shape
-        if dtype not in checks.FLOATING or x.shape[-1] != channels or w2.shape != (channels, hidden):
+        if (
+            x.layout != torch.strided
+            or dtype not in checks.FLOATING
+            or x.shape[-1] != channels
+            or w2.shape != (channels, hidden)
+        ):
             return False
         vectors = ((ln_weight, channels), (ln_bias, channels), (b1, hidden), (b2, channels), (layer_scale, channels))
         given = [w1, w2]
@@ -140,7 +148,10 @@ def _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> bool:
                 given.append(vector)
                 if vector.shape != (size,):
                     return False
-        return all(isinstance(t, Tensor) and t.dtype == dtype and t.device == device for t in given)
+        return all(
+            isinstance(t, Tensor) and t.dtype == dtype and t.device == device and t.layout == torch.strided
+            for t in given
+        )
     except (AttributeError, IndexError, TypeError, ValueError):  # no tensor, or of too few dimensions
         return False
 

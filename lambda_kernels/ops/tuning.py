@@ -2,8 +2,8 @@
 
 `choose` is what the operators call with the ways they have, the one to use unmeasured first. On a CUDA device each is
 timed on the real tensors at its first use, which takes about 0.05 s per candidate besides its compilation. Since the
-library's own products are always among the candidates, what is chosen is never slower than they are by more than the 2 %
-under which an earlier candidate is preferred.
+library's own products are always among the candidates of a product, no stage is slower than they are by more than the 2 %
+under which an earlier candidate is preferred: at the size that was measured, launched eagerly, with a cold L2 cache.
 
 What was measured is kept in `cache_path()`, for this GPU, these versions of torch, triton and CUDA, and this set of
 candidates; the file may be deleted at any time. `LAMBDA_KERNELS_TUNING=off` always takes the first candidate. Choices may

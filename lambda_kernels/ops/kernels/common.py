@@ -141,7 +141,8 @@ def gelu(x, FORM: tl.constexpr, UNIT: tl.constexpr):
 def gelu_and_slope(x, FORM: tl.constexpr, UNIT: tl.constexpr):
     """GELU and its derivative, both float32."""
     if FORM == "tanh":
-        cdf = _logistic(_cubic(x), UNIT)
+        # Not by "tanh": its error, times the slope of the cubic, would be that of a bfloat16's unit and more.
+        cdf = _logistic(_cubic(x), "rcp" if UNIT == "tanh" else UNIT)
         # 1 − tanh² = 4·cdf·(1 − cdf)
         slope = cdf + x * 2.0 * cdf * (1.0 - cdf) * (x * x * (3.0 * _CUBIC) + _SQRT_2_OVER_PI)
     else:
