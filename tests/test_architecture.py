@@ -83,7 +83,9 @@ def test_operators_know_no_models():
 
 
 def test_only_one_module_imports_the_extension():
-    users = {name for name, path in modules().items() if re.search(r"(?<!torch\.)\b_C\b", path.read_text(encoding="utf-8"))}
+    users = {
+        name for name, path in modules().items() if re.search(r"(?<!torch\.)\b_C\b", path.read_text(encoding="utf-8"))
+    }
     assert users == {"lambda_kernels._extension"}
 
 
