@@ -78,9 +78,18 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_interpreter() -> None:
     """As in a user's process, where Triton's interpreter is off."""
-    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    runtime = pytest.importorskip("triton").knobs.runtime
+
+    def switch(on: bool) -> None:
+        runtime.interpret = on
+        os.environ.pop("TRITON_INTERPRET", None)  # set with it, and inherited by processes that tests start
+
+    before = runtime.interpret
+    switch(False)
+    yield
+    switch(before)
 
 
 @pytest.fixture
