@@ -19,14 +19,15 @@ from lambda_kernels.ops.kernels import configs
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def run(*arguments: object, module: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """In a process of its own: the tests' has Triton's interpreter on."""
+    command = ("-m", "lambda_kernels.audit") if module else ()
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lambda_kernels.audit", *map(str, arguments)],
+        [sys.executable, "-W", "ignore", *command, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env={**os.environ, **environment},
+        env={**{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}, **environment},
         timeout=900,
     )
 
@@ -64,9 +65,7 @@ case = audit.product_case("fc1", 768, torch.float32, Config(64, 64, 32, 8, 2), F
 finding = audit.compile_case(replace(case, tensor_cores=True))
 assert any("no HGMMA; products run as FFMA" in fault for fault in finding.faults), finding
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, cwd=REPOSITORY
-    )
+    done = run("-c", script, module=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
