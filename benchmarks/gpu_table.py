@@ -1,0 +1,135 @@
+"""What `gpu.py` prints: one table of all that was found, short enough for the end of an output."""
+
+from __future__ import annotations
+
+import re
+
+# Of a long output often only the end is kept: 12,000 characters are taken to be safe.
+LIMIT = 11_000
+_FAILURES = 25
+
+
+def pytest_summary(output: str) -> str:
+    """pytest's last line, such as "3 failed, 40 passed in 12.3s"; says so where there is none."""
+    lines = [line.strip(" =") for line in output.splitlines()]
+    found = [
+        line for line in lines if re.search(r"\b\d+ (passed|failed|skipped|errors?|deselected)\b.* in [\d.]+s", line)
+    ]
+    return found[-1] if found else "no summary"
+
+
+def pytest_failures(output: str) -> list[str]:
+    """What failed, one line each."""
+    return [line for line in output.splitlines() if re.match(r"(FAILED|ERROR) \S+", line)]
+
+
+def sanitizer_verdict(status: int | None, output: str, planted: bool) -> str:
+    """ "clean", or what was found; of the planted fault "clean" says that it was found."""
+    found = re.findall(r"={5,} (Invalid .+|Error: .+|Warning: Race .+)", output)
+    if status is None:
+        return "stopped at its limit"
+    if planted:
+        return (
+            "clean" if any("Invalid __global__ write" in line for line in found) else "the planted fault was not found"
+        )
+    if status == 0:
+        return "clean"
+    return found[0] if found else f"status {status}: {(output.strip().splitlines() or [''])[-1][:100]}"
+
+
+def verdict(target: float | None, plain: float | None, graph: float | None) -> str:
+    """Whether a ratio reaches its target, launched one by one and as a graph."""
+    if target is None:
+        return ""
+    reached = {name: value >= target for name, value in (("plain", plain), ("graph", graph)) if value is not None}
+    if not reached:
+        return "not measured"
+    if all(reached.values()):
+        return "yes"
+    return f"{next(name for name, good in reached.items() if good)} only" if any(reached.values()) else "no"
+
+
+def _number(value: float | None, places: int = 2) -> str:
+    return "–" if value is None else f"{value:.{places}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+HEADER = ("row", "ours", "rival", "plain", "graph", "A/A", "µs", "×floor", "target", "reached")
+_WIDTHS = (44, 16, 14, 6, 6, 6, 9, 6, 6, 0)
+
+
+def _line(values: tuple[str, ...]) -> str:
+    return " ".join(f"{value:<{width}}" for value, width in zip(values, _WIDTHS, strict=True)).rstrip()
+
+
+def row_lines(row: dict) -> list[str]:
+    """The lines of one benchmark; ratios are rival over ours."""
+    what = row.get("what", row["name"])
+    if "host_us" in row:
+        return [_line((what, "", "", "", "", "", _number(row["host_us"]), "", "", ""))]
+    if "ratios" not in row:  # a benchmark on the CPU
+        ratio = row.get("rival_over_ours")
+        return [_line((what, "", "", _number(ratio), "", "", _number(row.get("median_us"), 1), "", "", ""))]
+    spread = row.get("spread", {})
+    graph_us, plain_us = row.get("graph_us", {}), row.get("plain_us", {})
+    lines = [] if row["ratios"] else [what]
+    for entry in row["ratios"]:
+        ours, plain, graph, target = entry["ours"], entry["plain"], entry["graph"], entry["target"]
+        values = (
+            what,
+            ours,
+            entry["rival"],
+            _number(plain),
+            _number(graph),
+            _percent(spread.get("graph") if graph is not None else spread.get("plain")),
+            _number(graph_us.get(ours, plain_us.get(ours)), 1),
+            _number(row.get("over_floor")) if ours == next(iter(plain_us), ours) and "over_floor" in row else "",
+            _number(target) if target is not None else "",
+            verdict(target, plain, graph),
+        )
+        lines.append(_line(values))
+        what = ""
+    lines += [f"    without {name}: {reason[:120]}" for name, reason in row.get("not_built", {}).items()]
+    lines += [f"    no graph of {name}: {reason[:120]}" for name, reason in row.get("not_captured", {}).items()]
+    if ran := list(dict.fromkeys(row.get("ran", []))):
+        lines.append(f"    ran {', '.join(ran)}"[:150])
+    return lines
+
+
+def part_lines(name: str, part: dict) -> list[str]:
+    """The state of a part and what has to be known of it."""
+    notes = [f"{what}: {text}" for what, text in part.get("counts", {}).items()]
+    notes += [str(part[key]) for key in ("note", "extension") if part.get(key)]
+    lines = [f"{name:<10} {part['state']:<20} {part['seconds']:>6.1f} s  {'; '.join(notes)}".rstrip()]
+    failures = part.get("failures", [])
+    lines += [f"    {line[:160]}" for line in failures[:_FAILURES]]
+    if len(failures) > _FAILURES:
+        lines.append(f"    … and {len(failures) - _FAILURES} more")
+    verdicts = part.get("verdicts", {})
+    lines += [f"    {case}: {text}" for case, text in verdicts.items() if text != "clean"]
+    if verdicts:
+        clean = sum(text == "clean" for text in verdicts.values())
+        lines.append(f"    {clean} of {len(verdicts)} as they should be")
+    if "teraflops" in part:
+        lines.append(f"    copy {part['gigabytes_per_s']} GB/s, bf16 product {part['teraflops']} TFLOP/s")
+    return lines
+
+
+def report(results: dict) -> str:
+    """All of it, cut to `LIMIT` characters from below: what comes first matters most."""
+    lines = [f"{name}: {value}" for name, value in results["environment"].items()]
+    for name, part in results["parts"].items():
+        lines += part_lines(name, part)
+    rows = [row for part in results["parts"].values() for row in part.get("rows", [])]
+    if rows:
+        lines += ["", _line(HEADER)]
+        for row in rows:
+            lines += row_lines(row)
+    text = "\n".join(lines)
+    if len(text) <= LIMIT:
+        return text
+    end = "\n… cut here; results.json has all of it"
+    return text[: text.rindex("\n", 0, LIMIT - len(end))] + end

@@ -1,0 +1,136 @@
+"""One small run of one kernel, to be watched by compute-sanitizer:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py staged
+
+Without that variable PyTorch hands out parts of larger allocations, and an access just beyond a tensor goes unseen. Exits
+with 3 if the result is wrong, with 2 where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
+
+from lambda_kernels import ln_mlp, reference
+from lambda_kernels.ops import tracing, tuning
+
+DTYPE = torch.bfloat16
+LIBRARY = dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library")
+
+# name → (what is forced, recompute or None for the forward alone, what has to run)
+MLP = {
+    "one_pass": ({"forward": "one_pass"}, None, {"one_pass"}),
+    "staged": ({"forward": "staged", "fc1": "corrected", "fc2": "fused"}, None, {"row_statistics", "fc1", "fc2"}),
+    "normalized": ({"forward": "staged", "fc1": "normalized", "fc2": "fused"}, None, {"layer_norm", "fc1", "fc2"}),
+    "backward_all": (
+        {**LIBRARY, "forward": "staged", "hidden_gradient": "fused"},
+        "all",
+        {"layer_norm", "hidden_gradient", "layer_norm_input"},
+    ),
+    "backward_act": (
+        {**LIBRARY, "forward": "staged", "saved_gradient": "fused"},
+        "act",
+        {"layer_norm", "hidden_gradient", "layer_norm_input"},
+    ),
+    "elementwise": ({**LIBRARY, "forward": "staged"}, "all", {"elementwise", "layer_norm_input"}),
+}
+PLANTED = "planted"
+KERNELS = (*MLP, "histogram", PLANTED)
+
+# Ragged in every direction; rows that descriptors can address, and rows that go through pointers.
+SIZES = ((70, 192, 264), (70, 100, 90))
+
+
+@triton.jit
+def planted(x, N: tl.constexpr):  # x [N / 2]
+    """Writes beyond `x`: what compute-sanitizer has to find, or its silence about the others says nothing."""
+    tl.store(x + tl.arange(0, N), 1.0)
+
+
+def run_planted(device: str) -> dict[str, float]:
+    """Without compute-sanitizer nothing happens: the memory behind the tensor is nobody's."""
+    x = torch.zeros(32, device=device)
+    planted[(1,)](x, 64)
+    return {"written": float((x != 1).double().mean())}
+
+
+def run_mlp(kernel: str, device: str) -> dict[str, float]:
+    """Relative errors against float64, which is computed on the CPU so that nothing else runs on the device."""
+    forced, recompute, kernels = MLP[kernel]
+    found = {}
+    for tokens, channels, hidden in SIZES:
+        args = problem(tokens, channels, hidden, DTYPE, device=device)
+        keep = torch.linspace(0.5, 2.0, tokens)
+        grad = problem(tokens, channels, 1, DTYPE, device=device, seed=1)["x"].detach()
+        if recompute is None:
+            args = {name: t.detach() for name, t in args.items()}
+        with tuning.forced(**forced), tracing.recorded() as ran:
+            out = ln_mlp(
+                **args,
+                eps=1e-5,
+                residual_scale=2.0,
+                branch_scale=keep.to(device),
+                recompute=recompute or "auto",
+                backend="triton",
+            )
+            got = [out.detach()]
+            if recompute is not None:
+                got += torch.autograd.grad(out, list(args.values()), grad)
+        missing = kernels - {entry.split()[0] for entry in ran}
+        if missing:
+            raise RuntimeError(f"{', '.join(sorted(missing))} did not run, but {', '.join(ran)}")
+        twins = {name: t.cpu() for name, t in in_float64(args).items()}
+        twins = {name: t.detach().requires_grad_(recompute is not None) for name, t in twins.items()}
+        true = reference.ln_mlp(**twins, eps=1e-5, residual_scale=2.0, branch_scale=keep.double())
+        expected = [true.detach()]
+        if recompute is not None:
+            expected += torch.autograd.grad(true, list(twins.values()), grad.cpu().double())
+        for name, a, b in zip(("out", *NAMES), got, expected, strict=False):
+            found[f"{name} of {channels} channels"] = relative_error(a.cpu(), b)
+    return found
+
+
+def run_histogram(device: str) -> dict[str, float]:
+    """Share of counts that are wrong, for bins in shared memory and for too many of them."""
+    from lambda_kernels.ops import histogram as ops
+
+    x = torch.randn(1003, 33, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for bins in (256, 3000):
+        grid = ops.uniform_grid(-2.0, 2.0, bins, channels=33)
+        there = ops.Grid(*grid.packed().to(device).unbind(1), bins=bins)
+        got = ops.histogram(x.to(device), there, backend="extension").counts.cpu()
+        expected = ops.histogram(x, grid, backend="torch").counts
+        found[f"counts in {bins} bins"] = float((got != expected).double().mean())
+    return found
+
+
+def main(arguments: list[str] | None = None, device: str = "cuda") -> int:
+    """The command; `device` is for trying it where there is none."""
+    parser = argparse.ArgumentParser(prog="sanitize.py", description=__doc__.split("\n")[0])
+    parser.add_argument("kernel", choices=KERNELS)
+    kernel = parser.parse_args(arguments).kernel
+    if device == "cuda" and not torch.cuda.is_available():
+        print("sanitize.py: no CUDA device", file=sys.stderr)
+        return 2
+    os.environ["LAMBDA_KERNELS_TUNING"] = "off"
+    others = {"histogram": run_histogram, PLANTED: run_planted}
+    found = others[kernel](device) if kernel in others else run_mlp(kernel, device)
+    limit = 0.0 if kernel in others else TOLERANCES[DTYPE]
+    wrong = {name: error for name, error in found.items() if not error <= limit}
+    print(f"{kernel}: {len(found)} results, {f'wrong: {wrong}' if wrong else 'all right'}")
+    return 3 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

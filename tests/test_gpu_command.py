@@ -1,0 +1,240 @@
+"""`benchmarks/gpu.py` where there is no GPU: it says so and does nothing; its budget, its steps, its table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from types import ModuleType
+
+import pytest
+from conftest import REPOSITORY
+
+COMMAND = REPOSITORY / "benchmarks" / "gpu.py"
+
+
+def load(name: str, folder: str = "benchmarks") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where gpu.py looks for gpu_table, and dataclasses for the module of their class
+    spec.loader.exec_module(module)
+    return module
+
+
+table = load("gpu_table")
+gpu = load("gpu")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path):
+    done = run("--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["gpu.py: no CUDA device here, nothing was run"]
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_parts_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--out", str(tmp_path / "out"), "--only", "mlp,speed"])
+    assert stopped.value.code == 2
+    assert "unknown speed; parts are build, tests, sanitizer" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budget():
+    now = [100.0]
+    budget = gpu.Budget(300 + gpu.RESERVE_S, clock=lambda: now[0])
+    assert budget.left() == 300
+    assert budget.grant(limit=200, least=60) == 200
+    now[0] += 250
+    assert budget.grant(limit=200, least=50) == 50
+    assert budget.grant(limit=200, least=51) is None
+    now[0] += 100
+    assert budget.left() == 0
+    assert budget.grant(limit=200, least=1) is None
+
+
+@pytest.fixture
+def parts(monkeypatch) -> dict:
+    """Parts that need no GPU."""
+
+    def good(job: object) -> dict:
+        return {"said": job.step(sys.executable, "-c", "print('hello')").output.strip()}
+
+    def bad(job: object) -> dict:
+        job.step(sys.executable, "-c", "raise SystemExit(3)")
+        job.step("no-such-program-anywhere")
+        return {}
+
+    def broken(job: object) -> dict:
+        raise KeyError("missing")
+
+    def slow(job: object) -> dict:
+        job.step(sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)")
+        return {}
+
+    found = {"good": (good, 30, 1), "bad": (bad, 30, 1), "broken": (broken, 30, 1), "slow": (slow, 1.5, 1)}
+    found["long"] = (good, 5000, 4000)
+    monkeypatch.setattr(gpu, "PARTS", found)
+    return found
+
+
+def test_parts_go_on_after_a_failure(parts, tmp_path):
+    environment = dict(os.environ)
+    results = {name: gpu.run_part(name, gpu.Budget(100), tmp_path, environment) for name in parts}
+    assert {name: part["state"] for name, part in results.items()} == {
+        "good": "passed",
+        "bad": "failed",
+        "broken": "failed",
+        "slow": "stopped at its limit",
+        "long": "skipped",
+    }
+    assert results["good"]["said"] == "hello"
+    assert [step["status"] for step in results["bad"]["steps"]] == [3, 127]
+    assert "KeyError" in results["broken"]["note"]
+    assert "needs 4000 s" in results["long"]["note"]
+    assert results["slow"]["seconds"] < 20
+    assert "begun" in (tmp_path / "slow.log").read_text(encoding="utf-8")
+    assert "[stopped at its limit" in (tmp_path / "slow.log").read_text(encoding="utf-8")
+    log = (tmp_path / "bad.log").read_text(encoding="utf-8")
+    assert "[status 3" in log
+    assert "no-such-program-anywhere" in log
+    json.dumps(results)
+    printed = table.report({"environment": {"gpu": "none"}, "parts": results})
+    for name, part in results.items():
+        assert f"{name:<10} {part['state']}" in printed
+
+
+def test_a_stopped_command_takes_its_children_along(tmp_path, monkeypatch):
+    """Even if it does not heed the interrupt."""
+    monkeypatch.setattr(gpu, "PATIENCE_S", 0.5)
+    alive = tmp_path / "alive"
+    child = f"import time; time.sleep(4); open({str(alive)!r}, 'w').close()"
+    code = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    step = gpu.execute([sys.executable, "-c", code], 1.0, dict(os.environ))
+    assert step.status is None
+    assert step.seconds < 4
+    time.sleep(5)
+    assert not alive.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "plain", "graph", "expected"),
+    [
+        (None, 1.5, 1.5, ""),
+        (1.2, 1.2, 1.3, "yes"),
+        (1.2, 1.1, 1.3, "graph only"),
+        (1.2, 1.3, 1.1, "plain only"),
+        (1.2, 1.1, 1.0, "no"),
+        (1.2, None, 1.3, "yes"),
+        (1.2, None, None, "not measured"),
+    ],
+)
+def test_verdict(target, plain, graph, expected):
+    assert table.verdict(target, plain, graph) == expected
+
+
+ROW = {
+    "name": "test_forward[T]",
+    "what": "forward T, batch 256",
+    "ratios": [
+        {"ours": "ours", "rival": "timm", "plain": 2.01, "graph": 2.345, "target": 1.7},
+        {"ours": "ours", "rival": "max-autotune", "plain": 1.1, "graph": 1.3, "target": 1.2},
+    ],
+    "plain_us": {"ours": 51.0, "ours, again": 52.0, "timm": 102.5, "max-autotune": 56.1},
+    "graph_us": {"ours": 42.0, "ours, again": 42.1, "timm": 98.5, "max-autotune": 54.6},
+    "spread": {"plain": 0.0196, "graph": 0.0024},
+    "over_floor": 1.12,
+    "not_built": {"torch.compile": "Unsupported: something"},
+    "not_captured": {},
+    "ran": ["one_pass 128x128 w8 s1", "one_pass 128x128 w8 s1"],
+}
+
+
+def test_rows_of_the_table():
+    header = table._line(table.HEADER)
+    first, second, missing, ran = table.row_lines(ROW)
+    assert " ".join(first.split()) == "forward T, batch 256 ours timm 2.01 2.35 0.2% 42.0 1.12 1.70 yes"
+    assert " ".join(second.split()) == "ours max-autotune 1.10 1.30 0.2% 42.0 1.12 1.20 graph only"
+    for line, value, column in ((first, "2.01", "plain"), (first, "42.0", "µs"), (second, "graph only", "reached")):
+        assert line.index(value) == header.index(column)
+    assert "torch.compile: Unsupported" in missing
+    assert ran.count("one_pass") == 1
+    title, missing, _ = table.row_lines({**ROW, "ratios": []})
+    assert title == "forward T, batch 256"
+    assert "torch.compile: Unsupported" in missing
+
+
+def test_rows_of_other_kinds():
+    (host,) = table.row_lines({"name": "x", "what": "host time staged", "host_us": 61.234})
+    assert host.split() == ["host", "time", "staged", "61.23"]
+    (cpu,) = table.row_lines({"name": "test_against_numpy", "median_us": 14400.04, "rival_over_ours": 2.6})
+    assert cpu.split() == ["test_against_numpy", "2.60", "14400.0"]
+
+
+def test_the_report_fits_and_keeps_its_beginning():
+    rows = [{**ROW, "what": f"row {i}"} for i in range(200)]
+    part = {"state": "failed", "seconds": 12.0, "rows": rows, "failures": [f"FAILED test_{i}" for i in range(100)]}
+    printed = table.report({"environment": {"gpu": "NVIDIA H200"}, "parts": {"mlp": part}})
+    assert len(printed) <= table.LIMIT
+    assert printed.startswith("gpu: NVIDIA H200\nmlp        failed")
+    assert "… and 75 more" in printed
+    assert "row 1 " in printed
+    assert printed.endswith("results.json has all of it")
+
+
+def test_what_pytest_said():
+    output = "..F\nFAILED tests/a.py::b - assert 1\nERROR tests/c.py\n1 failed, 40 passed, 2 skipped in 12.34s\n"
+    assert table.pytest_summary(output) == "1 failed, 40 passed, 2 skipped in 12.34s"
+    assert table.pytest_summary("== 3 passed in 61.20s (0:01:01) ==") == "3 passed in 61.20s (0:01:01)"
+    assert table.pytest_summary("Traceback") == "no summary"
+    assert table.pytest_failures(output) == ["FAILED tests/a.py::b - assert 1", "ERROR tests/c.py"]
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "planted", "expected"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", False, "clean"),
+        (1, "========= Invalid __global__ read of size 2 bytes\n", False, "Invalid __global__ read of size 2 bytes"),
+        (1, "========= Error: Race reported between Write access", False, "Error: Race reported between Write access"),
+        (3, "one_pass: 2 results, wrong: {}", False, "status 3: one_pass: 2 results, wrong: {}"),
+        (None, "", False, "stopped at its limit"),
+        (1, "========= Invalid __global__ write of size 4 bytes\n", True, "clean"),
+        (0, "========= ERROR SUMMARY: 0 errors", True, "the planted fault was not found"),
+    ],
+)
+def test_what_the_sanitizer_said(status, output, planted, expected):
+    assert table.sanitizer_verdict(status, output, planted) == expected
+
+
+def test_every_sanitized_kernel_is_a_case():
+    cases = load("sanitize", "tests/gpu").KERNELS
+    assert set(cases) == {*gpu.SANITIZED, gpu.CONTROL}
+    kernels = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("lambda_kernels/ops/kernels", "csrc")
+        for path in (REPOSITORY / folder).iterdir()
+        if path.suffix in (".py", ".cu")
+    )
+    for kernel in {kernel for kernels_of in gpu.SANITIZED.values() for kernel in kernels_of}:
+        assert f"{kernel}(" in kernels
+
+
+def test_the_environment_is_described():
+    found = gpu.describe("abc")
+    assert found["commit"] == "abc"
+    assert len(found["sources"]) == 12
+    assert found["torch"] != "none"
