@@ -187,7 +187,7 @@ def tests(job: Job) -> dict:
     # What is compared is one kernel at a time: nothing is to be measured, which would compile all that ship.
     how = {"LAMBDA_KERNELS_TUNING": "off"}
     command = pytest(*parallel, "--durations=15", f"--ignore={alone}", folder, *shared)
-    many = job.step(*command, at_most=max(30.0, job.left() - 60), **how)
+    many = job.step(*command, at_most=max(30.0, job.left() - 100), **how)
     large = job.step(*pytest(alone), **how)
     steps = {"current stream": first, "in parallel": many, "alone": large}
     return {
@@ -240,9 +240,10 @@ def _rows(job: Job, path: str, *, compiles: bool) -> dict:
     note = _precompile(job) if compiles else ""
     step = job.step(*pytest(path, "--benchmark-only", "--benchmark-disable-gc"), **{LINES: str(lines)})
     rows = []
-    if lines.is_file():
-        rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-        lines.unlink()
+    for line in lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else ():
+        with contextlib.suppress(ValueError):  # the last one, where the writer was stopped in the middle of it
+            rows.append(json.loads(line))
+    lines.unlink(missing_ok=True)
     failures = gpu_table.pytest_failures(step.output)
     return {"rows": rows, "counts": {path: gpu_table.pytest_summary(step.output)}, "failures": failures, "note": note}
 
@@ -278,7 +279,7 @@ def model(job: Job) -> dict:
 # name → (what to run, seconds at most, seconds without which it is not worth starting)
 PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "build": (build, 180, 30),
-    "tests": (tests, 330, 90),
+    "tests": (tests, 400, 90),
     "sanitizer": (sanitizer, 240, 60),
     "ceilings": (ceilings, 60, 20),
     "mlp": (mlp, 500, 90),

@@ -133,6 +133,18 @@ def test_autocast(dtype, recompute, tokens_dtype):
     assert_close(found, dtype)
 
 
+@pytest.mark.parametrize("stage", ["fc1", "fc2", "hidden_gradient", "saved_gradient"])
+@pytest.mark.parametrize("wanted", [NAMES, ("w2", "b2")])
+def test_the_library_under_autocast(stage, wanted):
+    """Its products take biases of their own dtype only."""
+    args = {name: t.requires_grad_(name in wanted) for name, t in problem(40, 64, 96).items()}
+    recompute = "act" if stage == "saved_gradient" else "all"
+    with torch.autocast(DEVICE, F16), tuning.forced(forward="staged", **{stage: "library"}), tracing.recorded() as ran:
+        found = errors(args, residual_scale=2.0, recompute=recompute)
+    assert any(entry.startswith("library") for entry in ran)
+    assert_close(found, F16)
+
+
 def test_autocast_switched_off_inside():
     args = problem(40, 64, 96)
     with torch.autocast(DEVICE, BF16), torch.autocast(DEVICE, enabled=False):

@@ -89,6 +89,11 @@ def _library(name: str) -> None:
     tracing.note("library", name)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The library's, which wants one dtype: under autocast the bias is still wider, and is cast as autocast would."""
+    return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+
+
 def _tma(p: Parameters, *given: Tensor | None) -> bool:
     """Whether tiles go through descriptors. What is allocated here has rows like W1's or W2's, so it is as describable.
 
@@ -237,7 +242,7 @@ def _hidden(x, p, o, candidate, keep_pre, tma) -> tuple[Tensor, Tensor | None, T
         source = _normalize(x, p, o, mean, rstd, given=False)
         w1, b1, mean_, rstd_, w1_sum = p.w1, p.b1, None, None, None
         if candidate == LIBRARY:
-            pre = F.linear(source, w1, b1)
+            pre = _linear(source, w1, b1)
             _library("fc1")
             return F.gelu(pre, approximate=o.approximate), pre if keep_pre else None, mean, rstd
     act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=x.device)
@@ -264,7 +269,7 @@ def _output(act, x, p, o, candidate, tma) -> Tensor:
     """out [M, C]."""
     dtype = _output_dtype(x, p)
     if candidate == LIBRARY:
-        branch = F.linear(act, p.w2, p.b2)
+        branch = _linear(act, p.w2, p.b2)
         _library("fc2")
         if p.ls is not None:
             branch = branch * p.ls
@@ -396,7 +401,7 @@ def _activation(normed, x, p, o, saved) -> Tensor:
     if saved.pre is not None:
         return F.gelu(saved.pre, approximate=o.approximate)
     _library("fc1")
-    return F.gelu(F.linear(normed, p.w1, p.b1), approximate=o.approximate)
+    return F.gelu(_linear(normed, p.w1, p.b1), approximate=o.approximate)
 
 
 def _hidden_gradient(
@@ -413,7 +418,7 @@ def _hidden_gradient(
         act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=grad.device) if want_act else None
         sums = grad.new_empty(launch.ceil_div(tokens, config.bm), hidden, dtype=torch.float32) if want_b1 else None
         if candidate == LIBRARY:
-            before = pre if pre is not None else F.linear(normed, p.w1, p.b1)
+            before = pre if pre is not None else _linear(normed, p.w1, p.b1)
             grad_pre = torch.mm(grad, w2)
             _library("hidden_gradient")
             _run(launch.elementwise(before, grad_pre, grad_pre, act, sums, math=math, config=config), config)

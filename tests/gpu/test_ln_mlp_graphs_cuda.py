@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import mlp_cases
 import pytest
 import torch
 from conftest import images, small_vit
-from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
+from mlp_cases import NAMES, in_float64, problem, relative_error
 
 from lambda_kernels import convert_vit, ln_mlp, reference
 from lambda_kernels.ops import tracing, tuning
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 DEVICE = "cuda"
 F32, BF16 = torch.float32, torch.bfloat16
 Tensors = list[torch.Tensor]
+
+# float32 sums of some thousand terms, as in mlp_cases otherwise.
+TOLERANCES = {**mlp_cases.TOLERANCES, F32: 5e-6}
 
 # (what is forced, channels, recompute): each way forward and backward once
 WAYS = [
