@@ -10,7 +10,12 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for devices of this type; those that know none, as "meta", included."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result  # which torch.compile of PyTorch 2.11 cannot look into
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
