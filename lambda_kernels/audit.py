@@ -110,7 +110,7 @@ def compile_case(case: Case) -> Finding:
             target=GPUTarget("cuda", arch, 32),
             options=options,
         )
-    except Exception as error:
+    except Exception as error:  # of whatever kind, the compiler's passes raise many: it does not compile, and so fails
         reason = str(error).strip().splitlines()
         fault = f"does not compile: {type(error).__name__}: {reason[-1] if reason else ''}"
         return Finding(
@@ -198,6 +198,8 @@ def find_faults(case: Case, shared: int, sass: str, warnings: str) -> Iterator[s
     if not _count(wanted, sass):
         others = [name for name in ("HMMA", "HGMMA", "FFMA") if _count(name, sass)]
         yield f"no {wanted}; products run as {' and '.join(others) or 'nothing known'}"
+    elif wanted != "HMMA" and (older := _count("HMMA", sass)):
+        yield f"{older} HMMA beside {wanted}: a product fell to the older tensor-core instruction"
     if case.arch == 90:
         if "serialized" in warnings:
             yield "warp-group products are serialized"

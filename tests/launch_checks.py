@@ -132,7 +132,7 @@ def check_the_short_way_hands_over_the_same() -> None:
         noted.clear()
         out, mean, rstd = torch.empty_like(x), torch.empty(70), torch.empty(70)
         math = launch.Arithmetic.of(x.dtype, "none")
-        config = fused._offer("one_pass", "one_pass", x=x, p=p, tma=True, last=True)[0].config
+        config = fused._tiles("one_pass", "one_pass", x=x, p=p, tma=True)[0].config
         tensors = (x, p.gamma, p.beta, p.w1, p.b1, p.w2, p.b2, p.ls, p.keep, out, mean, rstd)
         for _ in range(2):
             launch.one_pass(*tensors, eps=o.eps, scale=o.scale, math=math, config=config, tma=True).run()

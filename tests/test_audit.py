@@ -121,6 +121,8 @@ def test_the_wrong_tensor_core_is_a_fault():
     assert faults(old) == "no HGMMA; products run as HMMA"
     assert "no UTCHMMA" in faults(old, arch=100)
     assert not faults(old, arch=80)
+    mixed = old + "\n/*0010*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], gdesc[UR8], R24 ;"
+    assert "1 HMMA beside HGMMA" in faults(mixed)
     assert not faults("/*0000*/  FFMA R4, R8, R12, R4 ;", tensor_cores=False)
 
 

@@ -53,7 +53,7 @@ def _capability(index: int | None) -> tuple[int, int] | None:
 
 def _device_obstacles(device: torch.device) -> list[str]:
     if torch.version.hip is not None:
-        return ["the device is driven by ROCm, and the kernels were written for and tested on CUDA"]
+        return ["the device is driven by ROCm, and the kernels were written for CUDA"]
     capability = _capability(device.index)
     if capability is not None and capability < _OLDEST_CAPABILITY:
         oldest = ".".join(map(str, _OLDEST_CAPABILITY))

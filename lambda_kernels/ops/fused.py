@@ -123,21 +123,16 @@ _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float32, 
 
 
 @functools.lru_cache
-def _candidates(
-    kernel: str, methods: tuple[str, ...], arch: int, dtype: torch.dtype, channels: int, tma: bool, last: bool | None
+def _shipped(
+    kernel: str, methods: tuple[str, ...], arch: int, dtype: torch.dtype, channels: int, tma: bool
 ) -> tuple[Candidate, ...]:
-    """Every shipped tile for each method, then the library; or `STAGED` first (`last` is False) or last (True)."""
     tiles = configs.shipped(kernel, arch, dtype, channels, tma)
-    offered = [Candidate(method, config) for method in methods for config in tiles]
-    if last is None:
-        return (*offered, LIBRARY)
-    return (*offered, STAGED) if last else (STAGED, *offered)
+    return tuple(Candidate(method, config) for method in methods for config in tiles)
 
 
-def _offer(
-    kernel: str, *methods: str, x: Tensor, p: Parameters, tma: bool, last: bool | None = None
-) -> tuple[Candidate, ...]:
-    return _candidates(kernel, methods, _device_facts(x.device)[0], p.w1.dtype, x.shape[1], tma, last)
+def _tiles(kernel: str, *methods: str, x: Tensor, p: Parameters, tma: bool) -> tuple[Candidate, ...]:
+    """Every tile that ships for this case, by each method."""
+    return _shipped(kernel, methods, _device_facts(x.device)[0], p.w1.dtype, x.shape[1], tma)
 
 
 # Forward
@@ -154,7 +149,8 @@ def forward(x: Tensor, p: Parameters, o: Options, save: str) -> tuple[Tensor, di
         return _staged(x, p, o, kept, tma) if candidate == STAGED else _one_pass(x, p, o, kept, candidate, tma)
 
     # In device-memory terms one pass has an edge below a width of about 256.
-    offered = _offer("one_pass", "one_pass", x=x, p=p, tma=tma, last=x.shape[1] <= 256)
+    tiles = _tiles("one_pass", "one_pass", x=x, p=p, tma=tma)
+    offered = (*tiles, STAGED) if x.shape[1] <= 256 else (STAGED, *tiles)
     return run(tuning.choose(_problem("forward", x, p, o, tma, f"save={save}"), offered, run, x.device))
 
 
@@ -207,13 +203,13 @@ def _staged(x, p, o, kept, tma) -> tuple[Tensor, dict[str, Tensor | None]]:
     # than the compute dtype would lose digits of what is left of their mean when they are rounded.
     raw = x.dtype == p.w1.dtype and x.dtype != torch.float32
     methods = ("normalized", "corrected") if raw else ("normalized",)
-    offered = _offer("fc1", *methods, x=x, p=p, tma=tma)
+    offered = (*_tiles("fc1", *methods, x=x, p=p, tma=tma), LIBRARY)
     act, pre, mean, rstd = first(tuning.choose(_problem("fc1", x, p, o, tma, *flags), offered, first, x.device))
 
     def second(candidate: Candidate) -> Tensor:
         return _output(act, x, p, o, candidate, tma)
 
-    offered = _offer("fc2", "fused", x=x, p=p, tma=tma)
+    offered = (*_tiles("fc2", "fused", x=x, p=p, tma=tma), LIBRARY)
     out = second(tuning.choose(_problem("fc2", x, p, o, tma), offered, second, x.device))
     return out, {"mean": mean, "rstd": rstd, "pre": pre, "act": act if "act" in kept else None}
 
@@ -432,7 +428,7 @@ def _hidden_gradient(
 
     kernel = "hidden_gradient" if pre is None else "saved_gradient"
     tma = _tma(p, grad, pre)
-    offered = _offer(kernel, "fused", x=x, p=p, tma=tma)
+    offered = (*_tiles(kernel, "fused", x=x, p=p, tma=tma), LIBRARY)
     flags = [name for name, on in (("act", want_act), ("b1", want_b1)) if on]
     return run(tuning.choose(_problem(kernel, x, p, o, tma, *flags), offered, run, x.device))
 

@@ -20,8 +20,7 @@ _library = torch.library.Library("lambda_kernels", "FRAGMENT")
 
 _PARAMETERS = (
     "Tensor? ln_weight, Tensor? ln_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? layer_scale, "
-    "Tensor? branch_scale, "
-    "float eps, float residual_scale, str approximate"
+    "Tensor? branch_scale, float eps, float residual_scale, str approximate"
 )
 
 # `save` says what the backward gets: nothing, or by `recompute` "all" (row statistics), "act" (and p, what GELU is applied
@@ -80,10 +79,8 @@ def _backward(
     return tuple(grad.new_empty(0) if g is None else g for g in gradients)
 
 
-for _device in (
-    "CUDA",
-    "CPU",
-):  # on the CPU the kernels run in Triton's interpreter; dispatch lets nothing else through
+# On the CPU the kernels run in Triton's interpreter; dispatch lets nothing else through.
+for _device in ("CUDA", "CPU"):
     _library.impl("ln_mlp", _forward, _device)
     _library.impl("ln_mlp_backward", _backward, _device)
 
@@ -183,9 +180,9 @@ def _forward_flops(x_shape, ln_weight, ln_bias, w1_shape, *args: Any, **kwargs: 
 def _backward_flops(grad_shape, x_shape, ln_weight, ln_bias, w1_shape, *args: Any, **kwargs: Any) -> int:
     """The products of the gradients that are wanted, and the one that is computed again where p was not saved."""
     product = 2 * x_shape[0] * w1_shape[0] * w1_shape[1]
-    *_, pre, act, needs = args
+    *_, pre, _, needs = args
     x, gamma, beta, w1, b1, w2, _, ls = needs
     through_gelu = x or gamma or beta or w1 or b1
     through_norm = x or gamma or beta
-    again = pre is None and (through_gelu or w2 or ls) and not (act is not None and not through_gelu)
+    again = pre is None and (through_gelu or w2 or ls)
     return product * (through_gelu + through_norm + w1 + (w2 or ls) + again)
