@@ -234,7 +234,8 @@ def extension_of(plan, architectures, torch_version, limited_api=True):
     """Describes the extension to setuptools."""
     from torch.utils.cpp_extension import CppExtension
 
-    sources = ["csrc/registration.cpp", "csrc/histogram_cpu.cpp"]
+    sources = ["csrc/registration.cpp", "csrc/histogram.cpp", "csrc/histogram_cpu.cpp"]
+    sources += [f"csrc/cpu_{part}.cpp" for part in ("lanes", "avx512", "avx2", "plain")]
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_TORCH_ABI}"]
     facts = [  # what build_info() tells; PyTorch's builder itself adds Py_LIMITED_API
         f"-DLAMBDA_KERNELS_CUDA={plan.toolkit.version if plan.toolkit else 'none'}",
@@ -242,8 +243,11 @@ def extension_of(plan, architectures, torch_version, limited_api=True):
         f"-DLAMBDA_KERNELS_TORCH={torch_version}",
     ]
     # The bin rule is the same on every machine only if no compiler fuses or reorders its operations.
-    cxx = ["/O2", "/fp:precise"] if sys.platform == "win32" else ["-O3", "-ffp-contract=off"]
-    nvcc = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off"]
+    cxx = ["/O2", "/fp:precise"]
+    if sys.platform != "win32":
+        # No code here looks at floating-point exception flags; assuming that some does would keep loops from being vectorized.
+        cxx = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
+    nvcc = ["-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
     cuda = {}
     if plan.toolkit:
         sources.append("csrc/histogram_cuda.cu")

@@ -51,7 +51,10 @@ SANITIZED = {
     "backward_all": ("layer_norm", "hidden_gradient"),
     "backward_act": ("layer_norm", "hidden_gradient"),
     "elementwise": ("layer_norm", "elementwise"),
-    "histogram": ("count_kernel",),
+    "histogram_columns": ("histogram_kernel", "merge_kernel"),
+    "histogram_lanes": ("histogram_kernel", "merge_kernel"),
+    "histogram_codes": ("histogram_kernel", "merge_kernel"),
+    "histogram_moments": ("histogram_kernel", "merge_kernel", "empty_moments_kernel"),
 }
 # A kernel that writes beyond its tensor: unless this is found, that nothing else was found says nothing.
 CONTROL = "planted"
@@ -268,7 +271,7 @@ def mlp(job: Job) -> dict:
 
 def histogram(job: Job) -> dict:
     """The rows of the histogram."""
-    return _rows(job, "benchmarks/test_histogram.py", compiles=False)
+    return _rows(job, "benchmarks/test_histogram_cuda.py", compiles=False)
 
 
 def model(job: Job) -> dict:
@@ -283,7 +286,7 @@ PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "sanitizer": (sanitizer, 240, 60),
     "ceilings": (ceilings, 60, 20),
     "mlp": (mlp, 500, 90),
-    "histogram": (histogram, 90, 30),
+    "histogram": (histogram, 120, 30),
     "model": (model, 500, 90),
 }
 

@@ -1,113 +1,474 @@
 // CPU half of lambda_kernels::histogram.
 //
-// A task counts some rows of a tile of columns into a table of its own, small enough to stay in cache, and then adds
-// the table to the result. With many columns a task takes all rows of its tile; with few, the rows are shared out, so
-// that one long column keeps every thread busy. Integer sums do not depend on the order of the tasks.
+// The work is cut into tasks, each a part of the values of some targets. A task counts into tables of its own, small
+// enough to stay in cache, and adds them to the results. Integer sums do not depend on the order of the tasks; moments
+// are put down per part and merged in the order of the parts.
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
 #include <mutex>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu_direct.h"
+#include "cpu_lanes.h"
+#include "cpu_subnormals.h"
+#include "cpu_walk.h"
 #include "histogram.h"
 
 namespace lambda_kernels {
 namespace {
 
-constexpr int64_t kMaxTileColumns = 64;
-constexpr int64_t kMinTileColumns = 16;          // a cache line of fp32
-constexpr int64_t kTileCounters = 16 * 1024;     // 128 KiB of counters: fits the L2 of the CPUs of today
-constexpr int64_t kElementsPerTask = 32 * 1024;  // less is not worth another thread
+constexpr int64_t kTableBytes = 448 * 1024;   // the tables of a task: within the L2 of the CPUs of today
+constexpr int64_t kBlockBytes = 64 * 1024;   // the rows that all groups of a task take before the next, likewise
+constexpr int64_t kFewRows = 8;               // what a call for one group of columns is worth
+constexpr int64_t kSumRows = 4096;            // after at most so many the sums go on around a better shift
+constexpr int64_t kFirstSumRows = 64;         // the first values may be outliers, and a bad shift
+constexpr int64_t kShiftValues = 64;          // whose mean is the first shift
+constexpr int64_t kBufferRows = 256;          // of values that are brought together first
+constexpr int64_t kTaskValues = 32 * 1024;    // less is not worth another thread
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// A rectangle of the input: rows [row_begin, row_end) of columns [column_begin, column_end).
-struct Tile {
-  int64_t row_begin, row_end;
-  int64_t column_begin, column_end;
+constexpr ElementType type_of(const float*) {
+  return ElementType::kFloat;
+}
+constexpr ElementType type_of(const Half*) {
+  return ElementType::kHalf;
+}
+constexpr ElementType type_of(const BFloat16*) {
+  return ElementType::kBFloat16;
+}
+constexpr ElementType type_of(const double*) {
+  return ElementType::kDouble;
+}
+
+// Of the finite ones of some values; 0 if there is none.
+class Mean {
+ public:
+  void add(double value) {
+    if (value - value == 0.0) {
+      sum_ += value;
+      count_ += 1.0;
+    }
+  }
+  double value() const { return count_ > 0.0 ? sum_ / count_ : 0.0; }
+
+ private:
+  double sum_ = 0.0, count_ = 0.0;
 };
 
-// Counts one tile into `table` [columns of the tile, bins + kOutsideCount].
-template <typename scalar_t>
-void count_tile(const Matrix<scalar_t>& x, const ChannelGrid* grid, int32_t bins, const Tile& tile, int64_t* table) {
-  const int64_t counters = bins + kOutsideCount;
-  const int64_t columns = tile.column_end - tile.column_begin;
-  const scalar_t* const corner = x.data + tile.row_begin * x.row_stride + tile.column_begin * x.column_stride;
-  const int64_t rows = tile.row_end - tile.row_begin;
-  grid += tile.column_begin;
-  // The inner loop runs along the smaller stride.
-  if (columns > 1 && x.column_stride <= x.row_stride) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const scalar_t* const values = corner + row * x.row_stride;
-      for (int64_t column = 0; column < columns; ++column) {
-        ++table[column * counters + counter_of(to_double(values[column * x.column_stride]), grid[column], bins)];
-      }
+class Counting {
+ public:
+  Counting(const Call& call, const Lanes& lanes)
+      : call_(call),
+        lanes_(lanes),
+        codes_(call.bins > 0 && call.grid == nullptr),
+        slots_(call.bins + kOutsideCount),
+        wide_(codes_ || call.bins > kMaxLaneBins) {
+    for (const Source& source : call.sources) {
+      plan(source);
     }
-  } else {
-    for (int64_t column = 0; column < columns; ++column) {
-      const scalar_t* const values = corner + column * x.column_stride;
-      const ChannelGrid channel = grid[column];
-      int64_t* const counts = table + column * counters;
-      for (int64_t row = 0; row < rows; ++row) {
-        ++counts[counter_of(to_double(values[row * x.row_stride]), channel, bins)];
+    if (call.moments != nullptr) {
+      moments_.resize(parts_ * call.targets);
+    }
+  }
+
+  template <typename Element>
+  void run() {
+    const int64_t tasks = static_cast<int64_t>(tasks_.size());
+    const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), tasks, ceil_div(values_, kTaskValues)});
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      const SubnormalsKept kept;
+      for (int64_t i = next++; i < tasks; i = next++) {  // whoever is free takes the next, as tasks differ in size
+        count<Element>(tasks_[i]);
+      }
+    });
+  }
+
+  void finish() {
+    if (call_.moments == nullptr) {
+      return;
+    }
+    for (int64_t target = 0; target < call_.targets; ++target) {
+      Moments total;
+      for (int64_t part = 0; part < parts_; ++part) {
+        merge(total, moments_[part * call_.targets + target]);
+      }
+      call_.moments[target] = total;
+    }
+  }
+
+ private:
+  // Whether a row of a source is one of neighbouring columns, each a target of its own.
+  bool side_by_side(const Source& source) const {
+    return call_.per == kPerChannel && source.columns > 1 &&
+           (source.column_stride <= source.row_stride || source.outer * source.rows == 1);
+  }
+
+  void plan(const Source& source) {
+    const bool columns = side_by_side(source);
+    const int64_t targets = source.targets(call_.per), values = source.values_per_target(call_.per);
+    int64_t width = 1;
+    if (columns) {
+      const int64_t groups = ceil_div(targets, kLanes);
+      const int64_t table_bytes = kLanes * slots_ * static_cast<int64_t>(wide_ ? sizeof(int64_t) : sizeof(Slot));
+      const int64_t tiles = ceil_div(groups, std::max<int64_t>(1, kTableBytes / table_bytes));
+      width = ceil_div(groups, tiles) * kLanes;
+    }
+    const int64_t tiles = ceil_div(targets, width);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t worthwhile = ceil_div(values * width, kTaskValues);
+    const int64_t length = ceil_div(values, std::min({ceil_div(threads, tiles), worthwhile, values}));
+    const int64_t parts = ceil_div(values, length);
+    parts_ = std::max(parts_, parts);
+    values_ += values * targets;
+    for (int64_t target = 0; target < targets; target += width) {
+      const int64_t those = std::min(width, targets - target);
+      if (!wanted(source, target, those)) {
+        continue;
+      }
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = part * length;
+        tasks_.push_back({&source, target, those, begin, std::min(begin + length, values), part, parts == 1});
       }
     }
   }
-}
 
-template <typename scalar_t>
-void count_all(const Matrix<scalar_t>& x, const ChannelGrid* grid, int32_t bins, int64_t* counts, int64_t* outside) {
-  const int64_t counters = bins + kOutsideCount;
-  const int64_t width =
-      std::min(x.columns, std::clamp(kTileCounters / counters, kMinTileColumns, kMaxTileColumns));
-  const int64_t column_tiles = ceil_div(x.columns, width);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t worthwhile_parts = ceil_div(x.rows * width, kElementsPerTask);
-  const int64_t rows_per_part = ceil_div(x.rows, std::min({ceil_div(threads, column_tiles), worthwhile_parts, x.rows}));
-  const int64_t row_parts = ceil_div(x.rows, rows_per_part);
-  const int64_t tasks_per_thread = ceil_div(kElementsPerTask, rows_per_part * width);
-  std::mutex result_lock;
+  bool wanted(const Source& source, int64_t target, int64_t targets) const {
+    const bool* const only = call_.only == nullptr ? nullptr : call_.only + source.target + target;
+    return only == nullptr || std::any_of(only, only + targets, [](bool one) { return one; });
+  }
 
-  torch::stable::parallel_for(0, column_tiles * row_parts, tasks_per_thread, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> table(width * counters);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row_begin = task % row_parts * rows_per_part;
-      const int64_t column_begin = task / row_parts * width;
-      const Tile tile{row_begin, std::min(row_begin + rows_per_part, x.rows), column_begin,
-                      std::min(column_begin + width, x.columns)};
-      std::fill(table.begin(), table.end(), 0);
-      count_tile(x, grid, bins, tile, table.data());
+  template <typename Element>
+  void count(const Task& task) {
+    const bool few = (task.end - task.begin) * kLanes < slots_;  // clearing a table would take longer than counting
+    if (wide_ || few) {
+      count_directly<Element>(task);
+    } else if (side_by_side(*task.source)) {
+      count_columns<Element>(task);
+    } else {
+      count_along<Element>(task);
+    }
+  }
 
-      const std::lock_guard<std::mutex> guard(result_lock);
-      for (int64_t column = tile.column_begin; column < tile.column_end; ++column) {
-        const int64_t* const source = table.data() + (column - tile.column_begin) * counters;
-        for (int64_t bin = 0; bin < bins; ++bin) {
-          counts[column * bins + bin] += source[bin];
-        }
-        for (int64_t kind = 0; kind < kOutsideCount; ++kind) {
-          outside[column * kOutsideCount + kind] += source[bins + kind];
-        }
+  // Tables and sums for some groups of kLanes lanes, and what was collected of them.
+  struct Tables {
+    std::vector<LaneGrids> grids;
+    std::vector<LaneSums> sums;
+    std::vector<Slot> slots;
+    std::vector<int64_t> outside_finite;  // NaN and infinities per lane when the sums were last collected
+    std::vector<Moments> moments;         // per lane
+  };
+
+  // `one_target`: all lanes belong to the first one.
+  Tables make_tables(const Task& task, int64_t groups, bool one_target) const {
+    Tables tables;
+    tables.grids.resize(groups);
+    tables.sums.resize(groups);
+    tables.slots.resize(groups * kLanes * slots_);
+    tables.outside_finite.resize(groups * kLanes);
+    tables.moments.resize(groups * kLanes);
+    for (int64_t group = 0; group < groups; ++group) {
+      LaneGrids& lanes = tables.grids[group];
+      lanes.bins = call_.bins;
+      for (int32_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t index = group * kLanes + lane;
+        const int64_t target = task.source->target + task.target + (one_target || index >= task.targets ? 0 : index);
+        const ChannelGrid grid = call_.bins > 0 ? call_.grid[target] : ChannelGrid{};
+        const ShortGrid short_grid = shorten(grid, call_.bins);
+        lanes.origin[lane] = short_grid.origin;
+        lanes.scale[lane] = short_grid.scale;
+        lanes.correction[lane] = short_grid.correction;
+        lanes.first[lane] = short_grid.first;
+        lanes.closed_hi[lane] = short_grid.closed_hi;
+        lanes.within[lane] = std::nextafter(short_grid.closed_hi, -INFINITY);
+        // Where float32 is coarser than the bins, the number before a closed edge is not in the last one.
+        const bool coarse = short_grid.closed_hi == short_grid.closed_hi &&
+                            counter_of(static_cast<double>(lanes.within[lane]), grid, call_.bins) != call_.bins - 1;
+        lanes.certain[lane] = coarse ? -1.0f : short_grid.certain;
+        lanes.offset[lane] = static_cast<int32_t>(lane * slots_);
+        lanes.anchor[lane] = grid.anchor;
+        lanes.inv_width[lane] = grid.inv_width;
+        lanes.first64[lane] = grid.first;
+        lanes.closed_hi64[lane] = grid.closed_hi;
+      }
+      for (int32_t lane = 0; lane < kLanes; ++lane) {
+        restart(tables.sums[group], lane, 0.0);
       }
     }
-  });
-}
+    return tables;
+  }
 
-std::tuple<Tensor, Tensor> histogram_cpu(const Tensor& x, const Tensor& grid, int64_t bins) {
-  check_histogram_arguments(x, grid, bins);
-  auto [counts, outside] = new_counters(x, bins);
-  auto* const counts_data = static_cast<int64_t*>(counts.data_ptr());
-  auto* const outside_data = static_cast<int64_t*>(outside.data_ptr());
-  const auto* const channels = static_cast<const ChannelGrid*>(grid.data_ptr());
-  with_scalar_type(x, [&](auto* type) {
-    using scalar_t = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if (x.numel() > 0) {
-      count_all(matrix_of<scalar_t>(x), channels, static_cast<int32_t>(bins), counts_data, outside_data);
+  static void restart(LaneSums& sums, int32_t lane, double shift) {
+    sums.shift[lane] = shift;
+    sums.sum[lane] = sums.square[lane] = 0.0;
+    sums.minimum[lane] = INFINITY;
+    sums.maximum[lane] = -INFINITY;
+  }
+
+  // Moves the sums of `rows` rows into the moments of the lanes, and the shift to the mean so far.
+  void collect_sums(Tables& tables, int64_t rows, bool one_target) const {
+    if (call_.moments == nullptr) {
+      return;
     }
-  });
-  return {counts, outside};
+    for (size_t index = 0; index < tables.moments.size(); ++index) {
+      LaneSums& sums = tables.sums[index / kLanes];
+      const int32_t lane = static_cast<int32_t>(index % kLanes);
+      const Slot* const slots = tables.slots.data() + index * slots_;
+      const int64_t outside = slots[slot_of(call_.bins + kNan, call_.bins)] +
+                              slots[slot_of(call_.bins + kPositiveInfinity, call_.bins)] +
+                              slots[slot_of(call_.bins + kNegativeInfinity, call_.bins)];
+      const double finite = static_cast<double>(rows - (outside - tables.outside_finite[index]));
+      tables.outside_finite[index] = outside;
+      Moments& total = tables.moments[one_target ? 0 : index];
+      merge(total, moments_of(finite, sums.shift[lane], sums.sum[lane], sums.square[lane], sums.minimum[lane],
+                              sums.maximum[lane]));
+      restart(sums, lane, total.count > 0.0 ? total.mean : sums.shift[lane]);
+    }
+  }
+
+  // Adds the tables to the results and clears them.
+  void collect_tables(const Task& task, Tables& tables, bool one_target) {
+    const auto guard = task.only_part ? std::unique_lock<std::mutex>() : std::unique_lock<std::mutex>(results_lock_);
+    const int64_t lanes = one_target ? kLanes : task.targets;
+    for (int64_t index = 0; index < lanes; ++index) {
+      const int64_t target = task.source->target + task.target + (one_target ? 0 : index);
+      if (call_.only != nullptr && !call_.only[target]) {
+        continue;
+      }
+      const Slot* const slots = tables.slots.data() + index * slots_;
+      int64_t* const counts = call_.counts + target * call_.bins;
+      for (int32_t bin = 0; bin < call_.bins; ++bin) {
+        counts[bin] += slots[bin + 1];
+      }
+      for (int32_t kind = 0; kind < kOutsideCount; ++kind) {
+        call_.outside[target * kOutsideCount + kind] += slots[slot_of(call_.bins + kind, call_.bins)];
+      }
+    }
+    std::fill(tables.slots.begin(), tables.slots.end(), Slot{0});
+    std::fill(tables.outside_finite.begin(), tables.outside_finite.end(), 0);
+  }
+
+  void put_down(const Task& task, const Moments* moments) {
+    for (int64_t index = 0; index < task.targets && call_.moments != nullptr; ++index) {
+      const int64_t target = task.source->target + task.target + index;
+      if (call_.only == nullptr || call_.only[target]) {
+        moments_[task.part * call_.targets + target] = moments[index];
+      }
+    }
+  }
+
+  LaneSums* wanted_sums(Tables& tables, int64_t group) const {
+    return call_.moments == nullptr && call_.bins > 0 ? nullptr : &tables.sums[group];
+  }
+
+  // Lanes are columns.
+  template <typename Element>
+  void count_columns(const Task& task) {
+    const Source& source = *task.source;
+    const int64_t groups = ceil_div(task.targets, kLanes);
+    const CountRows count_rows = lanes_.count[static_cast<int>(type_of(static_cast<const Element*>(nullptr)))];
+    Tables tables = make_tables(task, groups, false);
+    if (call_.moments != nullptr) {
+      set_shifts<Element>(task, tables);
+    }
+    const int64_t most = std::clamp<int64_t>(
+        kBlockBytes / (groups * kLanes * static_cast<int64_t>(sizeof(Element))), kFewRows, kBufferRows);
+    alignas(64) Element buffer[kBufferRows * kLanes];
+    int64_t table_rows = 0, sum_rows = 0, most_sum_rows = kFirstSumRows;
+    for_row_blocks<Element>(source, task.begin, task.end, most, [&](const Element* block, int64_t rows) {
+      if (table_rows + rows > kMaxLaneRows || sum_rows + rows > most_sum_rows) {
+        collect_sums(tables, sum_rows, false);
+        sum_rows = 0;
+        most_sum_rows = std::min(8 * most_sum_rows, kSumRows);
+      }
+      if (table_rows + rows > kMaxLaneRows) {
+        collect_tables(task, tables, false);
+        table_rows = 0;
+      }
+      const Element* const values = block + task.target * source.column_stride;
+      const int64_t straight = source.column_stride == 1 ? task.targets / kLanes : 0;  // groups that need no copy
+      if (straight > 0) {
+        count_rows(values, rows, source.row_stride, straight, tables.grids.data(), tables.slots.data(),
+                   wanted_sums(tables, 0));
+      }
+      for (int64_t group = straight; group < groups; ++group) {
+        const Element* const from = values + group * kLanes * source.column_stride;
+        const int64_t columns = std::min<int64_t>(kLanes, task.targets - group * kLanes);
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t column = 0; column < kLanes; ++column) {
+            buffer[row * kLanes + column] =
+                column < columns ? from[row * source.row_stride + column * source.column_stride] : Element(0.0f);
+          }
+        }
+        count_rows(buffer, rows, kLanes, 1, &tables.grids[group], tables.slots.data() + group * kLanes * slots_,
+                   wanted_sums(tables, group));
+      }
+      table_rows += rows;
+      sum_rows += rows;
+    });
+    collect_sums(tables, sum_rows, false);
+    collect_tables(task, tables, false);
+    put_down(task, tables.moments.data());
+  }
+
+  // Lanes take turns with the values of one target.
+  template <typename Element>
+  void count_along(const Task& task) {
+    const Runs runs = runs_of_target<Element>(*task.source, call_.per, task.target);
+    const CountRows count_rows = lanes_.count[static_cast<int>(type_of(static_cast<const Element*>(nullptr)))];
+    Tables tables = make_tables(task, 1, true);
+    if (call_.moments != nullptr) {
+      Mean mean;
+      for_pieces<Element>(runs, task.begin, std::min(task.begin + kShiftValues, task.end),
+                          [&](const Element* values, int64_t stride, int64_t length) {
+                            for (int64_t i = 0; i < length; ++i) {
+                              mean.add(to_double(values[i * stride]));
+                            }
+                          });
+      std::fill_n(tables.sums[0].shift, kLanes, mean.value());
+    }
+    int64_t table_rows = 0, sum_rows = 0, most_sum_rows = kFirstSumRows;
+    const auto take_rows = [&](const Element* values, int64_t rows) {
+      while (rows > 0) {
+        const int64_t taken = std::min({rows, kMaxLaneRows - table_rows, most_sum_rows - sum_rows});
+        count_rows(values, taken, kLanes, 1, tables.grids.data(), tables.slots.data(), wanted_sums(tables, 0));
+        values += taken * kLanes;
+        rows -= taken;
+        table_rows += taken;
+        sum_rows += taken;
+        if (table_rows == kMaxLaneRows || sum_rows == most_sum_rows) {
+          collect_sums(tables, sum_rows, true);
+          sum_rows = 0;
+          most_sum_rows = std::min(8 * most_sum_rows, kSumRows);
+        }
+        if (table_rows == kMaxLaneRows) {
+          collect_tables(task, tables, true);
+          table_rows = 0;
+        }
+      }
+    };
+    alignas(64) Element buffer[kBufferRows * kLanes];
+    int64_t held = 0;
+    for_pieces<Element>(runs, task.begin, task.end, [&](const Element* values, int64_t stride, int64_t length) {
+      while (length > 0) {
+        if (held == 0 && stride == 1 && length >= kLanes) {
+          take_rows(values, length / kLanes);
+          values += length / kLanes * kLanes;
+          length %= kLanes;
+          continue;
+        }
+        const int64_t copied = std::min(length, kBufferRows * kLanes - held);
+        for (int64_t i = 0; i < copied; ++i) {
+          buffer[held + i] = values[i * stride];
+        }
+        values += copied * stride;
+        length -= copied;
+        held += copied;
+        if (held == kBufferRows * kLanes || (stride == 1 && length >= kBufferRows * kLanes && held % kLanes == 0)) {
+          take_rows(buffer, held / kLanes);
+          held = 0;
+        }
+      }
+    });
+    take_rows(buffer, held / kLanes);
+    collect_sums(tables, sum_rows, true);
+    collect_tables(task, tables, true);
+    const Element* const rest = buffer + held / kLanes * kLanes;
+    Direct direct(call_, task, results_lock_);
+    for (int64_t i = 0; i < held % kLanes; ++i) {
+      direct.take(0, rest[i]);
+    }
+    direct.collect();
+    merge(tables.moments[0], direct.moments(0));
+    put_down(task, tables.moments.data());
+  }
+
+  template <typename Element>
+  void count_directly(const Task& task) {
+    const Source& source = *task.source;
+    Direct direct(call_, task, results_lock_);
+    if (side_by_side(source)) {
+      for_row_blocks<Element>(source, task.begin, task.end, 1, [&](const Element* row, int64_t) {
+        for (int64_t index = 0; index < task.targets; ++index) {
+          direct.take(index, row[(task.target + index) * source.column_stride]);
+        }
+      });
+    } else {
+      const Runs runs = runs_of_target<Element>(source, call_.per, task.target);
+      if (codes_ && task.end - task.begin >= kTaskValues) {
+        direct.take_codes(runs);
+      } else {
+        for_pieces<Element>(runs, task.begin, task.end, [&](const Element* values, int64_t stride, int64_t length) {
+          for (int64_t i = 0; i < length; ++i) {
+            direct.take(0, values[i * stride]);
+          }
+        });
+      }
+    }
+    direct.collect();
+    std::vector<Moments> moments(task.targets);
+    for (int64_t index = 0; index < task.targets; ++index) {
+      moments[index] = direct.moments(index);
+    }
+    put_down(task, moments.data());
+  }
+
+  // Columns are shifted by the mean of their first values.
+  template <typename Element>
+  void set_shifts(const Task& task, Tables& tables) const {
+    std::vector<Mean> means(task.targets);
+    for_row_blocks<Element>(*task.source, task.begin, std::min(task.begin + kFewRows, task.end), 1,
+                            [&](const Element* row, int64_t) {
+                              for (int64_t index = 0; index < task.targets; ++index) {
+                                means[index].add(to_double(row[(task.target + index) * task.source->column_stride]));
+                              }
+                            });
+    for (int64_t index = 0; index < task.targets; ++index) {
+      tables.sums[index / kLanes].shift[index % kLanes] = means[index].value();
+    }
+  }
+
+  const Call& call_;
+  const Lanes& lanes_;
+  const bool codes_;
+  const int64_t slots_;  // per lane
+  const bool wide_;      // more bins than the lanes' tables take
+  std::vector<Task> tasks_;
+  int64_t values_ = 0, parts_ = 0;
+  std::vector<Moments> moments_;  // [parts, K]
+  std::mutex results_lock_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> histogram_cpu(std::vector<Tensor> x, std::optional<Tensor> grid, int64_t bins,
+                                                 int64_t per, bool statistics, std::optional<Tensor> only) {
+  const Call call = prepare(x, grid, bins, per, statistics, only);
+  const Lanes* const lanes = lanes_here();
+  STD_TORCH_CHECK(lanes != nullptr, "histogram: LAMBDA_KERNELS_CPU_CAPABILITY must be AVX512, AVX2 or plain, and one "
+                  "that this processor has; got ", std::getenv("LAMBDA_KERNELS_CPU_CAPABILITY"));
+  Counting counting(call, *lanes);
+  switch (call.dtype) {
+    case ScalarType::Float:
+      counting.run<float>();
+      break;
+    case ScalarType::Half:
+      counting.run<Half>();
+      break;
+    case ScalarType::BFloat16:
+      counting.run<BFloat16>();
+      break;
+    default:
+      counting.run<double>();
+  }
+  counting.finish();
+  return call.results;
 }
 
 }  // namespace

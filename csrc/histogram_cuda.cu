@@ -1,11 +1,11 @@
-// CUDA half of lambda_kernels::histogram.
+// CUDA half of lambda_kernels::histogram: one read of all tensors for counts, what is outside, and moments.
 //
-// A block counts some rows of a tile of columns. Where the columns are neighbours in memory (activations [N, C]) the
-// tile is one warp wide and its counters stand in shared memory as [counter][lane]: a lane touches its own bank only,
-// so no two atomics of a warp collide. Where the rows are neighbours the tile is one column. Tables too large for
-// shared memory count in device memory. All counters are integers, so the result does not depend on the order.
+// histogram_plan.h cuts the call into launches and blocks, histogram_phases.h says what a block does between its
+// barriers. Here are the kernels around the phases and what is needed to launch them on PyTorch's stream: nothing waits
+// for the device, and scratch memory comes from PyTorch, so that a CUDA graph can hold all of it.
 
-#include <algorithm>
+#include <map>
+#include <mutex>
 
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -14,18 +14,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "histogram.h"
+#include "histogram_phases.h"
 
 namespace lambda_kernels {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int64_t kSharedBytes = 48 * 1024;         // what every architecture gives a block unasked
-constexpr int64_t kTargetBlocks = 1024;             // all that the largest devices run at once
-constexpr int64_t kMinRowsPerThread = 16;           // fewer would not repay clearing and adding up the table
-constexpr int64_t kMaxRowsPerBlock = int64_t{1} << 30;  // a shared counter is 32 bits wide
-
-using Counter = unsigned long long;  // the 64-bit type that atomicAdd takes; same bits as int64 for sums of ones
 
 #define LAMBDA_KERNELS_CUDA_CHECK(call)                                                                    \
   do {                                                                                                     \
@@ -49,105 +41,237 @@ cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Grid: (row blocks) × (column tiles), flattened with the row blocks innermost. Block: kThreads threads, of which
-// `tile_columns` (1 or kWarp) stand side by side in a row.
-template <typename scalar_t, bool in_shared>
-__global__ void __launch_bounds__(kThreads) count_kernel(
-    Matrix<scalar_t> x,                          // [N, C]
-    const ChannelGrid* __restrict__ grid,        // [C]
-    Counter* __restrict__ counts,                // [C, bins]
-    Counter* __restrict__ outside,               // [C, 5]
-    int32_t bins, int32_t tile_columns, int64_t row_blocks, int64_t rows_per_block) {
-  extern __shared__ unsigned int table[];  // [bins + 5, tile_columns]
-  const int32_t counters = bins + kOutsideCount;
-  const int32_t lane = threadIdx.x % tile_columns;
-  const int64_t first_column = blockIdx.x / row_blocks * tile_columns;
-  const int64_t row_begin = blockIdx.x % row_blocks * rows_per_block;
-  const int64_t row_end = min(row_begin + rows_per_block, x.rows);
-  const int64_t column = first_column + lane;
+int32_t attribute_of(cudaDeviceAttr attribute, int32_t device_index) {
+  int value = 0;
+  LAMBDA_KERNELS_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device_index));
+  return value;
+}
 
-  if constexpr (in_shared) {
-    for (int32_t i = threadIdx.x; i < counters * tile_columns; i += kThreads) {
-      table[i] = 0;
+Device device_of(int32_t device_index) {
+  static std::mutex lock;
+  static std::map<int32_t, Device> known;
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto found = known.find(device_index);
+  if (found != known.end()) {
+    return found->second;
+  }
+  const Device device{attribute_of(cudaDevAttrMultiProcessorCount, device_index),
+                      attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index),
+                      attribute_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_index)};
+  known.emplace(device_index, device);
+  return device;
+}
+
+extern __shared__ uint32_t shared_words[];
+
+// A thread's way to memory.
+struct Memory {
+  template <int kWords>
+  LAMBDA_KERNELS_HOST_DEVICE void load(const char* from, uint32_t* words) const {
+#if defined(__CUDA_ARCH__)
+    if constexpr (kWords == 4) {
+      const uint4 vector = __ldg(reinterpret_cast<const uint4*>(from));
+      words[0] = vector.x;
+      words[1] = vector.y;
+      words[2] = vector.z;
+      words[3] = vector.w;
+    } else if constexpr (kWords == 2) {
+      const uint2 vector = __ldg(reinterpret_cast<const uint2*>(from));
+      words[0] = vector.x;
+      words[1] = vector.y;
+    } else {
+      words[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
+    }
+#endif
+  }
+  template <int kWords>
+  LAMBDA_KERNELS_HOST_DEVICE void load_element(const char* from, uint32_t* words) const {
+    load<kWords>(from, words);
+  }
+  LAMBDA_KERNELS_HOST_DEVICE uint16_t load_short(const char* from) const {
+#if defined(__CUDA_ARCH__)
+    return __ldg(reinterpret_cast<const uint16_t*>(from));
+#else
+    return 0;
+#endif
+  }
+
+  // Where a column of the table of counters begins in shared memory, whose addresses have 32 bits. The empty assembly
+  // keeps the compiler from working it out anew for every value.
+  using Column = uint32_t;
+  LAMBDA_KERNELS_HOST_DEVICE Column column(int32_t column) const {
+    uint32_t address = 4 * column;
+#if defined(__CUDA_ARCH__)
+    address += static_cast<uint32_t>(__cvta_generic_to_shared(shared_words));
+    asm volatile("" : "+r"(address));
+#endif
+    return address;
+  }
+  LAMBDA_KERNELS_HOST_DEVICE Column stride(int32_t width) const {
+    uint32_t bytes = 4 * width;
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(bytes));
+#endif
+    return bytes;
+  }
+  LAMBDA_KERNELS_HOST_DEVICE void count(bool, Column column, int32_t row, Column stride) const {
+#if defined(__CUDA_ARCH__)
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(column + row * stride) : "memory");
+#endif
+  }
+  LAMBDA_KERNELS_HOST_DEVICE void count_rest(Column column, int32_t row, Column stride) const {
+    count(true, column, row, stride);
+  }
+  LAMBDA_KERNELS_HOST_DEVICE void add(int64_t* counter, uint32_t count) const {
+#if defined(__CUDA_ARCH__)
+    // The 64-bit type that atomicAdd takes; same bits as int64 for sums of ones.
+    atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(count));
+#endif
+  }
+
+#if defined(__CUDA_ARCH__)
+  __device__ void set_counter(int32_t cell, uint32_t value) const { shared_words[cell] = value; }
+  __device__ uint32_t counter(int32_t cell) const { return shared_words[cell]; }
+  __device__ void set_double(int32_t slot, double value) const {
+    reinterpret_cast<double*>(shared_words)[slot] = value;
+  }
+  __device__ double get_double(int32_t slot) const { return reinterpret_cast<double*>(shared_words)[slot]; }
+#else
+  void set_counter(int32_t, uint32_t) const {}
+  uint32_t counter(int32_t) const { return 0; }
+  void set_double(int32_t, double) const {}
+  double get_double(int32_t) const { return 0.0; }
+#endif
+};
+
+// A thread's part in the phases of its block.
+template <typename Kernel>
+struct Block {
+  typename Kernel::State state;
+  Memory memory;
+
+  template <typename Phase>
+  LAMBDA_KERNELS_HOST_DEVICE void each(Phase phase) {
+#if defined(__CUDA_ARCH__)
+    phase(static_cast<int32_t>(threadIdx.x), memory, state);
+    __syncthreads();
+#endif
+  }
+};
+
+// At most 64 registers, so that 1024 threads have room.
+template <typename Kernel>
+__global__ void __launch_bounds__(kMaxThreads) histogram_kernel(const __grid_constant__ Launch launch) {
+  Block<Kernel> block;
+  run_block<Kernel>(launch, static_cast<int32_t>(blockIdx.x), block);
+}
+
+// A warp for each target: all its blocks' moments, in an order that depends on nothing but the plan.
+__global__ void __launch_bounds__(MergedMoments::kThreads)
+    merge_kernel(const __grid_constant__ Launch launch, Moments* __restrict__ moments) {
+  __shared__ double totals[MergedMoments::kThreads][sizeof(Moments) / sizeof(double)];
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarp);
+  const int64_t index = blockIdx.x * int64_t{MergedMoments::kThreads / kWarp} + threadIdx.x / kWarp;
+  Moments total = MergedMoments::gather(launch, index, lane);
+  for (int32_t half = kWarp / 2; half > 0; half /= 2) {
+    memcpy(totals[threadIdx.x], &total, sizeof total);
+    __syncthreads();
+    if (lane < half) {
+      Moments other;
+      memcpy(&other, totals[threadIdx.x + half], sizeof other);
+      merge(total, other);
     }
     __syncthreads();
   }
-  if (column < x.columns) {
-    const ChannelGrid channel = grid[column];
-    const scalar_t* const values = x.data + column * x.column_stride;
-    for (int64_t row = row_begin + threadIdx.x / tile_columns; row < row_end; row += kThreads / tile_columns) {
-      const int32_t counter = counter_of(to_double(values[row * x.row_stride]), channel, bins);
-      if constexpr (in_shared) {
-        atomicAdd(&table[counter * tile_columns + lane], 1u);
-      } else if (counter < bins) {
-        atomicAdd(&counts[column * bins + counter], Counter{1});
-      } else {
-        atomicAdd(&outside[column * kOutsideCount + counter - bins], Counter{1});
-      }
-    }
-  }
-  if constexpr (in_shared) {
-    __syncthreads();
-    // Neighbouring threads add neighbouring bins of one column, which are neighbours in `counts`.
-    for (int32_t i = threadIdx.x; i < counters * tile_columns; i += kThreads) {
-      const int32_t counter = i % counters;
-      const int32_t tile_column = i / counters;
-      const unsigned int count = table[counter * tile_columns + tile_column];
-      if (count == 0) {
-        continue;
-      }
-      const int64_t target = first_column + tile_column;
-      if (counter < bins) {
-        atomicAdd(&counts[target * bins + counter], Counter{count});
-      } else {
-        atomicAdd(&outside[target * kOutsideCount + counter - bins], Counter{count});
-      }
-    }
+  if (lane == 0) {
+    MergedMoments::write(launch, index, total, moments);
   }
 }
 
-template <typename scalar_t>
-void launch(const Matrix<scalar_t>& x, const ChannelGrid* grid, int32_t bins, Counter* counts, Counter* outside,
-            cudaStream_t stream) {
-  const int64_t column_bytes = (bins + kOutsideCount) * static_cast<int64_t>(sizeof(unsigned int));
-  const bool columns_are_neighbours = x.columns > 1 && x.column_stride <= x.row_stride;
-  const int32_t tile_columns = columns_are_neighbours ? kWarp : 1;
-  const int64_t table_bytes = column_bytes * tile_columns;
-  const bool in_shared = table_bytes <= kSharedBytes;
+// The moments of no values, for the targets of tensors without any.
+__global__ void empty_moments_kernel(Moments* moments, int64_t targets) {
+  const int64_t target = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (target < targets) {
+    moments[target] = Moments{};
+  }
+}
 
-  const int64_t column_tiles = (x.columns + tile_columns - 1) / tile_columns;
-  const int64_t min_rows = kMinRowsPerThread * kThreads / tile_columns;
-  int64_t row_blocks = std::clamp<int64_t>(kTargetBlocks / column_tiles, 1, (x.rows + min_rows - 1) / min_rows);
-  row_blocks = std::max(row_blocks, (x.rows + kMaxRowsPerBlock - 1) / kMaxRowsPerBlock);
-  const int64_t rows_per_block = (x.rows + row_blocks - 1) / row_blocks;
-  const int64_t blocks = column_tiles * row_blocks;
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "histogram: x of shape [", x.rows, ", ", x.columns,
-                  "] needs more thread blocks than one launch can have; split its columns");
+unsigned int blocks_for(int64_t items, int64_t of_a_block) {
+  const int64_t blocks = (items + of_a_block - 1) / of_a_block;
+  STD_TORCH_CHECK(blocks < INT32_MAX, "histogram: x has more rows of results than one launch can fill; split it");
+  return static_cast<unsigned int>(blocks);
+}
 
-  const auto kernel = in_shared ? count_kernel<scalar_t, true> : count_kernel<scalar_t, false>;
-  kernel<<<static_cast<unsigned int>(blocks), kThreads, in_shared ? table_bytes : 0, stream>>>(
-      x, grid, counts, outside, bins, tile_columns, row_blocks, rows_per_block);
+template <typename Kernel>
+void start(const Launch& launch, const Device& device, cudaStream_t stream) {
+  if (launch.shared_bytes > kSharedUnasked) {
+    // Always the same limit, since another thread may be between this line and its launch.
+    LAMBDA_KERNELS_CUDA_CHECK(cudaFuncSetAttribute(histogram_kernel<Kernel>,
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(device.shared_of_block)));
+  }
+  histogram_kernel<Kernel><<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(launch);
   LAMBDA_KERNELS_CUDA_CHECK(cudaGetLastError());
 }
 
-std::tuple<Tensor, Tensor> histogram_cuda(const Tensor& x, const Tensor& grid, int64_t bins) {
-  check_histogram_arguments(x, grid, bins);
-  const int32_t device_index = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard device_guard(device_index);
-  auto [counts, outside] = new_counters(x, bins);
-  auto* const counts_data = static_cast<Counter*>(counts.data_ptr());
-  auto* const outside_data = static_cast<Counter*>(outside.data_ptr());
-  const auto* const channels = static_cast<const ChannelGrid*>(grid.data_ptr());
-  with_scalar_type(x, [&](auto* type) {
-    using scalar_t = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if (x.numel() > 0) {
-      // The CUDA runtime linked into this library keeps a current device of its own beside PyTorch's.
-      LAMBDA_KERNELS_CUDA_CHECK(cudaSetDevice(device_index));
-      launch(matrix_of<scalar_t>(x), channels, static_cast<int32_t>(bins), counts_data, outside_data,
-             current_stream(device_index));
+template <typename Element>
+void run(const Call& call, const Tensor& x, int32_t device_index, cudaStream_t stream) {
+  const Wanted wanted{call.per, call.bins, call.moments != nullptr, static_cast<int32_t>(sizeof(Element))};
+  const Device device = device_of(device_index);
+  std::vector<Launch> launches = plan(call.sources, wanted, device, kMultiprocessorThreads);
+  int64_t filled = 0;
+  for (const Launch& launch : launches) {
+    filled += launch.targets;
+  }
+  if (wanted.moments && filled < call.targets) {
+    empty_moments_kernel<<<blocks_for(call.targets, 256), 256, 0, stream>>>(call.moments, call.targets);
+    LAMBDA_KERNELS_CUDA_CHECK(cudaGetLastError());
+  }
+  for (Launch& launch : launches) {
+    STD_TORCH_CHECK(launch.blocks < INT32_MAX,
+                    "histogram: x needs more thread blocks than one launch can have; split it");
+    launch.grid = call.grid;
+    launch.only = call.only;
+    launch.counts = call.counts;
+    launch.outside = call.outside;
+    // Scratch may be handed on when this function returns: whoever gets it uses it later on the same stream.
+    const Tensor scratch =
+        torch::stable::new_empty(x, {wanted.moments ? launch.partial_count : 0, 5}, ScalarType::Double);
+    launch.partials = wanted.moments ? static_cast<Moments*>(scratch.data_ptr()) : nullptr;
+    with_kernel<Element>(launch, [&](auto kernel) { start<decltype(kernel)>(launch, device, stream); });
+    if (wanted.moments) {
+      constexpr int kTargets = MergedMoments::kThreads / kWarp;
+      merge_kernel<<<blocks_for(launch.targets, kTargets), MergedMoments::kThreads, 0, stream>>>(launch, call.moments);
+      LAMBDA_KERNELS_CUDA_CHECK(cudaGetLastError());
     }
-  });
-  return {counts, outside};
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> histogram_cuda(std::vector<Tensor> x, std::optional<Tensor> grid, int64_t bins,
+                                                  int64_t per, bool statistics, std::optional<Tensor> only) {
+  STD_TORCH_CHECK(!x.empty(), "histogram: x must hold at least one tensor");
+  const int32_t device_index = x[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard device_guard(device_index);
+  Call call = prepare(x, grid, bins, per, statistics, only);
+  if (call.targets > 0) {
+    // The CUDA runtime linked into this library keeps a current device of its own beside PyTorch's.
+    LAMBDA_KERNELS_CUDA_CHECK(cudaSetDevice(device_index));
+    const cudaStream_t stream = current_stream(device_index);
+    switch (call.dtype) {
+      case ScalarType::Float:
+        run<float>(call, x[0], device_index, stream);
+        break;
+      case ScalarType::BFloat16:
+        run<BFloat16>(call, x[0], device_index, stream);
+        break;
+      case ScalarType::Half:
+        run<Half>(call, x[0], device_index, stream);
+        break;
+      default:
+        run<double>(call, x[0], device_index, stream);
+    }
+  }
+  return std::move(call.results);
 }
 
 }  // namespace

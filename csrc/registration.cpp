@@ -5,6 +5,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu_lanes.h"
+
 #define LAMBDA_KERNELS_TEXT_OF(...) #__VA_ARGS__
 #define LAMBDA_KERNELS_TEXT(...) LAMBDA_KERNELS_TEXT_OF(__VA_ARGS__)
 
@@ -20,11 +22,27 @@
 
 // A fragment, because the operators written in Python live in the same namespace.
 STABLE_TORCH_LIBRARY_FRAGMENT(lambda_kernels, library) {
-  library.def("histogram(Tensor x, Tensor grid, int bins) -> (Tensor counts, Tensor outside)");
+  library.def(
+      "histogram(Tensor[] x, Tensor? grid, int bins, int per, bool statistics, Tensor? only)"
+      " -> (Tensor counts, Tensor outside, Tensor moments)");
 }
 
+namespace {
+
+// The vector instructions that the CPU code uses here; None if LAMBDA_KERNELS_CPU_CAPABILITY names others.
+PyObject* cpu_capability(PyObject*, PyObject*) {
+  const lambda_kernels::Lanes* const lanes = lambda_kernels::lanes_here();
+  if (lanes == nullptr) {
+    Py_RETURN_NONE;
+  }
+  return PyUnicode_FromString(lanes->name);
+}
+
+}  // namespace
+
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, nullptr,
+  static PyMethodDef methods[] = {{"cpu_capability", cpu_capability, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, methods,
                                    nullptr,               nullptr, nullptr, nullptr};
   static const char* const constants[][2] = {
       {"COMPILER", LAMBDA_KERNELS_COMPILER},

@@ -19,6 +19,7 @@ REMEDY = (
 _lock = threading.Lock()
 _loaded: ModuleType | None = None
 _failure: Exception | None = None
+_cpu_capability = "unknown"
 
 
 def load() -> ModuleType:
@@ -46,14 +47,23 @@ def load() -> ModuleType:
 
 
 def _import() -> ModuleType:
+    global _cpu_capability
     module = importlib.import_module("lambda_kernels._C")
+    # Asked once: torch.compile could not look into the call.
+    _cpu_capability = module.cpu_capability() if hasattr(module, "cpu_capability") else "plain"
     torch.library.register_fake("lambda_kernels::histogram", _histogram_fake)
     return module
 
 
-def _histogram_fake(x: torch.Tensor, grid: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
-    channels = x.shape[1]
-    return x.new_empty((channels, bins), dtype=torch.int64), x.new_empty((channels, 5), dtype=torch.int64)
+def _histogram_fake(
+    x: list[torch.Tensor], grid: torch.Tensor | None, bins: int, per: int, statistics: bool, only: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = sum((tensor.shape[2], 1, tensor.shape[0])[per] for tensor in x)
+    return (
+        x[0].new_empty((rows, bins), dtype=torch.int64),
+        x[0].new_empty((rows, 5), dtype=torch.int64),
+        x[0].new_empty((rows if statistics else 0, 5), dtype=torch.float64),
+    )
 
 
 def available() -> bool:
@@ -95,3 +105,13 @@ def build_info() -> dict[str, str]:
         "architectures": module.CUDA_ARCHITECTURES,
         "torch": module.TORCH,
     }
+
+
+def cpu_capability() -> str:
+    """Which vector instructions the CPU half uses here: "AVX512", "AVX2" or "plain".
+
+    Raises:
+        ExtensionUnavailableError: The extension does not load here.
+    """
+    load()
+    return _cpu_capability

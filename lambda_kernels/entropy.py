@@ -3,30 +3,30 @@
 Gaussian: channels are taken as independent normals, so up to a constant the entropy of a feature is Σ_j log σ_j with σ
 over *all* samples (arXiv 2404.05657, section 3.2). Histogram: H = −Σ_b p_b log p_b over value bins.
 
-Statistics are kept in float64 and merged by Chan's formula (Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise
-algorithm for computing sample variances"), so that any split of the data over batches or processes gives the same result.
+Counts are integers and moments are kept in float64 and merged by Chan's formula (Chan, Golub, LeVeque 1979, "Updating
+formulae and a pairwise algorithm for computing sample variances"), so that any split of the data over batches or processes
+gives the same result: histograms exactly, Gaussians to rounding.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteActivationError
+from . import entropy_exchange, entropy_state, entropy_storage
+from .entropy_state import STD_FLOOR, Batch, State, Watch, What
 from .ops import histogram as ops
 from .ops.checks import check_choice, check_tensor
 
+__all__ = ["KINDS", "PER", "STD_FLOOR", "EntropyMeter", "gaussian_entropy", "histogram_entropy", "update_together"]
+
 KINDS = ("gaussian", "histogram")
-PER = ("channel", "layer", "sample")
-
-# A channel that never changes has log σ = −∞. One below this standard deviation is given it, counted and reported.
-STD_FLOOR = 2.0**-24
-
-# Rows that are turned into float64 at a time: bounds the memory of an update to a few tens of megabytes.
-_CHUNK = 1 << 22
+PER = ops.PER
 
 
 def gaussian_entropy(x: Tensor, *, dim: int = -1, base: float = 2, constant: bool = False) -> Tensor:
@@ -55,29 +55,42 @@ def histogram_entropy(
     *,
     dim: int = -1,
     bins: int = 256,
-    range: tuple[float, float] | None = None,
+    range: tuple[float, float] | str | None = None,
     base: float = 2,
+    miller_madow: bool = False,
 ) -> Tensor:
     """Histogram entropy of each channel of `x`.
 
     Args:
-        x: Samples `[..., C]`, or with the channels at `dim`.
+        x: Samples `[..., C]`, or with the channels at `dim`; at least two samples.
         dim: The channel dimension; all others are samples.
         bins: Number of bins per channel.
         range: (low, high) edges for all channels; values outside are not counted. None is the dyadic grid: each channel's
-            narrowest width 2^k for which its values fit in `bins` bins anchored at 0.
+            narrowest width 2^k for which its values fit in `bins` bins anchored at 0, and no finer than 2^-23 of its
+            largest magnitude. "minmax": equal bins from each channel's smallest to its largest value, in two reads.
+            "bfloat16": a bin for every value of that dtype, which `x` must have.
         base: Of the logarithm: 2 for bits, math.e for nats.
+        miller_madow: Correct for the bias of few samples.
 
     Returns:
         float64 `[C]`: −Σ_b p_b log p_b.
 
     Raises:
         ValueError: Fewer than two samples, or wrong options.
+        TypeError: `x` has the wrong dtype.
         NonFiniteActivationError: `x` holds NaN or infinity.
     """
-    meter = EntropyMeter("histogram", bins=bins, range=range, base=base)
-    meter.update(_channels_last(x, dim))
-    return meter.compute()
+    x = _channels_last(x, dim)
+    if not (isinstance(range, str) and range == "minmax"):
+        meter = EntropyMeter("histogram", bins=bins, range=range, base=base)
+        return meter.update(x).compute(miller_madow=miller_madow)
+    _check_options(bins, base, least=1)
+    seen = EntropyMeter("gaussian").update(x)
+    seen._check_samples()
+    found = seen.moments()
+    grid = ops.uniform_grid(found.minimum, found.maximum, bins)
+    counts = ops.histogram(x.cpu() if x.device.type == "mps" else x, grid).counts
+    return entropy_state.histogram_entropies(counts, grid, base, miller_madow=miller_madow)
 
 
 def _channels_last(x: Tensor, dim: int) -> Tensor:
@@ -87,15 +100,43 @@ def _channels_last(x: Tensor, dim: int) -> Tensor:
     return x.movedim(dim, -1)
 
 
+def _check_options(bins: int, base: float, least: int) -> None:
+    if isinstance(bins, bool) or not isinstance(bins, int) or not least <= bins <= ops.MAX_BINS:
+        raise ValueError(f"bins must be an integer from {least} to {ops.MAX_BINS}; got {bins!r}")
+    if not (0 < base < math.inf and base != 1):
+        raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
+
+
+def _checked_range(range: tuple[float, float] | str | None, kind: str) -> tuple[float, float] | str | None:
+    if range is None:
+        return None
+    if kind != "histogram":
+        raise ValueError(f"range={range!r} belongs to kind='histogram'; got kind={kind!r}")
+    if range == "bfloat16":
+        return range
+    if range == "minmax":
+        raise ValueError('range="minmax" reads all data twice, which a meter cannot; use histogram_entropy')
+    try:
+        low, high = (float(v) for v in range)
+    except (TypeError, ValueError):
+        raise ValueError(f'range must be None, (low, high) or "bfloat16"; got {range!r}') from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"range must be finite with low < high; got {range!r}")
+    return low, high
+
+
 class EntropyMeter:
-    """Entropy over any number of batches, in one pass and bounded memory.
+    """Entropy over any number of batches, in bounded memory.
+
+    A batch is read once; for a dyadic grid, the first one and channels whose range has grown are read again.
 
     Args:
-        kind: "gaussian" or "histogram".
+        kind: "gaussian" or "histogram". A histogram meter keeps what a Gaussian one does as well.
         per: "channel": one entropy per channel of `[..., C]`. "layer": one over all values. "sample": one per sample of
             `[B, ...]`, in the order of the updates.
         bins: Of a histogram.
-        range: (low, high) of a histogram with fixed edges; None for the dyadic grid, which grows with the data.
+        range: (low, high) of a histogram with fixed edges; None for the dyadic grid, which grows with the data;
+            "bfloat16" for a bin for every value of that dtype, 10240 whatever `bins` says.
         base: Of the logarithm.
         name: What is measured, for messages.
 
@@ -109,294 +150,335 @@ class EntropyMeter:
         *,
         per: str = "channel",
         bins: int = 256,
-        range: tuple[float, float] | None = None,
+        range: tuple[float, float] | str | None = None,
         base: float = 2,
         name: str = "x",
     ) -> None:
         check_choice("kind", kind, KINDS)
         check_choice("per", per, PER)
-        least = 2 if range is None else 1  # the dyadic grid needs a bin on either side of 0
-        if isinstance(bins, bool) or not isinstance(bins, int) or not least <= bins <= ops.MAX_BINS:
-            raise ValueError(f"bins must be an integer from {least} to {ops.MAX_BINS}; got {bins!r}")
-        if not (0 < base < math.inf and base != 1):
-            raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
-        if range is not None and kind != "histogram":
-            raise ValueError(f"range={range!r} belongs to kind='histogram'; got kind={kind!r}")
-        if range is not None:
-            low, high = (float(v) for v in range)
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(f"range must be finite with low < high; got {range!r}")
-            range = (low, high)
-        self.kind, self.per, self.bins, self.range, self.base, self.name = kind, per, bins, range, base, name
+        # The dyadic grid needs a bin on either side of 0.
+        _check_options(bins, base, least=2 if range is None else 1)
+        range = _checked_range(range, kind)
+        bins = ops.CodeGrid.bins if range == "bfloat16" else bins
+        self._what = What(kind, per, bins, range)
+        if isinstance(range, tuple):
+            self._what.fixed_grid(1, torch.device("cpu"))  # raises where the edges are too near for `bins`
+        self.base, self.name = base, name
         self.updates = 0
-        # One row per sample for per="sample", else a single state; see _Gaussian and _Histogram.
-        self._parts: list[_Gaussian | _Histogram] = []
+        # With per="sample" a part for every update, until they are joined; else at most one.
+        self._parts: list[State] = []
+        self._watch = Watch()
+
+    @property
+    def kind(self) -> str:
+        """ "gaussian" or "histogram"."""
+        return self._what.kind
+
+    @property
+    def per(self) -> str:
+        """What has an entropy of its own."""
+        return self._what.per
+
+    @property
+    def bins(self) -> int:
+        """Bins of each histogram."""
+        return self._what.bins
+
+    @property
+    def range(self) -> tuple[float, float] | str | None:
+        """Where the bins are; None: they follow the data."""
+        return self._what.range
 
     def update(self, x: Tensor) -> EntropyMeter:
         """Add a batch. `x` is `[..., C]`, or `[B, ...]` for per="sample"; empty batches are allowed.
 
+        Nothing changes when this raises. On a CUDA device the host does not wait to learn whether all values are finite:
+        the error comes from a later call, at the latest from one that needs the result, and then from every call, since
+        the finite values of that batch have been added.
+
         Raises:
-            TypeError: `x` is no floating-point tensor.
-            ValueError: The number of channels changed.
+            TypeError: `x` is no floating-point tensor, or not the one that the options ask for.
+            ValueError: The number of channels changed, or values are beyond ±2^500.
             NonFiniteActivationError: NaN or infinity; names what was measured, the batch and the dtype.
         """
-        check_tensor("x", x)
-        if x.dim() == 0 or (x.dim() > 1 and x.shape[-1] == 0):
-            raise ValueError(f"{self.name}: x must be [..., C] with at least one channel; got shape {list(x.shape)}")
-        x = x.detach()
-        if self.per == "sample":
-            x = x.reshape(x.shape[0], -1).T
-        elif self.per == "layer":
-            x = x.reshape(-1, 1)
-        else:
-            x = x.reshape(-1, x.shape[-1])
-        batch, self.updates = self.updates, self.updates + 1
-        if x.numel() == 0:
-            return self
-        if x.device.type == "mps":  # Metal has no float64
-            x = x.cpu()
-        new = _Gaussian.of(x) if self.kind == "gaussian" else _Histogram.of(x, self.bins, self.range)
-        if not new.finite:
-            bad = int((~torch.isfinite(x)).sum())
-            if bad == 0:
-                raise ValueError(
-                    f"{self.name}: values up to {float(x.abs().max()):g} are too large to take statistics of"
-                )
-            raise NonFiniteActivationError(
-                f"{self.name}: {bad} of {x.numel()} values are NaN or infinite in batch {batch} "
-                f"({str(x.dtype).removeprefix('torch.')}). "
-                + ("Try bfloat16 or float32" if x.dtype == torch.float16 else "Check the weights and the input")
-            )
-        self._add(new)
+        update_together([self], [x])
         return self
 
-    def _add(self, new: _Gaussian | _Histogram) -> None:
-        if self.per == "sample" or not self._parts:
-            self._parts.append(new)
-            return
-        if new.channels != self._parts[0].channels:
-            raise ValueError(f"{self.name}: a batch with {new.channels} channels after {self._parts[0].channels}")
-        self._parts[0] = self._parts[0].merge(new)
+    def _accept(self, x: Tensor) -> Tensor:
+        """Check a batch; nothing is read yet."""
+        check_tensor("x", x)
+        if x.dim() == 0 or (x.shape[-1] == 0 and (x.dim() > 1 or self.per == "channel")):
+            raise ValueError(f"{self.name}: x must be [..., C] with at least one channel; got shape {list(x.shape)}")
+        if self.range == "bfloat16" and x.dtype != torch.bfloat16:
+            raise TypeError(f'{self.name}: range="bfloat16" counts values of that dtype; got {x.dtype}')
+        if self._parts and self.per == "channel" and x.shape[-1] != self.channels:
+            raise ValueError(f"{self.name}: a batch with {x.shape[-1]} channels after {self.channels}")
+        self._watch.settle(wait=False)
+        return x.detach().cpu() if x.device.type == "mps" else x.detach()  # Metal has no float64
+
+    def check(self) -> EntropyMeter:
+        """Wait for the device, so that what is wrong with the batches so far is told now and not later.
+
+        Raises:
+            NonFiniteActivationError: NaN or infinity; names what was measured, the batch and the dtype.
+        """
+        self._watch.settle(wait=True)
+        return self
 
     def merge(self, other: EntropyMeter) -> EntropyMeter:
         """Add what another meter of the same options has seen.
 
         Raises:
             ValueError: The other meter measures something else.
+            NonFiniteActivationError: Either has seen NaN or infinity.
         """
         if self._options() != other._options():
             raise ValueError(f"meters differ: {self._options()} and {other._options()}")
-        for part in other._parts:
-            self._add(part)
+        mine, theirs = self._state(), other._state()
+        if theirs is not None and mine is not None:
+            theirs = theirs.to(mine.device)
+            if self.per == "sample":
+                theirs = State.join((mine, theirs))
+            elif theirs.rows != mine.rows:
+                raise ValueError(f"{self.name}: a meter with {theirs.rows} channels after {mine.rows}")
+            else:
+                theirs = entropy_state.merge(self._what, mine, theirs)
+        if theirs is not None:
+            self._parts = [theirs]
         self.updates += other.updates
         return self
 
     def all_reduce(self, group: object = None) -> EntropyMeter:
-        """Merge the meters of all processes of `group`, in rank order, so that every rank ends with the same state."""
-        import torch.distributed as dist
+        """Merge the meters of all processes of `group`, in rank order, so that every rank ends with the same state.
 
-        states: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(states, self.state_dict(), group=group)
-        device = self._parts[0].device if self._parts else None
-        self.updates, self._parts = 0, []
-        for state in states:
-            other = EntropyMeter(**self._options(), name=self.name)
-            other.load_state_dict(state, device=device)
-            self.merge(other)
+        Ranks that have seen nothing take part. Counts are summed exactly, moments in float64.
+
+        Raises:
+            RuntimeError: There is no process group.
+            ValueError: The meters of two ranks differ in their options or channels; on every rank.
+            NonFiniteActivationError: A rank has seen NaN or infinity; on every rank.
+        """
+        state, problem = None, None
+        try:
+            state = self._state()
+        except ValueError as error:
+            problem = str(error)
+        state, updates = entropy_exchange.all_reduce(self._what, state, self._options(), self.updates, problem, group)
+        self._parts, self.updates = [] if state is None else [state], updates
         return self
+
+    def _state(self) -> State | None:
+        """All that was seen, which is known to be finite; None: nothing."""
+        self._watch.settle(wait=True)
+        if len(self._parts) > 1:
+            self._parts = [State.join(self._parts)]
+        return self._parts[0] if self._parts else None
 
     @property
     def count(self) -> int:
         """Samples seen per channel; for per="sample", values per sample of the first batch."""
-        return self._parts[0].count if self._parts else 0
+        return int(self._parts[0].moments[0, 0]) if self._parts else 0
 
     @property
     def channels(self) -> int:
         """How many entropies `compute` gives."""
-        return sum(part.channels for part in self._parts)
+        return sum(part.rows for part in self._parts)
 
     @property
     def constant_channels(self) -> int:
         """How many channels do not change (Gaussian: by less than `STD_FLOOR`, which they are given instead)."""
-        return sum(int(part.constant().sum()) for part in self._parts)
+        state = self._state()
+        if state is None:
+            return 0
+        if self.kind == "gaussian":
+            return int((entropy_state.std(state) < STD_FLOOR).sum())
+        return int((state.moments[:, 3] == state.moments[:, 4]).sum())
 
-    def compute(self, *, constant: bool = False, differential: bool = False) -> Tensor:
+    def moments(self) -> ops.Moments:
+        """Count, mean, M2, smallest and largest value of each channel, layer or sample.
+
+        Raises:
+            ValueError: Nothing was seen.
+        """
+        return ops.Moments.unpacked(self._some_state().moments)
+
+    def counts(self) -> tuple[Tensor, ops.Grid | ops.CodeGrid]:
+        """int64 `[K, bins]`, and the bins; of a dyadic grid the one that follows from each row's extrema alone.
+
+        Raises:
+            ValueError: This is a Gaussian meter, or nothing was seen.
+        """
+        self._check_kind("histogram")
+        state = entropy_state.canonical(self._what, self._some_state())
+        return state.counts, entropy_state.grid_of(self._what, state)
+
+    def compute(
+        self,
+        kind: str | None = None,
+        *,
+        constant: bool = False,
+        differential: bool = False,
+        miller_madow: bool = False,
+    ) -> Tensor:
         """The entropies, float64: `[C]`, `[1]` for per="layer", `[samples]` for per="sample".
 
         Args:
+            kind: "gaussian" or "histogram"; None: that of the meter. A histogram meter can give both.
             constant: Gaussian: add ½ log(2πe).
-            differential: Histogram: add the logarithm of each channel's bin width, which makes entropies of different
-                grids comparable (an estimate of the differential entropy).
+            differential: Histogram: add the logarithm of the bin width, which makes entropies of different grids
+                comparable (an estimate of the differential entropy).
+            miller_madow: Histogram: add (occupied bins − 1) / 2N nats, the first term of the bias of N samples.
 
         Raises:
-            ValueError: Fewer than two samples, every channel is constant (Gaussian), or nothing fell inside `range`.
+            ValueError: Fewer than two samples, every channel is constant (Gaussian), nothing fell inside `range`, or the
+                meter keeps no counts.
+            NonFiniteActivationError: On a CUDA device: a batch held NaN or infinity.
         """
-        if self.count < 2:
-            raise ValueError(f"{self.name}: an entropy needs at least two samples per channel; got {self.count}")
-        if self.kind == "histogram":
-            return torch.cat([part.entropy(self.base, differential, self.name) for part in self._parts])
-        dead, channels = self.constant_channels, self.channels
-        if dead == channels:
-            raise ValueError(f"{self.name}: all {channels} channels are constant over {self.count} samples")
+        kind = self.kind if kind is None else kind
+        check_choice("kind", kind, KINDS)
+        self._check_kind(kind)
+        self._check_samples()
+        if kind == "gaussian":
+            self._warn_of_constants()
+            return entropy_state.gaussian_entropies(self._state(), self.base, constant)
+        counts, grid = self.counts()
+        self._warn_of_outside(counts)
+        return entropy_state.histogram_entropies(
+            counts, grid, self.base, differential=differential, miller_madow=miller_madow
+        )
+
+    def _check_kind(self, kind: str) -> None:
+        if kind == "histogram" and self.kind != "histogram":
+            raise ValueError(f'{self.name}: a Gaussian meter keeps no counts; make it with kind="histogram"')
+
+    def _some_state(self) -> State:
+        state = self._state()
+        if state is None:
+            raise ValueError(f"{self.name}: nothing was measured yet; call update first")
+        return state
+
+    def _check_samples(self) -> None:
+        state = self._state()
+        fewest = 0 if state is None else int(state.moments[:, 0].min())
+        if fewest < 2:
+            raise ValueError(f"{self.name}: an entropy needs at least two samples per channel; got {fewest}")
+
+    def _warn_of_constants(self) -> None:
+        state = self._state()
+        dead, rows = int((entropy_state.std(state) < STD_FLOOR).sum()), state.rows
+        if dead == rows:
+            raise ValueError(f"{self.name}: all {rows} channels are constant over {self.count} samples")
         if dead:
             warnings.warn(
-                f"{self.name}: {dead} of {channels} channels are constant over {self.count} samples; their standard "
+                f"{self.name}: {dead} of {rows} channels are constant over {self.count} samples; their standard "
                 f"deviation is taken as 2^{math.log2(STD_FLOOR):.0f}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return torch.cat([part.entropy(self.base, constant) for part in self._parts])
+
+    def _warn_of_outside(self, counts: Tensor) -> None:
+        empty = int((counts.sum(1) == 0).sum())
+        if empty:
+            raise ValueError(
+                f"{self.name}: no value of {empty} of {len(counts)} channels fell inside the range; widen it"
+            )
+        lost = int(self._state().outside.sum())
+        if lost:
+            warnings.warn(f"{self.name}: {lost} values fell outside the range and were not counted", stacklevel=3)
 
     def _options(self) -> dict:
         return {name: getattr(self, name) for name in ("kind", "per", "bins", "range", "base")}
 
     def state_dict(self) -> dict:
-        """Everything seen so far, as tensors on the CPU and plain values."""
-        return {"options": self._options(), "updates": self.updates, "parts": [p.state() for p in self._parts]}
+        """Everything seen so far, as tensors on the CPU and plain values.
+
+        The same data gives the same counts and grid, however it was split, ordered or merged.
+
+        Raises:
+            NonFiniteActivationError: On a CUDA device: a batch held NaN or infinity.
+        """
+        return entropy_storage.pack(self._what, self._state(), self._options(), self.updates)
 
     def load_state_dict(self, state: dict, *, device: torch.device | str | None = None) -> None:
         """Replace what was seen by a `state_dict` of a meter with the same options.
 
         Raises:
-            ValueError: The options differ.
+            ValueError: The options differ, or the state is damaged or none of a meter; nothing has changed then.
         """
-        if state["options"] != self._options():
-            raise ValueError(f"the state belongs to {state['options']}, this meter is {self._options()}")
-        cls = _Gaussian if self.kind == "gaussian" else _Histogram
-        self._parts = [cls.from_state(part, device) for part in state["parts"]]
-        self.updates = state["updates"]
+        restored, updates = entropy_storage.unpack(self._what, state, self._options())
+        self._parts = [] if restored is None else [restored.to(device)]
+        self.updates, self._watch = updates, Watch()
 
-
-class _Gaussian:
-    """Count, mean and M2 = Σ (x − mean)² of each channel, in float64."""
-
-    def __init__(self, count: int, mean: Tensor, m2: Tensor) -> None:
-        self.count, self.mean, self.m2 = count, mean, m2
+    def save(self, path: str | Path) -> None:
+        """Write the meter to a file, atomically: a process that is killed leaves the last file that was complete."""
+        entropy_storage.write(path, self.name, self.state_dict())
 
     @classmethod
-    def of(cls, x: Tensor) -> _Gaussian:
-        rows = max(1, _CHUNK // max(1, x.shape[1]))
-        total = None
-        for chunk in x.split(rows):
-            chunk = chunk.double()
-            # Two passes over shifted values: a plain sum of squares loses a small σ beside a large mean, and the shift
-            # by the first row makes the M2 of a constant channel exactly zero.
-            first = chunk[0]
-            chunk = chunk - first
-            mean = chunk.mean(0)
-            part = cls(chunk.shape[0], first + mean, (chunk - mean).square_().sum(0))
-            total = part if total is None else total.merge(part)
-        return total
+    def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> EntropyMeter:
+        """Read what `save` wrote.
 
-    def merge(self, other: _Gaussian) -> _Gaussian:
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
-        return _Gaussian(count, mean, m2)
-
-    def entropy(self, base: float, constant: bool) -> Tensor:
-        std = self._std().clamp_min(STD_FLOOR)
-        offset = 0.5 * math.log(2 * math.pi * math.e) if constant else 0.0
-        return (std.log() + offset) / math.log(base)
-
-    def constant(self) -> Tensor:
-        return self._std() < STD_FLOOR
-
-    def _std(self) -> Tensor:
-        return (self.m2 / max(1, self.count - 1)).sqrt()
-
-    @property
-    def finite(self) -> bool:
-        return bool(torch.isfinite(self.m2).all())
-
-    @property
-    def channels(self) -> int:
-        return self.mean.numel()
-
-    @property
-    def device(self) -> torch.device:
-        return self.mean.device
-
-    def state(self) -> dict:
-        return {"count": self.count, "mean": self.mean.cpu(), "m2": self.m2.cpu()}
-
-    @classmethod
-    def from_state(cls, state: dict, device: torch.device | str | None) -> _Gaussian:
-        return cls(state["count"], state["mean"].to(device), state["m2"].to(device))
+        Raises:
+            ValueError: The file is missing, damaged or something else; names it.
+        """
+        name, state = entropy_storage.read(path)
+        try:
+            meter = cls(**state["options"], name=name)
+            meter.load_state_dict(state, device=device)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no entropy meter that this version reads: {error}") from error
+        return meter
 
 
-class _Histogram:
-    """Counts per channel on a grid; on the dyadic grid the range grows with the data and neighbours merge."""
+def update_together(meters: Sequence[EntropyMeter], x: Sequence[Tensor]) -> None:
+    """Add a batch to each of several meters, as `update` would one by one, but in as few calls as possible.
 
-    def __init__(
-        self, count: int, counts: Tensor, outside: Tensor, grid: ops.Grid, extrema: tuple[Tensor, Tensor] | None
-    ) -> None:
-        # extrema is None for fixed edges, where the grid does not follow the data
-        self.count, self.counts, self.outside, self.grid, self.extrema = count, counts, outside, grid, extrema
+    Meters with the same kind, per, bins and range whose batches have one dtype and device are updated in one call.
 
-    @classmethod
-    def of(cls, x: Tensor, bins: int, range: tuple[float, float] | None) -> _Histogram:
-        extrema = None
-        if range is None:
-            extrema = ops.extrema(x)
-            grid = ops.dyadic_grid(*(torch.nan_to_num(e) for e in extrema), bins)
+    Args:
+        meters: Different meters.
+        x: A batch for each.
+
+    Raises:
+        ValueError: The lengths differ, or a meter comes twice.
+        TypeError, ValueError, NonFiniteActivationError: As for `EntropyMeter.update`; no meter has changed then.
+    """
+    meters, batches = list(meters), list(x)
+    if len(meters) != len(batches):
+        raise ValueError(f"every meter needs its batch; got {len(meters)} meters and {len(batches)} tensors")
+    if len({id(meter) for meter in meters}) < len(meters):
+        raise ValueError("a meter comes twice; update it with one batch after the other")
+    batches = [meter._accept(batch) for meter, batch in zip(meters, batches, strict=True)]
+    groups: dict[tuple, list[tuple[EntropyMeter, Tensor]]] = {}
+    for meter, batch in zip(meters, batches, strict=True):
+        if batch.numel():
+            first = meter.per == "sample" or not meter._parts
+            groups.setdefault((meter._what, batch.dtype, batch.device, first), []).append((meter, batch))
+    results = [(group, _absorbed(group, *key)) for key, group in groups.items()]
+    for group, (states, expected) in results:
+        for i, (meter, _) in enumerate(group):
+            if meter.per == "sample":
+                meter._parts.append(states[i])
+            else:
+                meter._parts = [states[i]]
+            if expected is not None:
+                meter._watch.add(*(part[i] for part in expected[:2]), expected[2])
+    for meter in meters:
+        meter.updates += 1
+
+
+def _absorbed(
+    group: list[tuple[EntropyMeter, Tensor]], what: What, dtype: torch.dtype, device: torch.device, first: bool
+) -> tuple[list[State], tuple | None]:
+    """The new states, and where the host cannot look yet, what to watch: batches, their flags, the flags' arrival."""
+    batches = [Batch(meter.name, meter.updates, x.numel(), dtype) for meter, x in group]
+    expected = None
+
+    def inspect(flags: Tensor) -> None:
+        nonlocal expected
+        if entropy_state.host_may_look(device):
+            for batch, row in zip(batches, flags, strict=True):
+                batch.check(row)
         else:
-            low, high = (torch.full((x.shape[1],), v, dtype=torch.float64, device=x.device) for v in range)
-            grid = ops.uniform_grid(low, high, bins)
-        result = ops.histogram(x, grid)
-        return cls(x.shape[0], result.counts, result.outside, grid, extrema)
+            expected = (batches, *entropy_state.send_to_host(flags))
 
-    def merge(self, other: _Histogram) -> _Histogram:
-        count, outside = self.count + other.count, self.outside + other.outside
-        if self.extrema is None:
-            return _Histogram(count, self.counts + other.counts, outside, self.grid, None)
-        low = torch.minimum(self.extrema[0], other.extrema[0])
-        high = torch.maximum(self.extrema[1], other.extrema[1])
-        grid = ops.dyadic_grid(low, high, self.grid.bins)
-        counts = sum(ops.regrid(part.counts, part.grid, grid) for part in (self, other))
-        return _Histogram(count, counts, outside, grid, (low, high))
-
-    def entropy(self, base: float, differential: bool, name: str) -> Tensor:
-        inside = self.counts.sum(1, keepdim=True)
-        empty = int((inside == 0).sum())
-        if empty:
-            raise ValueError(f"{name}: no value of {empty} of {len(inside)} channels fell inside the range; widen it")
-        lost = int(self.outside[:, :2].sum())
-        if lost:
-            warnings.warn(f"{name}: {lost} values fell outside the range and were not counted", stacklevel=3)
-        p = self.counts.double() / inside
-        entropy = -torch.special.xlogy(p, p).sum(1)
-        if differential:
-            entropy = entropy + self.grid.width.log()
-        return entropy / math.log(base)
-
-    def constant(self) -> Tensor:
-        return (self.counts > 0).sum(1) <= 1 if self.extrema is None else self.extrema[0] == self.extrema[1]
-
-    @property
-    def finite(self) -> bool:
-        # The dyadic grid follows the data: what it cannot hold is not finite, or beyond its largest magnitude.
-        return not bool(self.outside[:, 0 if self.extrema is not None else 2 :].any())
-
-    @property
-    def channels(self) -> int:
-        return self.counts.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.counts.device
-
-    def state(self) -> dict:
-        return {
-            "count": self.count,
-            "counts": self.counts.cpu(),
-            "outside": self.outside.cpu(),
-            "packed_grid": self.grid.packed().cpu(),
-            "extrema": None if self.extrema is None else tuple(e.cpu() for e in self.extrema),
-        }
-
-    @classmethod
-    def from_state(cls, state: dict, device: torch.device | str | None) -> _Histogram:
-        grid = ops.Grid(*state["packed_grid"].to(device).unbind(1), bins=state["counts"].shape[1])
-        extrema = None if state["extrema"] is None else tuple(e.to(device) for e in state["extrema"])
-        return cls(state["count"], state["counts"].to(device), state["outside"].to(device), grid, extrema)
+    before = None if first else [meter._parts[0].to(device) for meter, _ in group]
+    return entropy_state.absorb(what, [x for _, x in group], before, inspect), expected

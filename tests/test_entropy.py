@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from entropy_support import MODES, assert_same, sample
+from histogram_support import both_backends, counting_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lambda_kernels import EntropyMeter, NonFiniteActivationError, gaussian_entropy, histogram_entropy
-from lambda_kernels.entropy import STD_FLOOR
-
-
-def sample(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.logspace(-2, 2, shape[-1], base=10, dtype=torch.float64)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + 3).to(dtype)
+from lambda_kernels import EntropyMeter, NonFiniteActivationError, entropy_state, gaussian_entropy, histogram_entropy
+from lambda_kernels.entropy import PER, STD_FLOOR, update_together
+from lambda_kernels.ops import histogram as ops
 
 
 def test_gaussian_is_log_sigma():
@@ -42,30 +36,49 @@ def test_small_spread_beside_a_large_mean():
     assert float(gaussian_entropy(x)) == pytest.approx(float(np.log2(x.numpy().std(ddof=1))), rel=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@both_backends
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("mode", MODES)
+@settings(deadline=None, max_examples=15)
 @given(
-    cuts=st.lists(st.integers(0, 300), max_size=6),
+    cuts=st.lists(st.integers(0, 60), max_size=6),
     order=st.randoms(use_true_random=False),
-    kind=st.sampled_from(["gaussian", "histogram"]),
-    per=st.sampled_from(["channel", "layer"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    bins=st.integers(2, 300),
 )
-def test_any_split_and_order_gives_the_same(cuts, order, kind, per):
-    x = sample(300, 5)
-    bounds = [0, *sorted(cuts), 300]
-    parts = [x[a:b] for a, b in itertools.pairwise(bounds)]
-    order.shuffle(parts)
-    whole = EntropyMeter(kind, per=per, bins=32).update(x)
-    streamed = EntropyMeter(kind, per=per, bins=32)
-    meters = [EntropyMeter(kind, per=per, bins=32) for _ in range(2)]
-    for number, part in enumerate(parts):
-        streamed.update(part)
-        meters[number % 2].update(part)
-    merged = meters[0].merge(meters[1])
-    for meter in (streamed, merged):
-        assert meter.count == whole.count
-        assert torch.allclose(meter.compute(), whole.compute(), rtol=1e-12, atol=1e-13)
-        if kind == "histogram":
-            assert torch.equal(meter._parts[0].counts, whole._parts[0].counts)
+def test_any_split_and_order_gives_the_same(backend, mode, per, cuts, order, dtype, bins):
+    options = {**MODES[mode], "per": per, "bins": bins}
+    x = sample(60, 2, 5, dtype=torch.bfloat16 if mode == "codes" else dtype)
+    parts = [x[a:b] for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), 60], strict=True)]
+    if per != "sample":  # which keeps their order
+        order.shuffle(parts)
+    with counting_with(backend):
+        whole = EntropyMeter(**options).update(x)
+        streamed, first, second = (EntropyMeter(**options) for _ in range(3))
+        together = [EntropyMeter(**options) for _ in range(2)]
+        for number, part in enumerate(parts):
+            streamed.update(part)
+            (first if 2 * number < len(parts) else second).update(part)
+            update_together(together, [part, part.flip(-1)])
+        for meter in (streamed, first.merge(second), together[0]):
+            assert_same(meter, whole)
+        assert_same(together[1], EntropyMeter(**options).update(x.flip(-1)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.floats(width=32), min_size=1, max_size=6), min_size=2, max_size=6), st.integers(2, 40))
+def test_ranges_that_grow_by_any_factor(batches, bins):
+    """From 1e-45 to 3e38 in one meter, both signs, and the counts are those of all values at once."""
+    batches = [torch.tensor(batch).nan_to_num(0.0, 0.0, 0.0).reshape(-1, 1) for batch in batches]
+    x = torch.cat(batches)
+    meter = EntropyMeter("histogram", bins=bins)
+    for batch in batches:
+        meter.update(batch)
+    counts, grid = meter.counts()
+    final = ops.dyadic_grid(*ops.extrema(x), bins)
+    assert torch.equal(grid.packed()[:, :3], final.packed()[:, :3])
+    assert torch.equal(counts, ops.histogram(x, final).counts)
+    assert counts.sum() == len(x)
 
 
 @pytest.mark.parametrize("bins", [1, 10, 256])
@@ -76,6 +89,73 @@ def test_histogram_with_fixed_edges_is_numpys(bins):
         counts, _ = np.histogram(x[:, channel].numpy(), bins=bins, range=(low, high))
         p = counts[counts > 0] / counts.sum()
         assert got == pytest.approx(float(-(p * np.log2(p)).sum()), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 256])
+def test_minmax_is_numpys_default_range(bins):
+    x = sample(1000, 3, dtype=torch.float64)
+    x[:, 2] = torch.randint(0, 9, (1000,), generator=torch.Generator().manual_seed(0))
+    for channel, got in enumerate(histogram_entropy(x, bins=bins, range="minmax").tolist()):
+        counts, _ = np.histogram(x[:, channel].numpy(), bins=bins)
+        p = counts[counts > 0] / counts.sum()
+        assert got == pytest.approx(float(-(p * np.log2(p)).sum()), rel=1e-9, abs=1e-12)
+    assert float(histogram_entropy(torch.full((9, 1), 1e30), range="minmax")) == 0.0
+    with pytest.raises(NonFiniteActivationError, match="1 of 3 values"):
+        histogram_entropy(torch.tensor([[1.0], [math.nan], [2.0]]), range="minmax")
+    with pytest.raises(ValueError, match="got 1"):
+        histogram_entropy(torch.zeros(1, 4), range="minmax")
+    with pytest.raises(ValueError, match=r"bins.*0"):
+        histogram_entropy(x, bins=0, range="minmax")
+
+
+def test_codes_count_every_value():
+    x = sample(3000, 4, dtype=torch.bfloat16)
+    for channel, got in enumerate(histogram_entropy(x, range="bfloat16").tolist()):
+        counts = np.unique(x[:, channel].double().numpy(), return_counts=True)[1]
+        p = counts / counts.sum()
+        assert got == pytest.approx(float(-(p * np.log2(p)).sum()), rel=1e-12)
+    meter = EntropyMeter("histogram", bins=7, range="bfloat16").update(x)
+    assert meter.bins == 10240
+    counts, grid = meter.counts()
+    assert isinstance(grid, ops.CodeGrid)
+    later = ops.dyadic_grid(*ops.extrema(x), 100)
+    assert torch.equal(ops.regrid_codes(counts, later)[0], EntropyMeter("histogram", bins=100).update(x).counts()[0])
+
+
+@both_backends
+def test_miller_madow(backend):
+    x = torch.tensor([0.0] * 5 + [1.0] * 2 + [3.0]).unsqueeze(1)
+    p = np.array([5, 2, 1]) / 8
+    nats = -(p * np.log(p)).sum() + (3 - 1) / (2 * 8)
+    with counting_with(backend):
+        assert float(histogram_entropy(x, bins=4, base=math.e, miller_madow=True)) == pytest.approx(nats, rel=1e-14)
+        bits = histogram_entropy(x, bins=4, miller_madow=True)
+        assert float(bits) == pytest.approx(nats / math.log(2), rel=1e-14)
+        meter = EntropyMeter("histogram", range=(0.5, 4.0), bins=10).update(x)
+        with pytest.warns(UserWarning, match="5 values fell outside"):
+            inside = meter.compute(miller_madow=True)
+    p = np.array([2, 1]) / 3
+    assert float(inside) == pytest.approx(-(p * np.log2(p)).sum() + (2 - 1) / (2 * 3) / math.log(2), rel=1e-14)
+
+
+def test_both_estimates_from_one_meter():
+    x = sample(500, 3)
+    meter = EntropyMeter("histogram", base=math.e).update(x[:200]).update(x[200:])
+    sigma = x.double().numpy().std(0, ddof=1)
+    formula = 0.5 * np.log(2 * np.pi * np.e) + np.log(sigma)
+    assert np.allclose(meter.compute("gaussian", constant=True).numpy(), formula, rtol=1e-12)
+    assert torch.equal(meter.compute("histogram"), meter.compute())
+    assert np.allclose(meter.moments().std.numpy(), sigma, rtol=1e-12)
+    assert meter.moments().count.tolist() == [500] * 3
+    with pytest.raises(ValueError, match="x: a Gaussian meter keeps no counts"):
+        EntropyMeter().update(x).compute("histogram")
+    with pytest.raises(ValueError, match="a Gaussian meter keeps no counts"):
+        EntropyMeter().update(x).counts()
+    with pytest.raises(ValueError, match="kind must be one of"):
+        meter.compute("normal")
+    for ask in (EntropyMeter("histogram").counts, EntropyMeter().moments):
+        with pytest.raises(ValueError, match="nothing was measured yet"):
+            ask()
 
 
 def test_known_histograms():
@@ -91,6 +171,8 @@ def test_differential_histogram_estimates_the_gaussian():
     meter = EntropyMeter("histogram", bins=256).update(x)
     truth = float(gaussian_entropy(x, constant=True))
     assert float(meter.compute(differential=True)) == pytest.approx(truth, abs=0.01)
+    codes = EntropyMeter("histogram", range="bfloat16").update(x.bfloat16())
+    assert float(codes.compute(differential=True)) == pytest.approx(truth, abs=0.02)
     # other grids, same quantity: the plain entropy differs by a bit for every halving of the width
     fine = EntropyMeter("histogram", bins=1024).update(x)
     assert float(fine.compute(differential=True)) == pytest.approx(truth, abs=0.02)
@@ -134,6 +216,10 @@ def test_constant_channels_are_floored_counted_and_reported():
     assert bool(torch.isfinite(entropy).all())
     with pytest.raises(ValueError, match="all 2 channels are constant"):
         gaussian_entropy(torch.ones(10, 2))
+    histogram = EntropyMeter("histogram").update(x)
+    assert histogram.constant_channels == 1
+    with pytest.warns(UserWarning, match="1 of 4 channels are constant"):
+        assert torch.allclose(histogram.compute("gaussian"), entropy, rtol=1e-12)
 
 
 def test_too_few_samples():
@@ -151,12 +237,22 @@ def test_too_few_samples():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite_is_named(kind, bad):
     meter = EntropyMeter(kind, name="blocks[2].mlp").update(sample(8, 3))
+    other = EntropyMeter(kind, name="blocks[3].mlp")
     before = meter.compute()
     x = sample(8, 3).half()
     x[3, 1] = bad
-    with pytest.raises(NonFiniteActivationError, match=r"blocks\[2\]\.mlp: 1 of 24 .* batch 1 \(float16\).*bfloat16"):
+    words = r"blocks\[2\]\.mlp: 1 of 24 .* batch 1 \(float16\).*bfloat16"
+    with pytest.raises(NonFiniteActivationError, match=words):
         meter.update(x)
+    with pytest.raises(NonFiniteActivationError, match=words):
+        update_together([other, meter], [sample(8, 3).half(), x])
     assert torch.equal(meter.compute(), before)
+    assert (meter.updates, other.updates, other.count) == (1, 0, 0)
+    with pytest.raises(
+        NonFiniteActivationError, match=r"blocks\[3\]\.mlp: 6 of 6 values .* batch 0 \(float32\). Check"
+    ):
+        other.update(torch.full((2, 3), bad))
+    assert other.update(sample(8, 3)).count == 8
 
 
 def test_values_outside_the_range_are_reported():
@@ -165,21 +261,6 @@ def test_values_outside_the_range_are_reported():
         assert float(meter.compute()) == 1.0
     with pytest.raises(ValueError, match="no value of 1 of 1 channels"):
         histogram_entropy(torch.full((3, 1), 9.0), range=(0.0, 1.0))
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "histogram"])
-def test_state_round_trip(kind, tmp_path):
-    meter = EntropyMeter(kind, bins=16).update(sample(10, 3))
-    torch.save(meter.state_dict(), tmp_path / "state.pt")
-    other = EntropyMeter(kind, bins=16)
-    other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(other.update(sample(9, 3, seed=1)).compute(), meter.update(sample(9, 3, seed=1)).compute())
-    with pytest.raises(ValueError, match="belongs to"):
-        EntropyMeter(kind, bins=17).load_state_dict(meter.state_dict())
-    with pytest.raises(ValueError, match="meters differ"):
-        EntropyMeter(kind, bins=17).merge(meter)
-    with pytest.raises(ValueError, match="4 channels after 3"):
-        meter.update(sample(9, 4))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +277,11 @@ def test_state_round_trip(kind, tmp_path):
         ({"range": (1.0, 1.0)}, "range"),
         ({"range": (0.0, math.inf)}, "range"),
         ({"base": 1}, "base.*1"),
+        ({"kind": "histogram", "range": (0.0, 1e-320)}, "far enough apart for 256 bins"),
+        ({"kind": "histogram", "range": "minmax"}, "use histogram_entropy"),
+        ({"kind": "histogram", "range": "float16"}, "'float16'"),
+        ({"kind": "histogram", "range": 3.0}, r"None, \(low, high\) or \"bfloat16\"; got 3.0"),
+        ({"kind": "histogram", "range": (0.0, 1.0, 2.0)}, r"got \(0.0, 1.0, 2.0\)"),
     ],
 )
 def test_wrong_options(options, words):
@@ -217,28 +303,134 @@ def test_wrong_input():
             EntropyMeter(kind).update(torch.tensor([[1e200], [-1e200]], dtype=torch.float64))
     with pytest.raises(ValueError, match="dim=2"):
         gaussian_entropy(torch.zeros(3, 3), dim=2)
+    with pytest.raises(TypeError, match=r'range="bfloat16" counts values of that dtype; got torch.float32'):
+        EntropyMeter("histogram", range="bfloat16").update(torch.ones(3, 2))
+    meter = EntropyMeter().update(sample(9, 3))
+    with pytest.raises(ValueError, match="4 channels after 3"):
+        meter.update(sample(9, 4))
+    with pytest.raises(ValueError, match="4 channels after 3"):
+        meter.merge(EntropyMeter().update(sample(9, 4)))
+    with pytest.raises(ValueError, match="meters differ"):
+        meter.merge(EntropyMeter(bins=17))
+    with pytest.raises(ValueError, match="2 meters and 1 tensors"):
+        update_together([meter, EntropyMeter()], [sample(9, 3)])
+    with pytest.raises(ValueError, match="comes twice"):
+        update_together([meter, meter], [sample(9, 3)] * 2)
+    assert (meter.updates, meter.count) == (1, 9)
 
 
-def test_all_reduce_over_two_processes(tmp_path):
-    code = """
-import sys, torch, torch.distributed as dist
-from lambda_kernels import EntropyMeter
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-x = torch.randn(101, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-for kind in ("gaussian", "histogram"):
-    whole = EntropyMeter(kind).update(x).compute()
-    meter = EntropyMeter(kind).update(x[:30] if rank == 0 else x[30:]).all_reduce()
-    assert meter.count == 101
-    assert torch.allclose(meter.compute(), whole, rtol=1e-12, atol=0), (kind, meter.compute() - whole)
-dist.destroy_process_group()
-"""
-    command = [sys.executable, "-c", code]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "rendezvous")], env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+def test_many_meters_of_all_kinds_in_few_calls(monkeypatch):
+    """What can share a call does, and every meter gets what it would have got alone."""
+    calls = []
+    monkeypatch.setattr(
+        entropy_state, "histogram", lambda x, *a, **k: calls.append(len(x)) or ops.histogram(x, *a, **k)
+    )
+    shapes = [(8, 5, 3), (4, 3), (20, 6)]
+    options = [{**MODES[mode], "per": per, "bins": 16} for mode in ("gaussian", "dyadic", "fixed") for per in PER]
+    together, alone, batches = [], [], []
+    for option in options:
+        for shape in shapes:
+            together.append(EntropyMeter(**option))
+            alone.append(EntropyMeter(**option))
+            batches.append([sample(*shape, seed=seed) * 4**seed for seed in range(3)])
+    for number in range(3):
+        calls.clear()
+        update_together(together, [batch[number] for batch in batches])
+        # A call for each of nine options; first batches of dyadic meters, and ranges that grew, are read again.
+        assert calls == [3] * len(calls)
+        assert 9 <= len(calls) <= 12
+    for meter, other, batch in zip(together, alone, batches, strict=True):
+        for x in batch:
+            other.update(x)
+        assert_same(meter, other)
+        assert meter.updates == 3
+
+
+class Arrival:
+    """Stands for the event after which a copy from the device has arrived."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def query(self) -> bool:
+        return self.happened
+
+    def synchronize(self) -> None:
+        self.happened = True
+
+
+@pytest.fixture
+def arrivals(monkeypatch) -> list[Arrival]:
+    """The host may not look at values, as on a CUDA device; it learns of them when an arrival happens."""
+    sent = []
+    monkeypatch.setattr(entropy_state, "host_may_look", lambda device: False)
+    monkeypatch.setattr(entropy_state, "send_to_host", lambda flags: (flags, sent.append(Arrival()) or sent[-1]))
+    return sent
+
+
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("mode", MODES)
+def test_without_looking_the_result_is_the_same(mode, per, arrivals, monkeypatch):
+    options = {**MODES[mode], "per": per, "bins": 24}
+    batches = [sample(9, 2, 4, seed=seed, dtype=torch.bfloat16) * 3**seed for seed in range(4)]
+    unseen = [EntropyMeter(**options) for _ in range(2)]
+    for batch in batches:
+        update_together(unseen, [batch, batch])
+    assert len(arrivals) == 4
+    monkeypatch.setattr(entropy_state, "host_may_look", lambda device: True)
+    looked = EntropyMeter(**options)
+    for batch in batches:
+        looked.update(batch)
+    for meter in unseen:
+        assert_same(meter, looked)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_not_finite_is_named_when_it_is_learnt(mode, arrivals):
+    good = sample(8, 3, dtype=torch.bfloat16)
+    bad = good.clone()
+    bad[2, 0], bad[3, 1] = math.nan, math.inf
+    fine, meter = EntropyMeter(**MODES[mode]), EntropyMeter(**MODES[mode], name="blocks[1].attn")
+    update_together([fine, meter], [good, good])
+    update_together([fine, meter], [good, bad])
+    meter.update(good)
+    arrivals[0].happened = True
+    meter.update(good)
+    words = r"blocks\[1\]\.attn: 2 of 24 values are NaN or infinite in batch 1 \(bfloat16\)"
+    arrivals[1].happened = True
+    with pytest.raises(NonFiniteActivationError, match=words):
+        meter.update(good)
+    # From then on by every call, since the result would lack those values.
+    for call in (meter.compute, meter.state_dict, lambda: meter.merge(fine), lambda: fine.merge(meter)):
+        with pytest.raises(NonFiniteActivationError, match=words):
+            call()
+    with pytest.raises(NonFiniteActivationError, match=words):
+        update_together([fine, meter], [good, good])
+    assert (meter.updates, fine.updates, fine.count) == (4, 2, 16)
+    assert meter._parts[0].moments.nan_to_num(math.inf).isfinite().all()
+    meter.load_state_dict(fine.state_dict())
+    assert_same(meter, fine)
+
+
+def test_the_result_waits_for_what_was_not_learnt(arrivals):
+    meter = EntropyMeter("histogram").update(sample(8, 3))
+    meter.update(torch.full((2, 3), math.nan))
+    with pytest.raises(NonFiniteActivationError, match=r"6 of 6 values .* batch 1"):
+        meter.compute()
+    large = EntropyMeter().update(torch.full((2, 1), -1e200, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"1e\+200 are too large"):
+        large.compute()
+
+
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("mode", MODES)
+def test_updates_on_a_gpu_read_no_value(mode, per, monkeypatch):
+    """Fake tensors have no values: whoever asks for one, and so would wait for the device, gets an error."""
+    monkeypatch.setattr(entropy_state, "send_to_host", lambda flags: (flags, Arrival()))
+    meters = [EntropyMeter(**MODES[mode], per=per) for _ in range(2)]
+    with counting_with("torch"), FakeTensorMode():
+        for _ in range(3):
+            update_together(meters, [torch.empty(4, 5, 3, dtype=torch.bfloat16, device="cuda") for _ in meters])
+        assert meters[0]._parts[0].device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            meters[0].moments().count.tolist()

@@ -1,18 +1,13 @@
-"""Batched histograms: one per channel of `x` [N, C], with integer counts that are the same on every device.
+"""Batched histograms and moments: of each channel, layer or sample of many tensors in one read.
 
-A value's bin is `floor((value − anchor) · inv_width) − first`, in float64, with one rounding per operation; a channel's
-four numbers make up its row of the grid. Two kinds of grid are made here:
-
-- fixed edges (`uniform_grid`): `bins` equal bins on [lo, hi], the last one closed, as numpy has them;
-- dyadic (`dyadic_grid`): bins of width 2^k anchored at 0. These grids nest, so when the range of the data grows,
-  neighbouring bins merge (`regrid`) and the counts are those that the final grid would have given from the start,
-  however the data was split and in whatever order it came.
+Counts are integers and the same on every device, whatever backend counts; where the bins are is in `grids.py`. The
+finite values' number, mean, spread and extrema can come from the same read.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +17,41 @@ from .. import _extension
 from .. import reference as twin
 from ..errors import BackendUnavailableError
 from .checks import FLOATING, check_choice, check_same_device, check_tensor
+from .grids import (
+    MAX_BINS,
+    CodeGrid,
+    Grid,
+    bfloat16_codes,
+    dyadic_grid,
+    regrid,
+    regrid_codes,
+    uniform_grid,
+)
+from .moments import Moments
+
+__all__ = [
+    "BACKENDS",
+    "MAX_BINS",
+    "PER",
+    "CodeGrid",
+    "Grid",
+    "Histogram",
+    "HistogramFallbackWarning",
+    "Moments",
+    "bfloat16_codes",
+    "dyadic_grid",
+    "extrema",
+    "histogram",
+    "histogram_backend",
+    "moments",
+    "regrid",
+    "regrid_codes",
+    "rows_of",
+    "uniform_grid",
+]
 
 BACKENDS = ("auto", "extension", "torch")
-MAX_BINS = 65536
-
-# The dyadic grid. Bin indices stay below 2^41, exact in float64 and int64; 2^-149 is the finest step of float32.
-_INDEX_BITS = 40
-_FINEST_EXPONENT = -149
-# Beyond this a float64 times a power of two may leave the normal numbers, and grids would no longer nest.
-_LARGEST_MAGNITUDE = 2.0**500
-
-_CHUNK_ELEMENTS = 1 << 22
+PER = twin.PER
 
 
 class HistogramFallbackWarning(RuntimeWarning):
@@ -40,237 +59,22 @@ class HistogramFallbackWarning(RuntimeWarning):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The bins of each channel.
-
-    Attributes:
-        anchor: float64 [C], in units of the values: where bins are counted from.
-        inv_width: float64 [C]: bins per unit.
-        first: float64 [C], whole numbers: index, from the anchor, of the first bin that is kept.
-        closed_hi: float64 [C]: the last bin's upper edge where that edge belongs to the bin; NaN where it does not.
-        bins: Bins per channel, 1 to 65536.
-
-    Raises:
-        TypeError: A tensor is not float64, or `bins` is not an int.
-        ValueError: The shapes or devices differ, or `bins` is out of range.
-    """
-
-    anchor: Tensor
-    inv_width: Tensor
-    first: Tensor
-    closed_hi: Tensor
-    bins: int
-
-    def __post_init__(self) -> None:
-        _check_bins(self.bins)
-        tensors = {name: getattr(self, name) for name in ("anchor", "inv_width", "first", "closed_hi")}
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float64:
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(f"{name} must be a float64 tensor; got {got}")
-            if tensor.dim() != 1 or tensor.shape != self.anchor.shape:
-                shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in tensors.items() if isinstance(t, Tensor))
-                raise ValueError(f"the tensors of a grid must all have one shape [C]; got {shapes}")
-        check_same_device(tensors)
-
-    @property
-    def channels(self) -> int:
-        """Number of channels C."""
-        return self.anchor.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.anchor.device
-
-    @property
-    def width(self) -> Tensor:
-        """Bin width of each channel, float64 [C], in units of the values."""
-        return 1.0 / self.inv_width
-
-    def packed(self) -> Tensor:
-        """The grid as the operator takes it: float64 [C, 4]."""
-        return torch.stack((self.anchor, self.inv_width, self.first, self.closed_hi), dim=1)
-
-
-@dataclass(frozen=True)
 class Histogram:
-    """The counts of one call.
+    """What one call measured, K rows of it.
 
     Attributes:
-        counts: int64 [C, bins].
-        outside: int64 [C, 5]: values under the first bin, beyond the last one, NaN, +Inf, −Inf.
+        counts: int64 [K, bins]; [K, 0] without a grid.
+        outside: int64 [K, 5]: values under the first bin, beyond the last one, NaN, +Inf, −Inf.
+        moments: Of the finite values, those outside the bins included; None where they were not asked for.
         backend: What ran: "extension" or "torch".
         reason: Why that one.
     """
 
     counts: Tensor
     outside: Tensor
+    moments: Moments | None
     backend: str
     reason: str
-
-
-def uniform_grid(
-    lo: float | Tensor, hi: float | Tensor, bins: int, *, channels: int = 1, device: torch.device | str | None = None
-) -> Grid:
-    """Equal bins on [lo, hi], both ends included, as in numpy.
-
-    Args:
-        lo: Lower edge: a number for all channels, or a tensor [C].
-        hi: Upper edge, likewise. Where it equals `lo`, the range is widened by 0.5 on both sides, as numpy does.
-        bins: Bins per channel, 1 to 65536.
-        channels: C, where both edges are numbers.
-        device: Where the grid is to be; None: where the edges are, or the CPU.
-
-    Raises:
-        TypeError: `bins` is not an int.
-        ValueError: An edge is not finite, `lo` is above `hi`, the bins are too narrow for float64, or the shapes differ.
-    """
-    _check_bins(bins)
-    edges = {"lo": lo, "hi": hi}
-    given = {name: edge for name, edge in edges.items() if isinstance(edge, Tensor)}
-    if given:
-        check_same_device(given)
-        channels = next(iter(given.values())).numel()
-    for name, edge in given.items():
-        if edge.dim() > 1 or edge.numel() != channels:
-            raise ValueError(f"{name} must be a number or a tensor [C = {channels}]; got shape {list(edge.shape)}")
-    if device is None and given:
-        device = next(iter(given.values())).device
-    lo, hi = (
-        torch.as_tensor(edge, dtype=torch.float64, device=device).reshape(-1).expand(channels) for edge in (lo, hi)
-    )
-
-    same = lo == hi
-    lo, hi = torch.where(same, lo - 0.5, lo), torch.where(same, hi + 0.5, hi)
-    inv_width = bins / (hi - lo)
-    wrong = ~((lo < hi) & inv_width.isfinite() & (inv_width > 0))
-    if wrong.any():
-        channel = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"lo must be below hi, both finite and far enough apart for {bins} bins; got lo={lo[channel].item()}, "
-            f"hi={hi[channel].item()} in channel {channel}"
-        )
-    return Grid(lo, inv_width, torch.zeros_like(lo), hi, bins)
-
-
-def dyadic_grid(minimum: Tensor, maximum: Tensor, bins: int) -> Grid:
-    """The finest bins of width 2^k, anchored at 0, that hold [minimum, maximum] in `bins` bins.
-
-    A wider range never gives finer bins, which is what `regrid` needs. No value is looked at, so no device is waited
-    for: NaN (a channel without finite values) counts as 0, and what lies beyond ±2^500 is left outside.
-
-    Args:
-        minimum: float64 [C], as `extrema` returns it.
-        maximum: float64 [C], nowhere below `minimum`.
-        bins: Bins per channel, 2 to 65536: values of both signs need a bin on either side of 0.
-
-    Raises:
-        TypeError: A tensor is not float64, or `bins` is not an int.
-        ValueError: The shapes or devices differ, or `bins` is out of range.
-    """
-    _check_bins(bins, at_least=2)
-    edges = {"minimum": minimum, "maximum": maximum}
-    for name, edge in edges.items():
-        if edge.dtype != torch.float64:
-            raise TypeError(f"{name} must be float64; got {edge.dtype}")
-        if edge.dim() != 1 or edge.shape != minimum.shape:
-            shapes = [list(e.shape) for e in edges.values()]
-            raise ValueError(f"minimum and maximum must have one shape [C]; got {shapes}")
-    check_same_device(edges)
-    minimum, maximum = (
-        torch.nan_to_num(edge, nan=0.0).clamp(-_LARGEST_MAGNITUDE, _LARGEST_MAGNITUDE) for edge in (minimum, maximum)
-    )
-    # 2^(e−1) ≤ value < 2^e for frexp's exponent e.
-    magnitude = torch.maximum(minimum.abs(), maximum.abs())
-    finest = (torch.frexp(magnitude)[1].long() - 1 - _INDEX_BITS).clamp_min(_FINEST_EXPONENT)
-    finest = torch.where(magnitude == 0, _FINEST_EXPONENT, finest)
-    # A range r covers more than r/2^k bins and at most r/2^k + 2 of them, and at most two if r < 2^k. So the k that is
-    # wanted is one of four neighbours; one more below makes up for the rounding of the difference.
-    spread = maximum - minimum
-    lowest = torch.frexp(spread)[1].long() - bins.bit_length() - 1
-    lowest = torch.where(spread == 0, _FINEST_EXPONENT - 3, lowest)  # one value: as fine as its magnitude allows
-    exponent = torch.maximum(lowest + 3, finest)
-    for step in (2, 1, 0):
-        candidate = torch.maximum(lowest + step, finest)
-        scale = _power_of_two(-candidate)
-        covered = (maximum * scale).floor() - (minimum * scale).floor() + 1
-        exponent = torch.where(covered <= bins, candidate, exponent)
-    inv_width = _power_of_two(-exponent)
-    zero = torch.zeros_like(inv_width)
-    return Grid(zero, inv_width, (minimum * inv_width).floor(), torch.full_like(zero, math.nan), bins)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    # Built from bits: pow() is not exact on every device.
-    return ((exponent + 1023) << 52).view(torch.float64)
-
-
-def regrid(counts: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Carry the counts of a dyadic grid over to a coarser one that covers it: exact, since whole bins merge.
-
-    Args:
-        counts: int64 [C, old.bins].
-        old: The grid of `counts`, from `dyadic_grid`.
-        new: A grid from `dyadic_grid` for a range that includes the old one.
-
-    Returns:
-        int64 [C, new.bins].
-
-    Raises:
-        ValueError: A grid is not dyadic, `new` is finer than `old` or does not cover its counts, or the shapes differ.
-    """
-    if counts.shape != (old.channels, old.bins) or old.channels != new.channels:
-        raise ValueError(
-            f"counts must be [C, bins] for both grids; got {list(counts.shape)} for [{old.channels}, {old.bins}] and "
-            f"[{new.channels}, {new.bins}]"
-        )
-    mantissas, exponents = zip(*(torch.frexp(grid.inv_width) for grid in (old, new)), strict=True)
-    shift = (exponents[0] - exponents[1]).long()
-    dyadic = torch.stack([(m == 0.5) & (g.anchor == 0) for m, g in zip(mantissas, (old, new), strict=True)]).all(0)
-
-    index = old.first.long()[:, None] + torch.arange(old.bins, device=counts.device)
-    target = (index >> shift.clamp(0, 62)[:, None]) - new.first.long()[:, None]
-    held = (target >= 0) & (target < new.bins)
-    lost = (counts != 0) & ~held
-    if bool((~dyadic | (shift < 0)).any() | lost.any()):
-        channel = int((~dyadic | (shift < 0) | lost.any(1)).nonzero()[0])
-        raise ValueError(
-            f"regrid needs two dyadic grids, the new one no finer and holding every counted bin; channel {channel} has "
-            f"bin widths {old.width[channel].item()} and {new.width[channel].item()}"
-        )
-    merged = counts.new_zeros(new.channels, new.bins)
-    return merged.scatter_add_(1, target.clamp(0, new.bins - 1), counts * held)
-
-
-def extrema(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest finite value of each channel.
-
-    Args:
-        x: [N, C], any strides.
-
-    Returns:
-        Two float64 tensors [C]; NaN for a channel that has no finite value. Combine those of several batches with
-        `torch.fmin` and `torch.fmax`, which pass over NaN.
-
-    Raises:
-        TypeError, ValueError: `x` is not a two-dimensional floating-point tensor.
-    """
-    _check_input(x)
-    channels = x.shape[1]
-    low = x.new_full((channels,), math.inf)
-    high = x.new_full((channels,), -math.inf)
-    for chunk in x.detach().split(max(1, _CHUNK_ELEMENTS // max(1, channels))):
-        if chunk.numel():
-            finite = chunk.isfinite()
-            low = torch.minimum(low, chunk.masked_fill(~finite, math.inf).amin(0))
-            high = torch.maximum(high, chunk.masked_fill(~finite, -math.inf).amax(0))
-    low, high = (_float64(edge) for edge in (low, high))
-    return low.masked_fill(low.isinf(), math.nan), high.masked_fill(high.isinf(), math.nan)
-
-
-def _float64(x: Tensor) -> Tensor:
-    return x.cpu().double() if x.device.type == "mps" else x.double()  # Apple's GPUs have no float64
 
 
 def histogram_backend(device: torch.device | str, dtype: torch.dtype, backend: str = "auto") -> tuple[str, str]:
@@ -296,8 +100,9 @@ def histogram_backend(device: torch.device | str, dtype: torch.dtype, backend: s
         _extension.load()
     obstacle = _extension_obstacle(torch.device(device), dtype)
     if obstacle is None:
-        info = _extension.build_info()
-        return "extension", f"the extension has code for {torch.device(device).type} (CUDA: {info['cuda']})"
+        kind = torch.device(device).type
+        detail = f"CUDA: {_extension.build_info()['cuda']}" if kind == "cuda" else _extension.cpu_capability()
+        return "extension", f"the extension has code for {kind} ({detail})"
     if backend == "extension":
         raise BackendUnavailableError(f'backend="extension" cannot run here: {obstacle}')
     return "torch", obstacle
@@ -341,39 +146,74 @@ def _architectures_cover(architectures: str, capability: tuple[int, int]) -> boo
     return False
 
 
-def histogram(x: Tensor, grid: Grid, *, backend: str = "auto") -> Histogram:
-    """One histogram per channel of `x`. Deterministic; the counts do not depend on the backend or the device.
+def histogram(
+    x: Tensor | Sequence[Tensor],
+    grid: Grid | CodeGrid | None,
+    *,
+    per: str = "channel",
+    statistics: bool = False,
+    only: Tensor | None = None,
+    backend: str = "auto",
+) -> Histogram:
+    """Histograms of the channels, layers or samples of `x`, and their moments, in one read.
+
+    Deterministic; the counts do not depend on the backend or the device. `x` is read where it lies if its dimensions, in
+    whatever order, fold into as few strides as the operator takes: all of it into three for "layer", what is beside the
+    channels or the samples into two. That holds for slices, transposed and permuted tensors; anything else is copied once.
 
     Args:
-        x: [N, C], float32, bfloat16, float16 or float64, any strides; it is not copied. N may be 0.
-        grid: The bins of the C channels, on the device of `x` (for "mps", which has no float64: on the CPU).
+        x: A tensor, or a list of tensors of one dtype and device, measured in one call: float32, bfloat16, float16 or
+            float64. `[..., C]` for "channel", any shape of at least one dimension for "layer", `[B, ...]` for "sample".
+            Tensors may hold no values.
+        grid: The bins of the K rows, on the device of `x` (for "mps", which has no float64: on the CPU); a `CodeGrid` for
+            bfloat16; None: no counts.
+        per: What has a row in the results: each "channel", each "layer" (tensor) or each "sample"; those of the tensors
+            of a list one after the other.
+        statistics: Take the moments, too.
+        only: bool [K], on the device of `grid`: the rows to measure; the others come back as if they had no values.
         backend: "extension" (C++ or CUDA), "torch", or "auto": the extension where it can run, else PyTorch with one
             notice per process.
 
     Returns:
-        The counts, on the device of `grid`.
+        Counts and moments, on the device of `grid`, else on that of `x` (for "mps": on the CPU).
 
     Raises:
-        TypeError: `x` or `grid` has the wrong type or dtype.
-        ValueError: The shapes or devices do not fit.
+        TypeError: An argument has the wrong type or dtype, or the dtypes in a list differ.
+        ValueError: The shapes or devices do not fit, or nothing is asked for.
         BackendUnavailableError: The backend asked for by name has no code for `x`.
         ExtensionUnavailableError: The extension was asked for by name and cannot be loaded.
     """
-    _check_input(x)
-    if not isinstance(grid, Grid):
-        raise TypeError(f"grid must be a Grid; got {type(grid).__name__}")
-    if grid.channels != x.shape[1]:
-        raise ValueError(f"grid has {grid.channels} channels, x of shape {list(x.shape)} has {x.shape[1]}")
-    if not (x.device.type == "mps" and grid.device.type == "cpu"):
-        check_same_device({"x": x, "grid": grid.anchor})
-    name, reason = histogram_backend(x.device, x.dtype, backend)
+    tensors = _check_input(x, per)
+    rows = _check_grid(tensors, grid, per, statistics)
+    device = torch.device("cpu") if tensors[0].device.type == "mps" else tensors[0].device
+    _check_only(only, rows, device)
+    name, reason = histogram_backend(tensors[0].device, tensors[0].dtype, backend)
+    sources = [_source(tensor, per) for tensor in tensors]
+    packed = grid.packed() if isinstance(grid, Grid) else None
+    arguments = (sources, packed, 0 if grid is None else grid.bins, PER.index(per), statistics, only)
     if name == "extension":
-        counts, outside = torch.ops.lambda_kernels.histogram(x.detach(), grid.packed(), grid.bins)
+        counts, outside, packed_moments = torch.ops.lambda_kernels.histogram(*arguments)
     else:
         if backend == "auto":
             _notice(reason)
-        counts, outside = twin.histogram(x.detach(), grid.packed(), grid.bins)
-    return Histogram(counts, outside, name, reason)
+        counts, outside, packed_moments = twin.histogram(*arguments)
+    return Histogram(counts, outside, Moments.unpacked(packed_moments) if statistics else None, name, reason)
+
+
+def moments(x: Tensor | Sequence[Tensor], *, per: str = "channel", backend: str = "auto") -> Moments:
+    """Count, mean, spread and extrema of the finite values; arguments and errors as for `histogram`."""
+    return histogram(x, None, per=per, statistics=True, backend=backend).moments
+
+
+def extrema(x: Tensor | Sequence[Tensor], *, per: str = "channel", backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The smallest and the largest finite value of each row; arguments and errors as for `histogram`.
+
+    Returns:
+        Two float64 tensors [K]; NaN for a row that has no finite value. Combine those of several batches with
+        `torch.fmin` and `torch.fmax`, which pass over NaN.
+    """
+    found = moments(x, per=per, backend=backend)
+    return found.minimum, found.maximum
 
 
 _noticed = False
@@ -386,16 +226,86 @@ def _notice(reason: str) -> None:
         warnings.warn(f"histograms are counted by plain PyTorch: {reason}", HistogramFallbackWarning, stacklevel=3)
 
 
-def _check_bins(bins: int, at_least: int = 1) -> None:
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins must be an int; got {type(bins).__name__}")
-    if not at_least <= bins <= MAX_BINS:
-        raise ValueError(f"bins must be in [{at_least}, {MAX_BINS}]; got {bins}")
+def _check_input(x: Tensor | Sequence[Tensor], per: str) -> list[Tensor]:
+    check_choice("per", per, PER)
+    if not isinstance(x, (list, tuple)):
+        named = {"x": x}
+    else:
+        named = {f"x[{i}]": tensor for i, tensor in enumerate(x)}
+        if not named:
+            raise ValueError("x must hold at least one tensor; got an empty list")
+    for name, tensor in named.items():
+        check_tensor(name, tensor)
+        if tensor.dim() == 0:
+            raise ValueError(f"{name} must have at least one dimension; got a single number, use {name}.reshape(1)")
+    check_same_device(named)
+    if len({tensor.dtype for tensor in named.values()}) > 1:
+        listed = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in named.items())
+        raise TypeError(f"all tensors must have one dtype; got {listed}. Cast them, or measure each on its own")
+    return list(named.values())
 
 
-def _check_input(x: Tensor) -> None:
-    check_tensor("x", x)
-    if x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor; got layout {x.layout}")
-    if x.dim() != 2:
-        raise ValueError(f"x must have 2 dimensions [N, C]; got shape {list(x.shape)}")
+def rows_of(x: Tensor, per: str) -> int:
+    """How many rows `x` has in the results."""
+    return {"channel": x.shape[-1], "layer": 1, "sample": x.shape[0]}[per]
+
+
+def _check_grid(x: list[Tensor], grid: object, per: str, statistics: bool) -> int:
+    rows = sum(rows_of(tensor, per) for tensor in x)
+    if grid is None:
+        if not statistics:
+            raise ValueError("grid is None and statistics is False: nothing is asked for; pass either")
+    elif isinstance(grid, CodeGrid):
+        if x[0].dtype != torch.bfloat16:
+            raise TypeError(f"a CodeGrid counts bfloat16; got x of {x[0].dtype}, use uniform_grid or dyadic_grid")
+    elif isinstance(grid, Grid):
+        if grid.channels != rows:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in x)
+            raise ValueError(f"grid has {grid.channels} rows, x of shape {shapes} has {rows} for per={per!r}")
+        if not (x[0].device.type == "mps" and grid.device.type == "cpu"):
+            check_same_device({"x": x[0], "grid": grid.anchor})
+    else:
+        raise TypeError(f"grid must be a Grid, a CodeGrid or None; got {type(grid).__name__}")
+    return rows
+
+
+def _check_only(only: object, rows: int, device: torch.device) -> None:
+    if only is None:
+        return
+    if not isinstance(only, Tensor) or only.dtype != torch.bool:
+        got = only.dtype if isinstance(only, Tensor) else type(only).__name__
+        raise TypeError(f"only must be a bool tensor; got {got}")
+    if only.shape != (rows,):
+        raise ValueError(f"only must have shape [K = {rows}]; got {list(only.shape)}")
+    if only.device != device:
+        raise ValueError(f"only must be on {device}; got {only.device}. Move it with .to(device) first")
+
+
+def _source(x: Tensor, per: str) -> Tensor:
+    """`x` as the operator takes it: [outer, rows, columns], in place where its strides allow it."""
+    x = x.detach()
+    if x.numel() == 0:
+        return x.new_empty({"channel": (0, 0, x.shape[-1]), "layer": (0, 0, 0), "sample": (x.shape[0], 0, 0)}[per])
+    dims = list(zip(x.shape, x.stride(), strict=True))
+    before, free, after = {
+        "channel": ([], dims[:-1], dims[-1:]),
+        "layer": ([], dims, []),
+        "sample": (dims[:1], dims[1:], []),
+    }[per]
+    free = _folded(free)
+    most = 3 - len(before) - len(after)
+    if len(free) > most:
+        return _source(x.contiguous(), per)
+    shape, strides = zip(*before, *[(1, 0)] * (most - len(free)), *free, *after, strict=True)
+    return x.as_strided(shape, strides)
+
+
+def _folded(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The fewest (size, stride) that reach the same elements, the widest stride first."""
+    folded: list[tuple[int, int]] = []
+    for size, stride in sorted((dim for dim in dims if dim[0] != 1), key=lambda dim: -dim[1]):
+        if folded and folded[-1][1] == size * stride:
+            folded[-1] = (folded[-1][0] * size, stride)
+        else:
+            folded.append((size, stride))
+    return folded

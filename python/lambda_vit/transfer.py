@@ -150,6 +150,8 @@ class Measurement:
                     for i in candidates:
                         rest = [_Inject(taps[i].seen), skipping[i], *(tap.block for tap in taps[i + 1 :])]
                         meters[i].update(score_output(with_blocks(self.model, rest), images, self.score))
+                    for meter in meters.values():
+                        meter.check()  # while this batch's tokens are there to be looked at
                 except NonFiniteActivationError as error:
                     raise NonFiniteActivationError(f"{_culprit(taps, images, number)}: {error}") from error
                 advance()

@@ -9,6 +9,7 @@ with 3 if the result is wrong, with 2 where there is no CUDA device.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
 
-from lambda_kernels import ln_mlp, reference
+from lambda_kernels import _extension, ln_mlp, reference
 from lambda_kernels.ops import tracing, tuning
 
 DTYPE = torch.bfloat16
@@ -44,8 +45,31 @@ MLP = {
     ),
     "elementwise": ({**LIBRARY, "forward": "staged"}, "all", {"elementwise", "layer_norm_input"}),
 }
+# kernel → name of a problem → (per channel, layer or sample by its number, bins, dtype, tensors); "rows": neighbours in
+# memory are those of a column. Tables in less and in more than 48 KiB of shared memory, and in device memory.
+HISTOGRAM = {
+    "histogram_columns": {
+        "a tile and a bit": (0, 256, torch.float32, [(2, 501, 33), (1, 70, 64)]),
+        "narrow tables": (0, 3000, torch.bfloat16, [(1, 501, 33)]),
+        "device memory": (0, 65536, torch.float16, [(1, 301, 3)]),
+        "float64": (0, 64, torch.float64, [(3, 101, 35)]),
+    },
+    "histogram_lanes": {
+        "a layer": (1, 256, torch.bfloat16, [(2, 501, 33), (1, 70, 64)]),
+        "samples": (2, 1000, torch.float32, [(3, 401, 32)]),
+        "rows": (0, 256, torch.float16, [(1, 5, 3001)]),
+    },
+    "histogram_codes": {
+        "channels": (0, 10240, torch.bfloat16, [(1, 999, 9)]),
+        "a layer": (1, 10240, torch.bfloat16, [(1, 999, 9)]),
+    },
+    "histogram_moments": {
+        "channels": (0, 0, torch.float32, [(2, 501, 33), (1, 0, 7)]),
+        "samples": (2, 0, torch.float64, [(5, 501, 33)]),
+    },
+}
 PLANTED = "planted"
-KERNELS = (*MLP, "histogram", PLANTED)
+KERNELS = (*MLP, *HISTOGRAM, PLANTED)
 
 # Ragged in every direction; rows that descriptors can address, and rows that go through pointers.
 SIZES = ((70, 192, 264), (70, 100, 90))
@@ -100,18 +124,28 @@ def run_mlp(kernel: str, device: str) -> dict[str, float]:
     return found
 
 
-def run_histogram(device: str) -> dict[str, float]:
-    """Share of counts that are wrong, for bins in shared memory and for too many of them."""
-    from lambda_kernels.ops import histogram as ops
-
-    x = torch.randn(1003, 33, generator=torch.Generator().manual_seed(0))
+def run_histogram(kernel: str, device: str) -> dict[str, float]:
+    """How many counts and moments are wrong, against the same operator on the CPU."""
+    _extension.load()
     found = {}
-    for bins in (256, 3000):
-        grid = ops.uniform_grid(-2.0, 2.0, bins, channels=33)
-        there = ops.Grid(*grid.packed().to(device).unbind(1), bins=bins)
-        got = ops.histogram(x.to(device), there, backend="extension").counts.cpu()
-        expected = ops.histogram(x, grid, backend="torch").counts
-        found[f"counts in {bins} bins"] = float((got != expected).double().mean())
+    for name, (per, bins, dtype, tensors) in HISTOGRAM[kernel].items():
+        x = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) for shape in tensors]
+        x = [t.transpose(1, 2) if name == "rows" else t for t in x]
+        rows = sum((t.shape[2], 1, t.shape[0])[per] for t in x)
+        grid = torch.tensor([-2.0, bins / 4.0, 0.0, math.nan], dtype=torch.float64).repeat(rows, 1)
+        grid = grid if bins and kernel != "histogram_codes" else None
+        only = torch.arange(rows) % 3 != 1
+
+        got, expected = (
+            torch.ops.lambda_kernels.histogram(
+                [t.to(place) for t in x], None if grid is None else grid.to(place), bins, per, True, only.to(place)
+            )
+            for place in (device, "cpu")
+        )
+        found[f"counts of {name}"] = float((got[0].cpu() != expected[0]).double().sum())
+        found[f"outside of {name}"] = float((got[1].cpu() != expected[1]).double().sum())
+        close = torch.isclose(got[2].cpu(), expected[2], rtol=1e-10, atol=1e-12, equal_nan=True)
+        found[f"moments of {name}"] = float((~close).double().sum())
     return found
 
 
@@ -124,9 +158,11 @@ def main(arguments: list[str] | None = None, device: str = "cuda") -> int:
         print("sanitize.py: no CUDA device", file=sys.stderr)
         return 2
     os.environ["LAMBDA_KERNELS_TUNING"] = "off"
-    others = {"histogram": run_histogram, PLANTED: run_planted}
-    found = others[kernel](device) if kernel in others else run_mlp(kernel, device)
-    limit = 0.0 if kernel in others else TOLERANCES[DTYPE]
+    if kernel in MLP:
+        found = run_mlp(kernel, device)
+    else:
+        found = run_histogram(kernel, device) if kernel in HISTOGRAM else run_planted(device)
+    limit = TOLERANCES[DTYPE] if kernel in MLP else 0.0
     wrong = {name: error for name, error in found.items() if not error <= limit}
     print(f"{kernel}: {len(found)} results, {f'wrong: {wrong}' if wrong else 'all right'}")
     return 3 if wrong else 0

@@ -1,0 +1,134 @@
+"""The states of entropy meters over the processes of a group.
+
+Tensors of fixed shapes alone are exchanged: what every rank measures and how many rows it has, then the moments, from
+which all ranks find the same grid, then the counts on that grid.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import reference
+from .entropy_state import State, What
+from .errors import NonFiniteActivationError
+from .ops.grids import Grid, dyadic_grid, regrid_unchecked
+
+_HEADER_BYTES = 4096
+
+
+def all_reduce(
+    what: What, state: State | None, options: dict, updates: int, error: str | None, group: object
+) -> tuple[State | None, int]:
+    """Merge the states of all ranks: counts exactly, moments in the order of the ranks.
+
+    Args:
+        what: What is measured here.
+        state: What this rank has seen; None: nothing.
+        options: What must be the same on every rank.
+        updates: Batches that this rank has seen.
+        error: Why this rank has no state to give, for the others to know.
+        group: The processes; None: all.
+
+    Returns:
+        The same on every rank: the state of all, and the number of updates of all.
+
+    Raises:
+        RuntimeError: There is no process group.
+        ValueError: Ranks measure different things or different numbers of channels; on every rank.
+        NonFiniteActivationError: A rank gave an `error`; on every rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("all_reduce needs a process group; call torch.distributed.init_process_group first")
+    device = _exchange_device(group)
+    rows = 0 if state is None else state.rows
+    headers = _all_headers({"options": options, "rows": rows, "updates": updates, "error": error}, device, group)
+    _check_headers(headers, what)
+    updates = sum(header["updates"] for header in headers)
+    all_rows = [header["rows"] for header in headers]
+    if not any(all_rows):
+        return None, updates
+    home = device if state is None else state.device
+    state = None if state is None else state.to(device)
+    everything = _concatenated if what.per == "sample" else _merged
+    return everything(what, state, all_rows, device, group).to(home), updates
+
+
+def _exchange_device(group: object) -> torch.device:
+    """A device that the group's backend takes, chosen alike on ranks that have seen nothing."""
+    if "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _all_headers(header: dict, device: torch.device, group: object) -> list[dict]:
+    if header["error"] is not None:
+        header = {**header, "error": header["error"][: _HEADER_BYTES // 8]}  # JSON makes up to six bytes of a character
+    text = json.dumps(header).encode()
+    padded = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    gathered = _all_gather(padded.to(device), group)
+    return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in gathered]
+
+
+def _check_headers(headers: list[dict], what: What) -> None:
+    first = headers[0]["options"]
+    for rank, header in enumerate(headers):
+        if header["options"] != first:
+            raise ValueError(f"meters differ: rank 0 has {first}, rank {rank} has {header['options']}")
+    for rank, header in enumerate(headers):
+        if header["error"] is not None:
+            raise NonFiniteActivationError(f"rank {rank}: {header['error']}")
+    rows = {rank: header["rows"] for rank, header in enumerate(headers) if header["rows"]}
+    if what.per != "sample" and len(set(rows.values())) > 1:
+        listed = ", ".join(f"{number} on rank {rank}" for rank, number in rows.items())
+        raise ValueError(f"meters have different numbers of channels: {listed}")
+
+
+def _all_gather(tensor: Tensor, group: object) -> list[Tensor]:
+    tensor = tensor.contiguous()
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, tensor, group=group)
+    return gathered
+
+
+def _merged(what: What, state: State | None, all_rows: list[int], device: torch.device, group: object) -> State:
+    rows = max(all_rows)
+    nothing = torch.tensor([[0.0, 0.0, 0.0, torch.nan, torch.nan]], dtype=torch.float64, device=device)
+    moments = nothing.repeat(rows, 1)
+    for part in _all_gather(moments if state is None else state.moments, group):
+        moments = reference.merge_moments(moments, part)
+    if what.kind == "gaussian":
+        return State(moments)
+    grid = dyadic_grid(*moments[:, 3:].unbind(1), what.bins) if what.grows else None
+    if state is None:
+        counts = torch.zeros(rows, what.bins, dtype=torch.int64, device=device)
+        outside = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+    else:
+        own = (
+            state.counts if grid is None else regrid_unchecked(state.counts, Grid.unpacked(state.grid, what.bins), grid)
+        )
+        # The sums are written in place: into copies, since the state may yet be needed.
+        counts, outside = (torch.empty_like(t).copy_(t) for t in (own, state.outside))
+    dist.all_reduce(counts, group=group)
+    dist.all_reduce(outside, group=group)
+    return State(moments, counts, outside, None if grid is None else grid.packed())
+
+
+def _concatenated(what: What, state: State | None, all_rows: list[int], device: torch.device, group: object) -> State:
+    shapes = {"moments": (5, torch.float64)}
+    if what.kind == "histogram":
+        shapes |= {"counts": (what.bins, torch.int64), "outside": (2, torch.int64)}
+    if what.grows:
+        shapes["grid"] = (4, torch.float64)
+    fields = {}
+    for name, (columns, dtype) in shapes.items():
+        padded = torch.zeros(max(all_rows), columns, dtype=dtype, device=device)
+        if state is not None:
+            padded[: state.rows] = getattr(state, name)
+        gathered = _all_gather(padded, group)
+        fields[name] = torch.cat([part[:rows] for part, rows in zip(gathered, all_rows, strict=True)])
+    return State(**fields)

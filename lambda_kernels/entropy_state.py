@@ -1,0 +1,303 @@
+"""What an entropy meter has seen, and how more is added, merged, stored and turned into entropies.
+
+A state has one row per channel, layer or sample. Operations make new states and change none, so that an update that
+fails leaves everything as it was.
+
+On a CUDA device nothing here looks at a value while batches are added, so the host never waits for the device: what
+depends on values is decided there, and whether they were finite is learnt later (`Watch`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import NonFiniteActivationError
+from .ops.grids import LARGEST_MAGNITUDE, CodeGrid, Grid, dyadic_grid, regrid_unchecked, uniform_grid
+from .ops.histogram import histogram, rows_of
+
+# A row that never changes has log σ = −∞. One below this standard deviation is given it, counted and reported.
+STD_FLOOR = 2.0**-24
+
+
+@dataclass(frozen=True)
+class What:
+    """What is measured: the options that two meters must share to be merged or updated together."""
+
+    kind: str
+    per: str
+    bins: int
+    range: tuple[float, float] | str | None
+
+    @property
+    def grows(self) -> bool:
+        """Whether bins follow the data, on a dyadic grid."""
+        return self.kind == "histogram" and self.range is None
+
+    def fixed_grid(self, rows: int, device: torch.device) -> Grid | CodeGrid | None:
+        """The bins, where they do not follow the data; None: there are none."""
+        if self.kind == "gaussian" or self.range is None:
+            return None
+        if self.range == "bfloat16":
+            return CodeGrid()
+        numbers = _edges(*self.range, self.bins)
+        return Grid(*(torch.full((rows,), v, dtype=torch.float64, device=device) for v in numbers), bins=self.bins)
+
+
+@functools.lru_cache
+def _edges(low: float, high: float, bins: int) -> list[float]:
+    return uniform_grid(low, high, bins).packed()[0].tolist()
+
+
+@dataclass(frozen=True)
+class State:
+    """K rows.
+
+    Attributes:
+        moments: float64 [K, 5], as the operator gives them.
+        counts: int64 [K, bins]; None for a Gaussian.
+        outside: int64 [K, 2]: values under the first bin, and beyond the last one; None for a Gaussian.
+        grid: float64 [K, 4], packed, of a dyadic grid; None where bins are fixed. It holds all values, but which of the
+            grids that do depends on their order; `canonical` has the one that does not.
+    """
+
+    moments: Tensor
+    counts: Tensor | None = None
+    outside: Tensor | None = None
+    grid: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows K."""
+        return self.moments.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.moments.device
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        """Apply `function` to every tensor."""
+        return State(*(None if tensor is None else function(tensor) for tensor in self._tensors()))
+
+    def to(self, device: torch.device | str | None) -> State:
+        """On another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def split(self, sizes: Sequence[int]) -> list[State]:
+        """Into states of `sizes` rows."""
+        parts = ([None] * len(sizes) if t is None else t.split(sizes) for t in self._tensors())
+        return [State(*fields) for fields in zip(*parts, strict=True)]
+
+    @staticmethod
+    def join(states: Sequence[State]) -> State:
+        """The rows of all `states`, one after the other."""
+        if len(states) == 1:
+            return states[0]
+        fields = zip(*(state._tensors() for state in states), strict=True)
+        return State(*(None if field[0] is None else torch.cat(field) for field in fields))
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.moments, self.counts, self.outside, self.grid
+
+
+def host_may_look(device: torch.device) -> bool:
+    """Whether reading a value costs no waiting for the device."""
+    return device.type != "cuda"
+
+
+def absorb(
+    what: What, x: Sequence[Tensor], before: Sequence[State] | None, inspect: Callable[[Tensor], None]
+) -> list[State]:
+    """Add one batch of each of several meters, in one call of the operator.
+
+    Args:
+        what: What all of them measure.
+        x: The batches, of one dtype and device.
+        before: The states that they are added to; None: they are the first.
+        inspect: Gets float64 [len(x), 2], how many values of each batch are not finite, and the largest magnitude,
+            before anything comes of them. It may raise.
+
+    Returns:
+        The new states.
+    """
+    sizes = [rows_of(tensor, what.per) for tensor in x]
+    device = x[0].device
+    old = None if before is None else State.join(before)
+    if what.grows and old is not None:
+        grid = Grid.unpacked(old.grid, what.bins)
+    else:
+        grid = what.fixed_grid(sum(sizes), device)
+    found = histogram(x, grid, per=what.per, statistics=True)
+    batch, counts = found.moments.packed(), found.counts
+    inspect(_flags(found.outside, batch, sizes))
+    moments = batch if old is None else reference.merge_moments(old.moments, batch)
+    if what.kind == "gaussian":
+        return State(moments).split(sizes)
+
+    before_counts = 0 if old is None else old.counts
+    outside = found.outside[:, :2]
+    if what.grows and old is None:
+        grid = dyadic_grid(*moments[:, 3:].unbind(1), what.bins, centred=True)
+        counts = histogram(x, grid, per=what.per).counts
+        outside = torch.zeros_like(outside)
+    elif what.grows:
+        grew = outside.sum(1) > 0
+        if not host_may_look(device) or bool(grew.any()):
+            wider = dyadic_grid(*moments[:, 3:].unbind(1), what.bins, centred=True).packed()
+            narrower, grid = grid, Grid.unpacked(torch.where(grew[:, None], wider, grid.packed()), what.bins)
+            again = histogram(x, grid, per=what.per, only=grew).counts
+            counts = torch.where(grew[:, None], again, counts)
+            before_counts = regrid_unchecked(before_counts, narrower, grid)
+        outside = torch.zeros_like(outside)
+    if old is not None:
+        outside = outside + old.outside
+    packed = grid.packed() if what.grows else None
+    return State(moments, before_counts + counts, outside, packed).split(sizes)
+
+
+def _flags(outside: Tensor, moments: Tensor, sizes: Sequence[int]) -> Tensor:
+    bad = outside[:, 2:].sum(1).double()
+    largest = torch.nan_to_num(moments[:, 3:].abs().amax(1), nan=0.0, posinf=math.inf)
+    return torch.stack(
+        [torch.stack((b.sum(), m.amax())) for b, m in zip(bad.split(sizes), largest.split(sizes), strict=True)]
+    )
+
+
+def merge(what: What, a: State, b: State) -> State:
+    """Both together, row by row."""
+    moments = reference.merge_moments(a.moments, b.moments)
+    if what.kind == "gaussian":
+        return State(moments)
+    if not what.grows:
+        return State(moments, a.counts + b.counts, a.outside + b.outside)
+    grid = dyadic_grid(*moments[:, 3:].unbind(1), what.bins, centred=True)
+    counts = sum(regrid_unchecked(s.counts, Grid.unpacked(s.grid, what.bins), grid) for s in (a, b))
+    return State(moments, counts, a.outside + b.outside, grid.packed())
+
+
+def canonical(what: What, state: State) -> State:
+    """The same on the one grid that depends on nothing but the smallest and the largest value of each row."""
+    if not what.grows:
+        return state
+    grid = dyadic_grid(*state.moments[:, 3:].unbind(1), what.bins)
+    counts = regrid_unchecked(state.counts, Grid.unpacked(state.grid, what.bins), grid)
+    return State(state.moments, counts, state.outside, grid.packed())
+
+
+def grid_of(what: What, state: State) -> Grid | CodeGrid:
+    """The bins of a histogram's state."""
+    return Grid.unpacked(state.grid, what.bins) if what.grows else what.fixed_grid(state.rows, state.device)
+
+
+def std(state: State) -> Tensor:
+    """float64 [K]: the sample standard deviation."""
+    return (state.moments[:, 2] / (state.moments[:, 0] - 1).clamp_min(1)).sqrt()
+
+
+def gaussian_entropies(state: State, base: float, constant: bool) -> Tensor:
+    """float64 [K]: log σ, with σ not below its floor."""
+    offset = 0.5 * math.log(2 * math.pi * math.e) if constant else 0.0
+    return (std(state).clamp_min(STD_FLOOR).log() + offset) / math.log(base)
+
+
+def histogram_entropies(
+    counts: Tensor, grid: Grid | CodeGrid, base: float, *, differential: bool = False, miller_madow: bool = False
+) -> Tensor:
+    """float64 [K]: −Σ_b p_b log p_b of the counts [K, bins], every row of which holds a value.
+
+    Args:
+        counts: int64 [K, bins].
+        grid: Where they were counted.
+        base: Of the logarithm.
+        differential: Add Σ_b p_b log(width of b).
+        miller_madow: Add (occupied bins − 1) / 2N nats: the first term of the bias of N samples (Miller 1955).
+    """
+    inside = counts.sum(1).double()
+    p = counts / inside[:, None]
+    entropy = 0.0 - torch.special.xlogy(p, p).sum(1)
+    if differential and isinstance(grid, CodeGrid):
+        entropy = entropy + p @ grid.widths(p.device).log()
+    elif differential:
+        entropy = entropy + grid.width.log()
+    if miller_madow:
+        entropy = entropy + ((counts > 0).sum(1) - 1) / (2 * inside)
+    return entropy / math.log(base)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a message about a batch needs to know of it."""
+
+    name: str
+    number: int
+    values: int
+    dtype: torch.dtype
+
+    def check(self, flags: Tensor) -> None:
+        """Raise if its row of `absorb`'s flags, on the host, tells of a value that cannot be measured.
+
+        Raises:
+            NonFiniteActivationError: NaN or infinity.
+            ValueError: A value of float64 whose square, times the number of values, may not be finite.
+        """
+        bad, largest = flags.tolist()
+        dtype = str(self.dtype).removeprefix("torch.")
+        if bad:
+            raise NonFiniteActivationError(
+                f"{self.name}: {bad:.0f} of {self.values} values are NaN or infinite in batch {self.number} ({dtype}). "
+                + ("Try bfloat16 or float32" if self.dtype == torch.float16 else "Check the weights and the input")
+            )
+        if largest > LARGEST_MAGNITUDE:
+            raise ValueError(
+                f"{self.name}: values up to {largest:g} are too large to take statistics of, in batch {self.number} "
+                f"({dtype}); the largest allowed is 2^500"
+            )
+
+
+class Watch:
+    """Batches whose flags are on their way to the host; the first error found is kept and raised from then on."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Batch, Tensor, torch.cuda.Event]] = deque()
+        self._error: ValueError | None = None
+
+    def add(self, batch: Batch, flags: Tensor, arrival: torch.cuda.Event) -> None:
+        """Expect `flags` of `batch` on the host when `arrival` has happened."""
+        self._waiting.append((batch, flags, arrival))
+
+    def settle(self, *, wait: bool) -> None:
+        """Look at the flags that have arrived, or wait for all of them.
+
+        Raises:
+            NonFiniteActivationError, ValueError: As `Batch.check`, for the first batch that earns it.
+        """
+        while self._error is None and self._waiting:
+            batch, flags, arrival = self._waiting[0]
+            if wait:
+                arrival.synchronize()
+            elif not arrival.query():
+                return
+            self._waiting.popleft()
+            try:
+                batch.check(flags)
+            except ValueError as error:
+                self._error = error
+        if self._error is not None:
+            raise type(self._error)(str(self._error))
+
+
+def send_to_host(flags: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """Start a copy to the host without waiting; returns it, and the event after which it holds anything."""
+    copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    copy.copy_(flags, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record(torch.cuda.current_stream(flags.device))
+    return copy, arrival

@@ -1,0 +1,56 @@
+"""Count, mean, spread, smallest and largest value of many rows at once, mergeable."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference as twin
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of each row's finite values.
+
+    Attributes:
+        count: int64 [K]: how many there are.
+        mean: float64 [K]; 0 where there is none.
+        m2: float64 [K]: Σ (x − mean)².
+        minimum: float64 [K]; NaN where there is none.
+        maximum: float64 [K], likewise.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    minimum: Tensor
+    maximum: Tensor
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Moments:
+        """From the operator's float64 [K, 5]."""
+        count, *rest = packed.unbind(1)
+        return cls(count.long(), *rest)
+
+    def packed(self) -> Tensor:
+        """As the operator gives them: float64 [K, 5]."""
+        return torch.stack((self.count.double(), self.mean, self.m2, self.minimum, self.maximum), dim=1)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both parts together, by the formula of Chan, Golub and LeVeque (1979).
+
+        Raises:
+            ValueError: The parts have different numbers of rows.
+        """
+        if self.count.shape != other.count.shape:
+            raise ValueError(f"moments of {self.count.numel()} and {other.count.numel()} rows cannot be merged")
+        return Moments.unpacked(twin.merge_moments(self.packed(), other.packed()))
+
+    @property
+    def std(self) -> Tensor:
+        """float64 [K]: the sample standard deviation (n − 1); NaN where there are fewer than two values."""
+        degrees = (self.count - 1).double()
+        return (self.m2 / degrees.masked_fill(degrees < 1, math.nan)).sqrt()
