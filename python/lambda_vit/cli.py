@@ -40,6 +40,14 @@ class Estimator(str, enum.Enum):
     histogram = "histogram"
 
 
+class Estimators(str, enum.Enum):
+    """Of a profile, which can have both from one pass."""
+
+    both = "both"
+    gaussian = "gaussian"
+    histogram = "histogram"
+
+
 class Strategy(str, enum.Enum):
     """Of a selection."""
 
@@ -137,40 +145,40 @@ def profile(
     pretrained: Pretrained = False,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "train",
     samples: Samples = 256,
-    estimator: Annotated[Estimator, typer.Option(help="Of the entropy.")] = Estimator.gaussian,
+    estimator: Annotated[Estimators, typer.Option(help="Of the entropy.")] = Estimators.both,
+    bins: Annotated[int, typer.Option(min=2, max=65536, help="Of the histogram of a channel.")] = 256,
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,  # noqa: UP045
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",
 ) -> None:
     """Print the entropy of every attention and MLP output, block by block."""
-    from rich.table import Table
+    from lambda_kernels.files import write_json
 
-    from lambda_kernels.files import check_writable, write_json
-
-    from . import progress
+    from . import profile_figures, progress
     from .layer_profile import profile_layers
     from .loading import open_model
+    from .profile_table import profile_notes, profile_table
 
-    if out is not None:
-        check_writable(out)
+    profile_figures.check_outputs(out, plot)
     with progress.shown():
         network = open_model(model, weights=weights, pretrained=pretrained, device=device)
         loader = _open_data(network, data, split, samples, batch_size, workers, skip_bad)
-        result = profile_layers(network, loader, estimator=estimator.value)
+        record = {"model": model, **profile_layers(network, loader, estimator=estimator.value, bins=bins).to_dict()}
     console = _console()
-    console.print(f"{model}: mean entropy per channel, bits ({estimator.value}, {result.samples} images)")
-    table = Table()
-    for name in ("block", "attention", "MLP"):
-        table.add_column(name, justify="right")
-    for row in result.blocks:
-        table.add_row(str(row.block), "removed" if row.attn is None else f"{row.attn:.3f}", f"{row.mlp:.3f}")
-    console.print(table)
+    console.print(f"{model}: mean entropy per channel, bits ({record['samples']} images)", soft_wrap=True)
+    console.print(profile_table(record))
+    for line in profile_notes(record):
+        console.print(line, soft_wrap=True)
     _report_bad(console, loader)
     if out is not None:
-        write_json(out, {"model": model, **result.to_dict()})
-        console.print(f"Written: {out}")
+        write_json(out, record)
+    if plot is not None:
+        profile_figures.save_plot(plot, record)
+    for written in filter(None, (out, plot)):
+        console.print(f"Written: {written}", soft_wrap=True)
 
 
 @app.command()

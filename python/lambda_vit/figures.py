@@ -1,81 +1,23 @@
 """The report's figures: entropy by block, selection scores, accuracy of the variants, training curves.
 
-Drawn through matplotlib's object API on the Agg and SVG canvases: no pyplot, no window, and a style context, so that
-neither a display nor the reader's own matplotlibrc changes them. Every figure has the same width and takes the height
-its content needs; text sizes are then the same in all of them, for 6 blocks and for 32.
+Every figure has the same width and takes the height its content needs; text sizes are then the same in all of them, for
+6 blocks and for 32.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+from . import profile_figures
+from .figure_style import MUTED, OFF, PALETTE, PAPER, PICK, SERIES, WIDTH, Plot, new_figure, numbers
 from .units import bits
 
-WIDTH = 7.6  # inches
-
-# role: (light, dark). Figures are drawn in the light colours; in the SVG each becomes a CSS variable, so that the
-# page's colour scheme decides. Series colours follow Okabe and Ito: apart for every common kind of colour blindness.
-PALETTE = {
-    "ink": ("#1b2026", "#e7eaee"),
-    "muted": ("#59626c", "#a3adb8"),
-    "grid": ("#dfe3e8", "#363d46"),
-    "paper": ("#fefefe", "#14181d"),
-    "off": ("#e9ecf0", "#262c34"),
-    "pick": ("#d55e00", "#ff8a3d"),
-    "series-0": ("#0072b2", "#5ab4ec"),
-    "series-1": ("#009e73", "#3fcf9f"),
-    "series-2": ("#cc79a7", "#e79cc4"),
-    "series-3": ("#b8860b", "#e6b432"),
-    "series-4": ("#4b3f94", "#a79bf0"),
-    "series-5": ("#7a4a1e", "#cf9a68"),
-}
-INK, MUTED, GRID, PAPER, OFF, PICK, *SERIES = (light for light, _ in PALETTE.values())
 # Runs share a schedule, so their curves lie on each other: dashes let the lower one show.
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 _MARKERS = ("o", "s", "^", "D")
-
-_STYLE = {
-    "font.family": "DejaVu Sans",  # ships inside matplotlib: the same widths everywhere
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a "$" in a label is a dollar
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "svg.fonttype": "path",  # the page brings no font of its own, and text set in another one would overlap
-    "svg.hashsalt": "lambda-vit",  # one record, one picture, byte for byte
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure: `draw(figure, record)` fills a matplotlib Figure or SubFigure that is `height` inches high."""
-
-    name: str
-    title: str
-    height: float
-    draw: Callable[[Any, dict[str, Any]], None]
 
 
 def validation_images(record: dict[str, Any]) -> int:
@@ -102,7 +44,8 @@ def plots(record: dict[str, Any]) -> list[Plot]:
     """The figures that this record has data for, in reading order."""
     found = []
     if (record.get("profile") or {}).get("blocks"):
-        found.append(Plot("entropy", "Entropy by block", 3.1, _draw_entropy))
+        height = profile_figures.by_block_height(record["profile"])
+        found.append(Plot("entropy", "Entropy by block", height, _draw_entropy))
     if any(r.get("scores") for r in (record.get("selection") or {}).get("rounds") or ()):
         rows = _score_grid(record)[0 if _blocks_down(record) else 1]
         found.append(
@@ -133,7 +76,7 @@ def to_svg(plot: Plot, record: dict[str, Any], description: str) -> str:
         record: the record it came from.
         description: alternative text; it is escaped here.
     """
-    with _figure(plot.height) as figure:
+    with new_figure(plot.height) as figure:
         plot.draw(figure, record)
         target = io.BytesIO()
         figure.savefig(target, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
@@ -145,7 +88,7 @@ def to_png(record: dict[str, Any], dpi: int = 150) -> bytes:
     drawn = plots(record)
     title = textwrap.fill(textwrap.shorten(record.get("title") or "Report", 200, placeholder=" …"), 66)
     heights = [0.3 + 0.26 * (title.count("\n") + 1), *(plot.height + 0.35 for plot in drawn)]
-    with _figure(sum(heights)) as figure:
+    with new_figure(sum(heights)) as figure:
         head, *rest = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         head.text(0.015, 0.5, title, fontsize=14, fontweight="bold", va="center")
         for plot, part in zip(drawn, rest, strict=True):
@@ -154,18 +97,6 @@ def to_png(record: dict[str, Any], dpi: int = 150) -> bytes:
         target = io.BytesIO()
         figure.savefig(target, format="png", dpi=dpi, facecolor="white")
     return target.getvalue()
-
-
-@contextmanager
-def _figure(height: float) -> Iterator[Any]:
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
 
 
 def _inline(svg: str, name: str, description: str) -> str:
@@ -188,40 +119,9 @@ def _wrap(label: str, width: int = 30, lines: int = 3) -> str:
     return "\n".join(textwrap.wrap(label, width, max_lines=lines, placeholder=" …") or [""])
 
 
-def _numbers(values: list[float | None]) -> list[float]:
-    return [math.nan if v is None else v for v in values]
-
-
 def _draw_entropy(figure: Any, record: dict[str, Any]) -> None:
-    from matplotlib.patches import Patch
-
-    rows = record["profile"]["blocks"]
-    unit = record["profile"].get("unit", "bits")
     order = {layer: n for n, layer in enumerate((record.get("selection") or {}).get("layers") or (), 1)}
-    blocks = [row["block"] for row in rows]
-    axes = figure.subplots()
-    size = min(8.5, (WIDTH - 0.8) * 72 / len(blocks) / 1.55)
-    for block in blocks:
-        if block in order:
-            axes.axvspan(block - 0.42, block + 0.42, color=PICK, alpha=0.13, linewidth=0)
-            axes.text(block, 1.015, str(order[block]), color=PICK, fontsize=size, fontweight="bold", ha="center",
-                      va="bottom", transform=axes.get_xaxis_transform())  # fmt: skip
-    if order.keys() & set(blocks):
-        axes.text(-0.012, 1.015, "pick", color=PICK, fontsize=8.5, fontweight="bold", ha="right", va="bottom",
-                  transform=axes.transAxes)  # fmt: skip
-    for key, label, color, marker in (("attn", "attention", SERIES[0], "o"), ("mlp", "MLP", SERIES[1], "s")):
-        values = _numbers([row.get(key) for row in rows])
-        axes.plot(blocks, values, color=color, marker=marker, markersize=5, linewidth=1.3, label=f"{label} output")
-    step = math.ceil(len(blocks) / 40)
-    axes.set_xticks(blocks[::step])
-    axes.set_xlim(min(blocks) - 0.5, max(blocks) + 0.5)
-    axes.grid(visible=False, axis="x")
-    axes.set_xlabel("block")
-    axes.set_ylabel(f"entropy per channel ({unit})")
-    handles, _ = axes.get_legend_handles_labels()
-    if order:
-        handles.append(Patch(color=PICK, alpha=0.25, linewidth=0, label="picked, in the order above"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    profile_figures.draw_by_block(figure, record["profile"], order)
 
 
 def _score_grid(record: dict[str, Any]) -> tuple[list[int], list[dict[str, Any]]]:
@@ -245,7 +145,7 @@ def _draw_scores(figure: Any, record: dict[str, Any]) -> None:
 
     blocks, rounds = _score_grid(record)
     signed = bool(record["selection"].get("signed"))
-    scores = np.array([_numbers([r["scores"].get(str(b)) for b in blocks]) for r in rounds], dtype=float)
+    scores = np.array([numbers([r["scores"].get(str(b)) for b in blocks]) for r in rounds], dtype=float)
     shade, norm = _shades(scores, signed)
     stops = ["#762a83", "#f4f4f2", "#1b7837"] if signed else ["#eef4fa", "#6aaed6", "#0b3c70"]
     colors = LinearSegmentedColormap.from_list("scores", stops)
@@ -391,7 +291,7 @@ def _draw_training(figure: Any, record: dict[str, Any]) -> None:
             values = [epoch.get(key) for epoch in run["epochs"]]
             if key == "lambda":
                 values = _faded(values)
-            axes.plot(epochs, _numbers(values), **look)
+            axes.plot(epochs, numbers(values), **look)
         label = textwrap.shorten(run.get("label") or run.get("name", ""), 80, placeholder=" …")
         handles.append(Line2D([], [], label=label, **look))
     for axes, (key, label, _) in zip(stack, panels, strict=True):

@@ -1,89 +1,245 @@
-"""The entropy of every attention and MLP output, block by block, in one pass over the data."""
+"""The entropy of every attention and MLP output, block by block, in one pass over the data, by both estimators."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lambda_kernels import _extension
 from lambda_kernels.blocks import AttentionFreeBlock
-from lambda_kernels.entropy import EntropyMeter
+from lambda_kernels.entropy import STD_FLOOR, EntropyMeter, update_together
 from lambda_kernels.families import inspect_model
 from lambda_kernels.ops.checks import check_choice
+from lambda_kernels.ops.histogram import histogram_backend
 
 from .placement import eval_mode, one_device, one_dtype
 from .progress import track
-from .transfer import ESTIMATORS
+
+# What can be asked for, and what is then measured.
+ESTIMATORS = {
+    "both": ("gaussian", "histogram"),
+    "gaussian": ("gaussian",),
+    "histogram": ("histogram",),
+}
+LAYERS = ("attn", "mlp")
+
+# With fewer tokens per bin the corrected histogram entropy of a normal channel is 0.03 bits too low, and soon more.
+TOKENS_PER_BIN = 4
+
+# On a CUDA device a call per layer would cost more than its counting: layers wait until this much of them is there.
+TOGETHER_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The entropies of a layer's channels, in bits: their mean and their quartiles."""
+
+    mean: float
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerEntropy:
+    """What was measured at the output of one layer.
+
+    Attributes:
+        channels: How many there are.
+        constant_channels: How many of them never change, and have -24 bits (`STD_FLOOR`) in place of -infinity.
+        tokens: Values per channel: those of all tokens, prefix tokens too, of all images.
+        gaussian: log2 σ of the channels; None if it was not asked for.
+        histogram: Differential entropies of the channels' histograms, corrected by Miller and Madow's term for the bias
+            of few tokens; None if they were not asked for.
+    """
+
+    channels: int
+    constant_channels: int
+    tokens: int
+    gaussian: Spread | None
+    histogram: Spread | None
 
 
 @dataclass(frozen=True)
 class BlockEntropy:
-    """Mean entropy per channel of a block's attention and MLP output, in bits; None where there is no attention."""
+    """A block's attention output and MLP output; `attn` is None where the attention was removed."""
 
     block: int
-    attn: float | None
-    mlp: float
+    attn: LayerEntropy | None
+    mlp: LayerEntropy
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """The profile of a model: what the paper's first two figures show."""
+    """The profile of a model: what the paper's first two figures show.
 
-    estimator: str
+    Attributes:
+        estimators: "gaussian", "histogram" or both, in this order.
+        samples: Images.
+        bins: Of each channel's histogram; None without one.
+        dtype: Of the outputs, such as "float32".
+        counted_by: What did the counting: "extension AVX512", "extension CUDA", "torch" …
+        blocks: One entry per block, in order.
+    """
+
+    estimators: tuple[str, ...]
     samples: int
+    bins: int | None
+    dtype: str
+    counted_by: str
     blocks: tuple[BlockEntropy, ...]
 
     def to_dict(self) -> dict:
-        """As plain JSON types."""
-        return {"unit": "bits", **asdict(self), "blocks": [asdict(b) for b in self.blocks]}
+        """As plain JSON types. Layers hold the estimators that were asked for, and no others."""
+        record = {"unit": "bits", **asdict(self), "estimators": list(self.estimators), "blocks": []}
+        for row in self.blocks:
+            entry = asdict(row)
+            for layer in filter(None, map(entry.get, LAYERS)):
+                for name in set(ESTIMATORS["both"]) - set(self.estimators):
+                    del layer[name]
+            record["blocks"].append(entry)
+        return record
 
 
 @torch.inference_mode()
-def profile_layers(model: nn.Module, loader: Iterable, *, estimator: str = "gaussian") -> LayerProfile:
+def profile_layers(
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    estimator: str = "both",
+    bins: int = 256,
+    together_bytes: int | None = None,
+) -> LayerProfile:
     """Measure the entropy of every attention and MLP output of `model`, before LayerScale and the residual.
+
+    One forward per batch, whatever is asked for; what is kept of a batch is its counts and moments.
 
     Args:
         model: A timm vision transformer, converted or not.
         loader: Yields images, or tuples whose first item is images; iterated once.
-        estimator: "gaussian" (mean log2 σ per channel) or "histogram" (mean differential entropy per channel).
+        estimator: "gaussian": mean over the channels of log2 σ, the paper's form up to its constant ½ log2(2πe).
+            "histogram": mean over the channels of the differential entropy of their histogram. "both", from one read.
+        bins: Of each channel's histogram.
+        together_bytes: Outputs of several layers are kept, up to this many bytes, and measured in one call; 0: each at
+            once. None: at once on a CPU, where an output is still in the cache; on CUDA as far as `TOGETHER_BYTES` go.
 
     Raises:
-        ValueError: An empty loader.
+        ValueError: Fewer than two images, a wrong option, or a layer of which no channel ever changes.
+        UnsupportedModelError: The model's blocks are not known.
         NonFiniteActivationError: NaN or infinity; names block, layer, batch and dtype.
     """
-    check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("estimator", estimator, tuple(ESTIMATORS))
+    estimators = ESTIMATORS[estimator]
     inspect_model(model)
     device, dtype = one_device(model), one_dtype(model)
+    if together_bytes is None:
+        together_bytes = TOGETHER_BYTES if device.type == "cuda" and not _changes_in_place(model) else 0
+    queue = _Queue(together_bytes)
     meters: dict[tuple[int, str], EntropyMeter] = {}
     hooks = []
-    for index, block in enumerate(model.blocks):
-        layers = {"mlp": block.mlp} if isinstance(block, AttentionFreeBlock) else {"attn": block.attn, "mlp": block.mlp}
-        for name, layer in layers.items():
-            meter = meters[index, name] = EntropyMeter(estimator, name=f"blocks[{index}].{name}")
-            hooks.append(layer.register_forward_hook(lambda module, args, output, meter=meter: _add(meter, output)))
     samples = 0
     try:
+        for index, block in enumerate(model.blocks):
+            for name in LAYERS[isinstance(block, AttentionFreeBlock) :]:
+                # A histogram's meter keeps the moments of the same read, so that one meter does for both.
+                meter = meters[index, name] = EntropyMeter(estimators[-1], bins=bins, name=f"blocks[{index}].{name}")
+                hook = getattr(block, name).register_forward_hook(
+                    lambda module, arguments, output, meter=meter: queue.add(meter, output)
+                )
+                hooks.append(hook)
         with eval_mode(model):
             for batch in track(loader, "Profile"):
                 images = batch[0] if isinstance(batch, (tuple, list)) else batch
                 samples += len(images)
                 model(images.to(device, dtype, non_blocking=True))
+                queue.flush()
     finally:
         for hook in hooks:
             hook.remove()
-    if samples == 0:
-        raise ValueError("loader gave no images: there is nothing to measure")
-    values = {
-        key: float((meter.compute(differential=True) if estimator == "histogram" else meter.compute()).mean())
-        for key, meter in meters.items()
-    }
-    blocks = tuple(
-        BlockEntropy(index, values.get((index, "attn")), values[index, "mlp"]) for index in range(len(model.blocks))
+    if samples < 2:
+        got = "no images" if samples == 0 else "one image"
+        raise ValueError(f"loader gave {got}: there is nothing to measure; an entropy needs two or more")
+    layers = {key: _layer_entropy(meter, estimators) for key, meter in meters.items()}
+    fewest = min(layer.tokens for layer in layers.values())
+    if "histogram" in estimators and fewest < TOKENS_PER_BIN * bins:
+        warnings.warn(
+            f"{fewest} tokens per channel are few for {bins} bins: histogram entropies come out too low. Measure more "
+            f"images, or take at most {max(2, fewest // TOKENS_PER_BIN)} bins",
+            stacklevel=3,  # past the decorator
+        )
+    return LayerProfile(
+        estimators=estimators,
+        samples=samples,
+        bins=bins if "histogram" in estimators else None,
+        dtype=str(queue.dtype).removeprefix("torch."),
+        counted_by=_counted_by(queue.device, queue.dtype),
+        blocks=tuple(BlockEntropy(i, layers.get((i, "attn")), layers[i, "mlp"]) for i in range(len(model.blocks))),
     )
-    return LayerProfile(estimator, samples, blocks)
 
 
-def _add(meter: EntropyMeter, output: object) -> None:
-    meter.update(output[0] if isinstance(output, tuple) else output)
+def _changes_in_place(model: nn.Module) -> bool:
+    """Whether something (timm's LayerScale can) may write over an output before it is measured."""
+    return any(getattr(module, "inplace", False) for module in model.modules())
+
+
+class _Queue:
+    """Outputs on their way to their meters: `limit` bytes of them at most, or a single one that is larger."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._waiting: list[tuple[EntropyMeter, Tensor]] = []
+        self._bytes = 0
+
+    def add(self, meter: EntropyMeter, output: Tensor | tuple[Tensor, ...]) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        self.device, self.dtype = x.device, x.dtype
+        size = x.numel() * x.element_size()
+        if self._bytes + size > self.limit:
+            self.flush()
+        self._waiting.append((meter, x))
+        self._bytes += size
+        if self._bytes >= self.limit:
+            self.flush()
+
+    def flush(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        if waiting:
+            update_together(*zip(*waiting, strict=True))
+
+
+def _layer_entropy(meter: EntropyMeter, estimators: tuple[str, ...]) -> LayerEntropy:
+    found = meter.moments()
+    # A histogram of one value has the narrowest bin that the grid allows, which says nothing: the Gaussian's floor holds.
+    constant = (found.std < STD_FLOOR) | (found.minimum == found.maximum)
+    number = int(constant.sum())
+    if number == meter.channels:
+        raise ValueError(f"{meter.name}: all {number} channels are constant over {meter.count} tokens")
+    floor = torch.full((), STD_FLOOR, dtype=torch.float64, device=constant.device).log2()
+    spreads = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* channels are constant")  # they are counted in the result
+        for name in estimators:
+            counted = name == "histogram"
+            values = meter.compute(name, differential=counted, miller_madow=counted)
+            spreads[name] = _spread(torch.where(constant, floor, values))
+    return LayerEntropy(meter.channels, number, meter.count, spreads.get("gaussian"), spreads.get("histogram"))
+
+
+def _spread(values: Tensor) -> Spread:
+    quartiles = values.quantile(torch.tensor((0.25, 0.5, 0.75), dtype=values.dtype, device=values.device))
+    return Spread(float(values.mean()), *quartiles.tolist())
+
+
+def _counted_by(device: torch.device, dtype: torch.dtype) -> str:
+    """What `histogram` chose for such outputs."""
+    if device.type == "mps":  # has no float64: meters move the values
+        device = torch.device("cpu")
+    name, _ = histogram_backend(device, dtype)
+    if name == "extension":
+        name += " CUDA" if device.type == "cuda" else f" {_extension.cpu_capability()}"
+    return name

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .figures import baseline, percent_digits, score_name, validation_images
+from .profile_figures import LAYER_NAMES, estimators, lowest, mean
 from .units import NONE, bits, bits2, change_of, count, flops, listed, milliseconds, ranges, size, spread, three
 
 
@@ -183,20 +184,26 @@ def _profile(record: dict[str, Any]) -> Section | None:
     if not (blocks := profile.get("blocks")):
         return None
     order = {layer: n for n, layer in enumerate((record.get("selection") or {}).get("layers") or (), 1)}
+    names = estimators(profile)
+    shown = [(layer, name) for layer in LAYER_NAMES for name in names]
     rows = []
     for row in blocks:
         pick = Cell(f"{order[row['block']]}", tone="pick") if row["block"] in order else Cell("")
-        rows.append([Cell(str(row["block"])), Cell(bits2(row.get("attn"))), Cell(bits2(row.get("mlp"))), pick])
-    columns = [Column(name, True) for name in ("Block", "Attention", "MLP", "Pick")]
-    what = (
-        "mean log₂ σ" if profile.get("estimator") == "gaussian" else f"{profile.get('estimator', '')} estimator".strip()
-    )
+        rows.append([Cell(str(row["block"])), *(Cell(bits2(mean(row, *key))) for key in shown), pick])
+    titles = {"attn": "Attention", "mlp": "MLP"}
+    heads = [titles[layer] if len(names) == 1 else f"{titles[layer]}, {name}" for layer, name in shown]
+    columns = [Column(name, True) for name in ("Block", *heads, "Pick")]
+    what = " and ".join("mean log₂ σ" if name == "gaussian" else f"{name} estimator".strip() for name in names)
     caption = f"Entropy of each attention's and each MLP's output, per channel ({what}, {profile.get('unit', 'bits')})."
-    if what == "mean log₂ σ":
+    if "gaussian" in names:
         caption += " The Gaussian's additive constant is left out: differences count, and negative values are usual."
-    if measured := [row for row in blocks if row.get("attn") is not None]:
-        least = min(measured, key=lambda row: row["attn"])
-        caption += f" The lowest attention entropy is {bits2(least['attn'])}, in block {least['block']}."
+    if len(names) > 1:
+        caption += " Both panels span the same range of bits: normal channels stand at one height in both."
+    for name in names:
+        if bottom := lowest(profile, name)[:1]:
+            least = next(row for row in blocks if row["block"] == bottom[0])
+            by = f" by the {name} estimator" if len(names) > 1 else ""
+            caption += f" The lowest attention entropy{by} is {bits2(mean(least, 'attn', name))}, in block {bottom[0]}."
     if order:
         caption += f" Shaded: the picked blocks, numbered in the order of picking ({listed(order)})."
     table = Table("Entropy by block", columns, rows, folded=True)
@@ -380,8 +387,9 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
     if (section := _profile(record)) is not None:
         first = next(iter((record.get("selection") or {}).get("rounds") or ()), {}).get("scores") or {}
         (table,) = section.tables
-        columns = [*table.columns[:3], Column("Score, round 1", True), table.columns[3]]
-        rows = [[*row[:3], Cell(bits(first.get(row[0].text))), row[3]] for row in table.rows]
+        *columns, last = (Column(column.name.replace(", ", "\n"), column.numeric) for column in table.columns)
+        columns += [Column("Score, round 1", True), last]
+        rows = [[*row[:-1], Cell(bits(first.get(row[0].text))), row[-1]] for row in table.rows]
         tables.append(Table(f"{table.title} ({record['profile'].get('unit', 'bits')})", columns, rows))
     if (section := _selection(record)) is not None:
         tables += [*section.text, *(table for table in section.tables if not table.folded)]

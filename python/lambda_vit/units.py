@@ -26,6 +26,11 @@ def bits2(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}".replace("-", "−")
 
 
+def bits3(value: float) -> str:
+    """An entropy per channel where layers are to be told apart: three decimals."""
+    return f"{value:.3f}".replace("-", "−")
+
+
 def spread(low: float, high: float) -> str:
     return f"{three(low)}–{three(high)}"
 

@@ -1,0 +1,267 @@
+"""The figures of a layer profile, after the first two of arXiv 2404.05657: entropy by block, and the blocks in its order.
+
+They draw the record that `LayerProfile.to_dict` gives. A record may also hold one estimator and one number per layer,
+its mean: then there are no quartiles to draw.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lambda_kernels.files import atomic_write, check_writable
+
+from .figure_style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, new_figure, numbers
+from .units import listed
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+LAYER_NAMES = {"attn": "attention", "mlp": "MLP"}
+# Filled against hollow and solid against dashed: the two stay apart without colour.
+_LOOKS = {
+    "attn": {"color": SERIES[0], "marker": "o", "markersize": 5, "markerfacecolor": SERIES[0]},
+    "mlp": {"color": SERIES[1], "marker": "s", "markersize": 5, "markerfacecolor": PAPER},
+}
+_DASHES = {"attn": "-", "mlp": (0, (4, 1.5))}
+_AXIS = {"gaussian": "mean log₂ σ", "histogram": "differential entropy"}
+# What a normal distribution's differential entropy has on top of log2 σ.
+_CONSTANT = 0.5 * math.log2(2 * math.pi * math.e)
+# Panels that hold more blocks lie one below the other.
+_MOST_BESIDE = 16
+
+
+def estimators(profile: Mapping[str, Any]) -> list[str]:
+    """Names of the estimators that a profile's record holds values of."""
+    return list(profile.get("estimators") or [profile.get("estimator") or ""])
+
+
+def spread(row: Mapping[str, Any], layer: str, estimator: str) -> dict[str, float]:
+    """{"mean": …}, with the quartiles "low", "median" and "high" where they are known, of a layer of a block's record.
+
+    Empty where the block has no such layer.
+    """
+    value = row.get(layer)
+    if isinstance(value, Mapping):
+        return dict(value.get(estimator) or {})
+    return {} if value is None else {"mean": value}
+
+
+def mean(row: Mapping[str, Any], layer: str, estimator: str) -> float | None:
+    """Mean entropy of the channels of a layer of a block's record; None where there is no such layer."""
+    return spread(row, layer, estimator).get("mean")
+
+
+def lowest(profile: Mapping[str, Any], estimator: str) -> list[int]:
+    """The quarter of the blocks (at least one) whose attention has the least entropy, the lowest first."""
+    ranked = _ranked(profile, estimator)
+    return [row["block"] for row in ranked[: max(1, len(ranked) // 4)]]
+
+
+def _ranked(profile: Mapping[str, Any], estimator: str) -> list[Mapping[str, Any]]:
+    rows = [row for row in profile["blocks"] if mean(row, "attn", estimator) is not None]
+    return sorted(rows, key=lambda row: mean(row, "attn", estimator))
+
+
+def by_block_height(profile: Mapping[str, Any]) -> float:
+    """Inches that `draw_by_block` needs."""
+    return 3.1 if _columns(profile) == len(estimators(profile)) else 0.6 + 2.4 * len(estimators(profile))
+
+
+def _columns(profile: Mapping[str, Any]) -> int:
+    return len(estimators(profile)) if len(profile["blocks"]) <= _MOST_BESIDE else 1
+
+
+def _panels(figure: Any, profile: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(estimator, axes), which show the same range of bits: at one height stands one entropy, if a channel is normal."""
+    names, columns = estimators(profile), _columns(profile)
+    grid = figure.subplots(len(names) // columns, columns, squeeze=False)
+    shifts = {name: _CONSTANT if name == "gaussian" and len(names) > 1 else 0.0 for name in names}
+    values = [
+        value + shifts[name]
+        for name in names
+        for row in profile["blocks"]
+        for layer in LAYER_NAMES
+        for value in spread(row, layer, name).values()
+    ]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    margin = 0.06 * (high - low) or 0.5
+    panels = list(zip(names, grid.flat, strict=True))
+    for name, axes in panels:
+        axes.set_ylim(low - margin - shifts[name], high + margin - shifts[name])
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel(f"{_AXIS.get(name, 'entropy per channel')} ({profile.get('unit', 'bits')})")
+    return panels
+
+
+def _title(axes: Any, name: str, pad: float = 6) -> None:
+    axes.set_title(name.capitalize(), loc="left", fontsize=9, fontweight="bold", pad=pad)
+
+
+def draw_by_block(figure: Any, profile: Mapping[str, Any], picks: Mapping[int, int]) -> None:
+    """Fill `figure` with the entropy of both layers against the block, a panel per estimator.
+
+    Args:
+        figure: A matplotlib Figure or SubFigure, `by_block_height(profile)` inches high.
+        profile: The record.
+        picks: Block → place in the order of picking; those blocks are shaded.
+    """
+    from matplotlib.patches import Patch
+
+    rows = profile["blocks"]
+    blocks = [row["block"] for row in rows]
+    picked = [block for block in blocks if block in picks]
+    size = min(8.5, (WIDTH / _columns(profile) - 0.8) * 72 / len(blocks) / 1.55)
+    panels = _panels(figure, profile)
+    banded = False
+    for name, axes in panels:
+        for block in picked:
+            axes.axvspan(block - 0.42, block + 0.42, color=PICK, alpha=0.13, linewidth=0)
+            axes.text(block, 1.015, str(picks[block]), color=PICK, fontsize=size, fontweight="bold", ha="center",
+                      va="bottom", transform=axes.get_xaxis_transform())  # fmt: skip
+        if picked:
+            axes.text(-0.012, 1.015, "pick", color=PICK, fontsize=8.5, fontweight="bold", ha="right", va="bottom",
+                      transform=axes.transAxes)  # fmt: skip
+        for layer, look in _LOOKS.items():
+            found = [spread(row, layer, name) for row in rows]
+            low, high = (numbers([one.get(end) for one in found]) for end in ("low", "high"))
+            if any(map(math.isfinite, low)):
+                axes.fill_between(blocks, low, high, color=look["color"], alpha=0.16, linewidth=0)
+                banded = True
+            label = f"{LAYER_NAMES[layer]} output"
+            means = numbers([one.get("mean") for one in found])
+            axes.plot(blocks, means, linewidth=1.3, linestyle=_DASHES[layer], label=label, **look)
+        axes.set_xticks(blocks[:: math.ceil(len(blocks) * _columns(profile) / 40)])
+        axes.set_xlim(min(blocks) - 0.5, max(blocks) + 0.5)
+        axes.set_xlabel("block")
+        if len(panels) > 1:
+            _title(axes, name, pad=17 if picked else 6)
+    handles, _ = panels[0][1].get_legend_handles_labels()
+    if banded:
+        handles.append(Patch(color=MUTED, alpha=0.3, linewidth=0, label="middle half of the channels"))
+    if picks:
+        handles.append(Patch(color=PICK, alpha=0.25, linewidth=0, label="picked, in the order above"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(panels) > 1 else 3)
+
+
+def draw_ranking(figure: Any, profile: Mapping[str, Any]) -> None:
+    """Fill `figure` with the blocks in order of their attention's entropy, each with its MLP's, a panel per estimator."""
+    panels = _panels(figure, profile)
+    for name, axes in panels:
+        rows, bottom = _ranked(profile, name), len(lowest(profile, name))
+        gone = [row["block"] for row in profile["blocks"] if row not in rows]
+        axes.axvspan(-0.5, bottom - 0.5, color=OFF, linewidth=0, zorder=0)
+        axes.text(-0.35, 0.985, "lowest\nquarter" if len(rows) >= 4 else "lowest", color=MUTED, fontsize=8, va="top",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+        places = range(len(rows))
+        values = {layer: [mean(row, layer, name) for row in rows] for layer in LAYER_NAMES}
+        axes.vlines(places, values["attn"], values["mlp"], color=MUTED, linewidth=0.9)
+        for layer, look in _LOOKS.items():
+            axes.plot(places, values[layer], linestyle="", label=f"{LAYER_NAMES[layer]} output", **look)
+        size = min(9, (WIDTH / _columns(profile) - 0.8) * 72 / len(rows) / 1.55)
+        axes.set_xticks(places, [str(row["block"]) for row in rows], fontsize=size)
+        for label in axes.get_xticklabels()[:bottom]:
+            label.set_fontweight("bold")
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlim(-0.5, len(rows) - 0.5)
+        without = f" (removed in {listed(gone)})" if gone else ""
+        axes.set_xlabel(
+            "\n".join(textwrap.wrap(f"block, by the entropy of its attention{without}", 110 // _columns(profile)))
+        )
+        if len(panels) > 1:
+            _title(axes, name)
+    handles, _ = panels[0][1].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+
+
+def check_outputs(out: Path | None, plot: Path | None) -> None:
+    """Raise before the work whose results could not be written: a record to `out`, a figure to `plot`.
+
+    Raises:
+        ValueError: A suffix does not fit, or a path is a folder.
+        OSError: A place cannot be written to.
+    """
+    if plot is not None:
+        _format(plot)
+    if out is not None and out.suffix.lower() in PLOT_SUFFIXES:
+        raise ValueError(f"--out writes JSON; got {str(out)!r}. A figure is drawn with --plot")
+    for path in filter(None, (out, plot)):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file in it")
+        check_writable(path)
+
+
+def _format(path: str | Path) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"a plot is a file that ends in {', '.join(PLOT_SUFFIXES)}; got {str(path)!r}")
+    return suffix[1:]
+
+
+def save_plot(path: str | Path, profile: Mapping[str, Any]) -> None:
+    """Write both figures of a profile on one page, atomically, for paper: light, 7.6 inches wide.
+
+    Args:
+        path: Ends in .png (200 dpi), .svg or .pdf.
+        profile: What `LayerProfile.to_dict` gives; "model" in it names the model.
+
+    Raises:
+        ValueError: The suffix is another one.
+        OSError: It cannot be written.
+    """
+    content = render(profile, _format(path))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def render(profile: Mapping[str, Any], kind: str) -> bytes:
+    """Both figures on one page as "png", "svg" or "pdf"."""
+    name = str(profile.get("model") or "model")
+    name = (
+        name if len(name) <= 44 else f"{name[:21]} … {name[-20:]}"
+    )  # of a path the end tells, of a name the beginning
+    height = by_block_height(profile) + 0.35
+    any_attention = any(
+        mean(row, "attn", name) is not None for name in estimators(profile) for row in profile["blocks"]
+    )
+    parts = [("Block by block", draw_by_block)]
+    if any_attention:
+        parts.append(("In the order of the attention's entropy", draw_ranking))
+    notes = _notes(profile)
+    heights = [0.62, *(height for _ in parts), 0.18 + 0.16 * len(notes)]
+    with new_figure(sum(heights)) as figure:
+        head, *middle, foot = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        head.text(0.015, 0.68, f"Entropy by layer: {name}", fontsize=13, fontweight="bold", va="center")
+        head.text(0.015, 0.22, _facts(profile), color=MUTED, va="center")
+        for part, (title, draw) in zip(middle, parts, strict=True):
+            part.suptitle(title, x=0.015, ha="left", fontsize=10.5, fontweight="bold")
+            draw(part, profile, {}) if draw is draw_by_block else draw(part, profile)
+        foot.text(0.015, 0.95, "\n".join(notes), color=MUTED, fontsize=8, va="top", linespacing=1.35)
+        target = io.BytesIO()
+        stamp = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}[kind]
+        figure.savefig(target, format=kind, dpi=200, facecolor="white", metadata=stamp)
+    return target.getvalue()
+
+
+def _facts(profile: Mapping[str, Any]) -> str:
+    facts = [f"{profile['samples']:,} images"] if profile.get("samples") else []
+    layer = profile["blocks"][0].get("mlp")
+    if isinstance(layer, Mapping):
+        facts.append(f"{layer['tokens']:,} tokens of {layer['channels']:,} channels at each layer")
+    facts += [f"{profile['bins']} bins"] if profile.get("bins") else []
+    facts += [f"counted by {profile['counted_by']}"] if profile.get("counted_by") else []
+    return " · ".join(facts)
+
+
+def _notes(profile: Mapping[str, Any]) -> list[str]:
+    notes = ["Outputs before LayerScale and the residual. A point is the mean over the channels of a layer."]
+    if len(estimators(profile)) > 1:
+        notes += [
+            "At one height in both panels stands one entropy if channels are normal "
+            f"(log₂ σ leaves out {_CONSTANT:.2f} bits of it).",
+            "Lower by the histogram than by the Gaussian: channels are not normal, and hold less than their variance allows.",
+        ]
+    return notes
