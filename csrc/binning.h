@@ -5,8 +5,9 @@
 // of these pairs can be contracted into a fused multiply-add, whose other rounding would move values at bin edges.
 //
 // float64 is slow on most GPUs and halves the width of a CPU's vectors, so float32 and narrower values take a short
-// form in float32 first. It gives the definition's answer or says that it cannot tell, which happens to values within a
-// few roundings of a bin edge; those are computed again by the definition.
+// form first: on CPUs the one in float32 below, on GPUs that of binning_fixed.h. It gives the definition's answer or
+// says that it cannot tell, which happens to values within a few roundings of a bin edge; those are computed again by
+// the definition.
 #pragma once
 
 #include <cmath>
@@ -70,8 +71,9 @@ struct ShortGrid {
 //
 // Where bins have a width 2^k and are anchored at 0 it is exact: a product with a power of two is, unless it underflows
 // to 0, whose sign `short_index` sees to; a floor is; and two float32 integers less than 2^24 apart have an exact
-// difference. Else each of four roundings moves the index by at most 2^-24 of its size; the margin below allows for six.
-LAMBDA_KERNELS_HOST_DEVICE inline ShortGrid shorten(const ChannelGrid& grid, int32_t bins) {
+// difference. Else each of four roundings moves the index by at most 2^-24 of its size; the margin below allows for
+// six.
+inline ShortGrid shorten(const ChannelGrid& grid, int32_t bins) {
   const float scale = static_cast<float>(grid.inv_width);
   const float closed_hi = static_cast<float>(grid.closed_hi);
   ShortGrid result{0.0f, scale, 0.0f, static_cast<float>(grid.first), closed_hi, -1.0f};
@@ -85,14 +87,15 @@ LAMBDA_KERNELS_HOST_DEVICE inline ShortGrid shorten(const ChannelGrid& grid, int
     return result;
   }
   const bool open = grid.closed_hi != grid.closed_hi;
-  const double end = (grid.closed_hi - grid.anchor) * grid.inv_width - grid.first - bins;  // 0 for a closed edge
   int exponent;
-  if (grid.anchor == 0.0 && first <= 0x1p24 && frexp(grid.inv_width, &exponent) == 0.5 && (open || end == 0.0)) {
+  if (grid.anchor == 0.0 && first <= 0x1p24 && frexp(grid.inv_width, &exponent) == 0.5 &&
+      (open || grid.closed_hi == (grid.first + bins) / grid.inv_width)) {  // without rounding, also next to 0
     result.certain = 0.5f;
     return result;
   }
   result.origin = static_cast<float>(grid.anchor);
   const double correction = (static_cast<double>(result.origin) - grid.anchor) * grid.inv_width;
+  const double end = (grid.closed_hi - grid.anchor) * grid.inv_width - grid.first - bins;  // about 0 for a closed edge
   const double margin = 0x1.8p-22 * (first + bins + fabs(correction) + 2.0);
   const bool ordinary = fabs(grid.anchor) <= 0x1p60 && grid.inv_width >= 0x1p-60 && grid.inv_width <= 0x1p60;
   if (ordinary && margin <= 0.125 && (open || fabs(end) <= 0x1p-24)) {
@@ -102,14 +105,11 @@ LAMBDA_KERNELS_HOST_DEVICE inline ShortGrid shorten(const ChannelGrid& grid, int
   return result;
 }
 
-// The short form: whether it can tell, and the index counted from `first`, a whole number or infinite. `value` is finite.
-LAMBDA_KERNELS_HOST_DEVICE inline bool short_index(float value, const ShortGrid& grid, float* index) {
+// The short form for a finite value: whether it can tell, and the index counted from `first`, a whole number or
+// infinite.
+inline bool short_index(float value, const ShortGrid& grid, float* index) {
   const float distance = value - grid.origin;
-#if defined(__CUDA_ARCH__)
-  const float position = fmaf(distance, grid.scale, grid.correction);
-#else
-  const float position = distance * grid.scale + grid.correction;  // a library call on CPUs without fused instructions
-#endif
+  const float position = distance * grid.scale + grid.correction;
   float whole = floorf(position);
   if (distance < 0.0f) {  // also where the product underflowed to −0
     whole = fminf(whole, -1.0f);
@@ -119,8 +119,7 @@ LAMBDA_KERNELS_HOST_DEVICE inline bool short_index(float value, const ShortGrid&
 }
 
 // The counter of a value that float32 holds exactly; equal to the definition's.
-LAMBDA_KERNELS_HOST_DEVICE inline int32_t counter_of(float value, const ShortGrid& grid, const ChannelGrid& definition,
-                                                     int32_t bins) {
+inline int32_t counter_of(float value, const ShortGrid& grid, const ChannelGrid& definition, int32_t bins) {
   if (value - value != 0.0f) {
     return counter_of_non_finite(value, bins);
   }

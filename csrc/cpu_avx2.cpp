@@ -45,6 +45,7 @@ struct Avx2 {
   };
 
   // Whether the slots are those of the definition. As `short_index`, with the edge case of `counter_of` taken first.
+  template <bool kExact>
   LAMBDA_KERNELS_STEP bool slots(Row x, const Grids& grid, Slot* slots) {
     __m256 unsure[2];
     __m256i slot[2];
@@ -54,7 +55,7 @@ struct Avx2 {
     // Packing takes 128 bits of each by turns, which the permutation puts in order.
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(slot[0], slot[1]), 0xd8);
     _mm256_store_si256(reinterpret_cast<__m256i*>(slots), packed);
-    return _mm256_movemask_ps(_mm256_or_ps(unsure[0], unsure[1])) == 0;
+    return kExact || _mm256_movemask_ps(_mm256_or_ps(unsure[0], unsure[1])) == 0;
   }
   LAMBDA_KERNELS_STEP __m256i half_slots(__m256 x, const LaneGrids& grids, int lane, __m256* unsure) {
     const __m256 on_edge = _mm256_cmp_ps(x, _mm256_load_ps(grids.closed_hi + lane), _CMP_EQ_OQ);

@@ -52,6 +52,7 @@ struct Avx512 {
   };
 
   // Whether the slots are those of the definition. As `short_index`, with the edge case of `counter_of` taken first.
+  template <bool kExact>
   LAMBDA_KERNELS_STEP bool slots(Row x, const Grids& grid, Slot* slots) {
     x = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, grid.closed_hi, _CMP_EQ_OQ), grid.within);
     const __m512 distance = _mm512_sub_ps(x, grid.origin);
@@ -59,8 +60,11 @@ struct Avx512 {
     __m512 whole = _mm512_roundscale_ps(position, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const __mmask16 negative = _mm512_cmp_ps_mask(distance, _mm512_setzero_ps(), _CMP_LT_OQ);
     whole = _mm512_mask_min_ps(whole, negative, whole, _mm512_set1_ps(-1.0f));
-    const __m512 off_middle = _mm512_sub_ps(_mm512_sub_ps(position, whole), _mm512_set1_ps(0.5f));
-    const __mmask16 unsure = _mm512_cmp_ps_mask(_mm512_abs_ps(off_middle), grid.certain, _CMP_NLE_UQ);
+    __mmask16 unsure = 0;
+    if (!kExact) {
+      const __m512 off_middle = _mm512_sub_ps(_mm512_sub_ps(position, whole), _mm512_set1_ps(0.5f));
+      unsure = _mm512_cmp_ps_mask(_mm512_abs_ps(off_middle), grid.certain, _CMP_NLE_UQ);
+    }
     __m512 index = _mm512_sub_ps(whole, grid.first);
     index = _mm512_min_ps(_mm512_max_ps(index, _mm512_set1_ps(-1.0f)), grid.bins);
     const __m512i slot = _mm512_add_epi32(_mm512_cvttps_epi32(index), grid.offset);

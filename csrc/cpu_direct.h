@@ -27,7 +27,7 @@ double to_double(Narrow value) {
 }
 
 // A part of a source: of `targets` targets from `target` on, the rows (columns side by side) or values [begin, end).
-struct Task {
+struct CpuTask {
   const Source* source;
   int64_t target, targets;  // within the source
   int64_t begin, end;
@@ -39,7 +39,7 @@ struct Task {
 class Direct {
  public:
   // `lock` is that of the results.
-  Direct(const Call& call, const Task& task, std::mutex& lock)
+  Direct(const Call& call, const CpuTask& task, std::mutex& lock)
       : call_(call), task_(task), lock_(lock), bins_(call.bins) {
     const int64_t first = task.source->target + task.target;
     const int64_t counters = bins_ + kOutsideCount;
@@ -166,7 +166,8 @@ class Direct {
   };
 
   int32_t counter_for(int64_t index, BFloat16 value, double wide) const {
-    return grids_ == nullptr && bins_ > 0 ? counter_of_code(value.x) : counter_for(index, static_cast<float>(value), wide);
+    const bool codes = grids_ == nullptr && bins_ > 0;
+    return codes ? counter_of_code(value.x) : counter_for(index, static_cast<float>(value), wide);
   }
   int32_t counter_for(int64_t index, double value, double) const {
     return bins_ > 0 ? counter_of(value, grids_[index], bins_) : counter_of_non_finite(value, 0);
@@ -178,7 +179,7 @@ class Direct {
   }
 
   const Call& call_;
-  const Task& task_;
+  const CpuTask& task_;
   std::mutex& lock_;
   const int32_t bins_;
   int64_t *counts_, *outside_;

@@ -14,8 +14,8 @@ namespace lambda_kernels {
 
 constexpr int32_t kLanes = 16;
 
-// A lane's table holds these slots: underflow, the bins, overflow, NaN, +Inf, −Inf. In a slot is a 16-bit number, and so
-// is the number of a slot among all tables.
+// A lane's table holds these slots: underflow, the bins, overflow, NaN, +Inf, −Inf. What a slot counts is a 16-bit
+// number, and so is the position of a slot among the tables of the lanes.
 using Slot = uint16_t;
 constexpr int32_t kMaxLaneBins = (1 << 16) / kLanes - kOutsideCount;
 constexpr int64_t kMaxLaneRows = (1 << 16) - 1;
@@ -33,6 +33,7 @@ struct alignas(64) LaneGrids {
   int32_t offset[kLanes];         // where the lane's table begins
   double anchor[kLanes], inv_width[kLanes], first64[kLanes], closed_hi64[kLanes];
   int32_t bins;                   // 0: only what is outside is counted
+  bool exact;                     // the short form can tell for every finite value
 };
 
 // The sums of the lanes since they were last collected.
@@ -43,8 +44,8 @@ struct alignas(64) LaneSums {
 
 enum class ElementType : int32_t { kFloat, kHalf, kBFloat16, kDouble, kCount };
 
-// Counts `rows` rows of `groups` times kLanes neighbouring values, rows being `row_stride` elements apart. A table takes
-// kMaxLaneRows at most.
+// Counts `rows` rows of `groups` times kLanes neighbouring values, rows being `row_stride` elements apart. A table
+// takes kMaxLaneRows at most.
 using CountRows = void (*)(const void* values, int64_t rows, int64_t row_stride, int64_t groups,
                            const LaneGrids* grids,  // [groups]
                            Slot* tables,            // [groups, kLanes, bins + kOutsideCount]

@@ -83,6 +83,7 @@ struct Plain {
   };
 
   // Whether the slots are those of the definition. As `short_index`, with the edge case of `counter_of` taken first.
+  template <bool kExact>
   static LAMBDA_KERNELS_INLINE bool slots(const Row& x, const Grids& grid, Slot* slots) {
     const LaneGrids& grids = *grid.grids;
 #if defined(__GNUC__)
@@ -110,7 +111,7 @@ struct Plain {
         slots[lane + i] = static_cast<Slot>(found[i]);
       }
     }
-    return (any[0] | any[1] | any[2] | any[3]) == 0;
+    return kExact || (any[0] | any[1] | any[2] | any[3]) == 0;
 #else
     bool certain = true;
     for (int32_t lane = 0; lane < kLanes; ++lane) {
@@ -123,7 +124,7 @@ struct Plain {
       index = index < grids.bins ? index : static_cast<float>(grids.bins);
       slots[lane] = static_cast<Slot>(static_cast<int32_t>(index) + grids.offset[lane] + 1);
     }
-    return certain;
+    return kExact || certain;
 #endif
   }
 

@@ -16,7 +16,7 @@
 #else
 #define LAMBDA_KERNELS_INLINE inline __attribute__((always_inline))
 #define LAMBDA_KERNELS_NOINLINE __attribute__((noinline))
-#define LAMBDA_KERNELS_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#define LAMBDA_KERNELS_PREFETCH(address) __builtin_prefetch(address, 0, 2)  // the tables need all of the L1
 #define LAMBDA_KERNELS_SELDOM(condition) __builtin_expect(condition, 0)
 #endif
 
@@ -81,7 +81,7 @@ LAMBDA_KERNELS_TARGET LAMBDA_KERNELS_NOINLINE void sum_finite(const Value* value
 }
 
 // Values of up to 32 bits.
-template <typename V, typename Element, bool kBins, bool kSums>
+template <typename V, typename Element, bool kBins, bool kExact, bool kSums>
 class RowCounter {
  public:
   // Rows are taken two at a time, and while their slots are computed the counters of the two before are increased, so
@@ -136,7 +136,7 @@ class RowCounter {
     const bool finite = V::all_finite(x);
     alignas(64) float values[kLanes];
     if (kBins) {
-      if (LAMBDA_KERNELS_SELDOM(!V::slots(x, grid_, slots) || !finite)) {
+      if (LAMBDA_KERNELS_SELDOM(!V::template slots<kExact>(x, grid_, slots) || !finite)) {
         V::store(x, values);
         exact_slots<V>(values, *definition_, slots);
       }
@@ -178,12 +178,20 @@ template <typename V, typename Element>
 LAMBDA_KERNELS_TARGET void count_rows(const void* values, int64_t rows, int64_t row_stride, int64_t groups,
                                       const LaneGrids* grids, Slot* tables, LaneSums* sums) {
   const Element* const first = static_cast<const Element*>(values);
+  bool exact = true;
+  for (int64_t group = 0; group < groups; ++group) {
+    exact = exact && grids[group].exact;
+  }
   if (grids->bins == 0) {
-    RowCounter<V, Element, false, true>().count(first, rows, row_stride, groups, grids, tables, sums);
+    RowCounter<V, Element, false, false, true>().count(first, rows, row_stride, groups, grids, tables, sums);
+  } else if (sums == nullptr && exact) {
+    RowCounter<V, Element, true, true, false>().count(first, rows, row_stride, groups, grids, tables, sums);
   } else if (sums == nullptr) {
-    RowCounter<V, Element, true, false>().count(first, rows, row_stride, groups, grids, tables, sums);
+    RowCounter<V, Element, true, false, false>().count(first, rows, row_stride, groups, grids, tables, sums);
+  } else if (exact) {
+    RowCounter<V, Element, true, true, true>().count(first, rows, row_stride, groups, grids, tables, sums);
   } else {
-    RowCounter<V, Element, true, true>().count(first, rows, row_stride, groups, grids, tables, sums);
+    RowCounter<V, Element, true, false, true>().count(first, rows, row_stride, groups, grids, tables, sums);
   }
 }
 

@@ -23,7 +23,7 @@ namespace lambda_kernels {
 namespace {
 
 constexpr int64_t kTableBytes = 448 * 1024;   // the tables of a task: within the L2 of the CPUs of today
-constexpr int64_t kBlockBytes = 64 * 1024;   // the rows that all groups of a task take before the next, likewise
+constexpr int64_t kBlockBytes = 128 * 1024;  // the rows that all groups of a task take before the next, likewise
 constexpr int64_t kFewRows = 8;               // what a call for one group of columns is worth
 constexpr int64_t kSumRows = 4096;            // after at most so many the sums go on around a better shift
 constexpr int64_t kFirstSumRows = 64;         // the first values may be outliers, and a bad shift
@@ -48,19 +48,21 @@ constexpr ElementType type_of(const double*) {
   return ElementType::kDouble;
 }
 
-// Of the finite ones of some values; 0 if there is none.
+// Of the finite ones of some values; 0 if there is none. Equal values have it exactly, however large they are.
 class Mean {
  public:
   void add(double value) {
     if (value - value == 0.0) {
-      sum_ += value;
+      first_ = empty() ? value : first_;
+      sum_ += value - first_;
       count_ += 1.0;
     }
   }
-  double value() const { return count_ > 0.0 ? sum_ / count_ : 0.0; }
+  bool empty() const { return count_ == 0.0; }
+  double value() const { return empty() ? 0.0 : first_ + sum_ / count_; }
 
  private:
-  double sum_ = 0.0, count_ = 0.0;
+  double first_ = 0.0, sum_ = 0.0, count_ = 0.0;
 };
 
 class Counting {
@@ -82,7 +84,8 @@ class Counting {
   template <typename Element>
   void run() {
     const int64_t tasks = static_cast<int64_t>(tasks_.size());
-    const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), tasks, ceil_div(values_, kTaskValues)});
+    const int64_t worthwhile = ceil_div(values_, kTaskValues);
+    const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), tasks, worthwhile});
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       const SubnormalsKept kept;
@@ -96,6 +99,7 @@ class Counting {
     if (call_.moments == nullptr) {
       return;
     }
+    const SubnormalsKept kept;
     for (int64_t target = 0; target < call_.targets; ++target) {
       Moments total;
       for (int64_t part = 0; part < parts_; ++part) {
@@ -124,7 +128,10 @@ class Counting {
     }
     const int64_t tiles = ceil_div(targets, width);
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t worthwhile = ceil_div(values * width, kTaskValues);
+    int64_t worthwhile = ceil_div(values * width, kTaskValues);
+    if (wide_) {  // adding up tables of this size must not take longer than filling them
+      worthwhile = std::min(worthwhile, std::max<int64_t>(1, values / slots_));
+    }
     const int64_t length = ceil_div(values, std::min({ceil_div(threads, tiles), worthwhile, values}));
     const int64_t parts = ceil_div(values, length);
     parts_ = std::max(parts_, parts);
@@ -147,7 +154,7 @@ class Counting {
   }
 
   template <typename Element>
-  void count(const Task& task) {
+  void count(const CpuTask& task) {
     const bool few = (task.end - task.begin) * kLanes < slots_;  // clearing a table would take longer than counting
     if (wide_ || few) {
       count_directly<Element>(task);
@@ -168,7 +175,7 @@ class Counting {
   };
 
   // `one_target`: all lanes belong to the first one.
-  Tables make_tables(const Task& task, int64_t groups, bool one_target) const {
+  Tables make_tables(const CpuTask& task, int64_t groups, bool one_target) const {
     Tables tables;
     tables.grids.resize(groups);
     tables.sums.resize(groups);
@@ -178,6 +185,7 @@ class Counting {
     for (int64_t group = 0; group < groups; ++group) {
       LaneGrids& lanes = tables.grids[group];
       lanes.bins = call_.bins;
+      lanes.exact = true;
       for (int32_t lane = 0; lane < kLanes; ++lane) {
         const int64_t index = group * kLanes + lane;
         const int64_t target = task.source->target + task.target + (one_target || index >= task.targets ? 0 : index);
@@ -193,6 +201,7 @@ class Counting {
         const bool coarse = short_grid.closed_hi == short_grid.closed_hi &&
                             counter_of(static_cast<double>(lanes.within[lane]), grid, call_.bins) != call_.bins - 1;
         lanes.certain[lane] = coarse ? -1.0f : short_grid.certain;
+        lanes.exact = lanes.exact && lanes.certain[lane] == 0.5f;
         lanes.offset[lane] = static_cast<int32_t>(lane * slots_);
         lanes.anchor[lane] = grid.anchor;
         lanes.inv_width[lane] = grid.inv_width;
@@ -235,7 +244,7 @@ class Counting {
   }
 
   // Adds the tables to the results and clears them.
-  void collect_tables(const Task& task, Tables& tables, bool one_target) {
+  void collect_tables(const CpuTask& task, Tables& tables, bool one_target) {
     const auto guard = task.only_part ? std::unique_lock<std::mutex>() : std::unique_lock<std::mutex>(results_lock_);
     const int64_t lanes = one_target ? kLanes : task.targets;
     for (int64_t index = 0; index < lanes; ++index) {
@@ -256,7 +265,7 @@ class Counting {
     std::fill(tables.outside_finite.begin(), tables.outside_finite.end(), 0);
   }
 
-  void put_down(const Task& task, const Moments* moments) {
+  void put_down(const CpuTask& task, const Moments* moments) {
     for (int64_t index = 0; index < task.targets && call_.moments != nullptr; ++index) {
       const int64_t target = task.source->target + task.target + index;
       if (call_.only == nullptr || call_.only[target]) {
@@ -271,7 +280,7 @@ class Counting {
 
   // Lanes are columns.
   template <typename Element>
-  void count_columns(const Task& task) {
+  void count_columns(const CpuTask& task) {
     const Source& source = *task.source;
     const int64_t groups = ceil_div(task.targets, kLanes);
     const CountRows count_rows = lanes_.count[static_cast<int>(type_of(static_cast<const Element*>(nullptr)))];
@@ -321,18 +330,20 @@ class Counting {
 
   // Lanes take turns with the values of one target.
   template <typename Element>
-  void count_along(const Task& task) {
+  void count_along(const CpuTask& task) {
     const Runs runs = runs_of_target<Element>(*task.source, call_.per, task.target);
     const CountRows count_rows = lanes_.count[static_cast<int>(type_of(static_cast<const Element*>(nullptr)))];
     Tables tables = make_tables(task, 1, true);
     if (call_.moments != nullptr) {
       Mean mean;
-      for_pieces<Element>(runs, task.begin, std::min(task.begin + kShiftValues, task.end),
-                          [&](const Element* values, int64_t stride, int64_t length) {
-                            for (int64_t i = 0; i < length; ++i) {
-                              mean.add(to_double(values[i * stride]));
-                            }
-                          });
+      for (int64_t begin = task.begin; begin < task.end && mean.empty(); begin += kShiftValues) {
+        for_pieces<Element>(runs, begin, std::min(begin + kShiftValues, task.end),
+                            [&](const Element* values, int64_t stride, int64_t length) {
+                              for (int64_t i = 0; i < length; ++i) {
+                                mean.add(to_double(values[i * stride]));
+                              }
+                            });
+      }
       std::fill_n(tables.sums[0].shift, kLanes, mean.value());
     }
     int64_t table_rows = 0, sum_rows = 0, most_sum_rows = kFirstSumRows;
@@ -392,7 +403,7 @@ class Counting {
   }
 
   template <typename Element>
-  void count_directly(const Task& task) {
+  void count_directly(const CpuTask& task) {
     const Source& source = *task.source;
     Direct direct(call_, task, results_lock_);
     if (side_by_side(source)) {
@@ -421,16 +432,22 @@ class Counting {
     put_down(task, moments.data());
   }
 
-  // Columns are shifted by the mean of their first values.
+  // Columns are shifted by the mean of their first values, or by the first finite one where there is none among them.
   template <typename Element>
-  void set_shifts(const Task& task, Tables& tables) const {
+  void set_shifts(const CpuTask& task, Tables& tables) const {
     std::vector<Mean> means(task.targets);
-    for_row_blocks<Element>(*task.source, task.begin, std::min(task.begin + kFewRows, task.end), 1,
-                            [&](const Element* row, int64_t) {
-                              for (int64_t index = 0; index < task.targets; ++index) {
-                                means[index].add(to_double(row[(task.target + index) * task.source->column_stride]));
-                              }
-                            });
+    bool any_empty = true;
+    for (int64_t at = task.begin; at < task.end && (any_empty || at < task.begin + kFewRows); ++at) {
+      any_empty = false;
+      for_row_blocks<Element>(*task.source, at, at + 1, 1, [&](const Element* row, int64_t) {
+        for (int64_t index = 0; index < task.targets; ++index) {
+          if (at < task.begin + kFewRows || means[index].empty()) {
+            means[index].add(to_double(row[(task.target + index) * task.source->column_stride]));
+          }
+          any_empty = any_empty || means[index].empty();
+        }
+      });
+    }
     for (int64_t index = 0; index < task.targets; ++index) {
       tables.sums[index / kLanes].shift[index % kLanes] = means[index].value();
     }
@@ -441,7 +458,7 @@ class Counting {
   const bool codes_;
   const int64_t slots_;  // per lane
   const bool wide_;      // more bins than the lanes' tables take
-  std::vector<Task> tasks_;
+  std::vector<CpuTask> tasks_;
   int64_t values_ = 0, parts_ = 0;
   std::vector<Moments> moments_;  // [parts, K]
   std::mutex results_lock_;

@@ -83,7 +83,7 @@ struct Launch {
   int64_t shared_bytes, partial_count, targets;
   Task tasks[kMaxTasks];
 };
-static_assert(sizeof(Launch) <= 4096, "kernel parameters take at most 4 KiB on all architectures");
+static_assert(sizeof(Launch) + sizeof(Moments*) <= 4096, "kernel parameters take at most 4 KiB on all architectures");
 
 // What is to be planned, apart from the tensors.
 struct Wanted {

@@ -41,7 +41,8 @@ PyObject* cpu_capability(PyObject*, PyObject*) {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyMethodDef methods[] = {{"cpu_capability", cpu_capability, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef methods[] = {{"cpu_capability", cpu_capability, METH_NOARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, methods,
                                    nullptr,               nullptr, nullptr, nullptr};
   static const char* const constants[][2] = {

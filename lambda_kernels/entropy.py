@@ -10,9 +10,11 @@ gives the same result: histograms exactly, Gaussians to rounding.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -84,7 +86,7 @@ def histogram_entropy(
     if not (isinstance(range, str) and range == "minmax"):
         meter = EntropyMeter("histogram", bins=bins, range=range, base=base)
         return meter.update(x).compute(miller_madow=miller_madow)
-    _check_options(bins, base, least=1)
+    _check_options(bins, base)
     seen = EntropyMeter("gaussian").update(x)
     seen._check_samples()
     found = seen.moments()
@@ -100,10 +102,10 @@ def _channels_last(x: Tensor, dim: int) -> Tensor:
     return x.movedim(dim, -1)
 
 
-def _check_options(bins: int, base: float, least: int) -> None:
-    if isinstance(bins, bool) or not isinstance(bins, int) or not least <= bins <= ops.MAX_BINS:
-        raise ValueError(f"bins must be an integer from {least} to {ops.MAX_BINS}; got {bins!r}")
-    if not (0 < base < math.inf and base != 1):
+def _check_options(bins: int, base: float) -> None:
+    if isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= ops.MAX_BINS:
+        raise ValueError(f"bins must be an integer from 2 to {ops.MAX_BINS}; got {bins!r}")
+    if not (isinstance(base, Real) and 0 < base < math.inf and base != 1):
         raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
 
 
@@ -112,12 +114,13 @@ def _checked_range(range: tuple[float, float] | str | None, kind: str) -> tuple[
         return None
     if kind != "histogram":
         raise ValueError(f"range={range!r} belongs to kind='histogram'; got kind={kind!r}")
-    if range == "bfloat16":
-        return range
-    if range == "minmax":
+    named = range if isinstance(range, str) else None  # not every pair compares with a string
+    if named == "bfloat16":
+        return "bfloat16"
+    if named == "minmax":
         raise ValueError('range="minmax" reads all data twice, which a meter cannot; use histogram_entropy')
     try:
-        low, high = (float(v) for v in range)
+        low, high = () if named else (float(v) for v in range)
     except (TypeError, ValueError):
         raise ValueError(f'range must be None, (low, high) or "bfloat16"; got {range!r}') from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -140,6 +143,8 @@ class EntropyMeter:
         base: Of the logarithm.
         name: What is measured, for messages.
 
+    A meter is not locked: threads that measure at the same time need one each, to be merged.
+
     Raises:
         ValueError: An option is wrong.
     """
@@ -157,13 +162,14 @@ class EntropyMeter:
         check_choice("kind", kind, KINDS)
         check_choice("per", per, PER)
         # The dyadic grid needs a bin on either side of 0.
-        _check_options(bins, base, least=2 if range is None else 1)
+        _check_options(bins, base)
         range = _checked_range(range, kind)
         bins = ops.CodeGrid.bins if range == "bfloat16" else bins
-        self._what = What(kind, per, bins, range)
+        # Python's own types, not NumPy's: what `save` writes must be what `load` and other ranks can read.
+        self._what = What(KINDS[KINDS.index(kind)], PER[PER.index(per)], bins, range)
         if isinstance(range, tuple):
             self._what.fixed_grid(1, torch.device("cpu"))  # raises where the edges are too near for `bins`
-        self.base, self.name = base, name
+        self.base, self.name = float(base), str(name)
         self.updates = 0
         # With per="sample" a part for every update, until they are joined; else at most one.
         self._parts: list[State] = []
@@ -206,9 +212,11 @@ class EntropyMeter:
 
     def _accept(self, x: Tensor) -> Tensor:
         """Check a batch; nothing is read yet."""
-        check_tensor("x", x)
-        if x.dim() == 0 or (x.shape[-1] == 0 and (x.dim() > 1 or self.per == "channel")):
+        check_tensor(f"{self.name}: x", x)
+        if x.dim() == 0 or (self.per == "channel" and x.shape[-1] == 0):
             raise ValueError(f"{self.name}: x must be [..., C] with at least one channel; got shape {list(x.shape)}")
+        if self.per == "sample" and len(x) > 0 and x.numel() == 0:
+            raise ValueError(f"{self.name}: the {len(x)} samples of x hold no values; got shape {list(x.shape)}")
         if self.range == "bfloat16" and x.dtype != torch.bfloat16:
             raise TypeError(f'{self.name}: range="bfloat16" counts values of that dtype; got {x.dtype}')
         if self._parts and self.per == "channel" and x.shape[-1] != self.channels:
@@ -251,7 +259,8 @@ class EntropyMeter:
     def all_reduce(self, group: object = None) -> EntropyMeter:
         """Merge the meters of all processes of `group`, in rank order, so that every rank ends with the same state.
 
-        Ranks that have seen nothing take part. Counts are summed exactly, moments in float64.
+        Ranks that have seen nothing take part. Counts are summed exactly, moments in float64. Call it once, at the end: a
+        second call would count the merged state of every rank again.
 
         Raises:
             RuntimeError: There is no process group.
@@ -266,6 +275,11 @@ class EntropyMeter:
         state, updates = entropy_exchange.all_reduce(self._what, state, self._options(), self.updates, problem, group)
         self._parts, self.updates = [] if state is None else [state], updates
         return self
+
+    def __getstate__(self) -> dict:
+        """For `copy` and `pickle`: nothing is shared with the copy, nor with meters that were updated together."""
+        parts = [part.map(torch.clone) for part in self._parts]
+        return {**self.__dict__, "_parts": parts, "_watch": copy.copy(self._watch)}
 
     def _state(self) -> State | None:
         """All that was seen, which is known to be finite; None: nothing."""

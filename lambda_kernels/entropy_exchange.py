@@ -66,7 +66,10 @@ def _exchange_device(group: object) -> torch.device:
 
 def _all_headers(header: dict, device: torch.device, group: object) -> list[dict]:
     if header["error"] is not None:
-        header = {**header, "error": header["error"][: _HEADER_BYTES // 8]}  # JSON makes up to six bytes of a character
+        header = {
+            **header,
+            "error": header["error"][: _HEADER_BYTES // 16],
+        }  # JSON makes up to twelve bytes of a character
     text = json.dumps(header).encode()
     padded = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -9,6 +9,7 @@ depends on values is decided there, and whether they were finite is learnt later
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import deque
@@ -93,6 +94,8 @@ class State:
 
     def split(self, sizes: Sequence[int]) -> list[State]:
         """Into states of `sizes` rows."""
+        if len(sizes) == 1:
+            return [self]
         parts = ([None] * len(sizes) if t is None else t.split(sizes) for t in self._tensors())
         return [State(*fields) for fields in zip(*parts, strict=True)]
 
@@ -142,7 +145,7 @@ def absorb(
     if what.kind == "gaussian":
         return State(moments).split(sizes)
 
-    before_counts = 0 if old is None else old.counts
+    before_counts = None if old is None else old.counts
     outside = found.outside[:, :2]
     if what.grows and old is None:
         grid = dyadic_grid(*moments[:, 3:].unbind(1), what.bins, centred=True)
@@ -159,13 +162,16 @@ def absorb(
         outside = torch.zeros_like(outside)
     if old is not None:
         outside = outside + old.outside
+        counts += before_counts  # in place: they are this batch's own, and a new table costs more than the sum
     packed = grid.packed() if what.grows else None
-    return State(moments, before_counts + counts, outside, packed).split(sizes)
+    return State(moments, counts, outside, packed).split(sizes)
 
 
 def _flags(outside: Tensor, moments: Tensor, sizes: Sequence[int]) -> Tensor:
     bad = outside[:, 2:].sum(1).double()
     largest = torch.nan_to_num(moments[:, 3:].abs().amax(1), nan=0.0, posinf=math.inf)
+    if len(set(sizes)) == 1:  # the usual case, without a handful of small kernels for each meter
+        return torch.stack((bad.view(len(sizes), -1).sum(1), largest.view(len(sizes), -1).amax(1)), dim=1)
     return torch.stack(
         [torch.stack((b.sum(), m.amax())) for b, m in zip(bad.split(sizes), largest.split(sizes), strict=True)]
     )
@@ -268,6 +274,12 @@ class Watch:
     def __init__(self) -> None:
         self._waiting: deque[tuple[Batch, Tensor, torch.cuda.Event]] = deque()
         self._error: ValueError | None = None
+
+    def __getstate__(self) -> dict:
+        # For copies: an event cannot go with them, so the flags are waited for.
+        with contextlib.suppress(ValueError):
+            self.settle(wait=True)
+        return {"_waiting": deque(), "_error": self._error}
 
     def add(self, batch: Batch, flags: Tensor, arrival: torch.cuda.Event) -> None:
         """Expect `flags` of `batch` on the host when `arrival` has happened."""

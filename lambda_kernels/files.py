@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,10 +45,29 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove temporary files that a killed process left while it was writing `path`."""
+    """Remove temporary files that a killed process left while it was writing `path`.
+
+    Those of other processes that run here stay: they may be writing the same path just now.
+    """
     path = Path(path)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-[0-9a-f]{{8}}\.tmp")
+    for leftover in path.parent.glob(".*.tmp"):
+        named = pattern.fullmatch(leftover.name)
+        if named and not _runs_beside(int(named[1])):
+            leftover.unlink(missing_ok=True)
+
+
+def _runs_beside(process: int) -> bool:
+    # A process of this number may have been killed in another container. Elsewhere than on POSIX, os.kill kills.
+    if process == os.getpid() or os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, for somebody else
+        return True
+    return True
 
 
 def _flush_folder(folder: Path) -> None:

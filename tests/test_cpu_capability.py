@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from extension_support import require_extension
-from histogram_support import assert_as_the_rule
+from histogram_support import assert_as_the_rule, moments_of, values_by_row
 from torch import Tensor
 
 from lambda_kernels import _extension
@@ -54,6 +54,8 @@ GRIDS = {
     "very far from 0": lambda: ops.uniform_grid(1e6, 1e6 + 1, 300),
     "huge": lambda: ops.uniform_grid(-3e38, 3e38, 7),
     "tiny": lambda: ops.uniform_grid(-1e-40, 3e-39, 9),
+    "closed just above 0": lambda: ops.uniform_grid(-4.0, 1e-40, 64),
+    "closed just above 0, in float32": lambda: ops.uniform_grid(-4.0, 2.0**-140, 64),
     "many bins": lambda: ops.uniform_grid(-7.3, 2.9, 4091),
     "more bins than lanes take": lambda: ops.uniform_grid(-7.3, 2.9, 4092),
     "dyadic": lambda: ops.dyadic_grid(torch.tensor([-3.3]).double(), torch.tensor([9.1]).double(), 200),
@@ -95,6 +97,25 @@ def test_long_columns_and_layers(dtype: torch.dtype) -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("per", ops.PER[:2])
+@pytest.mark.parametrize("value", [0.1, 1e308, -1.7e308, 3e-320])
+def test_equal_values_have_their_mean_and_no_spread(value: float, per: str) -> None:
+    x = torch.full((1000, 3), value, dtype=torch.float64)
+    found = ops.histogram(x, None, per=per, statistics=True, backend="extension").moments
+    assert set(found.mean.tolist()) == {value}
+    assert set(found.m2.tolist()) == {0.0}
+
+
+@pytest.mark.parametrize("per", ops.PER[:2])
+def test_spread_far_from_0_behind_values_that_are_not_finite(per: str) -> None:
+    x = 1e6 + torch.randn(5000, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:70] = math.nan
+    x[:, 3] = math.inf
+    found = ops.histogram(x, None, per=per, statistics=True, backend="extension").moments
+    wanted = [moments_of(row)[2] for row in values_by_row(x, per)]
+    torch.testing.assert_close(found.m2, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("per", ops.PER)
 def test_many_codes(per: str) -> None:
     x = torch.randn(3, 40_000, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -122,6 +143,19 @@ def test_subnormal_numbers_count_where_pytorch_flushes_them(flushed: Tensor) -> 
     result = ops.histogram(flushed, grid, per="layer", statistics=True, backend="extension")
     assert result.counts.tolist() == [[40, 80]]
     assert result.moments.minimum.item() < 0 < result.moments.maximum.item()
+
+
+def test_subnormal_extrema_of_several_parts_are_kept(flushed: Tensor) -> None:
+    x = torch.zeros(300_000, dtype=torch.float64)
+    x.view(torch.int64)[[200_000, 250_000]] = torch.tensor([1, 7 - 2**63])  # the bits of 5e-324 and −3.5e-323
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = ops.histogram(x, None, per="layer", statistics=True, backend="extension").moments
+    finally:
+        torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
+    assert (found.minimum.item(), found.maximum.item()) == (-3.5e-323, 5e-324)
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -81,7 +83,7 @@ def test_ranges_that_grow_by_any_factor(batches, bins):
     assert counts.sum() == len(x)
 
 
-@pytest.mark.parametrize("bins", [1, 10, 256])
+@pytest.mark.parametrize("bins", [2, 10, 256])
 def test_histogram_with_fixed_edges_is_numpys(bins):
     x = sample(1000, 3, dtype=torch.float64)
     low, high = float(x.min()), float(x.max())
@@ -91,7 +93,7 @@ def test_histogram_with_fixed_edges_is_numpys(bins):
         assert got == pytest.approx(float(-(p * np.log2(p)).sum()), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("bins", [1, 7, 256])
+@pytest.mark.parametrize("bins", [2, 7, 256])
 def test_minmax_is_numpys_default_range(bins):
     x = sample(1000, 3, dtype=torch.float64)
     x[:, 2] = torch.randint(0, 9, (1000,), generator=torch.Generator().manual_seed(0))
@@ -270,9 +272,11 @@ def test_values_outside_the_range_are_reported():
         ({"per": "token"}, "per.*'token'"),
         ({"bins": 0}, "bins.*0"),
         ({"bins": 1, "kind": "histogram"}, "from 2"),
+        ({"bins": 1, "kind": "histogram", "range": (0.0, 1.0)}, "from 2"),
         ({"bins": 10**6}, "65536"),
         ({"kind": "gaussian", "range": (0.0, 1.0)}, "kind='histogram'"),
         ({"base": math.inf}, "base.*inf"),
+        ({"base": "2"}, "base.*'2'"),
         ({"bins": True}, "bins.*True"),
         ({"range": (1.0, 1.0)}, "range"),
         ({"range": (0.0, math.inf)}, "range"),
@@ -280,6 +284,8 @@ def test_values_outside_the_range_are_reported():
         ({"kind": "histogram", "range": (0.0, 1e-320)}, "far enough apart for 256 bins"),
         ({"kind": "histogram", "range": "minmax"}, "use histogram_entropy"),
         ({"kind": "histogram", "range": "float16"}, "'float16'"),
+        ({"kind": "histogram", "range": "12"}, "got '12'"),
+        ({"kind": "histogram", "range": np.ones(3)}, "got array"),
         ({"kind": "histogram", "range": 3.0}, r"None, \(low, high\) or \"bfloat16\"; got 3.0"),
         ({"kind": "histogram", "range": (0.0, 1.0, 2.0)}, r"got \(0.0, 1.0, 2.0\)"),
     ],
@@ -292,12 +298,17 @@ def test_wrong_options(options, words):
 def test_wrong_input():
     with pytest.raises(TypeError, match="int64"):
         gaussian_entropy(torch.arange(5))
-    with pytest.raises(TypeError, match="list"):
-        EntropyMeter().update([1.0])
+    with pytest.raises(TypeError, match=r"mlp: x must be a torch\.Tensor; got list"):
+        EntropyMeter(name="mlp").update([1.0])
     with pytest.raises(ValueError, match="at least one channel"):
         EntropyMeter().update(torch.zeros(4, 0))
     with pytest.raises(ValueError, match="at least one channel"):
         EntropyMeter().update(torch.tensor(1.0))
+    each = EntropyMeter(per="sample").update(torch.zeros(0, 3, 5))
+    for shape in ((4, 0, 5), (4, 0)):  # left out, they would shift the samples after them
+        with pytest.raises(ValueError, match=r"the 4 samples of x hold no values; got shape \[4, 0"):
+            each.update(torch.zeros(shape))
+        assert EntropyMeter(per="layer").update(torch.zeros(shape)).count == 0
     for kind in ("gaussian", "histogram"):
         with pytest.raises(ValueError, match=r"1e\+200 are too large"):
             EntropyMeter(kind).update(torch.tensor([[1e200], [-1e200]], dtype=torch.float64))
@@ -420,6 +431,25 @@ def test_the_result_waits_for_what_was_not_learnt(arrivals):
     large = EntropyMeter().update(torch.full((2, 1), -1e200, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"1e\+200 are too large"):
         large.compute()
+
+
+@pytest.mark.parametrize("per", PER)
+def test_copies_share_nothing(per, arrivals):
+    meter, other = EntropyMeter("histogram", per=per, bins=16), EntropyMeter("histogram", per=per, bins=16)
+    update_together([meter, other], [sample(4, 3), torch.full((4, 3), math.nan)])
+    for duplicate in (copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        before = meter.state_dict()
+        again = duplicate(meter)
+        assert again._parts[0].counts.untyped_storage().nbytes() == before["counts"].nbytes
+        again.update(sample(4, 3))
+        assert torch.equal(meter.state_dict()["counts"], before["counts"])
+        assert again.updates == meter.updates + 1
+        # An event cannot be copied: what has not arrived is waited for.
+        flagged = EntropyMeter(name="late").update(torch.full((4, 3), math.nan))
+        again = duplicate(flagged)
+        assert arrivals[-1].happened
+        with pytest.raises(NonFiniteActivationError, match="late: 12 of 12 values"):
+            again.compute()
 
 
 @pytest.mark.parametrize("per", PER)

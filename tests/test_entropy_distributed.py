@@ -116,7 +116,7 @@ def check_naming(rank: int, world: int) -> None:
     """A rank that has learnt late of NaN, as on a CUDA device, tells the others."""
     meter = EntropyMeter(name="blocks[7].attn").update(sample(4, 3))
     if rank == world - 1:
-        meter._watch._error = NonFiniteActivationError("blocks[7].attn: 1 of 12 values are NaN " + "é" * 9000)
+        meter._watch._error = NonFiniteActivationError("blocks[7].attn: 1 of 12 values are NaN " + "😀" * 9000)
     with pytest.raises(NonFiniteActivationError, match=rf"rank {world - 1}: blocks\[7\]\.attn: 1 of 12 values"):
         meter.all_reduce()
 

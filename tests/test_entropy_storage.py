@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from entropy_support import MODES, assert_same, sample
 
-from lambda_kernels import EntropyMeter, entropy_storage
+from lambda_kernels import EntropyMeter, entropy_storage, files
 from lambda_kernels.entropy import PER
 
 
@@ -49,6 +51,29 @@ def test_nothing_seen_is_a_state(mode, tmp_path):
     assert loaded.count == loaded.channels == loaded.updates == 0
     x = sample(6, 3, dtype=torch.bfloat16)
     assert_same(loaded.update(x), meter.update(x))
+
+
+def test_options_from_numpy_come_back(tmp_path):
+    text = np.array(["histogram", "sample", "mlp"])
+    meter = EntropyMeter(text[0], per=text[1], name=text[2], base=np.float32(3), range=np.array([-4.0, 4.0]))
+    meter.update(sample(5, 3)).save(tmp_path / "meter.pt")
+    loaded = EntropyMeter.load(tmp_path / "meter.pt")
+    assert (loaded.name, loaded.base, loaded.range) == ("mlp", 3.0, (-4.0, 4.0))
+    assert_same(loaded, meter)
+    json.dumps(meter.state_dict()["options"])  # as `all_reduce` sends them
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for processes by signal")
+def test_only_the_leftovers_of_this_path_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f".{name}.{ended.pid}-0123abcd.tmp" for name in ("blocks0.pt", "blocks[0].pt.old")]
+    kept += [f".blocks[0].pt.{os.getppid()}-0123abcd.tmp"]  # of a process that may be writing the same file
+    removed = [f".blocks[0].pt.{process}-0123abcd.tmp" for process in (ended.pid, os.getpid())]
+    for name in kept + removed:
+        (tmp_path / name).touch()
+    files.remove_leftovers(tmp_path / "blocks[0].pt")
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
 def test_a_state_is_a_copy():

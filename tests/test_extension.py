@@ -193,6 +193,16 @@ def test_one_bin_rule_in_the_sources() -> None:
     assert "fixed_bin(" in code["histogram_phases.h"]
 
 
+def test_types_of_headers_have_names_of_their_own() -> None:
+    """CPU and CUDA code are linked into one library, in which two types of one name would be taken for each other."""
+    headers = "\n".join(path.read_text() for path in (REPOSITORY / "csrc").glob("*.h"))
+    names = re.findall(
+        r"^(?:struct|class|enum class|enum) (?:alignas\(\d+\) )?(\w+)(?: : .*)? \{", headers, re.MULTILINE
+    )
+    assert {"Runs", "Launch", "LaneGrids", "Outside", "Histogram"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
 def test_cuda_code_is_there_for_every_architecture(cuda_library: str) -> None:
     held = set(re.findall(r"arch = sm_(\d+)", output(tool("cuobjdump"), cuda_library)))
     asked = re.findall(r"(\d+)\.(\d+)", _extension.build_info()["architectures"])

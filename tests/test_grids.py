@@ -227,12 +227,21 @@ def test_packing() -> None:
         (lambda: ops.uniform_grid(0.0, 1.0, 65537), ValueError, "got 65537"),
         (lambda: ops.uniform_grid(0.0, 1.0, 4.0), TypeError, "bins must be an int; got float"),
         (lambda: ops.uniform_grid(0.0, 1.0, True), TypeError, "bins must be an int; got bool"),
+        (lambda: ops.uniform_grid([0.0], 1.0, 4), TypeError, "lo must be a number or a tensor; got list"),
+        (lambda: ops.uniform_grid(0.0, "1", 4), TypeError, "hi must be a number or a tensor; got str"),
+        (lambda: ops.uniform_grid(0.0, 1.0, 4, channels=-1), ValueError, "channels must be at least 0; got -1"),
+        (lambda: ops.uniform_grid(0.0, 1.0, 4, channels=2.0), TypeError, "channels must be an int; got float"),
+        (lambda: ops.dyadic_grid(0.0, 1.0, 4), TypeError, "minimum must be a float64 tensor; got float"),
         (
             lambda: ops.dyadic_grid(*[torch.zeros(2).double()] * 2, 1),
             ValueError,
             r"bins must be in \[2, 65536\]; got 1",
         ),
-        (lambda: ops.dyadic_grid(*[torch.zeros(2)] * 2, 4), TypeError, "minimum must be float64; got torch.float32"),
+        (
+            lambda: ops.dyadic_grid(*[torch.zeros(2)] * 2, 4),
+            TypeError,
+            "minimum must be a float64 .* got torch.float32",
+        ),
         (lambda: ops.dyadic_grid(torch.zeros(2).double(), torch.ones(3).double(), 4), ValueError, r"\[\[2\], \[3\]\]"),
         (lambda: ops.Grid(*torch.zeros(4, 2), bins=4), TypeError, "anchor must be a float64 tensor; got torch.float32"),
         (lambda: ops.Grid(*torch.zeros(4, 2).double(), bins=0), ValueError, "got 0"),
@@ -247,6 +256,20 @@ def test_packing() -> None:
 def test_bad_arguments(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@both_backends
+def test_edges_that_require_grad_leave_no_graph(backend: str) -> None:
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3).requires_grad_()
+    low, high = x.amin(0), x.amax(0)
+    edges = [edge.detach() for edge in (low, high)]
+    own = ops.Grid(*ops.uniform_grid(*edges, 4).packed().requires_grad_().unbind(1), bins=4)
+    for grid in (ops.uniform_grid(low, high, 4), ops.dyadic_grid(low, high, 4), own):
+        assert grid is own or not grid.anchor.requires_grad | grid.inv_width.requires_grad | grid.first.requires_grad
+        with counting_with(backend):
+            result = ops.histogram(x, grid, statistics=True)
+        assert result.counts.sum() == 12
+        assert not result.moments.packed().requires_grad
 
 
 def test_moving_counts_looks_at_no_value() -> None:

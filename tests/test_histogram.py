@@ -218,6 +218,12 @@ def test_outside(backend: str) -> None:
 
 
 @both_backends
+def test_only_may_be_a_view(backend: str) -> None:
+    only = torch.tensor([True, True, False, False, True, False])[::2]
+    assert_as_the_rule(normal(9, 3), ops.uniform_grid(-1.0, 1.0, 4, channels=3), backend=backend, only=only)
+
+
+@both_backends
 def test_every_bfloat16_has_its_code(backend: str) -> None:
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     assert_as_the_rule(x, ops.bfloat16_codes(), per="layer", backend=backend, statistics=False)

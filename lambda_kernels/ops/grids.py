@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -92,8 +93,8 @@ class Grid:
         return 1.0 / self.inv_width
 
     def packed(self) -> Tensor:
-        """The grid as the operator takes it: float64 [K, 4]."""
-        return torch.stack((self.anchor, self.inv_width, self.first, self.closed_hi), dim=1)
+        """The grid as the operator takes it: float64 [K, 4], outside any autograd graph."""
+        return torch.stack((self.anchor, self.inv_width, self.first, self.closed_hi), dim=1).detach()
 
 
 @dataclass(frozen=True)
@@ -152,16 +153,23 @@ def uniform_grid(
         hi: Upper edge, likewise. Where it equals `lo`, the range is widened by 0.5 on both sides, as numpy does, and by
             more where that would be lost in rounding.
         bins: Bins per row, 1 to 65536.
-        channels: K, where both edges are numbers.
+        channels: K, a whole number from 0, where both edges are numbers.
         device: Where the grid is to be; None: where the edges are, or the CPU.
 
     Raises:
-        TypeError: `bins` is not an int.
+        TypeError: `bins` or `channels` is not an int, or an edge neither a number nor a tensor.
         ValueError: An edge is not finite, `lo` is above `hi`, the bins are too narrow for float64, or the shapes differ.
     """
     check_bins(bins)
     edges = {"lo": lo, "hi": hi}
-    given = {name: edge for name, edge in edges.items() if isinstance(edge, Tensor)}
+    given = {name: edge.detach() for name, edge in edges.items() if isinstance(edge, Tensor)}
+    for name, edge in edges.items():
+        if name not in given and not isinstance(edge, Real):
+            raise TypeError(f"{name} must be a number or a tensor; got {type(edge).__name__}")
+    if isinstance(channels, bool) or not isinstance(channels, int):
+        raise TypeError(f"channels must be an int; got {type(channels).__name__}")
+    if channels < 0:
+        raise ValueError(f"channels must be at least 0; got {channels}")
     if given:
         check_same_device(given)
         channels = next(iter(given.values())).numel()
@@ -171,7 +179,8 @@ def uniform_grid(
     if device is None and given:
         device = next(iter(given.values())).device
     lo, hi = (
-        torch.as_tensor(edge, dtype=torch.float64, device=device).reshape(-1).expand(channels) for edge in (lo, hi)
+        torch.as_tensor(given.get(name, edge), dtype=torch.float64, device=device).reshape(-1).expand(channels)
+        for name, edge in edges.items()
     )
 
     widening = torch.where(lo == hi, (lo.abs() * 2.0**-50).clamp_min(0.5), 0.0)
@@ -211,14 +220,16 @@ def dyadic_grid(minimum: Tensor, maximum: Tensor, bins: int, *, centred: bool = 
     check_bins(bins, at_least=2)
     edges = {"minimum": minimum, "maximum": maximum}
     for name, edge in edges.items():
-        if edge.dtype != torch.float64:
-            raise TypeError(f"{name} must be float64; got {edge.dtype}")
+        if not isinstance(edge, Tensor) or edge.dtype != torch.float64:
+            got = edge.dtype if isinstance(edge, Tensor) else type(edge).__name__
+            raise TypeError(f"{name} must be a float64 tensor; got {got}")
         if edge.dim() != 1 or edge.shape != minimum.shape:
-            shapes = [list(e.shape) for e in edges.values()]
+            shapes = [list(e.shape) for e in edges.values() if isinstance(e, Tensor)]
             raise ValueError(f"minimum and maximum must have one shape [K]; got {shapes}")
     check_same_device(edges)
     minimum, maximum = (
-        torch.nan_to_num(edge, nan=0.0).clamp(-LARGEST_MAGNITUDE, LARGEST_MAGNITUDE) for edge in (minimum, maximum)
+        torch.nan_to_num(edge.detach(), nan=0.0).clamp(-LARGEST_MAGNITUDE, LARGEST_MAGNITUDE)
+        for edge in (minimum, maximum)
     )
     # 2^(e−1) ≤ value < 2^e for frexp's exponent e.
     magnitude = torch.maximum(minimum.abs(), maximum.abs())

@@ -190,6 +190,7 @@ def histogram(
     name, reason = histogram_backend(tensors[0].device, tensors[0].dtype, backend)
     sources = [_source(tensor, per) for tensor in tensors]
     packed = grid.packed() if isinstance(grid, Grid) else None
+    only = None if only is None else only.contiguous()
     arguments = (sources, packed, 0 if grid is None else grid.bins, PER.index(per), statistics, only)
     if name == "extension":
         counts, outside, packed_moments = torch.ops.lambda_kernels.histogram(*arguments)

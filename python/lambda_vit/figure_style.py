@@ -56,7 +56,7 @@ _STYLE = {
     "ytick.labelcolor": INK,
     "pdf.fonttype": 42,  # TrueType, which printers and editors take
     "svg.fonttype": "path",  # the page brings no font of its own, and text set in another one would overlap
-    "svg.hashsalt": "lambda-vit",  # one record, one picture, byte for byte
+    "svg.hashsalt": "lambda-vit",  # or ids would change from one picture of a record to the next
 }
 
 
