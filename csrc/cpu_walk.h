@@ -16,7 +16,6 @@ struct Runs {
   int64_t outer, inner, length;  // outer · inner runs
   int64_t outer_stride, inner_stride, stride;
 
-  int64_t values() const { return outer * inner * length; }
   int64_t offset_of(int64_t run) const { return run / inner * outer_stride + run % inner * inner_stride; }
 };
 
