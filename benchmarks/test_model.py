@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from lambda_kernels import convert_vit
+from lambda_kernels import EntropyMeter, convert_vit
+from lambda_vit.paths import skip_attention
 from lambda_vit.transfer import Measurement
 
 
@@ -24,13 +25,27 @@ def test_four_layers_removed(model, against, batch):
     against(lambda: converted(x), lambda: model(x))
 
 
-def test_a_round_of_selection(model, against):
-    """All twelve candidates from shared prefixes, against one full forward for each."""
-    data = [torch.randn(16, 3, 224, 224)]
-    measurement = Measurement(model, data)
+def test_selecting_five_of_twelve(model, against):
+    """Every round's candidates from shared beginnings, against one full forward for each; the picks are given."""
+    data = [torch.randn(8, 3, 224, 224)]
+    picks = (5, 3, 1, 7, 4)
+    rounds = [
+        [frozenset((*picks[:number], i)) for i in range(12) if i not in picks[:number]] for number in range(len(picks))
+    ]
+    rounds[0].insert(0, frozenset())
+
+    def shared() -> None:
+        with Measurement(model, data) as measurement:
+            for paths in rounds:
+                measurement.measure(paths)
+
+    def one_by_one() -> None:
+        for paths in rounds:
+            for path in paths:
+                meter = EntropyMeter()
+                for images in data:
+                    meter.update(skip_attention(model, tuple(path))(images))
+                meter.compute()
+
     with torch.inference_mode():
-        against(
-            lambda: measurement.entropies((), range(12)),
-            lambda: [measurement.entropies((i,), ()) for i in range(12)],
-            rounds=3,
-        )
+        against(shared, one_by_one, rounds=3)

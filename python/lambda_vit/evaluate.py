@@ -198,7 +198,7 @@ def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None,
     parameters = sum(p.numel() for p in model.parameters())
     saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
-        flops = _count_flops(model, runner.images(1, shape))
+        flops = count_flops(model, runner.images(1, shape))
         measure = _cuda_peak if runner.device.type == "cuda" else _traced_peak
         peak, method = measure(model, runner.images(batch_size, shape))
     resident = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(model)}
@@ -340,7 +340,8 @@ class _Trace(TorchDispatchMode):
         self._bytes -= size
 
 
-def _count_flops(model: nn.Module, images: Tensor) -> int:
+def count_flops(model: nn.Module, images: Tensor) -> int:
+    """FLOPs of a forward of `images`, two per multiply-add; in the mode that `model` is in."""
     # The math path spells attention out as matrix products, which every version of the counter knows.
     with sdpa_kernel(SDPBackend.MATH), _Trace() as trace, FlopCounterMode(display=False) as counter:
         model(images)

@@ -1,12 +1,11 @@
-"""Which attention layers to remove: NOSE, and controls that any selection has to beat."""
+"""Which attention layers to remove: NOSE, its rivals, and controls that any selection has to beat."""
 
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -16,11 +15,15 @@ from lambda_kernels.families import Anatomy, inspect_model
 from lambda_kernels.files import write_json
 from lambda_kernels.ops.checks import check_choice
 
+from .processes import Processes
 from .progress import task
+from .selection_progress import Progress, data_fingerprint, model_fingerprint
+from .stopping import Stop
+from .strategies import STRATEGIES, Found, Round, Strategy, control_order, greedy_round, ranking, shortened
 from .transfer import Measurement, constant_note
 
-STRATEGIES = ("nose", "random", "first")
 FORMAT = 1
+DEFAULT_COUNT = 5
 
 
 class SelectionWarning(UserWarning):
@@ -28,20 +31,24 @@ class SelectionWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Round:
-    """One step of the greedy search: the score of every candidate in bits, and the one that was picked."""
-
-    picked: int
-    scores: dict[int, float]
-    entropy: float  # of the output with everything up to and including `picked` skipped
-
-
-@dataclass(frozen=True)
 class Selection:
-    """The layers to remove, in the order they were picked, and all that was measured on the way."""
+    """The layers to remove, in the order they were picked, and all that was measured on the way.
+
+    Attributes:
+        criterion: What layers were judged by, and `unit` that of its scores; None for a control.
+        stop: What was asked for.
+        beam: How many sets of layers the search kept from round to round.
+        entropy_full: Of the full model's output.
+        samples: Images, and `channels` of the output that entropies are of.
+        rounds: Of the search, in order; a ranking has one, from which all layers come.
+    """
 
     layers: tuple[int, ...]
     strategy: str = "explicit"
+    criterion: str | None = None
+    unit: str | None = None
+    stop: str | None = None
+    beam: int = 1
     estimator: str | None = None
     signed: bool = False
     score: str | None = None
@@ -56,7 +63,7 @@ class Selection:
 
     def to_dict(self) -> dict:
         """As plain JSON types; block indices that are keys become strings."""
-        rounds = [asdict(r) | {"scores": {str(k): v for k, v in r.scores.items()}} for r in self.rounds]
+        rounds = [r.to_dict() for r in self.rounds]
         own = {k: v for k, v in vars(self).items() if k != "rounds"}
         lists = {"layers": list(self.layers), "warnings": list(self.warnings), "rounds": rounds}
         return {"format": FORMAT, **own, **lists}
@@ -76,10 +83,7 @@ class Selection:
         if value.get("format", FORMAT) > FORMAT:
             raise ValueError(f"selection of format {value['format']}; this version reads up to {FORMAT}")
         try:
-            rounds = tuple(
-                Round(r["picked"], {int(k): float(v) for k, v in r["scores"].items()}, r["entropy"])
-                for r in value.get("rounds", ())
-            )
+            rounds = tuple(map(Round.from_dict, value.get("rounds", ())))
             known = {k: v for k, v in value.items() if k in cls.__dataclass_fields__}
             known |= {"layers": tuple(value["layers"]), "warnings": tuple(value.get("warnings", ())), "rounds": rounds}
             return cls(**known)
@@ -105,93 +109,272 @@ class Selection:
             raise ValueError(f"{path}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What to stop at: one of `count` layers, shares of the parameters or FLOPs left, or a factor of throughput."""
+
+    count: int | None = None
+    params: float | None = None
+    flops: float | None = None
+    throughput: float | None = None
+
+    def asked(self) -> tuple[str, float]:
+        """The one that was given, by name.
+
+        Raises:
+            ValueError: There are several.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"pass one of count, params, flops and throughput; got {', '.join(given)}")
+        return next(iter(given.items()), ("count", DEFAULT_COUNT))
+
+
 def select_layers(
     model: nn.Module,
     loader: Iterable | None,
-    count: int = 5,
+    count: int | None = None,
     *,
     strategy: str = "nose",
     estimator: str = "gaussian",
     signed: bool = False,
     score: str = "logits",
+    bins: int = 256,
     exclude: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
+    params: float | None = None,
+    flops: float | None = None,
+    throughput: float | None = None,
+    beam: int = 1,
     seed: int = 0,
+    cache: str = "auto",
+    cache_budget: int | None = None,
+    cache_folder: str | Path | None = None,
+    progress_file: str | Path | None = None,
+    restart: bool = False,
 ) -> Selection:
-    """Pick `count` attention layers whose removal changes the output's entropy least.
+    """Pick attention layers to remove.
 
     NOSE (arXiv 2404.05657, algorithm 1) is greedy: in each round, the transfer entropy towards the task head of what is
     picked so far and one more is measured for every candidate, and the lowest is picked. The default compares |TE|:
     with the sign left in, layers that inflate the entropy look best, and the network breaks.
 
+    In a process group each process measures what its own `loader` gives, statistics are merged, rank 0 decides, and all
+    return the same; one that fails or dies stops the others with a message.
+
     Args:
         model: A timm vision transformer that still has all its attention.
-        loader: Yields images, or tuples whose first item is images; iterated once per round. None for a control.
-        count: How many layers to pick.
-        strategy: "nose", or a control that measures nothing: "random" (seeded), "first" (blocks 0, 1, 2 …).
-        estimator: "gaussian" or "histogram".
-        signed: Compare TE itself, as in the paper's formula.
-        score: "logits" or "pre_logits".
+        loader: Yields images, or tuples that begin with images and labels; iterated once per round, or once in all where
+            the embedded images fit into the cache. None for a control.
+        count: How many layers to pick; 5 where no budget is given.
+        strategy: "nose"; "nose-signed"; "one-shot": rank once by |TE|; "kl": greedy, the divergence of the outputs from
+            the full model's; "accuracy": greedy, needs labels; "cosine": rank once by how far attention turns its tokens
+            (arXiv 2406.15786). Controls that measure nothing: "random" (seeded), "first" (blocks 0, 1, 2 …), "explicit".
+        estimator: "gaussian" or "histogram", of all entropies.
+        signed: With "nose", the same as "nose-signed".
+        score: What entropies are of: "logits", or "pre_logits" for what goes into the classifier.
+        bins: Of a histogram.
         exclude: Blocks that must keep their attention.
+        layers: For "explicit".
+        params: In place of `count`: stop once at most this share of the parameters is left, such as 0.85.
+        flops: Likewise, of the FLOPs of an image.
+        throughput: Likewise: stop once this many times as many images per second are measured, such as 1.2.
+        beam: How many sets of layers a greedy search keeps from round to round.
         seed: For "random".
+        cache: Where embedded images stay between rounds: "ram", "disk", "none"; "auto" is "ram" where they fit.
+        cache_budget: Bytes that they may take; None: a quarter of the free memory, or the free disk but 1 GiB.
+        cache_folder: Where "disk" keeps them while it runs.
+        progress_file: Written atomically after every round; the same call then goes on from there.
+        restart: Forget what `progress_file` holds.
 
     Raises:
         ValueError: `count` or an option is wrong, the loader is empty, or a class token would be cut off from the image.
+        ProgressMismatchError: `progress_file` belongs to another model, other data or other options.
         UnsupportedModelError: The model cannot be changed block by block.
         NonFiniteActivationError: NaN or infinity on the way; nothing is ranked.
+        RuntimeError: Another process failed, or is gone (`ProcessLostError`).
     """
-    check_choice("strategy", strategy, STRATEGIES)
+    selection, _ = run_selection(
+        model,
+        loader,
+        Budget(count, params, flops, throughput),
+        strategy="nose-signed" if signed and strategy == "nose" else strategy,
+        estimator=estimator,
+        signed=signed,
+        score=score,
+        bins=bins,
+        exclude=exclude,
+        layers=layers,
+        beam=beam,
+        seed=seed,
+        cache={"cache": cache, "cache_budget": cache_budget, "cache_folder": cache_folder},
+        progress_file=progress_file,
+        restart=restart,
+    )
+    return selection
+
+
+def run_selection(
+    model: nn.Module,
+    loader: Iterable | None,
+    budget: Budget,
+    *,
+    strategy: str = "nose",
+    estimator: str = "gaussian",
+    signed: bool = False,
+    score: str = "logits",
+    bins: int = 256,
+    exclude: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
+    beam: int = 1,
+    seed: int = 0,
+    cache: dict | None = None,
+    progress_file: str | Path | None = None,
+    restart: bool = False,
+    processes: Processes | None = None,
+) -> tuple[Selection, dict | None]:
+    """As `select_layers`; also tells how the work was done (`Measurement.engine`), None for a control."""
+    check_choice("strategy", strategy, tuple(STRATEGIES))
+    how = STRATEGIES[strategy]
+    if signed and strategy != "nose-signed":
+        raise ValueError(f"signed=True belongs to strategy 'nose'; got {strategy!r}")
+    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
+        raise ValueError(f"beam must be a positive integer; got {beam!r}")
+    if beam > 1 and how.how != "greedy":
+        raise ValueError(f"beam={beam} belongs to a greedy strategy; {strategy!r} does not search")
     anatomy = inspect_model(model)
     if anatomy.removed:
         raise ValueError(
             f"the model has lost the attention of {list(anatomy.removed)} already; select on the full model"
         )
-    excluded = check_indices(exclude, anatomy.depth, "exclude")
-    candidates = [i for i in range(anatomy.depth) if i not in excluded]
-    _check_count(count, candidates, anatomy)
-    common = {"strategy": strategy, "model": model_name(model), "depth": anatomy.depth}
-    if strategy != "nose":
-        order = random.Random(seed).sample(candidates, count) if strategy == "random" else candidates[:count]
-        notes = _removal_warnings(model, order, anatomy)
-        return Selection(tuple(order), **common, seed=seed if strategy == "random" else None, warnings=notes)
+    if (layers is None) == (strategy == "explicit"):
+        raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
+    candidates = [i for i in range(anatomy.depth) if i not in check_indices(exclude, anatomy.depth, "exclude")]
+    most = _most(candidates, anatomy)
+    if layers is not None:
+        _check_layers(layers, candidates, most, anatomy)
+        if budget == Budget():
+            budget = Budget(count=len(layers))
+    stop = Stop(model, *budget.asked(), candidates=candidates if layers is None else layers, most=most)
+    common = {"strategy": strategy, "model": model_name(model), "depth": anatomy.depth, "stop": stop.describe()}
+    processes = Processes() if processes is None else processes
+    if how.how == "control":
+        order, notes = _settled(control_order(strategy, candidates, most, seed, layers), stop, processes)
+        notes = [*_removal_warnings(model, order, anatomy), *notes]
+        return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
     if loader is None:
-        raise ValueError("loader is None, but strategy 'nose' measures on images; pass a loader")
+        raise ValueError(f"loader is None, but strategy {strategy!r} measures on images; pass a loader")
+    if (how.criterion.compare or how.criterion.label) and not getattr(model, "num_classes", 1):
+        raise ValueError(f"strategy {strategy!r} compares the classifier's outputs, and the model has no classifier")
 
-    measurement = Measurement(model, loader, estimator=estimator, score=score)
-    picked: list[int] = []
-    rounds: list[Round] = []
-    full = None
-    with task("Select", count) as advance:
-        for number in range(count):
-            left = [i for i in candidates if i not in picked]
-            base, entropies = measurement.entropies(picked, left, f"Round {number + 1} of {count}")
-            full = base if full is None else full
-            scores = {i: full - h if signed else abs(full - h) for i, h in entropies.items()}
-            best = min(scores, key=lambda i: (scores[i], i))
-            picked.append(best)
-            rounds.append(Round(best, scores, entropies[best]))
+    processes = Processes() if processes is None else processes
+    options = {
+        "strategy": strategy, stop.kind: stop.value, "estimator": estimator, "score": score, "bins": bins,
+        "exclude": sorted(set(range(anatomy.depth)) - set(candidates)), "beam": beam,
+    }  # fmt: skip
+    with Measurement(
+        model, loader, estimator=estimator, score=score, bins=bins, processes=processes, **(cache or {})
+    ) as measurement:
+        options |= {"model": model_name(model), "weights": model_fingerprint(model), "dtype": str(measurement.dtype)}
+        processes.agree(options, "Select")
+        progress = None
+        with processes.together("Select"):
+            if processes.leads:
+                if restart and progress_file is not None:
+                    Path(progress_file).unlink(missing_ok=True)
+                path = None if progress_file is None else Path(progress_file)
+                progress = Progress(path, options | data_fingerprint(loader))
+        found = processes.share(progress.found if progress else None) or Found()
+        found = _search(measurement, how, found, stop, candidates, most, beam, progress)
+        engine = measurement.engine()
+    best, full = found.branches[0], found.full
+    picked, notes = _settled(best.layers, stop, processes, done=how.how == "greedy")
+    notes = [*_removal_warnings(model, picked, anatomy), *notes, *found.notes]
+    for note in notes:
+        warnings.warn(note, SelectionWarning, stacklevel=3)
+    return Selection(
+        picked,
+        **common,
+        criterion=how.criterion.name,
+        unit=how.criterion.unit,
+        beam=beam,
+        estimator=None if full is None else estimator,
+        signed=signed or strategy == "nose-signed",
+        score=None if full is None else score,
+        entropy_full=None if full is None else full.entropy,
+        samples=found.samples,
+        channels=None if full is None else full.channels,
+        rounds=best.rounds,
+        warnings=tuple(notes),
+    ), engine
+
+
+def _search(
+    measurement: Measurement,
+    how: Strategy,
+    found: Found,
+    stop: Stop,
+    candidates: Sequence[int],
+    most: int,
+    beam: int,
+    progress: Progress | None,
+) -> Found:
+    """From where it stands to the end; rank 0 decides and writes."""
+    processes = measurement.processes
+    rounds = stop.value if stop.kind == "count" and how.how == "greedy" else None
+    with task("Select", 1 if how.how == "ranked" else rounds) as advance:
+        advance(len(found.branches[0].rounds))
+        while not found.done:
+            number = len(found.branches[0].layers) + 1
+            if how.how == "ranked":
+                found = ranking(measurement, how.criterion, candidates, most, "Rank")
+                done = True
+            else:
+                name = f"Round {number}" + (f" of {rounds}" if rounds else "")
+                found = greedy_round(measurement, how.criterion, found, candidates, beam, name)
+                done = None
+            with processes.together("Select"):
+                if processes.leads:
+                    layers = found.branches[0].layers
+                    done = done or len(layers) == most or stop.met(layers)
+                    found = found.noted(done, measurement.samples, _measured_notes(measurement))
+                    progress.save(found)
+            found = processes.share(found)
             advance()
-    notes = [*_removal_warnings(model, picked, anatomy)]
+    return found
+
+
+def _measured_notes(measurement: Measurement) -> tuple[str, ...]:
+    notes = []
     if measurement.constant_channels:
         notes.append(constant_note(measurement))
-    if measurement.samples < measurement.channels:
+    if measurement.channels and measurement.samples < measurement.channels:
         notes.append(
             f"{measurement.samples} images for {measurement.channels} output channels: the entropies are rough. "
             "Use more images"
         )
-    for note in notes:
-        warnings.warn(note, SelectionWarning, stacklevel=2)
-    return Selection(
-        tuple(picked),
-        **common,
-        estimator=estimator,
-        signed=signed,
-        score=score,
-        entropy_full=full,
-        samples=measurement.samples,
-        channels=measurement.channels,
-        rounds=tuple(rounds),
-        warnings=tuple(notes),
-    )
+    return tuple(notes)
+
+
+def _settled(
+    layers: Sequence[int], stop: Stop, processes: Processes, *, done: bool = False
+) -> tuple[tuple[int, ...], list[str]]:
+    """As many of `layers` as `stop` asks for, all where they are `done`, and what to say if that is too few.
+
+    Rank 0 says so for all: throughput is measured, and comes out differently each time.
+    """
+    with processes.together("Select"):
+        settled = None
+        if processes.leads:
+            picked = tuple(layers) if done else shortened(layers, stop)
+            notes = []
+            if stop.last is not None and stop.last < stop.value:
+                notes = [
+                    f"throughput={stop.value:g} was not reached: without the attention of {len(picked)} blocks "
+                    f"{stop.last:.2f} × was measured"
+                ]
+            settled = picked, notes
+    return processes.share(settled)
 
 
 def model_name(model: nn.Module) -> str | None:
@@ -201,14 +384,18 @@ def model_name(model: nn.Module) -> str | None:
     return f"{name}.{tag}" if name and tag else name
 
 
-def _check_count(count: int, candidates: list[int], anatomy: Anatomy) -> None:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"count must be an integer; got {count!r}")
-    most = len(candidates)
-    if most == anatomy.depth and anatomy.pooling == "token":
-        most -= 1  # a class token without any attention never sees the image
-    if not 1 <= count <= most:
-        raise ValueError(f"count must be from 1 to {most} for {anatomy.depth} blocks; got {count}")
+def _most(candidates: Sequence[int], anatomy: Anatomy) -> int:
+    """How many attention layers may go."""
+    # A class token without any attention never sees the image.
+    return len(candidates) - (len(candidates) == anatomy.depth and anatomy.pooling == "token")
+
+
+def _check_layers(layers: Sequence[int], candidates: Sequence[int], most: int, anatomy: Anatomy) -> None:
+    excluded = sorted(set(check_indices(layers, anatomy.depth, "layers")) - set(candidates))
+    if excluded:
+        raise ValueError(f"layers holds {excluded}, which exclude keeps")
+    if not 1 <= len(layers) <= most:
+        raise ValueError(f"layers must hold 1 to {most} of {anatomy.depth} blocks; got {len(layers)}")
 
 
 def _removal_warnings(model: nn.Module, layers: Sequence[int], anatomy: Anatomy) -> tuple[str, ...]:

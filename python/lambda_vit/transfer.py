@@ -1,180 +1,218 @@
-"""Transfer entropy of attention layers towards the task head, with the shared beginning of all candidates run once.
+"""Entropies and other statistics of a model's output with attention layers skipped; transfer entropy.
 
-TE(S) = H(output) − H(output | attention of S skipped), where skipping makes a block x + MLP(LN(x)) (arXiv 2404.05657,
-section 3.2). Models are never changed: paths are shallow copies of the model around a list of blocks of their own, so
-that timm's own `forward` runs and nothing of it is written again here.
+TE(S) = H(output) − H(output | attention of S skipped) (arXiv 2404.05657, section 3.2).
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path as FilePath
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lambda_kernels.blocks import AttentionFreeBlock
 from lambda_kernels.convert import check_indices
-from lambda_kernels.entropy import EntropyMeter
 from lambda_kernels.errors import NonFiniteActivationError
-from lambda_kernels.families import inspect_model
 from lambda_kernels.ops.checks import check_choice
 
+from .embeddings import Batch, Embeddings
+from .path_statistics import PathResult, PathStatistics
+from .paths import FULL, Outputs, Path, PathRunner, skip_attention
 from .placement import eval_mode, one_device, one_dtype
+from .processes import Processes
 from .progress import task
+
+__all__ = ["ESTIMATORS", "SCORES", "Measurement", "constant_note", "skip_attention", "transfer_entropy"]
 
 ESTIMATORS = ("gaussian", "histogram")
 SCORES = ("logits", "pre_logits")
 
 
-def skip_attention(model: nn.Module, skip: Sequence[int]) -> nn.Module:
-    """A view of `model` in which the attention of the blocks `skip` is passed over; parameters and modules are shared.
-
-    Raises:
-        ValueError: An index is wrong.
-        UnsupportedModelError: The model cannot be changed block by block.
-    """
-    anatomy = inspect_model(model)
-    skip = check_indices(skip, anatomy.depth, "skip")
-    return with_blocks(model, path_blocks(model, skip))
-
-
-def path_blocks(model: nn.Module, skip: Iterable[int]) -> list[nn.Module]:
-    """The blocks of `model`, those in `skip` without their attention."""
-    skip = set(skip)
-    return [
-        AttentionFreeBlock.from_block(block) if i in skip and not isinstance(block, AttentionFreeBlock) else block
-        for i, block in enumerate(model.blocks)
-    ]
-
-
-def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
-    """A shallow copy of `model` around other blocks; everything else is shared, and `model` keeps its own."""
-    view = copy.copy(model)
-    view._modules = dict(model._modules)
-    view._modules["blocks"] = nn.Sequential(*blocks)
-    return view
-
-
-class _Tap(nn.Module):
-    """Runs a block and keeps what went in."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block, self.seen = block, None
-
-    def forward(self, x: Tensor, **options: object) -> Tensor:
-        self.seen = x
-        return self.block(x, **options)
-
-
-class _Inject(nn.Module):
-    """Replaces the beginning of a path by tokens that are known already."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-    def forward(self, x: Tensor, **options: object) -> Tensor:
-        return self.tokens
-
-
-def score_output(model: nn.Module, images: Tensor, score: str) -> Tensor:
-    """What the entropy is measured on: the classifier's output, or what goes into it.
-
-    Distilled models average their two heads in eval mode, and average-pooled ones normalise after pooling: the model's own
-    `forward_head` does either.
-    """
-    if score == "logits":
-        return model(images)
-    return model.forward_head(model.forward_features(images), pre_logits=True)
-
-
 class Measurement:
-    """Entropies of a model's output with some attention layers skipped, and of every candidate for one more.
+    """Measures any number of paths per pass over the data; use it in `with`, which removes its cache.
 
     Args:
         model: A timm vision transformer; it is put into eval mode while measuring, and back.
-        loader: Yields images, or tuples whose first item is images; iterated once per call.
-        estimator: "gaussian" or "histogram".
-        score: "logits" or "pre_logits".
-        bins: Of the histogram.
+        loader: Yields images, or tuples that begin with images and labels; iterated once per pass. With several
+            processes, this one's share.
+        estimator: "gaussian": Σ log2 σ over the output's channels. "histogram": summed differential entropies.
+        score: What the entropies are of: "logits", or "pre_logits" for what goes into the classifier.
+        bins: Of a histogram.
+        cache: Where the embedded images stay between passes: "ram", "disk", "none"; "auto" is "ram" where it fits.
+        cache_budget: Bytes that they may take; None as `Embeddings`.
+        cache_folder: Where "disk" keeps them.
+        processes: Those that measure together; None: those of the process group, if there is one.
+
+    Attributes:
+        seconds: Time spent in passes, and in statistics alone as far as the host can tell.
+        samples, channels, constant_channels: Of the passes so far; the last is the most that any path had.
 
     Raises:
         ValueError: The loader cannot be iterated twice, or an option is wrong.
+        UnsupportedModelError: The model cannot be changed block by block.
     """
 
     def __init__(
-        self, model: nn.Module, loader: Iterable, *, estimator: str = "gaussian", score: str = "logits", bins: int = 256
+        self,
+        model: nn.Module,
+        loader: Iterable,
+        *,
+        estimator: str = "gaussian",
+        score: str = "logits",
+        bins: int = 256,
+        cache: str = "auto",
+        cache_budget: int | None = None,
+        cache_folder: FilePath | None = None,
+        processes: Processes | None = None,
     ) -> None:
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("score", score, SCORES)
         if isinstance(loader, Iterator):
             raise ValueError("loader must be iterable more than once (a DataLoader or a list); got an iterator")
-        self.anatomy = inspect_model(model)
-        self.model, self.loader, self.estimator, self.score, self.bins = model, loader, estimator, score, bins
+        self.runner = PathRunner(model, score)
+        self.processes = Processes() if processes is None else processes
+        self.estimator, self.score, self.bins = estimator, score, bins
         self.device, self.dtype = one_device(model), one_dtype(model)
+        self.embeddings = Embeddings(
+            self.runner,
+            loader,
+            self.device,
+            self.dtype,
+            cache=cache,
+            budget=cache_budget,
+            folder=cache_folder,
+            classes=int(getattr(model, "num_classes", 0) or 0),
+        )
+        self.passes = 0
+        self.seconds = {"passes": 0.0, "statistics": 0.0}
         self.samples = 0
         self.channels = 0
-        self.constant_channels = 0  # the most that any path had so far
+        self.constant_channels = 0
+
+    def __enter__(self) -> Measurement:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.embeddings.__exit__(*exception)
 
     @torch.inference_mode()
-    def entropies(
-        self, skip: Sequence[int], candidates: Sequence[int], description: str = "Measure"
-    ) -> tuple[float, dict[int, float]]:
-        """H with `skip` skipped, and H with each of `candidates` skipped as well, in one pass over the data.
+    def measure(
+        self, paths: Collection[Path], description: str = "Measure", *, compare: bool = False, label: bool = False
+    ) -> dict[Path, PathResult]:
+        """All `paths`, in one pass over the data.
 
-        A candidate shares everything before its block with the base path, so only the rest of it is run.
+        Args:
+            paths: Sets of blocks whose attention is skipped.
+            description: Of the progress bar.
+            compare: Compare with the full model's answers, which are computed beside the paths unless they are cached.
+            label: Compare with the labels.
+
+        Returns:
+            The results over the data of all processes, the same on each.
+
+        Raises:
+            ValueError: The loader is empty or gives no labels; a path whose output never changes.
+            NonFiniteActivationError: NaN or infinity; names the first block that gave it, the batch and the dtype.
+            RuntimeError: Another process failed, or is gone (`ProcessLostError`).
+        """
+        paths = list(dict.fromkeys(paths))
+        statistics = PathStatistics(paths, self.estimator, self.score, self.bins, compare=compare, label=label)
+        with self.processes.together(description):
+            for batch in self._batches(description):
+                try:
+                    self._measure_batch(batch, paths, statistics, compare)
+                except NonFiniteActivationError as error:
+                    raise NonFiniteActivationError(f"{self._culprit(batch, paths)}: {error}") from error
+        results = statistics.results(self.processes)
+        some = next(iter(results.values()))
+        self.samples, self.channels = some.images, some.channels
+        self.constant_channels = max(self.constant_channels, *(r.constant_channels for r in results.values()))
+        return results
+
+    @torch.inference_mode()
+    def cosine_distances(self, description: str = "Measure") -> dict[int, float]:
+        """1 − cos(x, x + attention(x)) of each block, a mean over all tokens, in one pass (arXiv 2406.15786).
 
         Raises:
             ValueError: The loader is empty.
-            NonFiniteActivationError: NaN or infinity; names the first block that gave it, the batch and the dtype.
+            NonFiniteActivationError: NaN or infinity; names the block, the batch and the dtype.
         """
-        taps = [_Tap(block) for block in path_blocks(self.model, skip)]
-        base = with_blocks(self.model, taps)
-        meters = {None: self._meter(f"{self.score} with {list(skip)} skipped")}
-        skipping = {}
-        for i in candidates:
-            meters[i] = self._meter(f"{self.score} with {[*skip, i]} skipped")
-            skipping[i] = AttentionFreeBlock.from_block(self.model.blocks[i])
-        samples = 0
-        total = len(self.loader) if hasattr(self.loader, "__len__") else None
-        with eval_mode(self.model, base, *skipping.values()), task(description, total) as advance:
-            for number, batch in enumerate(self.loader):
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                images = images.to(self.device, self.dtype, non_blocking=True)
-                samples += len(images)
-                try:
-                    meters[None].update(score_output(base, images, self.score))
-                    for i in candidates:
-                        rest = [_Inject(taps[i].seen), skipping[i], *(tap.block for tap in taps[i + 1 :])]
-                        meters[i].update(score_output(with_blocks(self.model, rest), images, self.score))
-                    for meter in meters.values():
-                        meter.check()  # while this batch's tokens are there to be looked at
-                except NonFiniteActivationError as error:
-                    raise NonFiniteActivationError(f"{_culprit(taps, images, number)}: {error}") from error
-                advance()
-        if samples == 0:
+        depth = self.runner.depth
+        sums = torch.zeros(depth + 1, 2, dtype=torch.float64)  # the last row: images
+        with self.processes.together(description):
+            for batch in self._batches(description):
+                sums[depth, 0] += len(batch)
+                for index, before, after in self.runner.attention_inputs_and_outputs(batch.start):
+                    distance = 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
+                    total = float(distance.sum(dtype=torch.float32).cpu())
+                    if not torch.isfinite(distance).all():
+                        raise NonFiniteActivationError(
+                            f"block {index} gave NaN or infinity in batch {batch.number} ({self._dtype_name()})"
+                        )
+                    sums[index] += torch.tensor([total, distance.numel()], dtype=torch.float64)
+        sums = self.processes.sum(sums)
+        self.samples = int(sums[depth, 0])
+        if not self.samples:
             raise ValueError("loader gave no images: there is nothing to measure")
-        self.samples, self.channels = samples, meters[None].channels
-        results = {key: self._entropy(meter) for key, meter in meters.items()}
-        return results.pop(None), results
+        return {i: float(sums[i, 0] / sums[i, 1]) for i in range(depth) if sums[i, 1] > 0}
 
-    def _meter(self, name: str) -> EntropyMeter:
-        return EntropyMeter(self.estimator, bins=self.bins, name=name)
+    def engine(self) -> dict[str, object]:
+        """How the work was done, for a report: the cache, where paths begin, passes and seconds."""
+        plan = self.embeddings.plan
+        return {
+            "processes": self.processes.size,
+            "passes": self.passes,
+            "seconds": round(self.seconds["passes"], 3),
+            "statistics_seconds": round(self.seconds["statistics"], 3),
+            "cache": None if plan is None else {"kind": plan.kind, "bytes": plan.bytes, "reason": plan.reason},
+            "shared": "the embedding and the blocks before a path's first skipped attention"
+            if self.runner.why_images is None
+            else f"the blocks, not the embedding: {self.runner.why_images}",
+        }
 
-    def _entropy(self, meter: EntropyMeter) -> float:
-        constant = meter.constant_channels
-        if meter.count > 1 and constant == meter.channels:
-            raise ValueError(f"{meter.name}: all {constant} channels are constant over {meter.count} samples")
-        self.constant_channels = max(self.constant_channels, constant)
-        with warnings.catch_warnings():
-            # Counted above, and reported once by whoever asked instead of once per candidate.
-            warnings.filterwarnings("ignore", message=".* channels are constant")
-            # Grids of different paths differ in their bin width, so histograms are compared as differential entropies.
-            values = meter.compute(differential=True) if self.estimator == "histogram" else meter.compute()
-        return float(values.sum())
+    def _batches(self, description: str) -> Iterator[Batch]:
+        """One pass, in eval mode, behind a progress bar."""
+        started = time.perf_counter()
+        total = None
+        with contextlib.suppress(TypeError):
+            total = len(self.embeddings)
+        with eval_mode(*self.runner.modules()), task(description, total) as advance:
+            for batch in self.embeddings:
+                yield batch
+                advance()
+        self.passes += 1
+        self.seconds["passes"] += time.perf_counter() - started
+
+    def _measure_batch(self, batch: Batch, paths: list[Path], statistics: PathStatistics, compare: bool) -> None:
+        wanted = [FULL, *paths] if compare and batch.full is None else paths
+        found: dict[Path, Outputs] = dict(self.runner.outputs(batch.start, wanted))
+        if compare and batch.full is None:
+            batch.full = found[FULL].logits
+        started = time.perf_counter()
+        statistics.add({path: found[path] for path in paths}, batch.full, batch.targets)
+        statistics.check()  # while this batch's tokens are there to be looked at
+        self.seconds["statistics"] += time.perf_counter() - started
+
+    def _culprit(self, batch: Batch, paths: list[Path]) -> str:
+        where = f"batch {batch.number}"
+        if self.processes.size > 1:
+            where += f" of rank {self.processes.rank}"
+        if batch.images is not None and not torch.isfinite(batch.images).all():
+            return f"{where} of the input holds NaN or infinity ({self._dtype_name()})"
+        if not torch.isfinite(batch.start.tokens).all():
+            return f"the patch embedding gave NaN or infinity in {where} ({self._dtype_name()})"
+        for path in sorted(paths, key=len):
+            block = self.runner.first_bad_block(batch.start, path)
+            if block is not None:
+                skipping = f" with the attention of {sorted(path)} skipped" if path else ""
+                return f"block {block} gave NaN or infinity{skipping} in {where} ({self._dtype_name()})"
+        return f"what follows the last block gave NaN or infinity in {where} ({self._dtype_name()})"
+
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 def constant_note(measurement: Measurement) -> str:
@@ -183,17 +221,6 @@ def constant_note(measurement: Measurement) -> str:
         f"up to {measurement.constant_channels} of {measurement.channels} output channels never change on these images; "
         "they count with a floor instead of their own entropy"
     )
-
-
-def _culprit(taps: list[_Tap], images: Tensor, batch: int) -> str:
-    dtype = str(images.dtype).removeprefix("torch.")
-    if not torch.isfinite(images).all():
-        return f"batch {batch} of the input holds NaN or infinity ({dtype})"
-    for index, tap in enumerate(taps):
-        if not torch.isfinite(tap.seen).all():
-            place = f"block {index - 1}" if index else "the patch embedding"
-            return f"{place} gave NaN or infinity in batch {batch} ({dtype})"
-    return f"block {len(taps) - 1} or the head gave NaN or infinity in batch {batch} ({dtype})"
 
 
 def transfer_entropy(
@@ -209,7 +236,7 @@ def transfer_entropy(
 
     Args:
         model: A timm vision transformer.
-        loader: Yields images, or tuples whose first item is images; iterated twice.
+        loader: Yields images, or tuples whose first item is images; iterated once.
         skip: Block indices.
         estimator: "gaussian": Σ log2 σ over the output's channels. "histogram": summed differential histogram entropies.
         signed: H(full) − H(skipped) itself instead of its absolute value.
@@ -220,10 +247,10 @@ def transfer_entropy(
         UnsupportedModelError: The model cannot be changed block by block.
         NonFiniteActivationError: NaN or infinity on the way.
     """
-    measurement = Measurement(model, loader, estimator=estimator, score=score)
-    skip = check_indices(skip, measurement.anatomy.depth, "skip")
-    full, _ = measurement.entropies((), (), "Full model")
-    without, _ = measurement.entropies(skip, (), "Skipped")
-    if measurement.constant_channels:
-        warnings.warn(constant_note(measurement), stacklevel=2)
-    return full - without if signed else abs(full - without)
+    with Measurement(model, loader, estimator=estimator, score=score, cache="none") as measurement:
+        path = frozenset(check_indices(skip, measurement.runner.depth, "skip"))
+        found = measurement.measure([FULL, path], "Transfer entropy")
+        if measurement.constant_channels:
+            warnings.warn(constant_note(measurement), stacklevel=2)
+    difference = found[FULL].entropy - found[path].entropy
+    return difference if signed else abs(difference)

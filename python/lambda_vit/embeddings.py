@@ -1,0 +1,242 @@
+"""What goes into the first block, batch by batch, kept between passes in memory or on disk so that images are read once.
+
+How much that takes is known from the first batch, before anything is kept: a budget that it does not fit is an error, or
+with "auto" means that nothing is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .paths import PathRunner, Tokens
+from .units import size
+
+CACHES = ("auto", "ram", "disk", "none")
+
+# Of the memory that is free, what a cache takes without having been told; of the disk, what it leaves free.
+RAM_SHARE = 0.25
+DISK_RESERVE = 1 << 30
+
+
+@dataclass
+class Batch:
+    """A batch as the passes see it; all tensors where the model is.
+
+    Attributes:
+        number: From 0, among the batches of this process.
+        start: What the paths begin from.
+        targets: int64 [N]; None where the loader gives none.
+        full: The full model's logits, once somebody has put them there; they are kept with the rest.
+        images: While they are at hand, for messages.
+    """
+
+    number: int
+    start: Tokens
+    targets: Tensor | None
+    full: Tensor | None = None
+    images: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.start.tokens)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What is kept between passes: "ram", "disk" or "none", what all of it takes, and why it was decided so."""
+
+    kind: str
+    bytes: int | None
+    reason: str
+
+
+class Embeddings:
+    """Batches of tokens out of a loader of images; iterate as often as needed, inside `with`.
+
+    Args:
+        runner: Embeds images.
+        loader: Yields images, or tuples that begin with images and targets; iterated once per pass, or once in all.
+        device: Where the model is.
+        dtype: Of the model.
+        cache: "ram", "disk", "none"; "auto" is "ram" where it fits into the budget, else "none".
+        budget: Bytes that the cache may take. None: a quarter of the memory that is free, shared by the processes of this
+            machine; on disk, all but 1 GiB of what is free.
+        folder: Where "disk" makes a folder of its own, which is removed in the end. None: the system's temporary folder.
+        classes: Outputs of the classifier, kept too.
+
+    Attributes:
+        plan: What was decided; None before the first batch.
+
+    Raises:
+        ValueError: `cache` or `budget` is wrong; while iterating, the cache asked for by name does not fit.
+    """
+
+    def __init__(
+        self,
+        runner: PathRunner,
+        loader: Iterable,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        cache: str = "auto",
+        budget: int | None = None,
+        folder: Path | None = None,
+        classes: int = 0,
+    ) -> None:
+        if cache not in CACHES:
+            raise ValueError(f"cache must be one of {', '.join(CACHES)}; got {cache!r}")
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"cache_budget must be a positive number of bytes; got {budget!r}")
+        self.plan: CachePlan | None = None
+        self._runner, self._loader, self._device, self._dtype = runner, loader, device, dtype
+        self._cache, self._budget, self._folder, self._classes = cache, budget, folder, classes
+        self._kept: list[Batch | Path] = []
+        self._complete = False
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Embeddings:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept, self._complete = [], False
+        self._stack.close()
+
+    def __len__(self) -> int:
+        """Batches of a pass; TypeError where the loader does not know."""
+        return len(self._loader)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the next pass reads images."""
+        return not self._complete
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._complete:
+            for kept in self._kept:
+                yield self._there(self._load(kept) if isinstance(kept, Path) else kept)
+            return
+        self._kept = []
+        for number, item in enumerate(self._loader):
+            images, targets = _parts(item)
+            images = images.to(self._device, self._dtype, non_blocking=True)
+            if targets is not None:
+                targets = torch.as_tensor(targets).to(self._device, torch.int64, non_blocking=True)
+            batch = Batch(number, self._runner.embed(images), targets, images=images)
+            if self.plan is None:
+                self.plan = self._decide(batch)
+            yield batch
+            batch.images = None
+            self._keep(batch)
+        self._complete = self.plan is not None and self.plan.kind != "none"
+
+    def _decide(self, batch: Batch) -> CachePlan:
+        if self._cache == "none":
+            return CachePlan("none", None, "as asked for: every pass reads the images again")
+        each = sum(t[0].numel() * t.element_size() for t in (*batch.start, batch.targets) if t is not None)
+        each += self._classes * batch.start.tokens.element_size()
+        images = _images(self._loader, len(batch))
+        if images is None:
+            if self._cache != "auto":
+                raise ValueError(
+                    f"cache={self._cache!r} is sized before it starts, but the loader does not say how long it is: pass "
+                    "one with a length, or cache='none'"
+                )
+            return CachePlan("none", None, "the loader does not say how long it is")
+        needed = each * images
+        kind = "disk" if self._cache == "disk" else "ram"
+        budget, named = self._budget, "the budget"
+        if kind == "disk":
+            self._folder = Path(self._folder or tempfile.gettempdir())
+            self._folder.mkdir(parents=True, exist_ok=True)
+            free = max(0, shutil.disk_usage(self._folder).free - DISK_RESERVE)
+            if budget is None or free < budget:
+                budget, named = free, f"what may be taken of the disk of {self._folder}"
+        elif budget is None:
+            budget, named = _free_memory(), "a quarter of the free memory"
+        fits = needed <= budget
+        reason = f"{images:,} images take {size(needed)}, {named} is {size(budget)}"
+        if fits:
+            return CachePlan(kind, needed, reason)
+        if self._cache == "auto":
+            return CachePlan("none", needed, f"{reason}: every pass reads the images again")
+        raise ValueError(
+            f"cache={kind!r} does not fit: {reason}. Take fewer images, a larger budget (--cache-budget), or "
+            f"{'disk or none' if kind == 'ram' else 'none'} (--cache)"
+        )
+
+    def _keep(self, batch: Batch) -> None:
+        if self.plan.kind == "none":
+            return
+        # Views of a larger tensor would keep all of it alive.
+        kept = _mapped(batch, lambda t: t.detach().cpu().clone() if t.device.type == "cpu" else t.detach().cpu())
+        self._kept.append(self._store(kept) if self.plan.kind == "disk" else kept)
+
+    def _there(self, batch: Batch) -> Batch:
+        return _mapped(batch, lambda t: t.to(self._device, non_blocking=True))
+
+    def _store(self, batch: Batch) -> Path:
+        if not self._kept:
+            self._own = Path(
+                self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lambda-vit-", dir=self._folder))
+            )
+        path = self._own / f"{batch.number}.safetensors"
+        tensors = {
+            "tokens": batch.start.tokens,
+            "images": batch.start.images,
+            "targets": batch.targets,
+            "full": batch.full,
+        }
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot write the cache {path}: {error}. Free some space, or use --cache none") from error
+        return path
+
+    def _load(self, path: Path) -> Batch:
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot read the cache {path}: {error}. Was it removed? Run again") from error
+        start = Tokens(tensors["tokens"], tensors.get("images"))
+        return Batch(int(path.stem), start, tensors.get("targets"), tensors.get("full"))
+
+
+def _parts(item: object) -> tuple[Tensor, object]:
+    """Images and targets of what a loader gave, either alone or first in a tuple."""
+    if not isinstance(item, (tuple, list)):
+        return item, None
+    return item[0], item[1] if len(item) > 1 else None
+
+
+def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    def mapped(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else function(tensor)
+
+    return Batch(batch.number, Tokens(*map(mapped, batch.start)), mapped(batch.targets), mapped(batch.full))
+
+
+def _images(loader: Iterable, of_a_batch: int) -> int | None:
+    """How many images a pass has at most; None: the loader does not know."""
+    try:
+        return len(loader) * of_a_batch
+    except TypeError:
+        return None
+
+
+def _free_memory() -> int:
+    """The share of the free memory that each process of this machine may take unasked."""
+    free = 4 << 30  # where the system does not tell
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    return int(free * RAM_SHARE / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

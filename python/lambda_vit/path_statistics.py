@@ -1,0 +1,160 @@
+"""What is measured of the outputs of many paths: entropy, accuracy, and how far they are from the full model's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lambda_kernels.entropy import EntropyMeter, update_together
+from lambda_kernels.errors import NonFiniteActivationError
+
+from .paths import Outputs, Path
+from .processes import Processes
+
+# The sums that are kept of each path.
+_CORRECT, _LOSS, _SAME, _DIVERGENCE = range(4)
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """What was measured of a path over all images of all processes.
+
+    Attributes:
+        images: How many.
+        channels: Of the tensor that the entropy is of.
+        constant_channels: How many of them never change.
+        entropy: Of the output, in bits, summed over channels.
+        top1: Right answers in percent, and `loss` the mean cross-entropy in bits; None without labels.
+        agreement: Images with the full model's answer in percent, and `kl` the mean KL(full ‖ path) in bits; None where
+            the full model was not run.
+    """
+
+    images: int
+    channels: int
+    constant_channels: int
+    entropy: float
+    top1: float | None = None
+    loss: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+
+
+class PathStatistics:
+    """Accumulates the results of `paths`, batch by batch.
+
+    Args:
+        paths: All that will be measured.
+        estimator: "gaussian" or "histogram".
+        score: What the entropies are of, for messages.
+        bins: Of a histogram.
+        compare: Compare with the full model's logits.
+        label: Compare with the labels.
+    """
+
+    def __init__(
+        self, paths: Collection[Path], estimator: str, score: str, bins: int, *, compare: bool, label: bool
+    ) -> None:
+        self._compare, self._label = compare, label
+        self._meters = {
+            path: EntropyMeter(estimator, bins=bins, name=f"{score} with {sorted(path)} skipped") for path in paths
+        }
+        self._sums: Tensor | None = None
+        self._images = 0
+        self._number = {path: n for n, path in enumerate(self._meters)}
+
+    def add(self, found: dict[Path, Outputs], full: Tensor | None, targets: Tensor | None) -> None:
+        """Add the outputs of all paths for one batch.
+
+        Raises:
+            NonFiniteActivationError: NaN or infinity; on CUDA at the latest when the results are asked for.
+            ValueError: Labels that the classifier does not have.
+        """
+        update_together([self._meters[path] for path in found], [out.scored for out in found.values()])
+        first = next(iter(found.values())).logits
+        self._images += len(first)
+        if not (self._compare or self._label):
+            return
+        # Metal has no float64, and these are a few numbers per image.
+        device = torch.device("cpu") if first.device.type == "mps" else first.device
+        if self._sums is None:
+            self._sums = torch.zeros(len(self._meters), 4, dtype=torch.float64, device=device)
+        if self._label:
+            _check_targets(targets, first)
+        log_p = full.to(device).double().log_softmax(1) if self._compare else None
+        answers = full.to(device).argmax(1) if self._compare else None
+        targets = targets.to(device) if self._label else None
+        for path, out in found.items():
+            logits, row = out.logits.to(device), self._sums[self._number[path]]
+            log_q = logits.double().log_softmax(1)
+            chosen = logits.argmax(1)
+            if self._label:
+                row[_CORRECT] += (chosen == targets).sum()
+                row[_LOSS] -= log_q.gather(1, targets[:, None]).sum()
+            if self._compare:
+                row[_SAME] += (chosen == answers).sum()
+                row[_DIVERGENCE] += (log_p.exp() * (log_p - log_q)).sum()
+
+    def check(self) -> None:
+        """Raise now what is wrong with the batches so far."""
+        for meter in self._meters.values():
+            meter.check()
+
+    def results(self, processes: Processes) -> dict[Path, PathResult]:
+        """Over all processes, the same on each.
+
+        Raises:
+            ValueError: No images, one image, or a path all of whose outputs never change.
+        """
+        if self._sums is None:
+            self._sums = torch.zeros(len(self._meters), 4, dtype=torch.float64)
+        counts = torch.tensor([float(self._images)], dtype=torch.float64)
+        images = int(processes.sum(counts).item())
+        if images == 0:
+            raise ValueError("loader gave no images: there is nothing to measure")
+        sums = processes.sum(self._sums) / images
+        if processes.size > 1:
+            with processes.reaching():
+                for meter in self._meters.values():
+                    meter.all_reduce(processes.group)
+        found = {}
+        if not torch.isfinite(sums).all():
+            raise NonFiniteActivationError("the logits hold NaN or infinity: check the classifier's weights")
+        for path, meter in self._meters.items():
+            row = sums[self._number[path]].tolist()
+            entropy = _entropy(meter)
+            found[path] = PathResult(
+                images,
+                meter.channels,
+                meter.constant_channels,
+                entropy,
+                top1=100 * row[_CORRECT] if self._label else None,
+                loss=row[_LOSS] / math.log(2) if self._label else None,
+                agreement=100 * row[_SAME] if self._compare else None,
+                kl=row[_DIVERGENCE] / math.log(2) if self._compare else None,
+            )
+        return found
+
+
+def _entropy(meter: EntropyMeter) -> float:
+    constant = meter.constant_channels
+    if meter.count > 1 and constant == meter.channels:
+        raise ValueError(f"{meter.name}: all {constant} channels are constant over {meter.count} samples")
+    with warnings.catch_warnings():
+        # Counted in the result, and reported once by whoever asked instead of once per path.
+        warnings.filterwarnings("ignore", message=".* channels are constant")
+        # Grids of different paths differ in their bin width, so histograms are compared as differential entropies.
+        values = meter.compute(differential=True) if meter.kind == "histogram" else meter.compute()
+    return float(values.sum())
+
+
+def _check_targets(targets: Tensor | None, logits: Tensor) -> None:
+    if targets is None:
+        raise ValueError("the loader gives no labels, which this strategy compares with: pass tuples (images, labels)")
+    low, high = (int(end) for end in targets.aminmax())
+    if not 0 <= low <= high < logits.shape[1]:
+        raise ValueError(f"labels from {low} to {high} do not fit the classifier's {logits.shape[1]} outputs")

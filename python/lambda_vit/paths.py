@@ -1,0 +1,232 @@
+"""One network with different attention layers passed over, many such paths at once: what paths share is run once.
+
+A path is the set of the blocks whose attention is skipped, each then being x + MLP(LN(x)) (arXiv 2404.05657, section
+3.2). Models are never changed: timm's own `forward` runs before the first and behind the last block, on shallow copies of
+the model around other blocks, and nothing of it is written again here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lambda_kernels.blocks import AttentionFreeBlock
+from lambda_kernels.convert import check_indices
+from lambda_kernels.families import inspect_model
+
+Path = frozenset[int]
+FULL: Path = frozenset()
+
+
+def skip_attention(model: nn.Module, skip: Sequence[int]) -> nn.Module:
+    """A view of `model` in which the attention of the blocks `skip` is passed over; parameters and modules are shared.
+
+    Raises:
+        ValueError: An index is wrong.
+        UnsupportedModelError: The model cannot be changed block by block.
+    """
+    skip = check_indices(skip, inspect_model(model).depth, "skip")
+    blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
+    return _with_blocks(model, blocks)
+
+
+class Tokens(NamedTuple):
+    """What goes into the first block, [N, T, C]; and the images too, where the model needs them behind the last one."""
+
+    tokens: Tensor
+    images: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """What a path gives for a batch: the tensor that entropies are measured on, and the classifier's output."""
+
+    scored: Tensor
+    logits: Tensor
+
+
+class PathRunner:
+    """Runs paths of `model`, in eval mode (the caller's business).
+
+    Args:
+        model: A timm vision transformer.
+        score: What `Outputs.scored` is: "logits", or "pre_logits" for what goes into the classifier. Distilled models
+            average their two heads in eval mode, and average-pooled ones normalise after pooling: timm's own
+            `forward_head` does either.
+
+    Attributes:
+        why_images: Why images are needed behind the last block; None where they are not. Known after the first `embed`.
+
+    Raises:
+        UnsupportedModelError: The model cannot be changed block by block.
+    """
+
+    def __init__(self, model: nn.Module, score: str = "logits") -> None:
+        self.anatomy = inspect_model(model)
+        self.score = score
+        self.why_images: str | None = None
+        self._model = model
+        self._blocks = list(model.blocks)
+        self._free: dict[int, nn.Module] = {}
+        self._tap = _Tap()
+        self._front = _with_blocks(model, [self._tap])
+        self._back: nn.Module | None = None
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self._blocks)
+
+    def modules(self) -> list[nn.Module]:
+        """All that has to be in eval mode while paths run."""
+        return [self._model, *(self._without(i) for i in range(self.depth))]
+
+    def embed(self, images: Tensor) -> Tokens:
+        """Run everything before the first block."""
+        if self._back is None:
+            self._split(images)
+        tokens = self._before_blocks(images)
+        return Tokens(tokens, None if self.why_images is None else images)
+
+    def outputs(self, start: Tokens, paths: Collection[Path]) -> Iterator[tuple[Path, Outputs]]:
+        """The outputs of all `paths`, each once, in an order of their own: beginnings that paths share are run once."""
+        for x, group in self._walk(start.tokens, 0, list(dict.fromkeys(paths))):
+            found = self._finish(x, start.images)
+            for path in group:
+                yield path, found
+
+    def first_bad_block(self, start: Tokens, path: Path) -> int | None:
+        """The first block of a path that gives NaN or infinity; None: it comes behind the last one."""
+        x = start.tokens
+        for index in range(self.depth):
+            x = self._run(index, index in path, x)
+            if not torch.isfinite(x).all():
+                return index
+        return None
+
+    def attention_inputs_and_outputs(self, start: Tokens) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(block, x, x + attention branch), both [N, T, C], along the full path, for blocks that have their attention."""
+        x = start.tokens
+        for index, block in enumerate(self._blocks):
+            if isinstance(block, AttentionFreeBlock):
+                x = block(x)
+                continue
+            seen: list[Tensor] = []
+            handle = block.attn.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+            try:
+                following = block(x)
+            finally:
+                handle.remove()
+            branch = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+            gamma = getattr(block.ls1, "gamma", None)
+            yield index, x, x + (branch if gamma is None else branch * gamma)
+            x = following
+
+    def _without(self, index: int) -> nn.Module:
+        if index not in self._free:
+            self._free[index] = _without_attention(self._blocks[index])
+        return self._free[index]
+
+    def _run(self, index: int, skipped: bool, x: Tensor) -> Tensor:
+        return (self._without(index) if skipped else self._blocks[index])(x)
+
+    def _walk(self, x: Tensor, index: int, group: list[Path]) -> Iterator[tuple[Tensor, list[Path]]]:
+        """Depth first, so that no more tokens are alive than paths have branched off on the way here."""
+        for at in range(index, self.depth):
+            skipping = [path for path in group if at in path]
+            if skipping and len(skipping) < len(group):
+                group = [path for path in group if at not in path]
+                yield from self._walk(self._run(at, True, x), at + 1, skipping)
+                skipping = []
+            x = self._run(at, bool(skipping), x)
+        if group:
+            yield x, group
+
+    def _before_blocks(self, images: Tensor) -> Tensor:
+        self._front(images)
+        tokens, self._tap.seen = self._tap.seen, None
+        return tokens
+
+    def _finish(self, x: Tensor, images: Tensor | None) -> Outputs:
+        if images is None:
+            back, given = self._back, x
+        else:
+            back, given = _with_blocks(self._model, [_Inject(x)]), images
+        if self.score == "logits":
+            logits = back(given)
+            return Outputs(logits, logits)
+        features = back.forward_features(given)
+        return Outputs(back.forward_head(features, pre_logits=True), back.forward_head(features))
+
+    def _split(self, images: Tensor) -> None:
+        """Find out, on a few images, whether what follows the blocks can be run without running what precedes them."""
+        few = images[:2]
+        self._back = _without_front(self._model)
+        wanted = self._model(few)
+        try:
+            x = self._before_blocks(few)
+            for block in self._blocks:
+                x = block(x)
+            found = self._back(x)
+        except Exception as error:  # whatever a forward of somebody's own raises over tokens in place of images
+            self.why_images = f"its forward cannot take tokens for images ({type(error).__name__})"
+            return
+        if not torch.isfinite(wanted).all():
+            return  # measuring will tell where that comes from
+        # The same operations on the same numbers: usually not one bit differs.
+        tolerance = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0.0, atol=tolerance):
+            self.why_images = "its forward does more than embedding, blocks, norm and head one after the other"
+
+
+class _Tap(nn.Module):
+    """Keeps what would go into the first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor, **options: object) -> Tensor:
+        self.seen = x
+        return x
+
+
+class _Inject(nn.Module):
+    """Stands for all blocks: gives what comes out of them."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor, **options: object) -> Tensor:
+        return self.tokens
+
+
+def _without_attention(block: nn.Module) -> nn.Module:
+    return block if isinstance(block, AttentionFreeBlock) else AttentionFreeBlock.from_block(block)
+
+
+def _with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    """A shallow copy of `model` around other blocks; everything else is shared, and `model` keeps its own."""
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    view._modules["blocks"] = nn.Sequential(*blocks)
+    return view
+
+
+def _without_front(model: nn.Module) -> nn.Module:
+    """A shallow copy of a timm `VisionTransformer` that takes what comes out of the last block for images."""
+    view = _with_blocks(model, ())
+    for name in ("patch_embed", "patch_drop", "norm_pre"):
+        if name in view._modules:
+            view._modules[name] = nn.Identity()
+    if hasattr(view, "_pos_embed"):
+        view._pos_embed = _same
+    return view
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,154 @@
+"""The processes of one run: each measures its share of the data, rank 0 decides, and all stop when one does.
+
+Without a process group everything here does nothing, so that callers need not ask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# A pass over a large shard can take long; only a process that hangs, and does not die, is waited for until then.
+TIMEOUT = datetime.timedelta(hours=6)
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run has stopped, or cannot be reached."""
+
+
+class Processes:
+    """The process group of this run, if there is one.
+
+    Attributes:
+        rank: Of this process.
+        size: How many there are.
+    """
+
+    def __init__(self) -> None:
+        self.alive = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.alive else 0
+        self.size = dist.get_world_size() if self.alive else 1
+        # Messages go over gloo whatever tensors go over: it notices at once when a process is gone.
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides and writes."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in the order of the ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self.reaching():
+            dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def share(self, value: T) -> T:
+        """`value` of rank 0, on every rank."""
+        if self.size == 1:
+            return value
+        found = [value]
+        with self.reaching():
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of a float64 tensor, in rank order, so that it is the same on each."""
+        if self.size == 1:
+            return values
+        return torch.tensor(self.gather(values.tolist()), dtype=torch.float64).sum(0).to(values.device)
+
+    @property
+    def group(self) -> object:
+        """What `EntropyMeter.all_reduce` takes."""
+        return self._group
+
+    @contextlib.contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Work that ends well on all ranks or fails on all; where one fails, the others say which and why.
+
+        Raises:
+            RuntimeError: On a rank that did well, if another failed.
+            ProcessLostError: Another process is gone.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except ProcessLostError:
+            raise
+        except Exception as error:
+            failure = error
+        if self.size > 1:
+            told = None if failure is None else f"{type(failure).__name__}: {failure}"
+            try:
+                messages = self.gather(told)
+            except ProcessLostError:
+                if failure is not None:
+                    raise failure from None
+                raise
+            for rank, message in enumerate(messages):
+                if message is not None and failure is None:
+                    raise RuntimeError(f"{doing}: the process of rank {rank} failed: {message}")
+        if failure is not None:
+            raise failure
+
+    def agree(self, value: dict[str, Any], doing: str) -> None:
+        """Refuse to go on with processes that were started differently.
+
+        Raises:
+            ValueError: On every rank; names what differs.
+        """
+        everyone = self.gather(value)
+        for rank, other in enumerate(everyone):
+            different = [key for key in {**everyone[0], **other} if everyone[0].get(key) != other.get(key)]
+            if different:
+                listed = "; ".join(f"{key}: {everyone[0].get(key)!r} and {other.get(key)!r}" for key in different)
+                raise ValueError(f"{doing}: ranks 0 and {rank} were started differently ({listed}). Start all alike")
+
+    @contextlib.contextmanager
+    def reaching(self) -> Iterator[None]:
+        """Around anything that talks to the other processes.
+
+        Raises:
+            ProcessLostError: In place of what the backend raises.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # what gloo raises when a connection closes or times out
+            raise ProcessLostError(
+                f"rank {self.rank} of {self.size}: another process of this run has stopped or cannot be reached "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
+
+
+def local_device(device: str) -> str:
+    """What `device` means in this process: with several processes on a machine, "auto" and "cuda" are its own GPU."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(rank) % torch.cuda.device_count()}"
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Processes]:
+    """The processes that torchrun started with this one; a group of its own is opened and closed around them."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+        yield Processes()
+        return
+    dist.init_process_group(backend="gloo", timeout=TIMEOUT)
+    try:
+        yield Processes()
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()

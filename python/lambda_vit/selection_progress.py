@@ -1,0 +1,101 @@
+"""What a selection has found so far, written after every round, so that the same call goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lambda_kernels.files import remove_leftovers, write_json
+
+from .strategies import Found
+
+FORMAT = 1
+
+
+class ProgressMismatchError(ValueError):
+    """What is written was found with another model, other data or other options."""
+
+
+class Progress:
+    """The state of a search in a file.
+
+    Args:
+        path: Of the file; None: nothing is kept.
+        fingerprint: All that the scores depend on, by name, as plain JSON types.
+
+    Raises:
+        ProgressMismatchError: The file holds the progress of another search; lists what differs.
+        ValueError: The file cannot be read.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: dict[str, Any]) -> None:
+        self.path = path
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.found: Found | None = None
+        if path is None:
+            return
+        remove_leftovers(path)
+        if not path.exists():
+            return
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
+            before, found = record["fingerprint"], record["found"]
+            self._compare(before)
+            self.found = Found.from_dict(found)
+        except ProgressMismatchError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"cannot read the progress in {path} ({type(error).__name__}: {error}). Start over with --restart "
+                "(restart=True), which removes it"
+            ) from error
+
+    def save(self, found: Found) -> None:
+        """Write where the search stands, atomically."""
+        self.found = found
+        if self.path is not None:
+            write_json(self.path, {"format": FORMAT, "fingerprint": self.fingerprint, "found": found.to_dict()})
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        different = [k for k in {**before, **self.fingerprint} if before.get(k) != self.fingerprint.get(k)]
+        if different:
+            listed = "; ".join(f"{k} was {before.get(k)!r}, is {self.fingerprint.get(k)!r}" for k in different)
+            raise ProgressMismatchError(
+                f"{self.path} holds a selection that was started differently: {listed}. Use the options, model and data "
+                "that it was started with, another place to write to, or start over with --restart (restart=True)"
+            )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        if values.numel():
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def data_fingerprint(loader: object) -> dict[str, Any]:
+    """What is known of the data without reading it: the data set's own fingerprint, its length, batch size, transform."""
+    found: dict[str, Any] = {}
+    dataset = getattr(loader, "dataset", None)
+    if hasattr(dataset, "fingerprint"):
+        found["data"] = dataset.fingerprint()
+    name, sized = ("images", dataset) if hasattr(dataset, "__len__") else ("batches", loader)
+    if hasattr(sized, "__len__"):
+        found[name] = len(sized)
+    transform = getattr(dataset, "transform", None)
+    if transform is not None:
+        found["transform"] = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # the same one lies elsewhere each time
+    found["batch size"] = getattr(loader, "batch_size", None)
+    return found

@@ -1,0 +1,116 @@
+"""When enough attention layers are picked: after so many, or once the network is small or fast enough."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import nn
+
+from .evaluate import compare_latency, count_flops, input_shape
+from .paths import skip_attention
+from .placement import eval_mode, one_device, one_dtype
+
+# Rounds of the comparison that a budget of throughput rests on, and images per forward.
+_SPEED_ROUNDS, _SPEED_BATCH = 15, 16
+
+
+class Stop:
+    """A rule; `kind` is "count", "params", "flops" or "throughput".
+
+    Args:
+        model: What layers are removed from.
+        kind: Which rule.
+        value: Layers, or the share of the parameters or FLOPs that may be left, or the factor of throughput to reach.
+        candidates: What can be picked.
+        most: How many of them at most.
+
+    Raises:
+        ValueError: `value` is wrong, or is not reached by removing all that can be.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, value: float, candidates: Sequence[int], most: int) -> None:
+        self.kind, self.value = kind, value
+        self.last: float | None = None  # the throughput measured last
+        self._model = model
+        if kind == "count":
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"count must be an integer; got {value!r}")
+            if not 1 <= value <= most:
+                raise ValueError(f"count must be from 1 to {most} for {len(model.blocks)} blocks; got {value}")
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{kind} must be a number; got {value!r}")
+        if kind == "throughput":
+            if not value > 1:
+                raise ValueError(
+                    f"throughput must be above 1, such as 1.2 for 20 % more images per second; got {value!r}"
+                )
+            return
+        if not 0 < value < 1:
+            raise ValueError(f"{kind} must be between 0 and 1, such as 0.85 for 85 % of what there is; got {value!r}")
+        measure = attention_parameters if kind == "params" else attention_flops
+        self._total, self._parts = measure(model)
+        least = 1 - sum(sorted((self._parts[i] for i in candidates), reverse=True)[:most]) / self._total
+        if least > value:
+            raise ValueError(
+                f"{kind}={value:g} cannot be reached: without the attention of all {most} blocks that may lose it, "
+                f"{least:.3f} of the {_NAMES[kind]} are left"
+            )
+
+    def describe(self) -> str:
+        """For people."""
+        if self.kind == "count":
+            return f"{self.value} layer{'s' * (self.value != 1)}"
+        if self.kind == "throughput":
+            return f"{self.value:g} × the throughput"
+        return f"{100 * self.value:g} % of the {_NAMES[self.kind]}"
+
+    def met(self, layers: Collection[int]) -> bool:
+        """Whether the network without the attention of `layers` is what was asked for; may take time to measure."""
+        if self.kind == "count":
+            return len(layers) >= self.value
+        if self.kind == "throughput":
+            self.last = self.speedup(layers)
+            return self.last >= self.value
+        return 1 - sum(self._parts[i] for i in layers) / self._total <= self.value
+
+    def speedup(self, layers: Collection[int]) -> float:
+        """Throughput without the attention of `layers` against the full network's, measured here and now."""
+        views = {"full": self._model, "without": skip_attention(self._model, sorted(layers))}
+        times = compare_latency(views, (_SPEED_BATCH,), rounds=_SPEED_ROUNDS)
+        return times["full"][_SPEED_BATCH].median_ms / times["without"][_SPEED_BATCH].median_ms
+
+
+_NAMES = {"params": "parameters", "flops": "FLOPs"}
+
+
+def attention_parameters(model: nn.Module) -> tuple[int, dict[int, int]]:
+    """Parameters of `model`, and how many of them each block's attention takes with it."""
+    parts = {}
+    for index, block in enumerate(model.blocks):
+        bare = skip_attention(model, (index,)).blocks[index]
+        parts[index] = sum(p.numel() for p in block.parameters()) - sum(p.numel() for p in bare.parameters())
+    return sum(p.numel() for p in model.parameters()), parts
+
+
+def attention_flops(model: nn.Module) -> tuple[int, dict[int, int]]:
+    """FLOPs of a forward of one image, and how many of them each block's attention takes with it.
+
+    Blocks with parameters of the same shapes are taken to cost the same.
+    """
+    image = torch.zeros(1, *input_shape(model), device=one_device(model), dtype=one_dtype(model))
+    total = _flops(model, image)
+    by_shape: dict[tuple, int] = {}
+    parts = {}
+    for index, block in enumerate(model.blocks):
+        shapes = tuple(tuple(p.shape) for p in block.parameters())
+        if shapes not in by_shape:
+            by_shape[shapes] = total - _flops(skip_attention(model, (index,)), image)
+        parts[index] = by_shape[shapes]
+    return total, parts
+
+
+def _flops(model: nn.Module, image: torch.Tensor) -> int:
+    with eval_mode(model), torch.no_grad():
+        return count_flops(model, image)
