@@ -26,6 +26,15 @@ def bits2(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}".replace("-", "−")
 
 
+def fine(value: float | None) -> str:
+    """A score that may be small: as `bits`, but two significant digits below 0.1, down to 0.0001."""
+    if value is None or abs(value) >= 0.0995:
+        return bits(value)
+    if abs(value) < 0.00005:
+        return "0" if value == 0 else f"{'−' if value < 0 else ''}0.0000"
+    return f"{value:.2g}".replace("-", "−") if abs(value) >= 0.000995 else f"{value:.4f}".replace("-", "−")
+
+
 def bits3(value: float) -> str:
     """An entropy per channel where layers are to be told apart: three decimals."""
     return f"{value:.3f}".replace("-", "−")
