@@ -118,8 +118,10 @@ def key_numbers(record: Mapping[str, Any]) -> dict[str, Any] | None:
     if step.get("agreement") is not None:
         change = f"{step['agreement'] - 100:+.{digits}f} points".replace("-", "−")
         add("Same answer as the full model", "100 %", f"{step['agreement']:.{digits}f} %", change)
+    batch = trajectory.get("throughput_batch")
     for name, key, show in _COSTS:
         if None not in (full.get(key), step.get(key)):
+            name += f", batch {batch}" if batch and key == "images_per_second" else ""
             add(name, show(full[key]), show(step[key]), change_of(full[key], step[key]))
     return {"before": "Full model", "after": f"Attention of {ranges(step['removed'])} removed", "rows": rows}
 
@@ -177,7 +179,7 @@ def _measured(trajectory: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
     images, split = trajectory.get("images"), trajectory.get("split")
     text = "Step 0 is the full model; every further step skips one more attention, and nothing is trained."
     if images:
-        text += f" Answers are those to {images:,} images" + (f" of the {split} split" if split else "")
+        text += f" Measured on {images:,} images" + (f" of the {split} split" if split else "")
         if trajectory.get("held_out") is not None:
             text += (
                 ", none of which was used for picking"
@@ -187,19 +189,18 @@ def _measured(trajectory: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         text += f": one image is {100 / images:.2g} points."
     if trajectory.get("labelled") is False:
         text += " There are no labels, hence no top-1."
-    else:
+    elif any(step.get("top1_interval") for step in rows):
         text += " Below top-1 stands its 95 % interval."
     text += " Agreement: how often the answer is the full model's."
     if any(step.get("kl") is not None for step in rows):
         text += " KL: how far the class probabilities are from the full model's."
     if any(step.get("entropy") is not None for step in rows):
         where = _OUTPUTS.get(trajectory.get("score") or "", "the output")
-        by = f" by the {trajectory['estimator']} estimator" if trajectory.get("estimator") else ""
-        text += f" Entropy is that of {where}{by}."
+        by = f", {trajectory['estimator']} estimator" if trajectory.get("estimator") else ""
+        text += f" Entropy: of {where}{by}."
     if any(step.get("images_per_second") is not None for step in rows):
         batch = f" in batches of {trajectory['throughput_batch']}" if trajectory.get("throughput_batch") else ""
-        text += f" Images per second were measured{batch}, all steps taking turns in one process, the attention of each"
-        text += " really gone: median, and below it the quartiles."
+        text += f" Images per second: median and quartiles{batch}, all steps taking turns in one process."
     return text
 
 
@@ -340,20 +341,30 @@ def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
     if not rows:
         return []
     found = _chosen(record)
+    labelled = any(step.get("top1") is not None for step in rows)
+    scale, unit = _scale(rows[0].get("flops") or 0)
+    narrow = (("parameters", lambda value: three(value / 1e6)), ("flops", lambda value: three(value / scale)),
+              ("images_per_second", _rate))  # fmt: skip
     table = []
     for n, step in enumerate(rows):
         mark = "→ " if found and n == found[0] else ""
         cells = [f"{mark}{n}", "full" if step.get("picked") is None else str(step["picked"]), bits(step.get("entropy")),
-                 percent(step.get("top1"), digits), percent(step.get("agreement"), digits), fine(step.get("kl"))]  # fmt: skip
-        cells += [NONE if step.get(key) is None else show(step[key]) for key, show in _NARROW]
+                 percent(step.get("top1"), digits), percent(step.get("agreement"), digits),
+                 NONE if labelled else fine(step.get("kl"))]  # fmt: skip
+        cells += [NONE if step.get(key) is None else show(step[key]) for key, show in narrow]
         cells.append(NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×")
         table.append([Cell(text, tone="good" if mark else "") for text in cells])
-    names = ("Step", "Block", "H,\nbits", "Top-1,\n%", "Agree,\n%", "KL,\nbits", "Para-\nmeters", "FLOPs", "Images\nper s",
+    names = ("Step", "Block", "H,\nbits", "Top-1,\n%", "Agree,\n%", "KL,\nbits", "Par.,\nM", unit, "Images\nper s",
              "Speed-\nup")  # fmt: skip
     parts: list[Table | str] = [filled("What every pick does", [Column(name, True) for name in names], table)]
     if found:
         parts += ["Recommendation (→)", *record["trajectory"]["recommended"]["reason"].splitlines()]
     return parts
+
+
+def _scale(value: float) -> tuple[float, str]:
+    """What to divide FLOPs by, so that they need no unit of their own."""
+    return (1e9, "GFLOP") if value >= 1e9 else (1e6, "MFLOP") if value >= 1e6 else (1e3, "kFLOP")
 
 
 def _rate(value: float) -> str:
@@ -367,9 +378,4 @@ _COSTS = (
     ("Weights", "weight_bytes", size),
     ("Peak memory", "peak_memory_bytes", size),
     ("Images per second", "images_per_second", _rate),
-)
-_NARROW = (
-    ("parameters", count),
-    ("flops", lambda value: flops(value).replace("FLOP", "")),
-    ("images_per_second", _rate),
 )

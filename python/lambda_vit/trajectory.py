@@ -251,7 +251,7 @@ class _View:
                 f": the {'gain' if difference > 0 else 'loss'} is more than chance."
             )  # fmt: skip
             if span[0] < -self.tolerance:
-                words.append("Its lower end is outside the tolerance.")
+                words.append("Its lower end lies beyond the tolerance.")
         elif span:
             words.append(f"The 95 % interval of the agreement, on {self.images:,} images, is "
                          f"{100 + span[0]:.1f} to {100 + span[1]:.1f} %.")  # fmt: skip

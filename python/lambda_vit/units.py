@@ -27,12 +27,10 @@ def bits2(value: float | None) -> str:
 
 
 def fine(value: float | None) -> str:
-    """A score that may be small: as `bits`, but two significant digits below 0.1, down to 0.0001."""
+    """A score that may be small: as `bits`, but three decimals below 0.1 and four below 0.01."""
     if value is None or abs(value) >= 0.0995:
         return bits(value)
-    if abs(value) < 0.00005:
-        return "0" if value == 0 else f"{'−' if value < 0 else ''}0.0000"
-    return f"{value:.2g}".replace("-", "−") if abs(value) >= 0.000995 else f"{value:.4f}".replace("-", "−")
+    return f"{value:.{3 if abs(value) >= 0.00995 else 4}f}".replace("-", "−") if value else "0"
 
 
 def bits3(value: float) -> str:
