@@ -45,7 +45,10 @@ def selection_record(
     criterion = CRITERIA[strategy]
     once = strategy in ("one-shot", "cosine")
     candidates = [b for b in range(depth) if b not in exclude]
-    base = {b: SCALES[criterion] * (1.9 + 2.7 * abs(0.6 * depth - b) ** 1.2 + 9 * (1 + math.sin(1.7 * b))) for b in candidates}
+    base = {
+        b: SCALES[criterion] * (1.9 + 2.7 * abs(0.6 * depth - b) ** 1.2 + 9 * (1 + math.sin(1.7 * b)))
+        for b in candidates
+    }
     if strategy in ("nose-signed", "accuracy"):
         base = {b: value - 9 * SCALES[criterion] for b, value in base.items()}
     rounds, layers = [], []

@@ -165,9 +165,9 @@ def steps(record: Mapping[str, Any]) -> Section | None:
         rate = step.get("images_per_second_interval")
         cost[-1] = Cell(cost[-1].text, f"{_rate(rate[0])}–{_rate(rate[1])}" if rate else "")
         costs.append([*name, *cost, Cell(NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×")])
-    names = ("Step", "Block picked", "Entropy, bits", "Top-1, %", "Agreement, %", "KL, bits")
+    names = ("Step", "Block", "Entropy, bits", "Top-1, %", "Agreement, %", "KL, bits")
     tables = [filled("Answers after each pick", [Column(name, True) for name in names], answers)]
-    names = ("Step", "Block picked", *(name for name, _, _ in _COSTS), "Speedup")
+    names = ("Step", "Block", *(name for name, _, _ in _COSTS), "Speedup")
     priced = filled("Cost after each pick", [Column(name, True) for name in names], costs)
     tables += [priced] if len(priced.columns) > 2 else []
     figure = "trajectory" if trajectory_plot(record) else ""
@@ -233,7 +233,10 @@ def selection(record: Mapping[str, Any]) -> Section | None:
         grid = [
             [Cell(str(block)), *(_score_cell(one, block, text) for one in rounds)] for block in blocks_of(record)
         ]  # fmt: skip
-        heads = [Column(name, True) for name in ("Block", *columns)]
+        first = "Block"
+        if len(columns) > 8:  # the page is not wide enough for the word in every column
+            first, columns = "Block \\ round", [str(n) for n in range(1, len(columns) + 1)]
+        heads = [Column(name, True) for name in (first, *columns)]
         tables.append(Table(f"All scores: {in_unit(chosen)}", heads, grid, folded=True))
     return Section("selection", "Selection", [_picked(chosen)], tables, figure, caption)
 

@@ -277,7 +277,7 @@ def _outlook(steps: Sequence[Mapping[str, Any]], chosen: int, wanted: str | None
     elif wanted:
         rest = _blocks([step["picked"] for step in steps[chosen + 1 :] if step.get("picked") is not None])
         words.append(
-            f"This does not meet what was asked for ({wanted}): that takes all {last} picks"
+            f"This does not meet what was asked for ({wanted}): that takes {_picks(last, last)}"
             f"{f', {rest} too' if rest and chosen else ''}, and training to make up for them."
         )
     return " ".join(words)
