@@ -1,4 +1,4 @@
-"""The report's figures: entropy by block, selection scores, accuracy of the variants, training curves.
+"""The report's figures: what every pick does, entropy by block, selection scores, accuracy of the variants, training curves.
 
 Every figure has the same width and takes the height its content needs; text sizes are then the same in all of them, for
 6 blocks and for 32.
@@ -11,9 +11,8 @@ import re
 import textwrap
 from typing import Any
 
-from . import profile_figures
-from .figure_style import MUTED, OFF, PALETTE, PAPER, PICK, SERIES, WIDTH, Plot, new_figure, numbers
-from .units import bits
+from . import profile_figures, selection_figures
+from .figure_style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure, numbers
 
 # Runs share a schedule, so their curves lie on each other: dashes let the lower one show.
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
@@ -36,26 +35,13 @@ def baseline(record: dict[str, Any]) -> dict[str, Any] | None:
     return next((v for v in record.get("variants") or () if v["name"] in ("full", "reference")), None)
 
 
-def score_name(record: dict[str, Any]) -> str:
-    return "TE" if record["selection"].get("signed") else "|TE|"
-
-
 def plots(record: dict[str, Any]) -> list[Plot]:
     """The figures that this record has data for, in reading order."""
-    found = []
+    found = [plot] if (plot := selection_figures.trajectory_plot(record)) else []
     if (record.get("profile") or {}).get("blocks"):
         height = profile_figures.by_block_height(record["profile"])
         found.append(Plot("entropy", "Entropy by block", height, _draw_entropy))
-    if any(r.get("scores") for r in (record.get("selection") or {}).get("rounds") or ()):
-        rows = _score_grid(record)[0 if _blocks_down(record) else 1]
-        found.append(
-            Plot(
-                "scores",
-                f"Selection scores, round by round: {score_name(record)} in bits",
-                1.2 + 0.27 * len(rows),
-                _draw_scores,
-            )
-        )
+    found += [plot] if (plot := selection_figures.score_plot(record)) else []
     measured = [v for v in record.get("variants") or () if v.get("top1") is not None]
     if measured:
         lines = sum(0.32 + 0.15 * _wrap(v["label"]).count("\n") for v in measured)
@@ -122,92 +108,6 @@ def _wrap(label: str, width: int = 30, lines: int = 3) -> str:
 def _draw_entropy(figure: Any, record: dict[str, Any]) -> None:
     order = {layer: n for n, layer in enumerate((record.get("selection") or {}).get("layers") or (), 1)}
     profile_figures.draw_by_block(figure, record["profile"], order)
-
-
-def _score_grid(record: dict[str, Any]) -> tuple[list[int], list[dict[str, Any]]]:
-    """The blocks and the rounds of the heat map."""
-    rounds = [r for r in record["selection"]["rounds"] if r.get("scores")]
-    blocks = {int(key) for r in rounds for key in r["scores"]}
-    blocks.update(range((record.get("model") or {}).get("blocks") or 0))
-    return sorted(blocks), rounds
-
-
-def _blocks_down(record: dict[str, Any]) -> bool:
-    """Deep models get one row per block: side by side their numbers would be too small to read on paper."""
-    blocks, rounds = _score_grid(record)
-    return len(blocks) > 16 and len(rounds) < len(blocks)
-
-
-def _draw_scores(figure: Any, record: dict[str, Any]) -> None:
-    import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.patches import Patch, Rectangle
-
-    blocks, rounds = _score_grid(record)
-    signed = bool(record["selection"].get("signed"))
-    scores = np.array([numbers([r["scores"].get(str(b)) for b in blocks]) for r in rounds], dtype=float)
-    shade, norm = _shades(scores, signed)
-    stops = ["#762a83", "#f4f4f2", "#1b7837"] if signed else ["#eef4fa", "#6aaed6", "#0b3c70"]
-    colors = LinearSegmentedColormap.from_list("scores", stops)
-    down = _blocks_down(record)
-    xs, ys = (len(rounds), len(blocks)) if down else (len(blocks), len(rounds))
-
-    axes = figure.subplots()
-    axes.set_facecolor(OFF)
-    axes.grid(visible=False)
-    grid = np.ma.masked_invalid(shade.T if down else shade)
-    axes.pcolormesh(np.arange(xs + 1), np.arange(ys + 1), grid, cmap=colors, norm=Normalize(*norm),
-                    edgecolors=PAPER, linewidth=0.8)  # fmt: skip
-    size = min(8.5, (WIDTH - 0.9) * 72 / xs / 2.9)
-    for r, one_round in enumerate(rounds):
-        for b, block in enumerate(blocks):
-            x, y = (r, b) if down else (b, r)
-            picked = one_round.get("picked") == block
-            if picked:
-                axes.add_patch(
-                    Rectangle((x, y), 1, 1, fill=False, edgecolor=PICK, linewidth=2.4, zorder=4, clip_on=False)
-                )
-            if np.isfinite(scores[r, b]) and size >= 5:
-                fill = colors(Normalize(*norm)(shade[r, b]))
-                axes.text(x + 0.5, y + 0.5, bits(scores[r, b]), color=_on(fill), fontsize=size, ha="center",
-                          va="center_baseline", fontweight="bold" if picked else "normal")  # fmt: skip
-    axes.invert_yaxis()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    round_ticks = (np.arange(len(rounds)) + 0.5, [str(n) for n in range(1, len(rounds) + 1)])
-    block_ticks = (np.arange(len(blocks)) + 0.5, [str(b) for b in blocks])
-    axes.set_xticks(*(round_ticks if down else block_ticks))
-    axes.set_yticks(*(block_ticks if down else round_ticks))
-    axes.set_xlabel("round" if down else "block")
-    axes.set_ylabel("block" if down else "round")
-    handles = [
-        Patch(fill=False, edgecolor=PICK, linewidth=2.2, label="picked: the lowest of its round"),
-        Patch(facecolor=OFF, linewidth=0, label="removed before, or not scored"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
-
-
-def _shades(scores: Any, signed: bool) -> tuple[Any, tuple[float, float]]:
-    """Scores on a scale that keeps small ones apart (they span decades), and that scale's ends."""
-    import numpy as np
-
-    if signed:
-        sizes = np.abs(scores[np.isfinite(scores)])
-        shade = np.arcsinh(scores / (float(np.median(sizes)) or 1.0))
-        end = float(np.nanmax(np.abs(shade))) or 1.0
-        return shade, (-end, end)
-    positive = scores[np.isfinite(scores) & (scores > 0)]
-    floor = float(positive.min()) if positive.size else 1.0
-    shade = np.log10(np.maximum(scores, floor))
-    low, high = float(np.nanmin(shade)), float(np.nanmax(shade))
-    return shade, (low, max(high, low + 0.1))
-
-
-def _on(fill: tuple[float, ...]) -> str:
-    """Black or white, whichever stands out more on `fill` (WCAG's relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in fill[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def _draw_variants(figure: Any, record: dict[str, Any]) -> None:

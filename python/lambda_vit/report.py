@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lambda_kernels.files import atomic_writes
 
-from . import figures, report_sections
+from . import figures, report_sections, report_selection
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,6 +25,9 @@ _REQUIRED = {
     "profile.blocks[]": ("block",),
     "selection": ("layers",),
     "selection.rounds[]": ("picked", "scores"),
+    "trajectory": ("steps",),
+    "trajectory.steps[]": ("removed",),
+    "trajectory.recommended": ("step", "reason"),
     "variants[]": ("name", "label"),
     "training[].epochs[]": ("epoch",),
     "kernel_paths[]": ("block", "attention", "mlp"),
@@ -56,6 +59,7 @@ def write_report(record: dict[str, Any], folder: str | Path) -> dict[str, Path]:
         raise TypeError(f"record must be a dict, got {type(record).__name__}")
     _check_json(record, "")
     _check_keys(record, "", "")
+    report_selection.check(record)
     contents = {
         "json": (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
         "md": _render("report.md.j2", record).encode(),
@@ -71,7 +75,7 @@ def write_report(record: dict[str, Any], folder: str | Path) -> dict[str, Path]:
 
 
 def console_summary(record: dict[str, Any]) -> RenderableType:
-    """The record's main tables for a terminal: entropy and greedy trace, before and after, variants, checks.
+    """The record's main tables for a terminal: entropy, selection, what every pick does, before and after, checks.
 
     Args:
         record: as for `write_report`.
@@ -88,6 +92,7 @@ def console_summary(record: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     _check_keys(record, "", "")
+    report_selection.check(record)
     parts: list[RenderableType] = []
     for table in report_sections.console_parts(record):
         if isinstance(table, str):
@@ -170,7 +175,7 @@ def _render(template: str, record: dict[str, Any]) -> str:
         text = {section.figure: f"{section.title}. {section.caption}" for section in sections if section.figure}
         drawn = {p.name: Markup(figures.to_svg(p, record, text[p.name])) for p in figures.plots(record)}
     return environment.get_template(template).render(
-        summary=record.get("summary"),
+        summary=record.get("summary") or report_selection.headline(record),
         title=record.get("title") or "Report",
         facts=report_sections.facts(record),
         status=report_sections.status(record),

@@ -6,49 +6,14 @@ Both templates and the terminal lay out what stands here, so that they cannot di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-from .figures import baseline, percent_digits, score_name, validation_images
+from . import report_selection
+from .figures import baseline, percent_digits, validation_images
 from .profile_figures import LAYER_NAMES, estimators, lowest, mean
-from .units import NONE, bits, bits2, change_of, count, flops, listed, milliseconds, ranges, size, spread, three
-
-
-@dataclass(frozen=True)
-class Column:
-    name: str
-    numeric: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """`sub` is the small print below the text; `tone` is "good", "bad", "pick" or nothing."""
-
-    text: str
-    sub: str = ""
-    tone: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """`folded` tables hold the numbers behind a figure."""
-
-    title: str
-    columns: list[Column]
-    rows: list[list[Cell]]
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    anchor: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    figure: str = ""
-    caption: str = ""
-    items: list[str] = field(default_factory=list)
-    commands: list[dict[str, str]] = field(default_factory=list)
+from .report_parts import Cell, Column, Section, Table, columns_of, filled, percent
+from .selection_scores import score_text
+from .units import NONE, bits2, change_of, count, flops, listed, milliseconds, ranges, size, spread, three
 
 
 def _subject(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -71,7 +36,7 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
     """Before and after in the numbers that decide: each a name, two values, the change, and what to think of it."""
     subject = _subject(record)
     if subject is None:
-        return None
+        return report_selection.key_numbers(record)
     before, after = subject
     digits = percent_digits(record)
     rows = []
@@ -159,7 +124,17 @@ def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def sections(record: dict[str, Any]) -> list[Section]:
-    makers = (_profile, _selection, _variants, _training, _costs, _checks, _paths)
+    makers = (
+        report_selection.recommendation,
+        report_selection.steps,
+        _profile,
+        report_selection.selection,
+        _variants,
+        _training,
+        _costs,
+        _checks,
+        _paths,
+    )
     sections = [section for maker in makers if (section := maker(record)) is not None]
     if environment := record.get("environment"):
         rows = [[Cell(key), Cell(str(value))] for key, value in environment.items()]
@@ -169,7 +144,7 @@ def sections(record: dict[str, Any]) -> list[Section]:
         sections.append(Section("not-exercised", "Not exercised", ["This run says nothing about:"], items=items))
     if items := warnings(record):
         sections.append(Section("warnings", "Warnings", items=items))
-    if commands := record.get("next_commands"):
+    if (commands := record.get("next_commands")) and not any(section.commands for section in sections):
         sections.append(Section("next", "Next commands", commands=commands))
     if files := record.get("files"):
         rows = [[Cell(name), Cell(what)] for name, what in files.items()]
@@ -210,63 +185,6 @@ def _profile(record: dict[str, Any]) -> Section | None:
     return Section("entropy", "Entropy by block", tables=[table], figure="entropy", caption=caption)
 
 
-def _selection(record: dict[str, Any]) -> Section | None:
-    chosen = record.get("selection")
-    if not chosen:
-        return None
-    score = score_name(record)
-    parts = [f"Picked, in this order: {listed(chosen['layers'])}"]
-    parts += [f"measured at the {chosen['score']}"] if chosen.get("score") else []
-    parts += [f"strategy {chosen['strategy']}"] if chosen.get("strategy") else []
-    parts += [f"{chosen['estimator']} estimator"] if chosen.get("estimator") else []
-    if chosen.get("samples") and chosen.get("channels"):
-        parts.append(f"{chosen['samples']:,} samples × {chosen['channels']:,} output channels")
-    parts += [f"H(full) = {bits(chosen['entropy_full'])} bits"] if chosen.get("entropy_full") is not None else []
-    rounds = chosen.get("rounds") or []
-    rows = []
-    for n, one in enumerate(rounds, 1):
-        rest = sorted(
-            (value, int(key)) for key, value in one["scores"].items() if int(key) != one["picked"] and value is not None
-        )
-        own = one["scores"].get(str(one["picked"]))
-        runner = f"{bits(rest[0][0])} (block {rest[0][1]})" if rest else NONE
-        rows.append(
-            [
-                Cell(str(n)),
-                Cell(str(one["picked"]), tone="pick"),
-                Cell(bits(own)),
-                Cell(runner),
-                Cell(bits(one.get("entropy"))),
-            ]
-        )
-    tables = []
-    caption = figure = ""
-    if rows:
-        names = ("Round", "Picked", f"{score}, bits", "Next best", "H after, bits")
-        tables.append(_filled("Greedy trace", [Column(name, True) for name in names], rows))
-    if any(one["scores"] for one in rounds):
-        figure = "scores"
-        blocks = sorted({int(key) for one in rounds for key in one["scores"]})
-        grid = []
-        for block in blocks:
-            row = [Cell(str(block))]
-            for one in rounds:
-                tone = "pick" if one["picked"] == block else ""
-                row.append(Cell(bits(one["scores"][str(block)]) if str(block) in one["scores"] else "", tone=tone))
-            grid.append(row)
-        columns = [Column("Block", True), *(Column(f"Round {n}", True) for n in range(1, len(rounds) + 1))]
-        tables.append(Table(f"All scores: {score} in bits", columns, grid, folded=True))
-        caption = (
-            f"{score} in bits: how far the output's entropy is from the full model's once this attention is skipped too"
-        )
-        caption += "; below zero, it has grown. " if chosen.get("signed") else ". "
-        caption += "Each round removes the lowest (outlined) and scores the rest again; grey blocks are gone already. "
-        caption += (
-            f"Colour follows the {'sign' if chosen.get('signed') else 'logarithm, so that small scores stay apart'}."
-        )
-    return Section("selection", "Selection", [" · ".join(parts) + "."], tables, figure, caption)
-
-
 def _variants(record: dict[str, Any]) -> Section | None:
     variants = record.get("variants")
     if not variants:
@@ -276,7 +194,7 @@ def _variants(record: dict[str, Any]) -> Section | None:
     for v in variants:
         scale = v.get("residual_scale")
         factor = f"{scale:g}×" if scale is not None and v.get("removed") else NONE
-        top = [_percent(v.get(key), digits) for key in ("top1", "top5", "agreement")]
+        top = [percent(v.get(key), digits) for key in ("top1", "top5", "agreement")]
         trained = NONE if v.get("trained") is None else "yes" if v["trained"] else "no"
         rows.append(
             [Cell(v["label"], v.get("note") or ""), Cell(ranges(v.get("removed") or ())), Cell(factor), Cell(trained),
@@ -294,7 +212,7 @@ def _variants(record: dict[str, Any]) -> Section | None:
         "Dashed line and band: the full model and its interval."
     )
     figure = "variants" if any(v.get("top1") is not None for v in variants) else ""
-    table = _filled("Variants", columns, rows)
+    table = filled("Variants", columns, rows)
     return Section("variants", "Accuracy", [text], [table], figure, caption if figure else "")
 
 
@@ -313,11 +231,11 @@ def _training(record: dict[str, Any]) -> Section | None:
         last = epochs[-1]
         rows.append(
             [Cell(run.get("label") or run.get("name", "")), Cell(str(len(epochs))), Cell(gone if fades else NONE),
-             Cell(NONE if last.get("loss") is None else three(last["loss"])), Cell(_percent(last.get("top1"), digits)),
-             Cell(_percent(max(scores, default=None), digits))]
+             Cell(NONE if last.get("loss") is None else three(last["loss"])), Cell(percent(last.get("top1"), digits)),
+             Cell(percent(max(scores, default=None), digits))]
         )  # fmt: skip
     names = ("Epochs", "λ = 0 from epoch", "Last loss", "Last top-1, %", "Best top-1, %")
-    table = _filled("Training runs", [Column("Run"), *(Column(name, True) for name in names)], rows)
+    table = filled("Training runs", [Column("Run"), *(Column(name, True) for name in names)], rows)
     caption = "Validation top-1, training loss and λ, the share of attention that is left, by epoch."
     fading = any(epoch.get("lambda") for run in runs for epoch in run["epochs"])
     text = (
@@ -365,7 +283,7 @@ def _checks(record: dict[str, Any]) -> Section | None:
          Cell(str(c.get("value", NONE))), Cell(c.get("detail") or "")]
         for c in checks
     ]  # fmt: skip
-    table = _filled("Checks", [Column("Result"), Column("Check"), Column("Value"), Column("What it means")], rows)
+    table = filled("Checks", [Column("Result"), Column("Check"), Column("Value"), Column("What it means")], rows)
     return Section("checks", "Checks", tables=[table])
 
 
@@ -389,11 +307,13 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
         (table,) = section.tables
         *columns, last = (Column(column.name.replace(", ", "\n"), column.numeric) for column in table.columns)
         columns += [Column("Score, round 1", True), last]
-        rows = [[*row[:-1], Cell(bits(first.get(row[0].text))), row[-1]] for row in table.rows]
+        show = score_text(record.get("selection") or {})
+        rows = [[*row[:-1], Cell(show(first.get(row[0].text))), row[-1]] for row in table.rows]
         tables.append(Table(f"{table.title} ({record['profile'].get('unit', 'bits')})", columns, rows))
-    if (section := _selection(record)) is not None:
+    if (section := report_selection.selection(record)) is not None:
         tables += [*section.text, *(table for table in section.tables if not table.folded)]
-    if (compared := comparison(record)) is not None:
+    tables += report_selection.console_tables(record)
+    if _subject(record) and (compared := comparison(record)) is not None:
         columns = [Column("Before and after"), Column("Before", True), Column("After", True), Column("Change", True)]
         rows = [[Cell(row[key]) for key in ("name", "before", "after", "change")] for row in compared["rows"]]
         tables.append(Table(f"{compared['before']} → {compared['after']}", columns, rows))
@@ -407,27 +327,12 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
     if (section := _variants(record)) is not None:
         (table,) = section.tables
         tables.append(
-            Table(table.title, *_columns(table, ("Variant", "Removed", "Top-1, %", "95 % interval", "Agreement, %")))
+            Table(table.title, *columns_of(table, ("Variant", "Removed", "Top-1, %", "95 % interval", "Agreement, %")))
         )
     if (section := _checks(record)) is not None:
         (table,) = section.tables
-        tables.append(Table(table.title, *_columns(table, ("Result", "Check", "Value"))))
+        tables.append(Table(table.title, *columns_of(table, ("Result", "Check", "Value"))))
     return tables
-
-
-def _columns(table: Table, names: Iterable[str]) -> tuple[list[Column], list[list[Cell]]]:
-    kept = [n for n, column in enumerate(table.columns) if column.name in names]
-    return [table.columns[n] for n in kept], [[row[n] for n in kept] for row in table.rows]
-
-
-def _filled(title: str, columns: list[Column], rows: list[list[Cell]]) -> Table:
-    """A table without the columns in which no row has anything to say."""
-    kept = [n for n in range(len(columns)) if any(row[n].text not in ("", NONE) for row in rows)]
-    return Table(title, [columns[n] for n in kept], [[row[n] for n in kept] for row in rows])
-
-
-def _percent(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
 
 
 _COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (

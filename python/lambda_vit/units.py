@@ -26,6 +26,13 @@ def bits2(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}".replace("-", "−")
 
 
+def fine(value: float | None) -> str:
+    """A score that may be small: as `bits`, but three decimals below 0.1 and four below 0.01."""
+    if value is None or abs(value) >= 0.0995:
+        return bits(value)
+    return f"{value:.{3 if abs(value) >= 0.00995 else 4}f}".replace("-", "−") if value else "0"
+
+
 def bits3(value: float) -> str:
     """An entropy per channel where layers are to be told apart: three decimals."""
     return f"{value:.3f}".replace("-", "−")
