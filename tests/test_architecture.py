@@ -19,7 +19,8 @@ LAYERS = [
     r"lambda_kernels\.(_extension|reference)",
     r"lambda_kernels\.ops(\..*)?",
     r"lambda_kernels(\..*)?",
-    r"lambda_vit\.(?!cli$).*|lambda_vit",
+    r"lambda_vit\.(?!cli$|command_).*|lambda_vit",
+    r"lambda_vit\.command_.*",
     r"lambda_vit\.cli",
 ]
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import lambda_vit.cli as cli
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
-from lambda_vit import Selection
+from lambda_vit import Selection, command_options
 from lambda_vit.loading import open_model
 
 
@@ -286,16 +286,16 @@ def test_doctor_says_why_there_is_no_extension(run, monkeypatch):
 
 
 def test_same_model():
-    assert cli._same_model("vit_small", "vit_small.dino")
-    assert cli._same_model("vit_small.dino", "vit_small.dino")
-    assert not cli._same_model("vit_small.dino", "vit_small.augreg")
-    assert not cli._same_model("vit_small", "vit_base")
-    assert not cli._same_model("vit_small", None)
+    assert command_options.same_model("vit_small", "vit_small.dino")
+    assert command_options.same_model("vit_small.dino", "vit_small.dino")
+    assert not command_options.same_model("vit_small.dino", "vit_small.augreg")
+    assert not command_options.same_model("vit_small", "vit_base")
+    assert not command_options.same_model("vit_small", None)
 
 
 def test_parse_indices():
-    assert cli.parse_indices("1, 5,4", "--remove") == (1, 5, 4)
-    assert cli.parse_indices("", "--remove") == ()
+    assert command_options.parse_indices("1, 5,4", "--remove") == (1, 5, 4)
+    assert command_options.parse_indices("", "--remove") == ()
 
 
 def test_the_installed_command():

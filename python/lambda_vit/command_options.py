@@ -1,0 +1,199 @@
+"""What the commands of `lambda-vit` share: the application, the types of their options, and how they open and print."""
+
+from __future__ import annotations
+
+import enum
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .selection import Selection
+
+ORDER = ("demo", "profile", "select", "convert", "validate", "doctor")
+
+
+class _InOrder(TyperGroup):
+    """Lists commands in the order of work, whichever module was imported first."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+app = typer.Typer(
+    cls=_InOrder,
+    help="Find the attention layers a vision transformer does not need, fade them out, delete them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# typer evaluates annotations, so that Optional stays until Python 3.10 is gone (PEP 604 unions work only from its 0.12).
+Model = Annotated[str, typer.Option(help="timm's name of the model, or a folder saved by convert.", show_default=False)]
+Weights = Annotated[Optional[Path], typer.Option(help="State dict, .safetensors or .pth.", show_default=False)]  # noqa: UP045
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights from the hub.")]
+# The layers to remove, one way or the other; `chosen_layers` reads them.
+SelectionFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="What select wrote, or the folder that holds it as selection.json.", show_default=False),
+]
+Remove = Annotated[str, typer.Option(help="Block indices instead: 1,5,4,11.", show_default=False)]
+Data = Annotated[Path, typer.Option(help="Folder or zip with train/<class>/* and val/<class>/*.", show_default=False)]
+Samples = Annotated[int, typer.Option(min=1, help="Images to measure on, spread evenly over the classes.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+SkipBad = Annotated[int, typer.Option(min=0, help="Leave out up to this many unreadable images.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Out = Annotated[Path, typer.Option(help="Where to write.", show_default=False)]
+
+
+class Estimator(str, enum.Enum):
+    """Of an entropy."""
+
+    gaussian = "gaussian"
+    histogram = "histogram"
+
+
+class Estimators(str, enum.Enum):
+    """Of a profile, which can have both from one pass."""
+
+    both = "both"
+    gaussian = "gaussian"
+    histogram = "histogram"
+
+
+class Strategy(str, enum.Enum):
+    """Of a selection."""
+
+    nose = "nose"
+    random = "random"
+    first = "first"
+
+
+class Score(str, enum.Enum):
+    """Where the entropy is measured."""
+
+    logits = "logits"
+    pre_logits = "pre_logits"
+
+
+def make_console() -> object:
+    from rich.console import Console
+
+    # Paths and model names are printed as they are: brackets in them are no markup.
+    return Console(highlight=False, markup=False)
+
+
+def open_data(
+    model: object,
+    data: Path,
+    split: str,
+    samples: int | None,
+    batch_size: int,
+    workers: int,
+    skip_bad: int,
+    *,
+    labelled: bool = False,
+    class_map: Path | None = None,
+) -> object:
+    """A loader; unless it is `labelled`, class folders only spread the samples and need not be the model's classes."""
+    from .data import make_loader, open_images, subset, transforms_for
+
+    classes = model.num_classes or None if labelled else None
+    mapping = None if class_map is None else _read_class_map(class_map)
+    dataset = open_images(data, split, transform=transforms_for(model), num_classes=classes, class_to_idx=mapping)
+    if samples is not None and samples < len(dataset):
+        dataset = subset(dataset, samples)
+    return make_loader(dataset, batch_size, workers=workers, skip_bad=skip_bad)
+
+
+def _read_class_map(path: Path) -> dict[str, int]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--class-map {path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not all(type(index) is int for index in found.values()):
+        raise ValueError(f'--class-map {path} must hold an object such as {{"cat": 281, "dog": 207}}')
+    return found
+
+
+def report_bad(console: object, loader: object) -> None:
+    for path in loader.bad:
+        console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
+
+
+def weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:
+    if weights is not None:
+        return [f"{prefix}weights", weights]
+    return [f"{prefix}pretrained"] if pretrained else []
+
+
+def print_next(console: object, *arguments: object) -> None:
+    console.print(f"Next: lambda-vit {shlex.join(map(str, arguments))}", soft_wrap=True)
+
+
+class FailureError(RuntimeError):
+    """The command did its work, and the outcome is a failure."""
+
+
+def parse_indices(text: str, option: str) -> tuple[int, ...]:
+    """Block indices out of "1,5,4,11".
+
+    Raises:
+        ValueError: Something in it is no whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{option} takes block indices such as 1,5,4,11; got {text!r}") from None
+
+
+def chosen_layers(selection: Path | None, remove: str) -> Selection | tuple[int, ...]:
+    """The layers that --selection FILE or --remove INDICES names: a `Selection`, or indices that nobody checked yet.
+
+    Raises:
+        ValueError: Neither or both were given, the file is no selection, or the indices are no numbers.
+    """
+    from .selection import Selection
+
+    if (selection is None) == (not remove):
+        raise ValueError("pass either --selection FILE or --remove 1,5,4,11")
+    if selection is None:
+        return parse_indices(remove, "--remove")
+    return Selection.from_json(selection / "selection.json" if selection.is_dir() else selection)
+
+
+def check_made_for(chosen: Selection, path: Path, network: nn.Module, model: str) -> None:
+    """Refuse a selection that was made for another model.
+
+    Args:
+        chosen: What `path` holds.
+        path: For messages.
+        network: The model it is meant for now.
+        model: What --model said.
+
+    Raises:
+        ValueError: Another number of blocks, another architecture or other weights.
+    """
+    from lambda_kernels.families import inspect_model
+
+    from .selection import model_name
+
+    depth = inspect_model(network).depth
+    if chosen.depth not in (None, depth):
+        raise ValueError(f"{path} was made for a model of {chosen.depth} blocks, {model} has {depth}")
+    name = model_name(network)
+    if chosen.model is not None and not same_model(chosen.model, name):
+        raise ValueError(f"{path} was made for {chosen.model}, not for {name}; select on this model")
+
+
+def same_model(one: str, other: str | None) -> bool:
+    """Whether two names mean one architecture and, where both say which, the same weights."""
+    first, second = one.partition("."), (other or "").partition(".")
+    return first[0] == second[0] and (first[2] == second[2] or not (first[2] and second[2]))
