@@ -14,6 +14,7 @@ import typer
 from . import command_select  # noqa: F401 (registers its command)
 from .command_options import (
     BatchSize,
+    ClassMap,
     Data,
     Device,
     Estimators,
@@ -159,12 +160,7 @@ def validate(
     reference_weights: Weights = None,
     reference_pretrained: Annotated[bool, typer.Option("--reference-pretrained", help="As --pretrained.")] = False,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
-    class_map: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="JSON: class folder → output of the model, where neither names nor number tell.", show_default=False
-        ),
-    ] = None,
+    class_map: ClassMap = None,
     samples: Annotated[Optional[int], typer.Option(min=1, help="Fewer images than all.", show_default=False)] = None,  # noqa: UP045
     latency: Annotated[bool, typer.Option(help="Take times at batch 1 and --batch-size.")] = True,
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045

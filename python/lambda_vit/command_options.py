@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -48,6 +49,12 @@ Data = Annotated[Path, typer.Option(help="Folder or zip with train/<class>/* and
 Samples = Annotated[int, typer.Option(min=1, help="Images to measure on, spread evenly over the classes.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+ClassMap = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="JSON: class folder → output of the model, where neither names nor number tell.", show_default=False
+    ),
+]
 SkipBad = Annotated[int, typer.Option(min=0, help="Leave out up to this many unreadable images.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Out = Annotated[Path, typer.Option(help="Where to write.", show_default=False)]
@@ -72,8 +79,23 @@ class Strategy(str, enum.Enum):
     """Of a selection."""
 
     nose = "nose"
+    nose_signed = "nose-signed"
+    one_shot = "one-shot"
+    kl = "kl"
+    accuracy = "accuracy"
+    cosine = "cosine"
     random = "random"
     first = "first"
+    explicit = "explicit"
+
+
+class Cache(str, enum.Enum):
+    """Of embedded images."""
+
+    auto = "auto"
+    ram = "ram"
+    disk = "disk"
+    none = "none"
 
 
 class Score(str, enum.Enum):
@@ -101,6 +123,7 @@ def open_data(
     *,
     labelled: bool = False,
     class_map: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> object:
     """A loader; unless it is `labelled`, class folders only spread the samples and need not be the model's classes."""
     from .data import make_loader, open_images, subset, transforms_for
@@ -110,7 +133,7 @@ def open_data(
     dataset = open_images(data, split, transform=transforms_for(model), num_classes=classes, class_to_idx=mapping)
     if samples is not None and samples < len(dataset):
         dataset = subset(dataset, samples)
-    return make_loader(dataset, batch_size, workers=workers, skip_bad=skip_bad)
+    return make_loader(dataset, batch_size, workers=workers, skip_bad=skip_bad, shard=shard)
 
 
 def _read_class_map(path: Path) -> dict[str, int]:
@@ -152,6 +175,20 @@ def parse_indices(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(f"{option} takes block indices such as 1,5,4,11; got {text!r}") from None
+
+
+def parse_bytes(text: str, option: str) -> int | None:
+    """Bytes out of "8G", "512MiB" or "1000000"; None out of "".
+
+    Raises:
+        ValueError: It is no such thing.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"{option} takes a size such as 8G, 512M or a number of bytes; got {text!r}")
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
 def chosen_layers(selection: Path | None, remove: str) -> Selection | tuple[int, ...]:

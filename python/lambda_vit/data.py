@@ -169,12 +169,13 @@ class ImageLoader:
     skip_bad: int
     drop_last: bool
     pin_memory: bool
+    shard: tuple[int, int] = (0, 1)
     epoch: int = 0
     _found: dict[str, BadImage] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole + bool(rest and not self.drop_last)
+        return len(range(self.shard[0], whole + bool(rest and not self.drop_last), self.shard[1]))
 
     @property
     def bad(self) -> list[str]:
@@ -188,15 +189,16 @@ class ImageLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+        starts = range(0, len(order) - (self.batch_size - 1 if self.drop_last else 0), self.batch_size)
+        # Whole batches are shared out, so that each is the same whatever the number of processes.
+        own = [order[start : start + self.batch_size].tolist() for start in starts][self.shard[0] :: self.shard[1]]
         # A worker that raised would bury the path in its own traceback, so unreadable images travel as marks.
         marking = isinstance(self.dataset, ImageDataset)
         batches = DataLoader(
             dataclasses.replace(self.dataset, on_bad="mark") if marking else self.dataset,
-            self.batch_size,
-            sampler=order.tolist(),
+            batch_sampler=own,
             num_workers=self.workers,
             collate_fn=_collate,
-            drop_last=self.drop_last,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.
             generator=torch.Generator().manual_seed(int(rng.integers(2**32))),
@@ -219,6 +221,7 @@ def make_loader(
     skip_bad: int = 0,
     drop_last: bool = False,
     pin_memory: bool = False,
+    shard: tuple[int, int] = (0, 1),
 ) -> ImageLoader:
     """Batches of a dataset, in its own order or shuffled by `(seed, epoch)`.
 
@@ -231,6 +234,7 @@ def make_loader(
         skip_bad: How many different unreadable images to leave out before giving up.
         drop_last: Leave out the last batch where it is shorter.
         pin_memory: Page-locked batches, where a CUDA device is there to use them.
+        shard: (rank, size): of several processes that share the batches, the one with this rank gets every size-th.
 
     Raises:
         ValueError: An empty dataset, or an argument out of range.
@@ -244,7 +248,9 @@ def make_loader(
         raise ValueError(f"the dataset is empty ({where}): nothing to iterate over")
     if drop_last and len(dataset) < batch_size:
         raise ValueError(f"batch_size={batch_size} with drop_last leaves nothing of {len(dataset)} images: lower it")
-    return ImageLoader(dataset, batch_size, workers, shuffle, seed, skip_bad, drop_last, pin_memory)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard={shard!r}: expected (rank, size) with 0 <= rank < size")
+    return ImageLoader(dataset, batch_size, workers, shuffle, seed, skip_bad, drop_last, pin_memory, shard)
 
 
 def subset(dataset: Any, samples: int, *, seed: int | None = None) -> Any:

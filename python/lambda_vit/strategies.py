@@ -65,7 +65,7 @@ def _lost_accuracy(result: PathResult, full: PathResult) -> tuple[float, float]:
 
 ABSOLUTE_TE = Criterion("|TE|", "bits", _absolute_te)
 TE = Criterion("TE", "bits", _te)
-DIVERGENCE = Criterion("KL(full ‖ path)", "bits", _divergence, compare=True)
+DIVERGENCE = Criterion("KL", "bits", _divergence, compare=True)
 LOST_ACCURACY = Criterion("top-1 lost", "points", _lost_accuracy, label=True)
 COSINE = Criterion("1 − cosine", "", None)
 
