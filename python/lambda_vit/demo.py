@@ -339,11 +339,11 @@ def next_commands(folder: Path) -> list[dict[str, str]]:
         {
             "what": "Select on your own images, a folder or zip with train/<class>/* and val/<class>/*",
             "command": "lambda-vit select --model deit_small_patch16_224 --pretrained --data path/to/images --count 4 "
-            "--out selection.json",
+            "--out runs/select",
         },
         {
             "what": "Remove what was selected and save the model",
-            "command": "lambda-vit convert --model deit_small_patch16_224 --pretrained --selection selection.json "
+            "command": "lambda-vit convert --model deit_small_patch16_224 --pretrained --selection runs/select "
             "--out smaller/",
         },
         {
