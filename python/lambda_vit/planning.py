@@ -1,0 +1,470 @@
+"""Before anything is trained: what removing attention layers saves, and what the training costs in memory and hours.
+
+Three networks are looked at, each as `finetune` would train it: the full model, the one under dilution (attention beside
+its identity twin), and the one whose attention is gone. The caller's model is never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lambda_kernels.convert import check_indices
+from lambda_kernels.families import inspect_model
+
+from .dilution import dilute, finish_dilution, set_lambda
+from .evaluate import MINIMUM_ROUNDS, cost, input_shape
+from .placement import one_device, one_dtype
+from .progress import task
+from .units import size
+
+# The paper's schedule: λ goes from 1 to 0 in the first, and the network trains on without attention in the second.
+DILUTION_EPOCHS, RECOVERY_EPOCHS = 300, 100
+
+COUNTED_AT = (2, 4)  # images: what autograd saves is a fixed part and a part per image, so two batches tell both
+_ROUNDS, _WARMUP = 30, 2
+_MOMENTS = 2 * 4  # bytes of AdamW's two float32 per parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Time of one training step of a whole batch, in milliseconds, over `rounds` repetitions."""
+
+    median_ms: float
+    low_ms: float  # lower quartile
+    high_ms: float  # upper quartile
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkPlan:
+    """What one of the three networks takes to keep, to run and to train."""
+
+    parameters: int
+    trainable: int
+    flops: int  # per image, forward; two per multiply-add
+    weight_bytes: int
+    saved_bytes_fixed: int  # saved by autograd for the backward, whatever the batch
+    saved_bytes_per_image: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    step_bytes: int  # weights, gradients, optimizer state and what is saved for `batch_size` images
+    peak_bytes: int | None = None  # of a real step on CUDA
+    step: StepTime | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One stretch of the training. Hours are those of the steps alone: medians, then quartiles."""
+
+    epochs: int
+    steps: int
+    hours: float
+    low_hours: float
+    high_hours: float
+    hours_with_loading: float | None  # None where loading was not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How fast images come out of the loader with nobody training on them."""
+
+    images_per_second: float
+    images: int  # that were timed
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The whole of it; `networks` are "full", "diluting" and "final", `phases` "dilution" and "recovery"."""
+
+    removed: tuple[int, ...]
+    depth: int
+    images: int
+    batch_size: int
+    devices: int
+    device: str
+    dtype: str
+    input_shape: tuple[int, int, int]
+    networks: dict[str, NetworkPlan]
+    phases: dict[str, Phase]
+    loading: Loading | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return dataclasses.asdict(self) | {"removed": list(self.removed), "input_shape": list(self.input_shape)}
+
+    @property
+    def limited_by(self) -> str | None:
+        """What takes longer in the slower phase: "loading" or "training"; None where loading was not measured."""
+        if self.loading is None:
+            return None
+        fastest = max(self.images_per_second(name) for name in _timed(self.networks))
+        return "loading" if self.loading.images_per_second < fastest else "training"
+
+    def images_per_second(self, network: str) -> float:
+        """Training throughput of one device."""
+        return self.batch_size / self.networks[network].step.median_ms * 1000
+
+
+def _timed(networks: dict[str, NetworkPlan]) -> list[str]:
+    return [name for name, network in networks.items() if network.step is not None]
+
+
+def split_epochs(
+    epochs: int | None = None, dilution_epochs: int | None = None, recovery_epochs: int | None = None
+) -> tuple[int, int]:
+    """Epochs of dilution and of recovery.
+
+    Of `epochs` alone three quarters are dilution, as in the paper and in `finetune`; with one part the rest is the other.
+    Without `epochs`, a part that is not given is the paper's (300 and 100).
+
+    Raises:
+        ValueError: A number below 0, none at all, or numbers that do not add up.
+    """
+    given = {"epochs": epochs, "dilution_epochs": dilution_epochs, "recovery_epochs": recovery_epochs}
+    for name, value in given.items():
+        if value is not None:
+            _check_integer(name, value, 0 if name != "epochs" else 1)
+    if epochs is None:
+        dilution = DILUTION_EPOCHS if dilution_epochs is None else dilution_epochs
+        recovery = RECOVERY_EPOCHS if recovery_epochs is None else recovery_epochs
+        if dilution + recovery < 1:
+            raise ValueError("dilution_epochs=0 and recovery_epochs=0 leave nothing to train: pass at least one epoch")
+        return dilution, recovery
+    if dilution_epochs is None:
+        dilution_epochs = round(0.75 * epochs) if recovery_epochs is None else epochs - recovery_epochs
+    if recovery_epochs is None:
+        recovery_epochs = epochs - dilution_epochs
+    if min(dilution_epochs, recovery_epochs) < 0 or dilution_epochs + recovery_epochs != epochs:
+        parts = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        raise ValueError(f"{parts} do not add up: epochs = dilution_epochs + recovery_epochs. Leave one of them out")
+    return dilution_epochs, recovery_epochs
+
+
+def plan_training(
+    model: nn.Module,
+    layers: Sequence[int],
+    *,
+    images: int,
+    dilution_epochs: int = DILUTION_EPOCHS,
+    recovery_epochs: int = RECOVERY_EPOCHS,
+    batch_size: int = 64,
+    devices: int = 1,
+    seconds: float = 60.0,
+    device: torch.device | str | None = None,
+    loader: Iterable | None = None,
+) -> Plan:
+    """Measure what `finetune` with these layers will take: memory, step time, hours. Trains copies on random images only.
+
+    What autograd saves is counted on real forwards in training mode, each storage once, parameters and buffers left out.
+    Scratch memory that lives inside one operator of the forward or backward is not in it; on CUDA the real peak is
+    measured beside it.
+
+    Args:
+        model: A timm vision transformer with all its attention.
+        layers: Blocks whose attention is to go, or a `Selection`.
+        images: Of one epoch.
+        dilution_epochs: Epochs with the diluting network.
+        recovery_epochs: Epochs after that, with the attention gone.
+        batch_size: Images per step and device.
+        devices: How many share the images; taken to speed training up by that factor.
+        seconds: A budget for all timing, shared evenly; no measurement takes fewer than five steps.
+        device: Where to measure; None is where the model is.
+        loader: Yields batches (images, …), to measure how fast they can be loaded; None leaves that out.
+
+    Raises:
+        ValueError: An argument is out of range, the layers cannot be removed, or a batch does not fit into memory.
+        UnsupportedModelError: The model cannot be changed block by block.
+    """
+    for name, value, least in (
+        ("images", images, 1),
+        ("dilution_epochs", dilution_epochs, 0),
+        ("recovery_epochs", recovery_epochs, 0),
+        ("batch_size", batch_size, 1),
+        ("devices", devices, 1),
+    ):
+        _check_integer(name, value, least)
+    split_epochs(None, dilution_epochs, recovery_epochs)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds={seconds!r}: expected a positive number of seconds to measure for")
+    anatomy = inspect_model(model)
+    dtype = one_dtype(model)
+    chosen = check_indices(layers, anatomy.depth, "layers")
+    if not chosen:
+        raise ValueError("layers is empty: there is nothing to plan. Name the blocks that lose their attention")
+    if getattr(model, "grad_checkpointing", False):
+        raise ValueError(
+            "the model recomputes activations (grad_checkpointing), so that what is saved cannot be counted: call "
+            "model.set_grad_checkpointing(False) first"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("every parameter of the model is frozen: set requires_grad on those that are to be trained")
+    fading = dilute(model, chosen, lam=0.5)  # refuses what cannot be removed, before anything is measured
+    where = torch.empty(0, device=one_device(model) if device is None else device).device
+    epochs = {"full": 0, "diluting": dilution_epochs, "final": recovery_epochs}
+    parts = sum(map(bool, epochs.values())) + (loader is not None)
+    networks: dict[str, NetworkPlan] = {}
+    with torch.random.fork_rng([where] if where.type == "cuda" else []):
+        torch.manual_seed(0)
+        for name, count in epochs.items():
+            if name == "final":
+                set_lambda(fading, 0.0)
+                fading = finish_dilution(fading)
+            network = copy.deepcopy(model if name == "full" else fading)
+            networks[name] = _measure(name, network, where, batch_size, seconds / parts if count else None)
+    loading = None if loader is None else measure_loading(loader, seconds / parts)
+    steps = math.ceil(images / (batch_size * devices))
+    return Plan(
+        removed=chosen,
+        depth=anatomy.depth,
+        images=images,
+        batch_size=batch_size,
+        devices=devices,
+        device=str(where),
+        dtype=str(dtype).removeprefix("torch."),
+        input_shape=input_shape(model),
+        networks=networks,
+        phases={
+            phase: _phase(networks[name].step, epochs[name], steps, batch_size, loading)
+            for phase, name in (("dilution", "diluting"), ("recovery", "final"))
+            if epochs[name]
+        },
+        loading=loading,
+    )
+
+
+def _phase(step: StepTime, epochs: int, steps: int, batch_size: int, loading: Loading | None) -> Phase:
+    total = epochs * steps
+    low, median, high = (total * ms / 3.6e6 for ms in (step.low_ms, step.median_ms, step.high_ms))
+    with_loading = None
+    if loading is not None:
+        load_hours = total * batch_size / loading.images_per_second / 3600
+        # Workers load the next batches meanwhile; without them the training waits for every one.
+        with_loading = max(median, load_hours) if loading.workers else median + load_hours
+    return Phase(epochs, total, median, low, high, with_loading)
+
+
+def _measure(
+    name: str, network: nn.Module, device: torch.device, batch_size: int, seconds: float | None
+) -> NetworkPlan:
+    """Count and, with `seconds`, time one network; it is moved and trained."""
+    with task(f"Count what the {name} network takes", 1) as advance:
+        price = cost(network)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        if one_device(network) == device and device.type == "cuda":
+            before -= sum(t.nbytes for t in itertools.chain(network.parameters(), network.buffers()))
+        with _memory_explained(batch_size, device, None):
+            network.to(device).train()
+            counts = [saved_bytes(network, _images(network, number)) for number in COUNTED_AT]
+        advance()
+    few, more = COUNTED_AT
+    per_image = round((counts[1] - counts[0]) / (more - few))
+    fixed = counts[0] - few * per_image
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    plan = NetworkPlan(
+        parameters=price.parameters,
+        trainable=sum(p.numel() for p in trainable),
+        flops=price.flops,
+        weight_bytes=price.weight_bytes,
+        saved_bytes_fixed=fixed,
+        saved_bytes_per_image=per_image,
+        gradient_bytes=sum(p.numel() * p.element_size() for p in trainable),
+        optimizer_bytes=sum(p.numel() for p in trainable) * _MOMENTS,
+        step_bytes=0,
+    )
+    plan = dataclasses.replace(plan, step_bytes=_constant(plan) + fixed + batch_size * per_image)
+    if seconds is None and device.type != "cuda":
+        return plan
+    _check_room(plan, batch_size, device)
+    with _memory_explained(batch_size, device, plan):
+        step, peak = time_steps(network, batch_size, seconds, description=f"Time steps of the {name} network")
+    return dataclasses.replace(
+        plan, step=None if seconds is None else step, peak_bytes=None if peak is None else peak - before
+    )
+
+
+def saved_bytes(network: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd holds after the forward and the loss of `images`, for the backward to use.
+
+    Every storage counts once and whole, however many operators saved a view of it, the images included; parameters and
+    buffers do not count.
+    """
+    weights = {t.untyped_storage()._cdata for t in itertools.chain(network.parameters(), network.buffers())}
+    found: dict[int, torch.UntypedStorage] = {}  # kept alive until the end, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = _loss(network, images)
+    total = sum(storage.nbytes() for storage in found.values())
+    del loss
+    return total
+
+
+def time_steps(
+    network: nn.Module, batch_size: int, seconds: float | None, *, description: str = "Time steps"
+) -> tuple[StepTime, int | None]:
+    """Train `network` on random images for a while, as `finetune` does it: forward, loss, backward, clipping, AdamW.
+
+    Args:
+        network: In training mode, where it is to be trained; its weights change.
+        batch_size: Images per step.
+        seconds: A budget. It cuts the warm-up to one step and the timed ones to no fewer than five; None takes only those.
+        description: Of the progress bar.
+
+    Returns:
+        The time of a step, and on CUDA the most memory that was allocated during the timed ones, in bytes.
+    """
+    from timm.optim import create_optimizer_v2
+
+    device, images = one_device(network), _images(network, batch_size)
+    # So small a rate changes no time and keeps the weights from growing over it.
+    optimizer = create_optimizer_v2(network, "adamw", lr=1e-8, weight_decay=0.05)
+    times: list[float] = []
+    budget = 0.0 if seconds is None else seconds
+    started = time.perf_counter()
+    with task(description, _WARMUP + _ROUNDS) as advance, torch.enable_grad():
+        for turn in range(_WARMUP):
+            if turn and time.perf_counter() - started > budget / 4:
+                break
+            _step(network, images, optimizer)
+            advance()
+        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        while len(times) < _ROUNDS:
+            if len(times) >= MINIMUM_ROUNDS and time.perf_counter() - started > budget:
+                break
+            begun = time.perf_counter()
+            _step(network, images, optimizer)
+            _wait(device)
+            times.append(1000 * (time.perf_counter() - begun))
+            advance(note=f"{times[-1]:.0f} ms")
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(quartiles).tolist()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return StepTime(median, low, high, len(times)), peak
+
+
+def measure_loading(loader: Iterable, seconds: float) -> Loading:
+    """Pass over `loader` for `seconds`, or once. What its workers had ready before the clock started is not timed.
+
+    Raises:
+        ValueError: The loader gives nothing.
+    """
+    workers = getattr(loader, "workers", getattr(loader, "num_workers", 0))
+    batches = len(loader) if hasattr(loader, "__len__") else None
+    ready = 1 + 2 * workers  # PyTorch's workers are two batches ahead each
+    if batches is not None and batches <= 2 * ready:
+        ready = 0  # too few to leave any out: the start of the workers is in the time
+    counted = 0
+    with task("Load images", batches) as advance:
+        started = time.perf_counter()
+        for number, batch in enumerate(loader, 1):
+            advance()
+            if number <= ready:
+                started = time.perf_counter()
+                continue
+            counted += len(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            if time.perf_counter() - started > seconds:
+                break
+        taken = time.perf_counter() - started
+    if not counted:
+        raise ValueError("the loader gave no images: there is nothing to train on")
+    return Loading(counted / taken, counted, workers)
+
+
+def _step(network: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss = _loss(network, images)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+
+
+def _loss(network: nn.Module, images: Tensor) -> Tensor:
+    return F.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.long, device=images.device))
+
+
+def _images(network: nn.Module, number: int) -> Tensor:
+    shape = (number, *input_shape(network))
+    return torch.randn(shape, device=one_device(network), dtype=one_dtype(network))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _constant(plan: NetworkPlan) -> int:
+    return plan.weight_bytes + plan.gradient_bytes + plan.optimizer_bytes
+
+
+def _check_room(plan: NetworkPlan, batch_size: int, device: torch.device) -> None:
+    """Refuse on a CPU what would get the process killed: there PyTorch raises nothing when memory runs out."""
+    if device.type == "cpu":
+        there = free_memory()
+        if there is not None and plan.step_bytes > there:
+            raise ValueError(_does_not_fit(plan, batch_size, device, there))
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that this process can still have; None where the system does not say."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # of a container; "max" where it has none
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(found, default=None)
+
+
+@contextlib.contextmanager
+def _memory_explained(batch_size: int, device: torch.device, plan: NetworkPlan | None) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU's allocator has no class of its own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_memory()
+        raise ValueError(_does_not_fit(plan, batch_size, device, there)) from error
+
+
+def _does_not_fit(plan: NetworkPlan | None, batch_size: int, device: torch.device, there: int | None) -> str:
+    room = "" if there is None else f", {size(there)} are there"
+    if plan is None:
+        return (
+            f"not even {max(COUNTED_AT)} images of this model fit into the memory of {device}{room}: use another device"
+        )
+    text = f"batch_size={batch_size}: a training step of that many images does not fit into the memory of {device}"
+    text += f" (it takes at least {size(plan.step_bytes)}{room})."
+    most = None
+    if there is not None:
+        most = (there - _constant(plan) - plan.saved_bytes_fixed) // max(plan.saved_bytes_per_image, 1)
+        if most >= batch_size:  # the rest went to what the count leaves out, or to other programs
+            most = batch_size // 2
+    if most is None or most >= 1:
+        return f"{text} Pass a smaller one{'' if most is None else f', at most about {most}'}, and accumulate gradients"
+    return f"{text} Not even one image does: use a device with more memory"
+
+
+def _check_integer(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
