@@ -60,7 +60,7 @@ class NetworkPlan:
     gradient_bytes: int
     optimizer_bytes: int
     step_bytes: int  # weights, gradients, optimizer state and what is saved for `batch_size` images
-    peak_bytes: int | None = None  # of a real step on CUDA
+    peak_bytes: int | None = None  # the same of a real step on CUDA, by PyTorch's own counter
     step: StepTime | None = None
 
 
@@ -262,9 +262,6 @@ def _measure(
     """Count and, with `seconds`, time one network; it is moved and trained."""
     with task(f"Count what the {name} network takes", 1) as advance:
         price = cost(network)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        if one_device(network) == device and device.type == "cuda":
-            before -= sum(t.nbytes for t in itertools.chain(network.parameters(), network.buffers()))
         with _memory_explained(batch_size, device, None):
             network.to(device).train()
             counts = [saved_bytes(network, _images(network, number)) for number in COUNTED_AT]
@@ -289,10 +286,9 @@ def _measure(
         return plan
     _check_room(plan, batch_size, device)
     with _memory_explained(batch_size, device, plan):
-        step, peak = time_steps(network, batch_size, seconds, description=f"Time steps of the {name} network")
-    return dataclasses.replace(
-        plan, step=None if seconds is None else step, peak_bytes=None if peak is None else peak - before
-    )
+        step, passing = time_steps(network, batch_size, seconds, description=f"Time steps of the {name} network")
+    peak = None if passing is None else _constant(plan) + _images(network, batch_size).nbytes + passing
+    return dataclasses.replace(plan, step=None if seconds is None else step, peak_bytes=peak)
 
 
 def saved_bytes(network: nn.Module, images: Tensor) -> int:
@@ -329,7 +325,8 @@ def time_steps(
         description: Of the progress bar.
 
     Returns:
-        The time of a step, and on CUDA the most memory that was allocated during the timed ones, in bytes.
+        The time of a step, and on CUDA the bytes that a step allocates, at its worst moment, above what is there between
+        steps: weights, gradients, optimizer state, images, workspaces and whatever else lives on the device.
     """
     from timm.optim import create_optimizer_v2
 
@@ -348,6 +345,7 @@ def time_steps(
         _wait(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            resting = torch.cuda.memory_allocated(device)
         while len(times) < _ROUNDS:
             if len(times) >= MINIMUM_ROUNDS and time.perf_counter() - started > budget:
                 break
@@ -358,8 +356,8 @@ def time_steps(
             advance(note=f"{times[-1]:.0f} ms")
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, median, high = torch.tensor(times, dtype=torch.float64).quantile(quartiles).tolist()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return StepTime(median, low, high, len(times)), peak
+    passing = torch.cuda.max_memory_allocated(device) - resting if device.type == "cuda" else None
+    return StepTime(median, low, high, len(times)), passing
 
 
 def measure_loading(loader: Iterable, seconds: float) -> Loading:
