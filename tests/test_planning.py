@@ -25,15 +25,16 @@ from lambda_vit.planning import (
     time_steps,
 )
 
-STEPS = {0: StepTime(200.0, 150.0, 300.0, 5), 1: StepTime(100.0, 90.0, 120.0, 7)}
+STEPS = {"diluting": StepTime(200.0, 150.0, 300.0, 5), "final": StepTime(100.0, 90.0, 120.0, 7)}
 
 
 @pytest.fixture
 def fake_steps(monkeypatch) -> None:
     """A step takes 200 ms while attention fades and 100 ms without it; nothing is run."""
 
-    def fake(network, batch_size, seconds, **_):
-        return STEPS[len(network.blocks[0]._modules) < 8], None
+    def fake(networks, batch_size, seconds):
+        assert all(module.training for network in networks.values() for module in network.modules())
+        return {name: (STEPS[name], None) for name in networks}
 
     monkeypatch.setattr(planning, "time_steps", fake)
 
@@ -113,7 +114,7 @@ def test_networks(name, options, fake_steps):
     assert diluting.step_bytes >= full.step_bytes > final.step_bytes
     assert diluting.saved_bytes_per_image > final.saved_bytes_per_image
     assert full.step is None
-    assert (diluting.step, final.step) == (STEPS[0], STEPS[1])
+    assert (diluting.step, final.step) == (STEPS["diluting"], STEPS["final"])
 
 
 def test_gradients_and_optimizer_state_are_those_of_a_real_step(fake_steps):
@@ -183,23 +184,28 @@ def test_real_steps_leave_the_model_and_the_random_numbers_alone():
         assert step.rounds >= planning.MINIMUM_ROUNDS
 
 
-@pytest.mark.parametrize(("seconds", "rounds", "forwards"), [(None, 5, 6), (0.5, 5, 6), (9.5, 8, 10), (1e9, 30, 32)])
+@pytest.mark.parametrize(("seconds", "rounds", "forwards"), [(0.5, 5, 6), (25.0, 7, 9), (1e9, 30, 32)])
 def test_budget_of_the_timing(seconds, rounds, forwards, clock):
-    """Steps of one second: at least five after a warm-up, no new one when the budget is spent, never more than thirty."""
-    model = small_vit().train()
+    """Steps of one and two seconds: at least five after a warm-up, none more once the budget is spent, at most thirty."""
+    networks = {"slow": small_vit().train(), "fast": small_vit().train()}
     calls = []
 
-    def tick(*_: object) -> None:
-        clock.now += 1.0
-        calls.append(1)
+    def tick(network: nn.Module, *_: object) -> None:
+        name = next(name for name, other in networks.items() if other is network)
+        clock.now += 2.0 if name == "slow" else 1.0
+        calls.append(name)
 
-    model.register_forward_hook(tick)
-    before = model.head.weight.detach().clone()
-    step, passing = time_steps(model, 2, seconds)
-    assert (step.rounds, len(calls)) == (rounds, forwards)
-    assert (step.low_ms, step.median_ms, step.high_ms) == pytest.approx((1000, 1000, 1000))
-    assert passing is None
-    assert not torch.equal(model.head.weight, before)  # the optimizer was at work
+    for network in networks.values():
+        network.register_forward_hook(tick)
+    before = networks["slow"].head.weight.detach().clone()
+    found = time_steps(networks, 2, seconds)
+    assert calls == ["slow", "fast"] * forwards  # taking turns
+    for name, expected in (("slow", 2000), ("fast", 1000)):
+        step, passing = found[name]
+        assert step.rounds == rounds
+        assert (step.low_ms, step.median_ms, step.high_ms) == pytest.approx((expected,) * 3)
+        assert passing is None
+    assert not torch.equal(networks["slow"].head.weight, before)  # the optimizer was at work
 
 
 class FakeLoader:

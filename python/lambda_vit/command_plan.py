@@ -158,7 +158,7 @@ def plan_table(result: Plan) -> Table:
 
 
 def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | None], Callable[[float], str]]]:
-    from .units import count, milliseconds, size
+    from .units import count, milliseconds, size, three
 
     batch = result.batch_size
     yield "parameters", lambda n: n.parameters, count
@@ -171,7 +171,7 @@ def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | N
     yield f"memory of a step, batch {batch}", lambda n: n.step_bytes, size
     yield "  measured peak", lambda n: n.peak_bytes, size
     yield f"time of a step, batch {batch}", lambda n: n.step and n.step.median_ms, milliseconds
-    yield "  images per second", lambda n: n.step and 1000 * batch / n.step.median_ms, lambda v: f"{v:,.0f}"
+    yield "  images per second", lambda n: n.step and 1000 * batch / n.step.median_ms, three
 
 
 def plan_notes(result: Plan) -> list[str]:
@@ -214,6 +214,12 @@ def plan_notes(result: Plan) -> list[str]:
         "- Memory of a step: weights, gradients, AdamW's two float32 per trainable parameter, and what is saved. Scratch "
         "memory inside operators comes on top.",
     ]  # fmt: skip
+    unsteady = max(n.step.high_ms / n.step.low_ms for n in result.networks.values() if n.step)
+    if unsteady > 1.5:
+        lines.append(
+            f"- The quartiles of the step times are a factor of {three(unsteady)} apart: something else was using this "
+            "machine. Repeat it while that is quiet."
+        )
     if result.devices > 1:
         lines.append(
             f"- {result.devices} devices are taken to be exactly {result.devices} times as fast as one; nothing was "

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,17 +214,25 @@ def plan_training(
     fading = dilute(model, chosen, lam=0.5)  # refuses what cannot be removed, before anything is measured
     where = torch.empty(0, device=one_device(model) if device is None else device).device
     epochs = {"full": 0, "diluting": dilution_epochs, "final": recovery_epochs}
-    parts = sum(map(bool, epochs.values())) + (loader is not None)
-    networks: dict[str, NetworkPlan] = {}
+    timed = [name for name, count in epochs.items() if count]
+    share = seconds / (len(timed) + (loader is not None))
+    networks = {"full": copy.deepcopy(model), "diluting": copy.deepcopy(fading)}
+    set_lambda(fading, 0.0)
+    networks["final"] = finish_dilution(fading)
     with torch.random.fork_rng([where] if where.type == "cuda" else []):
         torch.manual_seed(0)
-        for name, count in epochs.items():
-            if name == "final":
-                set_lambda(fading, 0.0)
-                fading = finish_dilution(fading)
-            network = copy.deepcopy(model if name == "full" else fading)
-            networks[name] = _measure(name, network, where, batch_size, seconds / parts if count else None)
-    loading = None if loader is None else measure_loading(loader, seconds / parts)
+        plans = {name: _count(name, network, where, batch_size) for name, network in networks.items()}
+        # A CPU is shared with other programs, so they take turns there. On a GPU each has the memory to itself, as it will
+        # have in training, and the full one runs for its peak.
+        for group in [timed] if where.type == "cpu" else [[name] for name in epochs]:
+            budget = share * len(group) if group != ["full"] else 0.0
+            turns = {name: networks.pop(name).to(where).train() for name in group}
+            for name, (step, passing) in _time(turns, plans, batch_size, budget).items():
+                images_bytes = batch_size * math.prod(input_shape(model)) * dtype.itemsize
+                peak = None if passing is None else _constant(plans[name]) + images_bytes + passing
+                plans[name] = dataclasses.replace(plans[name], step=step if name in timed else None, peak_bytes=peak)
+            del turns
+    loading = None if loader is None else measure_loading(loader, share)
     steps = math.ceil(images / (batch_size * devices))
     return Plan(
         removed=chosen,
@@ -235,9 +243,9 @@ def plan_training(
         device=str(where),
         dtype=str(dtype).removeprefix("torch."),
         input_shape=input_shape(model),
-        networks=networks,
+        networks=plans,
         phases={
-            phase: _phase(networks[name].step, epochs[name], steps, batch_size, loading)
+            phase: _phase(plans[name].step, epochs[name], steps, batch_size, loading)
             for phase, name in (("dilution", "diluting"), ("recovery", "final"))
             if epochs[name]
         },
@@ -256,39 +264,43 @@ def _phase(step: StepTime, epochs: int, steps: int, batch_size: int, loading: Lo
     return Phase(epochs, total, median, low, high, with_loading)
 
 
-def _measure(
-    name: str, network: nn.Module, device: torch.device, batch_size: int, seconds: float | None
-) -> NetworkPlan:
-    """Count and, with `seconds`, time one network; it is moved and trained."""
+def _count(name: str, network: nn.Module, device: torch.device, batch_size: int) -> NetworkPlan:
+    """What of a network can be counted; it is back on the CPU afterwards."""
     with task(f"Count what the {name} network takes", 1) as advance:
         price = cost(network)
         with _memory_explained(batch_size, device, None):
             network.to(device).train()
             counts = [saved_bytes(network, _images(network, number)) for number in COUNTED_AT]
+        network.to("cpu")
         advance()
     few, more = COUNTED_AT
     per_image = round((counts[1] - counts[0]) / (more - few))
-    fixed = counts[0] - few * per_image
     trainable = [p for p in network.parameters() if p.requires_grad]
     plan = NetworkPlan(
         parameters=price.parameters,
         trainable=sum(p.numel() for p in trainable),
         flops=price.flops,
         weight_bytes=price.weight_bytes,
-        saved_bytes_fixed=fixed,
+        saved_bytes_fixed=counts[0] - few * per_image,
         saved_bytes_per_image=per_image,
         gradient_bytes=sum(p.numel() * p.element_size() for p in trainable),
         optimizer_bytes=sum(p.numel() for p in trainable) * _MOMENTS,
         step_bytes=0,
     )
-    plan = dataclasses.replace(plan, step_bytes=_constant(plan) + fixed + batch_size * per_image)
-    if seconds is None and device.type != "cuda":
-        return plan
-    _check_room(plan, batch_size, device)
-    with _memory_explained(batch_size, device, plan):
-        step, passing = time_steps(network, batch_size, seconds, description=f"Time steps of the {name} network")
-    peak = None if passing is None else _constant(plan) + _images(network, batch_size).nbytes + passing
-    return dataclasses.replace(plan, step=None if seconds is None else step, peak_bytes=peak)
+    saved = plan.saved_bytes_fixed + batch_size * per_image
+    return dataclasses.replace(plan, step_bytes=_constant(plan) + saved)
+
+
+def _time(
+    networks: dict[str, nn.Module], plans: dict[str, NetworkPlan], batch_size: int, seconds: float
+) -> dict[str, tuple[StepTime, int | None]]:
+    device = one_device(next(iter(networks.values())))
+    largest = max((plans[name] for name in networks), key=lambda plan: plan.step_bytes)
+    there = free_memory() if device.type == "cpu" else None
+    if there is not None and largest.step_bytes > there:  # no error would come, the system would end the process
+        raise ValueError(_does_not_fit(largest, batch_size, device, there))
+    with _memory_explained(batch_size, device, largest):
+        return time_steps(networks, batch_size, seconds)
 
 
 def saved_bytes(network: nn.Module, images: Tensor) -> int:
@@ -314,50 +326,58 @@ def saved_bytes(network: nn.Module, images: Tensor) -> int:
 
 
 def time_steps(
-    network: nn.Module, batch_size: int, seconds: float | None, *, description: str = "Time steps"
-) -> tuple[StepTime, int | None]:
-    """Train `network` on random images for a while, as `finetune` does it: forward, loss, backward, clipping, AdamW.
+    networks: Mapping[str, nn.Module], batch_size: int, seconds: float
+) -> dict[str, tuple[StepTime, int | None]]:
+    """Train networks on random images for a while, taking turns, as `finetune` does it.
+
+    That is forward, loss, backward, clipping and AdamW.
 
     Args:
-        network: In training mode, where it is to be trained; its weights change.
+        networks: By name; in training mode, on the device where they are to be trained. Their weights change.
         batch_size: Images per step.
-        seconds: A budget. It cuts the warm-up to one step and the timed ones to no fewer than five; None takes only those.
-        description: Of the progress bar.
+        seconds: A budget for all. It cuts the warm-up to one step each and the timed ones to no fewer than five.
 
     Returns:
-        The time of a step, and on CUDA the bytes that a step allocates, at its worst moment, above what is there between
-        steps: weights, gradients, optimizer state, images, workspaces and whatever else lives on the device.
+        For each the time of a step, and on CUDA the bytes that a step allocates, at its worst moment, above what is there
+        between steps: weights, gradients, optimizer state, images, workspaces and whatever else lives on the device.
     """
     from timm.optim import create_optimizer_v2
 
-    device, images = one_device(network), _images(network, batch_size)
     # So small a rate changes no time and keeps the weights from growing over it.
-    optimizer = create_optimizer_v2(network, "adamw", lr=1e-8, weight_decay=0.05)
-    times: list[float] = []
-    budget = 0.0 if seconds is None else seconds
+    optimizers = {name: create_optimizer_v2(n, "adamw", lr=1e-8, weight_decay=0.05) for name, n in networks.items()}
+    images = {name: _images(network, batch_size) for name, network in networks.items()}
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    passing: dict[str, int | None] = dict.fromkeys(networks)
     started = time.perf_counter()
-    with task(description, _WARMUP + _ROUNDS) as advance, torch.enable_grad():
+    with task(f"Time steps of {batch_size} images", _WARMUP + _ROUNDS) as advance, torch.enable_grad():
         for turn in range(_WARMUP):
-            if turn and time.perf_counter() - started > budget / 4:
+            if turn and time.perf_counter() - started > seconds / 4:
                 break
-            _step(network, images, optimizer)
+            for name, network in networks.items():
+                _step(network, images[name], optimizers[name])
             advance()
-        _wait(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            resting = torch.cuda.memory_allocated(device)
-        while len(times) < _ROUNDS:
-            if len(times) >= MINIMUM_ROUNDS and time.perf_counter() - started > budget:
+        for turn in range(_ROUNDS):
+            if turn >= MINIMUM_ROUNDS and time.perf_counter() - started > seconds:
                 break
-            begun = time.perf_counter()
-            _step(network, images, optimizer)
-            _wait(device)
-            times.append(1000 * (time.perf_counter() - begun))
-            advance(note=f"{times[-1]:.0f} ms")
+            for name, network in networks.items():
+                device = images[name].device
+                _wait(device)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                    resting = torch.cuda.memory_allocated(device)
+                begun = time.perf_counter()
+                _step(network, images[name], optimizers[name])
+                _wait(device)
+                times[name].append(1000 * (time.perf_counter() - begun))
+                if device.type == "cuda":
+                    passing[name] = max(passing[name] or 0, torch.cuda.max_memory_allocated(device) - resting)
+            advance(note=", ".join(f"{taken[-1]:.0f} ms" for taken in times.values()))
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(quartiles).tolist()
-    passing = torch.cuda.max_memory_allocated(device) - resting if device.type == "cuda" else None
-    return StepTime(median, low, high, len(times)), passing
+    result = {}
+    for name, taken in times.items():
+        low, median, high = torch.tensor(taken, dtype=torch.float64).quantile(quartiles).tolist()
+        result[name] = StepTime(median, low, high, len(taken)), passing[name]
+    return result
 
 
 def measure_loading(loader: Iterable, seconds: float) -> Loading:
@@ -412,14 +432,6 @@ def _wait(device: torch.device) -> None:
 
 def _constant(plan: NetworkPlan) -> int:
     return plan.weight_bytes + plan.gradient_bytes + plan.optimizer_bytes
-
-
-def _check_room(plan: NetworkPlan, batch_size: int, device: torch.device) -> None:
-    """Refuse on a CPU what would get the process killed: there PyTorch raises nothing when memory runs out."""
-    if device.type == "cpu":
-        there = free_memory()
-        if there is not None and plan.step_bytes > there:
-            raise ValueError(_does_not_fit(plan, batch_size, device, there))
 
 
 def free_memory() -> int | None:
