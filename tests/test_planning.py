@@ -13,17 +13,10 @@ from conftest import images, small_vit
 from torch import nn
 
 from lambda_kernels import UnsupportedModelError, convert_vit
-from lambda_vit import Selection, dilute, planning, units
+from lambda_vit import Selection, dilute, planning, training_step, units
 from lambda_vit.evaluate import cost
-from lambda_vit.planning import (
-    Loading,
-    StepTime,
-    measure_loading,
-    plan_training,
-    saved_bytes,
-    split_epochs,
-    time_steps,
-)
+from lambda_vit.planning import plan_training, split_epochs
+from lambda_vit.training_step import Loading, StepTime, free_memory, measure_loading, saved_bytes, time_steps
 
 STEPS = {"diluting": StepTime(200.0, 150.0, 300.0, 5), "final": StepTime(100.0, 90.0, 120.0, 7)}
 
@@ -44,7 +37,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(planning.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(training_step.time, "perf_counter", lambda: self.now)
 
 
 @pytest.fixture
@@ -181,7 +174,7 @@ def test_real_steps_leave_the_model_and_the_random_numbers_alone():
     for name in ("diluting", "final"):
         step = plan.networks[name].step
         assert 0 < step.low_ms <= step.median_ms <= step.high_ms
-        assert step.rounds >= planning.MINIMUM_ROUNDS
+        assert step.rounds >= training_step.MINIMUM_ROUNDS
 
 
 @pytest.mark.parametrize(("seconds", "rounds", "forwards"), [(0.5, 5, 6), (25.0, 7, 9), (1e9, 30, 32)])
@@ -352,7 +345,7 @@ def test_other_errors_pass(monkeypatch):
 
 
 def test_free_memory_is_some_of_what_there_is():
-    found = planning.free_memory()
+    found = free_memory()
     assert found is None or 2**20 < found < 2**60
 
 

@@ -195,7 +195,11 @@ def plan_notes(result: Plan) -> list[str]:
     )
     if result.loading is not None:
         speed = result.loading.images_per_second
-        how = f"{result.loading.workers} workers" if result.loading.workers else "no workers, so training waits for it"
+        how = (
+            f"with --workers {result.loading.workers}"
+            if result.loading.workers
+            else "without workers, so that training waits for it"
+        )
         lines.append(
             f"Loading: {speed:,.0f} images per second ({how}; {result.loading.images:,} timed). The slower one is "
             f"{result.limited_by}; both together: {hours(sum(p.hours_with_loading for p in phases))}"
