@@ -289,8 +289,9 @@ def _memory_explained(batch_size: int, device: torch.device, plan: NetworkPlan |
     try:
         yield
     except RuntimeError as error:
-        # The CPU's allocator has no class of its own for it.
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        # Only CUDA's allocator has a class of its own for it.
+        words = ("out of memory", "allocate memory")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in words):
             raise
         there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_memory()
         raise ValueError(_does_not_fit(plan, batch_size, device, there)) from error
