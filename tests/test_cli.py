@@ -105,6 +105,64 @@ def test_convert_by_indices(run, saved, tmp_path):
     assert from_pretrained(tmp_path / "m").lambda_kernels_info.residual_scale == 2.0
 
 
+def test_convert_takes_the_folder_of_a_selection(run, saved, tmp_path):
+    Selection((1,), depth=4).to_json(tmp_path / "selection.json")
+    code, out, err = run("convert", "--model", saved, "--selection", tmp_path, "--out", tmp_path / "m")
+    assert code == 0, err
+    assert "blocks 1:" in out
+
+
+def test_plan(run, folder, saved, tmp_path):
+    """By selection and data, then by indices and a number; nothing is written unasked."""
+    place, record = tmp_path / "selected", tmp_path / "plan.json"
+    place.mkdir()
+    Selection((3, 1), depth=4).to_json(place / "selection.json")
+    arguments = ["plan", "--model", saved, "--batch-size", 4, "--seconds", 0.01, "--device", "cpu"]
+    code, out, err = run(*arguments, "--selection", place, "--data", folder, "--out", record)
+    assert code == 0, err
+    found = json.loads(record.read_text())
+    smaller = convert_vit(from_pretrained(saved), (1, 3))
+    assert found["removed"] == [1, 3]
+    assert found["networks"]["final"]["parameters"] == sum(p.numel() for p in smaller.parameters())
+    assert (found["images"], found["phases"]["dilution"]["steps"]) == (30, 300 * 8)  # eight steps per epoch
+    assert found["loading"]["images"] > 0
+    for words in ("without the attention of blocks 1, 3 of 0–3", "memory of a step, batch 4", "300 epochs of 8 steps",
+                  "Loading: ", f"Next: lambda-vit convert --model {saved} --selection {place}", str(record)):  # fmt: skip
+        assert words in out
+
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*arguments, "--remove", "0", "--images", 1281167, "--epochs", 8, "--devices", 3)
+    assert code == 0, err
+    for words in ("6 epochs of 106,764 steps", "2 epochs of 106,764 steps", "exactly 3 times as fast", "--data measures",
+                  "layers=[0], epochs=8, dilution_epochs=6", "--remove 0 --out"):  # fmt: skip
+        assert words in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_tells_the_measured_peak(saved):
+    """As on CUDA, where there is one."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from lambda_vit import command_plan, plan_training
+
+    result = plan_training(from_pretrained(saved), (0,), images=10, batch_size=2, seconds=0.01)
+    networks = {
+        name: dataclasses.replace(network, peak_bytes=network.step_bytes + 3 * 2**20)
+        for name, network in result.networks.items()
+    }
+    console = Console(width=100)
+    with console.capture() as without:
+        console.print(command_plan.plan_table(result))
+    result = dataclasses.replace(result, networks=networks)
+    with console.capture() as shown:
+        console.print(command_plan.plan_table(result))
+    assert "measured peak" not in without.get()
+    assert "measured peak" in shown.get()
+    assert any("3.00 MiB above the count" in line for line in command_plan.plan_notes(result))
+
+
 def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, list[str]]]:
     Selection((0,), depth=12).to_json(tmp_path / "deep.json")
     Selection((0,), model="vit_giant", depth=4).to_json(tmp_path / "other.json")
@@ -131,6 +189,38 @@ def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, l
         "another model": (["convert", "--model", saved, "--selection", tmp_path / "other.json", *out], ["vit_giant"]),
         "no selection": (["convert", "--model", saved, "--selection", tmp_path / "none.json", *out], ["none.json"]),
         "no device": (["profile", "--model", saved, *data, "--device", "cuda:77"], ["cuda:77", "There is: cpu"]),
+        "plan neither": (["plan", "--model", saved, "--images", 9, *out], ["--selection FILE or --remove"]),
+        "plan both": (
+            ["plan", "--model", saved, "--images", 9, "--selection", tmp_path / "deep.json", "--remove", "1", *out],
+            ["--selection FILE or --remove"],
+        ),
+        "plan no images": (["plan", "--model", saved, "--remove", "1", *out], ["--data FOLDER or --images COUNT"]),
+        "plan another depth": (
+            ["plan", "--model", saved, "--images", 9, "--selection", tmp_path / "deep.json", *out],
+            ["12 blocks", "has 4"],
+        ),
+        "plan another model": (
+            ["plan", "--model", saved, "--images", 9, "--selection", tmp_path / "other.json", *out],
+            ["vit_giant", "select on this model"],
+        ),
+        "plan out of range": (["plan", "--model", saved, "--images", 9, "--remove", "4", *out], ["4", "0 to 3"]),
+        "plan all": (["plan", "--model", saved, "--images", 9, "--remove", "0,1,2,3", *out], ["Keep at least one"]),
+        "plan no epochs": (
+            ["plan", "--model", saved, "--images", 9, "--remove", "1", "--dilution-epochs", 0, "--recovery-epochs", 0],
+            ["at least one epoch"],
+        ),
+        "plan epochs": (
+            ["plan", "--model", saved, "--images", 9, "--remove", "1", "--epochs", 0],
+            ["--epochs", "1"],
+        ),
+        "plan batch": (
+            ["plan", "--model", saved, "--images", 9, "--remove", "1", "--batch-size", 0],
+            ["--batch-size", "1"],
+        ),
+        "plan devices": (
+            ["plan", "--model", saved, "--images", 9, "--remove", "1", "--devices", 0],
+            ["--devices", "1"],
+        ),
         "not a number": (["select", "--model", saved, *data, "--count", "two", *out], ["--count", "integer"]),
     }
 
@@ -204,7 +294,8 @@ def test_unwritable_outputs_are_refused_before_the_work(run, folder, saved, monk
     import lambda_vit.loading
 
     monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: pytest.fail("work began"))
-    for command in (["select", "--data", folder], ["profile", "--data", folder], ["convert", "--remove", "0"]):
+    for command in (["select", "--data", folder], ["profile", "--data", folder], ["convert", "--remove", "0"],
+                    ["plan", "--remove", "0", "--images", 9]):  # fmt: skip
         code, _, err = run(*command, "--model", saved, "--out", "/proc/nowhere/out.json")
         assert code == 2
         assert "cannot write to /proc" in err
@@ -303,8 +394,15 @@ def test_the_installed_command():
     assert command.exists(), "the package is not installed: pip install -e '.[test]'"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, env=environment)
-    for name in ("demo", "profile", "select", "convert", "validate", "doctor"):
-        assert name in done.stdout
+    names = ("demo", "profile", "select", "plan", "convert", "validate", "doctor")
+    places = [done.stdout.index(f" {name} ") for name in names]
+    assert places == sorted(places)  # in the order of the work
+
+
+def test_the_command_line_loads_nothing_heavy():
+    code = "import sys, lambda_vit.cli; print(sorted({'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_weights_of_another_number_of_classes(tmp_path):

@@ -13,6 +13,7 @@ _PUBLIC = {
     "dilute": "dilution",
     "finetune": "finetuning",
     "finish_dilution": "dilution",
+    "plan_training": "planning",
     "profile_layers": "layer_profile",
     "select_layers": "selection",
     "set_lambda": "dilution",
@@ -25,6 +26,7 @@ __all__ = [
     "dilute",
     "finetune",
     "finish_dilution",
+    "plan_training",
     "profile_layers",
     "select_layers",
     "set_lambda",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from .dilution import dilute, finish_dilution, set_lambda
     from .finetuning import finetune
     from .layer_profile import profile_layers
+    from .planning import plan_training
     from .selection import Selection, select_layers
     from .transfer import skip_attention, transfer_entropy
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .selection import Selection
 
-ORDER = ("demo", "profile", "select", "convert", "validate", "doctor")
+ORDER = ("demo", "profile", "select", "plan", "convert", "validate", "doctor")
 
 
 class _InOrder(TyperGroup):

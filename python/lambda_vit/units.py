@@ -90,6 +90,15 @@ def milliseconds(value: float) -> str:
     return f"{three(value)} ms"
 
 
+def hours(value: float) -> str:
+    """Hours as people plan with them: seconds and minutes where they are short, days beside them where they are long."""
+    if value < 1.5 / 60:
+        return f"{three(3600 * value)} s"
+    if value < 1.5:
+        return f"{three(60 * value)} min"
+    return f"{three(value)} h" if value < 72 else f"{value:,.0f} h ({value / 24:,.0f} days)"
+
+
 def change_of(before: float, after: float) -> str:
     if not before:
         return NONE

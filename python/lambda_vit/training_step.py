@@ -1,0 +1,178 @@
+"""One training step, measured: what autograd keeps for it, how long it takes, how fast its images come."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .evaluate import MINIMUM_ROUNDS, input_shape
+from .placement import one_device, one_dtype
+from .progress import task
+
+_ROUNDS, _WARMUP = 30, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Time of one training step of a whole batch, in milliseconds, over `rounds` repetitions."""
+
+    median_ms: float
+    low_ms: float  # lower quartile
+    high_ms: float  # upper quartile
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How fast images come out of the loader with nobody training on them."""
+
+    images_per_second: float
+    images: int  # that were timed
+    workers: int
+
+
+def saved_bytes(network: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd holds after the forward and the loss of `images`, for the backward to use.
+
+    Every storage counts once and whole, however many operators saved a view of it, the images included; parameters and
+    buffers do not count.
+    """
+    weights = {t.untyped_storage()._cdata for t in itertools.chain(network.parameters(), network.buffers())}
+    found: dict[int, torch.UntypedStorage] = {}  # kept alive until the end, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = _loss(network, images)
+    total = sum(storage.nbytes() for storage in found.values())
+    del loss
+    return total
+
+
+def time_steps(
+    networks: Mapping[str, nn.Module], batch_size: int, seconds: float
+) -> dict[str, tuple[StepTime, int | None]]:
+    """Train networks on random images for a while, taking turns, as `finetune` does it.
+
+    That is forward, loss, backward, clipping and AdamW.
+
+    Args:
+        networks: By name; in training mode, on the device where they are to be trained. Their weights change.
+        batch_size: Images per step.
+        seconds: A budget for all. It cuts the warm-up to one step each and the timed ones to no fewer than five.
+
+    Returns:
+        For each the time of a step, and on CUDA the bytes that a step allocates, at its worst moment, above what is there
+        between steps: weights, gradients, optimizer state, images, workspaces and whatever else lives on the device.
+    """
+    from timm.optim import create_optimizer_v2
+
+    # So small a rate changes no time and keeps the weights from growing over it.
+    optimizers = {name: create_optimizer_v2(n, "adamw", lr=1e-8, weight_decay=0.05) for name, n in networks.items()}
+    images = {name: random_images(network, batch_size) for name, network in networks.items()}
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    passing: dict[str, int | None] = dict.fromkeys(networks)
+    started = time.perf_counter()
+    with task(f"Time steps of {batch_size} images", _WARMUP + _ROUNDS) as advance, torch.enable_grad():
+        for turn in range(_WARMUP):
+            if turn and time.perf_counter() - started > seconds / 4:
+                break
+            for name, network in networks.items():
+                _step(network, images[name], optimizers[name])
+            advance()
+        for turn in range(_ROUNDS):
+            if turn >= MINIMUM_ROUNDS and time.perf_counter() - started > seconds:
+                break
+            for name, network in networks.items():
+                device = images[name].device
+                _wait(device)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                    resting = torch.cuda.memory_allocated(device)
+                begun = time.perf_counter()
+                _step(network, images[name], optimizers[name])
+                _wait(device)
+                times[name].append(1000 * (time.perf_counter() - begun))
+                if device.type == "cuda":
+                    passing[name] = max(passing[name] or 0, torch.cuda.max_memory_allocated(device) - resting)
+            advance(note=", ".join(f"{taken[-1]:.0f} ms" for taken in times.values()))
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    result = {}
+    for name, taken in times.items():
+        low, median, high = torch.tensor(taken, dtype=torch.float64).quantile(quartiles).tolist()
+        result[name] = StepTime(median, low, high, len(taken)), passing[name]
+    return result
+
+
+def measure_loading(loader: Iterable, seconds: float) -> Loading:
+    """Pass over `loader` for `seconds`, or once. What its workers had ready before the clock started is not timed.
+
+    Raises:
+        ValueError: The loader gives nothing.
+    """
+    workers = getattr(loader, "workers", getattr(loader, "num_workers", 0))
+    batches = len(loader) if hasattr(loader, "__len__") else None
+    ready = 1 + 2 * workers  # PyTorch's workers are two batches ahead each
+    if batches is not None and batches <= 2 * ready:
+        ready = 0  # too few to leave any out: the start of the workers is in the time
+    counted = 0
+    with task("Load images", batches) as advance:
+        started = time.perf_counter()
+        for number, batch in enumerate(loader, 1):
+            advance()
+            if number <= ready:
+                started = time.perf_counter()
+                continue
+            counted += len(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            if time.perf_counter() - started > seconds:
+                break
+        taken = time.perf_counter() - started
+    if not counted:
+        raise ValueError("the loader gave no images: there is nothing to train on")
+    return Loading(counted / taken, counted, workers)
+
+
+def _step(network: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss = _loss(network, images)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+
+
+def _loss(network: nn.Module, images: Tensor) -> Tensor:
+    return F.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.long, device=images.device))
+
+
+def random_images(network: nn.Module, number: int) -> Tensor:
+    """A batch of the size that the network was built for, where it is and in its dtype."""
+    shape = (number, *input_shape(network))
+    return torch.randn(shape, device=one_device(network), dtype=one_dtype(network))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that this process can still have; None where the system does not say."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # of a container; "max" where it has none
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(found, default=None)
