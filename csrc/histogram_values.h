@@ -38,12 +38,21 @@ LAMBDA_KERNELS_HOST_DEVICE inline float value_of_half(uint16_t bits) {
 // array that has addresses is not kept in registers.
 LAMBDA_KERNELS_HOST_DEVICE inline uint32_t chosen(bool first, uint32_t a, uint32_t b) { return first ? a : b; }
 
-// How values stand in 32-bit words.
-template <typename Element>
+LAMBDA_KERNELS_HOST_DEVICE inline bool finite(float value) { return fabsf(value) < INFINITY; }
+LAMBDA_KERNELS_HOST_DEVICE inline bool finite(double value) { return fabs(value) < static_cast<double>(INFINITY); }
+LAMBDA_KERNELS_HOST_DEVICE inline float smaller(float a, float b) { return fminf(a, b); }
+LAMBDA_KERNELS_HOST_DEVICE inline double smaller(double a, double b) { return fmin(a, b); }
+LAMBDA_KERNELS_HOST_DEVICE inline float larger(float a, float b) { return fmaxf(a, b); }
+LAMBDA_KERNELS_HOST_DEVICE inline double larger(double a, double b) { return fmax(a, b); }
+
+// How values stand in 32-bit words: `kPacked`, 16-bit ones in pairs, or else each in a word of its own.
+template <typename Element, bool kPacked>
 struct Words {
   using Value = float;
+  static constexpr int kWordsPerElement = 1;
+  static constexpr bool kPairs = kPacked && sizeof(Element) == 2;
   LAMBDA_KERNELS_HOST_DEVICE static uint16_t bits(const uint32_t* words, int element) {
-    return static_cast<uint16_t>(words[element / 2] >> (16 * (element % 2)));
+    return static_cast<uint16_t>(kPairs ? words[element / 2] >> (16 * (element % 2)) : words[element]);
   }
   LAMBDA_KERNELS_HOST_DEVICE static float value(const uint32_t* words, int element) {
     if constexpr (sizeof(Element) == 4) {
@@ -51,15 +60,17 @@ struct Words {
     } else if constexpr (std::is_same_v<Element, Half>) {
       return value_of_half(bits(words, element));
     } else {
-      const uint32_t word = words[element / 2];
-      return float_of(element % 2 ? word & 0xffff0000u : word << 16);
+      const uint32_t word = words[kPairs ? element / 2 : element];
+      return float_of(kPairs && element % 2 ? word & 0xffff0000u : word << 16);
     }
   }
 };
 
-template <>
-struct Words<double> {
+template <bool kPacked>
+struct Words<double, kPacked> {
   using Value = double;
+  static constexpr int kWordsPerElement = 2;
+  static constexpr bool kPairs = false;
   LAMBDA_KERNELS_HOST_DEVICE static double value(const uint32_t* words, int element) {
     const uint64_t bits = words[2 * element] | static_cast<uint64_t>(words[2 * element + 1]) << 32;
     double result;
