@@ -101,18 +101,26 @@ struct Memory {
 #endif
   }
 
+  // The same value, which the compiler keeps in a register instead of working it out anew for every value or batch.
+  template <typename Value>
+  LAMBDA_KERNELS_HOST_DEVICE Value kept(Value value) const {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+  }
+
+  // Where a byte of shared memory is, whose addresses have 32 bits.
+  LAMBDA_KERNELS_HOST_DEVICE uint32_t address(int32_t byte) const {
+#if defined(__CUDA_ARCH__)
+    return kept(shared_address(byte));
+#else
+    return byte;
+#endif
+  }
   // Has 16 bytes copied to shared memory. They go there without registers, and past the first cache, from compute
   // capability 8.0 on. `commit` ends a group of copies; `wait` returns when all but the `pending` latest groups of
   // this thread have arrived. Other lanes see them after a barrier.
-  LAMBDA_KERNELS_HOST_DEVICE uint32_t staged(int32_t bytes) const {
-#if defined(__CUDA_ARCH__)
-    uint32_t address = shared_address(bytes);
-    asm volatile("" : "+r"(address));
-    return address;
-#else
-    return bytes;
-#endif
-  }
   LAMBDA_KERNELS_HOST_DEVICE void copy(uint32_t to, const char* from) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -154,23 +162,9 @@ struct Memory {
 #endif
   }
 
-  // Where a column of the table of counters begins in shared memory, whose addresses have 32 bits. The empty assembly
-  // keeps the compiler from working it out anew for every value.
-  LAMBDA_KERNELS_HOST_DEVICE uint32_t column(int32_t column) const {
-    uint32_t address = 4 * column;
-#if defined(__CUDA_ARCH__)
-    address += shared_address(0);
-    asm volatile("" : "+r"(address));
-#endif
-    return address;
-  }
-  LAMBDA_KERNELS_HOST_DEVICE uint32_t stride(int32_t width) const {
-    uint32_t bytes = 4 * width;
-#if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(bytes));
-#endif
-    return bytes;
-  }
+  // Where a column of the table of counters begins, and how many bytes are between rows.
+  LAMBDA_KERNELS_HOST_DEVICE uint32_t column(int32_t column) const { return address(4 * column); }
+  LAMBDA_KERNELS_HOST_DEVICE uint32_t stride(int32_t width) const { return kept(4 * width); }
   LAMBDA_KERNELS_HOST_DEVICE void count(bool, uint32_t column, int32_t row, uint32_t stride) const {
 #if defined(__CUDA_ARCH__)
     asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(column + row * stride) : "memory");

@@ -31,7 +31,7 @@ struct Histogram : Reading<Element_, kLayout> {
   using typename Base::Walk;
   using Base::kBatch, Base::kColumns, Base::kElements, Base::kItemWords, Base::kWords;
   using Base::advance, Base::batch_step, Base::column_of, Base::copy, Base::elements_of, Base::first_column_of,
-      Base::first_item_of, Base::load_item, Base::next_stage, Base::row_of, Base::shift_of, Base::staging_of, Base::step_of,
+      Base::first_item_of, Base::full_until, Base::load_item, Base::next_stage, Base::row_of, Base::shift_of, Base::staging_of, Base::step_of,
       Base::take_directly, Base::walk_from;
   static constexpr bool kHasMoments = kMoments;
 
@@ -56,6 +56,7 @@ struct Histogram : Reading<Element_, kLayout> {
     // there is.
     Walk walk;
     Staging staging;
+    int32_t full_until;
     uint32_t words[kWords];
     uint32_t present;
   };
@@ -155,15 +156,17 @@ struct Histogram : Reading<Element_, kLayout> {
       } while (stage != 0);
     }
     prepare(launch, place, thread, memory, state);
+    state.full_until = memory.kept(full_until(launch, place));
     if (task.vector) {
       memory.wait(launch.stages - 1);
     }
   }
 
   template <typename Memory>
-  LAMBDA_KERNELS_HOST_DEVICE static void take(const Launch& launch, const Place& place, int32_t item, bool full,
-                                              int32_t thread, Memory& memory, State& state) {
+  LAMBDA_KERNELS_HOST_DEVICE static void take(const Launch& launch, const Place& place, int32_t item, int32_t thread,
+                                              Memory& memory, State& state) {
     if (state.counted) {
+      const bool full = item < state.full_until;
       state.present = place.task->vector
                           ? Base::take(launch, place, item, full, thread, state.staging, memory, state.words)
                           : take_directly(launch, place, full, state.walk, memory, state.words);
@@ -419,10 +422,9 @@ LAMBDA_KERNELS_HOST_DEVICE inline void run_block(const Launch& launch, int32_t i
         Kernel::begin(launch, place, thread, memory, state);
       });
       const int32_t step = Kernel::batch_step(launch, *place.task);
-      const int32_t full_until = Kernel::full_until(launch, place);
       for (int32_t item = Kernel::first_item_of(*place.task, first_thread); item < place.items; item += step) {
         warp.each([&](int32_t thread, auto& memory, State& state) {
-          Kernel::take(launch, place, item, item < full_until, thread, memory, state);
+          Kernel::take(launch, place, item, thread, memory, state);
         });
         warp.each([&](int32_t thread, auto& memory, State& state) {
           Kernel::count_and_copy(launch, place, thread, memory, state);

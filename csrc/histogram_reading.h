@@ -248,8 +248,8 @@ struct Reading {
                                                        Memory& memory) {
     const int32_t lane = thread % kWarp;
     const int32_t first = launch.first_stage + thread / kWarp * launch.stages * kWarpStage;
-    return {memory.staged(first + lane * kBytesPerItem),
-            memory.staged(first + lane * static_cast<int32_t>(sizeof(Element))), 0,
+    return {memory.address(first + lane * kBytesPerItem),
+            memory.address(first + lane * static_cast<int32_t>(sizeof(Element))), 0,
             place.task->flat && first_column_of(*place.task, thread) < place.columns};
   }
 
@@ -302,18 +302,24 @@ struct Reading {
                                                   int32_t thread, const Staging& staging, Memory& memory,
                                                   uint32_t* words) {
     const uint32_t from = staging.takes_from + staging.stage;
+    constexpr auto kStride = kWarp * static_cast<int32_t>(sizeof(Element));
+    if (full) {
+#pragma unroll
+      for (int element = 0; element < kBatch; ++element) {
+        memory.template take<sizeof(Element)>(from + element * kStride, words + element * Held::kWordsPerElement);
+      }
+      return (1u << kBatch) - 1u;
+    }
     const Task& task = *place.task;
-    const int32_t step = step_of(launch, task);
     uint32_t present = 0;
 #pragma unroll
     for (int element = 0; element < kBatch; ++element) {
       uint32_t* const own = words + element * Held::kWordsPerElement;
       const int32_t row = (thread % kWarp + element % kElements * kWarp) >> task.abreast_bits;  // in the 512 bytes
-      if (full || item + element / kElements * step + row < place.items) {
-        memory.template take<sizeof(Element)>(from + element * kWarp * static_cast<int32_t>(sizeof(Element)), own);
+      no_value(own);
+      if (item + element / kElements * step_of(launch, task) + row < place.items) {
+        memory.template take<sizeof(Element)>(from + element * kStride, own);
         present |= 1u << element;
-      } else {
-        no_value(own);
       }
     }
     return present;

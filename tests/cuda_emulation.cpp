@@ -221,7 +221,8 @@ class Memory {
     return bits;
   }
 
-  uint32_t staged(int32_t bytes) { return bytes; }
+  int32_t kept(int32_t value) { return value; }
+  uint32_t address(int32_t byte) { return byte; }
   void copy(uint32_t to, const char* from) {
     ++checks_.findings[kVectorLoads];
     ++checks_.findings[kCopies];
