@@ -233,7 +233,7 @@ struct Histogram : Reading<Element_, kLayout> {
         placed = finite(value);
       } else {
         placed = finite(value) && launch.table_bins != 0;
-        counter = definite_counter<Held>(launch, words, element, value, rules.definition);
+        counter = definite_counter(launch, words, element, value, rules.definition);
       }
       if (!placed) {
         rest |= 1u << element;
@@ -255,11 +255,10 @@ struct Histogram : Reading<Element_, kLayout> {
     return rest;
   }
 
-  template <typename Words>
   LAMBDA_KERNELS_HOST_DEVICE static int32_t definite_counter(const Launch& launch, const uint32_t* words, int element,
                                                              Value value, const ChannelGrid* definition) {
     if constexpr (kRule == Rule::kCodes) {
-      return counter_of_code(Words::bits(words, element));
+      return counter_of_code(Held::bits(words, element));
     } else if constexpr (kRule == Rule::kGrid) {
       return counter_of(static_cast<double>(value), *definition, launch.bins);
     } else {
@@ -272,7 +271,7 @@ struct Histogram : Reading<Element_, kLayout> {
   template <typename Memory>
   LAMBDA_KERNELS_HOST_DEVICE static void count_rest(const Launch& launch, const Place& place, const uint32_t* words,
                                                     int32_t element, int32_t thread, Memory& memory) {
-    constexpr int kOwn = Held::kWordsPerElement;
+    constexpr int kOwn = Held::kOne;
     const int32_t index = Held::kPairs ? element / 2 : element;
     uint32_t own[kOwn];
 #pragma unroll
@@ -286,11 +285,10 @@ struct Histogram : Reading<Element_, kLayout> {
     if constexpr (Held::kPairs) {
       own[0] = chosen(element % 2 != 0, own[0] >> 16, own[0]);
     }
-    using One = Words<Element, false>;
     const int32_t column = column_of(*place.task, thread);
     const int64_t target = place.target + (kColumns ? column : 0);
     const ChannelGrid* const definition = kRule == Rule::kGrid ? launch.grid + target : nullptr;
-    const int32_t counter = definite_counter<One>(launch, own, 0, One::value(own, 0), definition);
+    const int32_t counter = definite_counter(launch, own, 0, Held::value(own, 0), definition);
     if (counter < launch.bins && launch.table_bins == 0) {
       memory.add(launch.counts + target * launch.bins + counter, 1);
     } else {

@@ -33,13 +33,13 @@ LAMBDA_KERNELS_HOST_DEVICE inline bool is_wanted(const Launch& launch, const Pla
 template <typename Element, Layout kLayout>
 struct Reading {
   static constexpr bool kColumns = kLayout == Layout::kColumns;
-  using Held = Words<Element, !kColumns>;
+  using Held = Words<Element>;
   using Value = typename Held::Value;
 
   static constexpr int kElements = kBytesPerItem / static_cast<int>(sizeof(Element));  // that a thread reads at once
   static constexpr int kItemWords = kBytesPerItem / 4;
   static constexpr int kBatch = kItemsPerBatch * kElements;  // values that a thread reads before it counts them
-  static constexpr int kWords = (Held::kPairs ? kBatch / 2 : kBatch) * Held::kWordsPerElement;
+  static constexpr int kWords = kItemsPerBatch * kItemWords;
 
   static constexpr int kTogether = 4;  // values that are read at once where the shift is looked for
 
@@ -158,7 +158,7 @@ struct Reading {
   // Puts a NaN where there is no value.
   LAMBDA_KERNELS_HOST_DEVICE static void no_value(uint32_t* words) {
 #pragma unroll
-    for (int word = 0; word < Held::kWordsPerElement; ++word) {
+    for (int word = 0; word < Held::kOne; ++word) {
       words[word] = 0x7fff7fffu;
     }
   }
@@ -180,17 +180,17 @@ struct Reading {
     int32_t found = 0;
 #pragma unroll 1
     for (int32_t index = 0; index < count && index < 256 && found < 3; index += kTogether) {
-      uint32_t words[kTogether * Held::kWordsPerElement];
+      uint32_t ones[kTogether][Held::kOne];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {  // all before the first is looked at: one latency
-        no_value(words + i * Held::kWordsPerElement);
+        no_value(ones[i]);
         if (index + i < count) {
-          load_value(pointer + i * stride, memory, words + i * Held::kWordsPerElement);
+          load_value(pointer + i * stride, memory, ones[i]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        const Value value = Words<Element, false>::value(words, i);
+        const Value value = Held::value(ones[i], 0);
         if (finite(value) && found < 3) {
           median = found == 0 ? value : larger(low, smaller(high, value));
           low = found == 0 ? value : smaller(low, value);
@@ -214,19 +214,12 @@ struct Reading {
     }
 #pragma unroll
     for (int element = 0; element < kElements; ++element) {
-      uint32_t value[Held::kWordsPerElement];
-      no_value(value);
+      uint32_t one[Held::kOne];
+      no_value(one);
       if (element < elements) {
-        load_value(pointer + element * task.element_stride, memory, value);
+        load_value(pointer + element * task.element_stride, memory, one);
       }
-      if constexpr (Held::kPairs) {
-        words[element / 2] = element % 2 ? words[element / 2] | value[0] << 16 : value[0] & 0xffffu;
-      } else {
-#pragma unroll
-        for (int word = 0; word < Held::kWordsPerElement; ++word) {
-          words[element * Held::kWordsPerElement + word] = value[word];
-        }
-      }
+      Held::put(one, words, element);
     }
   }
 
@@ -306,7 +299,9 @@ struct Reading {
     if (full) {
 #pragma unroll
       for (int element = 0; element < kBatch; ++element) {
-        memory.template take<sizeof(Element)>(from + element * kStride, words + element * Held::kWordsPerElement);
+        uint32_t one[Held::kOne];
+        memory.template take<sizeof(Element)>(from + element * kStride, one);
+        Held::put(one, words, element);
       }
       return (1u << kBatch) - 1u;
     }
@@ -314,13 +309,14 @@ struct Reading {
     uint32_t present = 0;
 #pragma unroll
     for (int element = 0; element < kBatch; ++element) {
-      uint32_t* const own = words + element * Held::kWordsPerElement;
+      uint32_t one[Held::kOne];
       const int32_t row = (thread % kWarp + element % kElements * kWarp) >> task.abreast_bits;  // in the 512 bytes
-      no_value(own);
+      no_value(one);
       if (item + element / kElements * step_of(launch, task) + row < place.items) {
-        memory.template take<sizeof(Element)>(from + element * kStride, own);
+        memory.template take<sizeof(Element)>(from + element * kStride, one);
         present |= 1u << element;
       }
+      Held::put(one, words, element);
     }
     return present;
   }
@@ -334,7 +330,9 @@ struct Reading {
     if (task.flat && full) {
 #pragma unroll
       for (int element = 0; element < kBatch; ++element) {
-        load_value(walk.pointer + element * task.pointer_step, memory, words + element * Held::kWordsPerElement);
+        uint32_t one[Held::kOne];
+        load_value(walk.pointer + element * task.pointer_step, memory, one);
+        Held::put(one, words, element);
       }
       walk.item += kBatch * step;
       walk.pointer += kBatch * task.pointer_step;
@@ -343,12 +341,13 @@ struct Reading {
     uint32_t present = 0;
 #pragma unroll
     for (int element = 0; element < kBatch; ++element) {
-      uint32_t* const own = words + element * Held::kWordsPerElement;
-      no_value(own);
+      uint32_t one[Held::kOne];
+      no_value(one);
       if (walk.item < place.items) {
-        load_value(walk.pointer, memory, own);
+        load_value(walk.pointer, memory, one);
         present |= 1u << element;
       }
+      Held::put(one, words, element);
       advance(task, step, walk);
     }
     return present;

@@ -170,8 +170,8 @@ class Shared {
     own.written = warp_barriers_[thread / kWarp];
   }
 
-  // In each step, how many different words lanes of the warp want of a bank.
-  static void judge(std::vector<std::vector<int32_t>>& of_threads, size_t warp, int64_t& most) {
+  // In each step, how many words lanes of the warp want of a bank; a word that several read is one.
+  void judge(std::vector<std::vector<int32_t>>& of_threads, size_t warp, int64_t& most) {
     size_t steps = 0;
     for (int32_t lane = 0; lane < kWarp; ++lane) {
       steps = std::max(steps, of_threads[warp + lane].size());
@@ -181,8 +181,11 @@ class Shared {
       for (int32_t lane = 0; lane < kWarp; ++lane) {
         const std::vector<int32_t>& own = of_threads[warp + lane];
         if (step < own.size()) {
-          banks[own[step] % 32].push_back(own[step]);
-          most = std::max<int64_t>(most, banks[own[step] % 32].size());
+          std::vector<int32_t>& bank = banks[own[step] % 32];
+          if (&of_threads == &steps_ || std::find(bank.begin(), bank.end(), own[step]) == bank.end()) {
+            bank.push_back(own[step]);
+          }
+          most = std::max<int64_t>(most, bank.size());
         }
       }
     }
