@@ -118,6 +118,7 @@ struct Memory {
     return byte;
 #endif
   }
+
   // Has 16 bytes copied to shared memory. They go there without registers, and past the first cache, from compute
   // capability 8.0 on. `commit` ends a group of copies; `wait` returns when all but the `pending` latest groups of
   // this thread have arrived. Other lanes see them after a barrier.

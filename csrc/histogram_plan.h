@@ -12,8 +12,10 @@
 //
 // Threads read 16 bytes at a time. Along a line those are values of one target. Of a tile's row they belong to several
 // channels, while a lane counts one: each warp copies its next rows to a stage in shared memory, 16 bytes by each lane
-// and without registers, up to kMaxStages ahead of what it counts. Behind a table that leaves no room for stages, and
-// where rows are not aligned, lanes read their channels' values one by one.
+// and without registers, up to kMaxStages ahead of what it counts. With three stages and 1024 threads a multiprocessor
+// has 64 to 96 KiB on their way; 256 bins in 32 columns leave room for that on compute capability 9.0, for two stages on
+// others. Behind a table that leaves no room, in tiles of less than 16 bytes a row, and where rows are not aligned, lanes
+// read their channels' values one by one.
 #pragma once
 
 #include <algorithm>
@@ -227,7 +229,7 @@ inline int32_t width_of(const std::vector<Source>& sources, const Wanted& wanted
   return width;
 }
 
-// Whether all threads of the tile's rows, or of the lines, can read 16 bytes; how they then stand side by side.
+// Whether the threads of a tile read 16 bytes each, and how many stand side by side in its rows.
 inline void place_threads(Task& task, const Launch& launch, int32_t element_bytes) {
   if (launch.layout == Layout::kLanes) {
     return;
