@@ -31,8 +31,8 @@ struct Histogram : Reading<Element_, kLayout> {
   using typename Base::Walk;
   using Base::kBatch, Base::kColumns, Base::kElements, Base::kItemWords, Base::kWords;
   using Base::advance, Base::batch_step, Base::column_of, Base::copy, Base::elements_of, Base::first_column_of,
-      Base::first_item_of, Base::full_until, Base::load_item, Base::next_stage, Base::row_of, Base::shift_of, Base::staging_of, Base::step_of,
-      Base::take_directly, Base::walk_from;
+      Base::first_item_of, Base::full_until, Base::load_item, Base::next_stage, Base::row_of, Base::shift_of,
+      Base::staging_of, Base::step_of, Base::take_directly, Base::walk_from;
   static constexpr bool kHasMoments = kMoments;
 
   // What a thread needs to know to count.
@@ -404,8 +404,8 @@ struct Histogram : Reading<Element_, kLayout> {
   }
 };
 
-// All phases of a block. `block.each` has every thread do something, and a barrier after it. `block.each_warp` does so
-// with every warp, named by its first thread, and `warp.each` with each of its lanes, and a barrier of the warp after it.
+// All phases of a block. `block.each` has every thread do something, and a barrier after it. So does `block.each_warp`
+// with every warp, named by its first thread, and `warp.each` with its lanes, the barrier being one of the warp.
 template <typename Kernel, typename Block>
 LAMBDA_KERNELS_HOST_DEVICE inline void run_block(const Launch& launch, int32_t index, Block& block) {
   using State = typename Kernel::State;
@@ -430,7 +430,9 @@ LAMBDA_KERNELS_HOST_DEVICE inline void run_block(const Launch& launch, int32_t i
       }
     });
   } else {
-    block.each([&](int32_t thread, auto& memory, State& state) { Kernel::count(launch, place, thread, memory, state); });
+    block.each([&](int32_t thread, auto& memory, State& state) {
+      Kernel::count(launch, place, thread, memory, state);
+    });
   }
   block.each([&](int32_t thread, auto& memory, State& state) { Kernel::add_up(launch, place, thread, memory, state); });
   if constexpr (Kernel::kHasMoments) {

@@ -13,9 +13,9 @@
 // Threads read 16 bytes at a time. Along a line those are values of one target. Of a tile's row they belong to several
 // channels, while a lane counts one: each warp copies its next rows to a stage in shared memory, 16 bytes by each lane
 // and without registers, up to kMaxStages ahead of what it counts. With three stages and 1024 threads a multiprocessor
-// has 64 to 96 KiB on their way; 256 bins in 32 columns leave room for that on compute capability 9.0, for two stages on
-// others. Behind a table that leaves no room, in tiles of less than 16 bytes a row, and where rows are not aligned, lanes
-// read their channels' values one by one.
+// has 64 to 96 KiB on their way; 256 bins in 32 columns leave room for that on compute capability 9.0, for two stages
+// on others. Behind a table that leaves no room, in tiles of less than 16 bytes a row, and where rows are not aligned,
+// lanes read their channels' values one by one.
 #pragma once
 
 #include <algorithm>
@@ -198,7 +198,8 @@ inline Task task_of(const Source& x, const Wanted& wanted, int32_t width) {
   task.lines = dimensions[1].size;
   task.line_stride = dimensions[1].stride;
   task.items = dimensions[0].size * task.lines * task.items_per_line;
-  task.vector = task.element_stride == bytes && divides(kBytesPerItem, {address, task.outer_stride, task.line_stride}) &&
+  task.vector = task.element_stride == bytes &&
+                divides(kBytesPerItem, {address, task.outer_stride, task.line_stride}) &&
                 (task.units == 1 || divides(kBytesPerItem, {task.unit_stride}));
   if (layout_of(x, wanted.per) == Layout::kColumns) {
     task.vector = task.vector && divides(kBytesPerItem, {width * bytes, task.length * bytes});
@@ -308,9 +309,9 @@ inline void divide(Launch& launch, const Wanted& wanted, int64_t resident) {
   launch.blocks = static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX));  // that many are refused by CUDA
 }
 
-// Chooses the threads of a block and their stages: as many threads on a multiprocessor as there can be, then two stages,
-// then small blocks, then a third stage. More threads share a table where few tables fit beside each other. Returns how
-// many blocks a multiprocessor has at a time.
+// Chooses the threads of a block and their stages: as many threads on a multiprocessor as there can be, then two
+// stages, then small blocks, then a third stage. More threads share a table where few tables fit beside each other.
+// Returns how many blocks a multiprocessor has at a time.
 inline int64_t size_blocks(Launch& launch, const Wanted& wanted, const Device& device, int64_t table_bytes,
                            int32_t most_stages, int32_t multiprocessor_threads) {
   using Worth = std::tuple<int64_t, int32_t, int32_t, int32_t>;

@@ -224,8 +224,8 @@ struct Reading {
   }
 
   // In the layout of columns each warp has stages of its own, one behind the other, of kItemsPerBatch times 512 bytes.
-  // In 512 bytes rows of the tile follow each other as the lanes that read them do: 16 bytes by each. A lane takes every
-  // 32nd value, which is always one of its own channel, and in a bank of its own.
+  // In 512 bytes rows of the tile follow each other as the lanes that read them do: 16 bytes by each. A lane takes
+  // every 32nd value, which is always one of its own channel, and in a bank of its own.
   static constexpr int32_t kWarpItem = kWarp * kBytesPerItem;
   static constexpr int32_t kWarpStage = kItemsPerBatch * kWarpItem;
 
