@@ -62,20 +62,29 @@ Device device_of(int32_t device_index) {
   return device;
 }
 
-extern __shared__ uint32_t shared_words[];
+extern __shared__ __align__(kBytesPerItem) uint32_t shared_words[];
+
+#if defined(__CUDA_ARCH__)
+__device__ inline uint32_t shared_address(int32_t bytes) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_words)) + bytes;
+}
+#endif
 
 // A thread's way to memory.
 struct Memory {
-  template <int kWords>
   LAMBDA_KERNELS_HOST_DEVICE void load(const char* from, uint32_t* words) const {
 #if defined(__CUDA_ARCH__)
-    if constexpr (kWords == 4) {
-      const uint4 vector = __ldg(reinterpret_cast<const uint4*>(from));
-      words[0] = vector.x;
-      words[1] = vector.y;
-      words[2] = vector.z;
-      words[3] = vector.w;
-    } else if constexpr (kWords == 2) {
+    const uint4 vector = __ldg(reinterpret_cast<const uint4*>(from));
+    words[0] = vector.x;
+    words[1] = vector.y;
+    words[2] = vector.z;
+    words[3] = vector.w;
+#endif
+  }
+  template <int kWords>
+  LAMBDA_KERNELS_HOST_DEVICE void load_element(const char* from, uint32_t* words) const {
+#if defined(__CUDA_ARCH__)
+    if constexpr (kWords == 2) {
       const uint2 vector = __ldg(reinterpret_cast<const uint2*>(from));
       words[0] = vector.x;
       words[1] = vector.y;
@@ -83,10 +92,6 @@ struct Memory {
       words[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
     }
 #endif
-  }
-  template <int kWords>
-  LAMBDA_KERNELS_HOST_DEVICE void load_element(const char* from, uint32_t* words) const {
-    load<kWords>(from, words);
   }
   LAMBDA_KERNELS_HOST_DEVICE uint16_t load_short(const char* from) const {
 #if defined(__CUDA_ARCH__)
@@ -96,30 +101,77 @@ struct Memory {
 #endif
   }
 
-  // Where a column of the table of counters begins in shared memory, whose addresses have 32 bits. The empty assembly
-  // keeps the compiler from working it out anew for every value.
-  using Column = uint32_t;
-  LAMBDA_KERNELS_HOST_DEVICE Column column(int32_t column) const {
-    uint32_t address = 4 * column;
+  // The same value, which the compiler keeps in a register instead of working it out anew for every value or batch.
+  template <typename Value>
+  LAMBDA_KERNELS_HOST_DEVICE Value kept(Value value) const {
 #if defined(__CUDA_ARCH__)
-    address += static_cast<uint32_t>(__cvta_generic_to_shared(shared_words));
-    asm volatile("" : "+r"(address));
+    asm volatile("" : "+r"(value));
 #endif
-    return address;
+    return value;
   }
-  LAMBDA_KERNELS_HOST_DEVICE Column stride(int32_t width) const {
-    uint32_t bytes = 4 * width;
+
+  // Where a byte of shared memory is, whose addresses have 32 bits.
+  LAMBDA_KERNELS_HOST_DEVICE uint32_t address(int32_t byte) const {
 #if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(bytes));
+    return kept(shared_address(byte));
+#else
+    return byte;
 #endif
-    return bytes;
   }
-  LAMBDA_KERNELS_HOST_DEVICE void count(bool, Column column, int32_t row, Column stride) const {
+
+  // Has 16 bytes copied to shared memory. They go there without registers, and past the first cache, from compute
+  // capability 8.0 on. `commit` ends a group of copies; `wait` returns when all but the `pending` latest groups of
+  // this thread have arrived. Other lanes see them after a barrier.
+  LAMBDA_KERNELS_HOST_DEVICE void copy(uint32_t to, const char* from) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#elif defined(__CUDA_ARCH__)
+    const uint4 vector = __ldg(reinterpret_cast<const uint4*>(from));
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(vector.x), "r"(vector.y), "r"(vector.z),
+                 "r"(vector.w) : "memory");
+#endif
+  }
+  LAMBDA_KERNELS_HOST_DEVICE void commit() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  LAMBDA_KERNELS_HOST_DEVICE void wait(int32_t pending) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    static_assert(kMaxStages == 3, "the instruction takes a constant: one for each number of stages");
+    if (pending >= 2) {
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+    } else if (pending == 1) {
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
+#endif
+  }
+  template <int kBytes>
+  LAMBDA_KERNELS_HOST_DEVICE void take(uint32_t from, uint32_t* words) const {
+#if defined(__CUDA_ARCH__)
+    if constexpr (kBytes == 2) {
+      uint16_t bits;
+      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(from) : "memory");
+      words[0] = bits;
+    } else if constexpr (kBytes == 4) {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from) : "memory");
+    } else {
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
+    }
+#endif
+  }
+
+  // Where a column of the table of counters begins, and how many bytes are between rows.
+  LAMBDA_KERNELS_HOST_DEVICE uint32_t column(int32_t column) const { return address(4 * column); }
+  LAMBDA_KERNELS_HOST_DEVICE uint32_t stride(int32_t width) const { return kept(4 * width); }
+  LAMBDA_KERNELS_HOST_DEVICE void count(bool, uint32_t column, int32_t row, uint32_t stride) const {
 #if defined(__CUDA_ARCH__)
     asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(column + row * stride) : "memory");
 #endif
   }
-  LAMBDA_KERNELS_HOST_DEVICE void count_rest(Column column, int32_t row, Column stride) const {
+  LAMBDA_KERNELS_HOST_DEVICE void count_rest(uint32_t column, int32_t row, uint32_t stride) const {
     count(true, column, row, stride);
   }
   LAMBDA_KERNELS_HOST_DEVICE void add(int64_t* counter, uint32_t count) const {
@@ -154,6 +206,27 @@ struct Block {
   LAMBDA_KERNELS_HOST_DEVICE void each(Phase phase) {
 #if defined(__CUDA_ARCH__)
     phase(static_cast<int32_t>(threadIdx.x), memory, state);
+    __syncthreads();
+#endif
+  }
+
+  struct Warp {
+    Block& block;
+
+    template <typename Phase>
+    LAMBDA_KERNELS_HOST_DEVICE void each(Phase phase) {
+#if defined(__CUDA_ARCH__)
+      phase(static_cast<int32_t>(threadIdx.x), block.memory, block.state);
+      __syncwarp();
+#endif
+    }
+  };
+
+  template <typename Phases>
+  LAMBDA_KERNELS_HOST_DEVICE void each_warp(Phases phases) {
+#if defined(__CUDA_ARCH__)
+    Warp warp{*this};
+    phases(static_cast<int32_t>(threadIdx.x & ~(kWarp - 1u)), warp);
     __syncthreads();
 #endif
   }

@@ -2,7 +2,10 @@
 //
 //   clear │ count │ add_up │ (hand_over │ take_over) … │ write_moments
 //
-// `Memory` is how a thread reaches memory: on a GPU plainly, in the tests with every access checked. A thread reads 32
+// In the layout of columns, where the lanes of a warp read for each other, `count` is itself made of phases, between
+// barriers of the warp alone: begin │ (take │ count_and_copy) …
+//
+// `Memory` is how a thread reaches memory: on a GPU plainly, in the tests with every access checked. A thread takes 32
 // bytes at once, turns each value into its counter and adds 1 in shared memory; values that the fixed-point form of the
 // rule cannot place, NaN and infinities among them, take the definition afterwards, one by one. Counters are integers
 // and moments are added up in a fixed order, so that results do not depend on which thread or block comes first.
@@ -22,23 +25,40 @@ template <typename Element_, Layout kLayout, Rule kRule, bool kMoments>
 struct Histogram : Reading<Element_, kLayout> {
   using Element = Element_;
   using Base = Reading<Element, kLayout>;
+  using typename Base::Held;
+  using typename Base::Staging;
   using typename Base::Value;
   using typename Base::Walk;
-  using Base::kColumns, Base::kElements, Base::kItems, Base::kItemWords, Base::kTargets, Base::kWords;
-  using Base::advance, Base::column_of, Base::elements_of, Base::load, Base::row_of, Base::turn, Base::turned,
-      Base::walk_from;
+  using Base::kBatch, Base::kColumns, Base::kElements, Base::kItemWords, Base::kWords;
+  using Base::advance, Base::batch_step, Base::column_of, Base::copy, Base::elements_of, Base::first_column_of,
+      Base::first_item_of, Base::full_until, Base::load_item, Base::next_stage, Base::row_of, Base::shift_of,
+      Base::staging_of, Base::step_of, Base::take_directly, Base::walk_from;
   static constexpr bool kHasMoments = kMoments;
 
-  // What a thread keeps of its targets. In the layout of columns the threads of every other row have them in turned
-  // order, so that a warp of two rows adds to the even columns of one and to the odd columns of the other at a time.
-  // All threads of a block have the same shift for a target.
+  // What a thread needs to know to count.
+  struct Rules {
+    FixedGrid fixed;
+    const ChannelGrid* definition;  // float64 reads it for every value: registers are short
+    uint32_t twice_margin;
+    uint32_t counters, stride;      // the thread's column of counters and what is between two of their rows
+  };
+
+  // What a thread keeps. All threads of a block have the same shift for a target.
   struct State {
-    double shift[kTargets];
-    double sum[kTargets];     // of value − shift
-    double square[kTargets];  // of its square
-    Value minimum[kTargets], maximum[kTargets];
-    double count[kTargets];   // of finite values in the block; from `add_up` on
-    bool counted[kTargets];   // whether the target exists and is wanted
+    double shift;
+    double sum;     // of value − shift
+    double square;  // of its square
+    Value minimum, maximum;
+    double count;   // of finite values in the block; from `add_up` on
+    bool counted;   // whether the target exists and is wanted
+    Rules rules;
+    // In the layout of columns: what is to be read or copied next, and the values of a batch with a bit for each that
+    // there is.
+    Walk walk;
+    Staging staging;
+    int32_t full_until;
+    uint32_t words[kWords];
+    uint32_t present;
   };
 
   LAMBDA_KERNELS_HOST_DEVICE static int32_t cells(const Launch& launch, const Place& place) {
@@ -54,143 +74,124 @@ struct Histogram : Reading<Element_, kLayout> {
     }
   }
 
-  LAMBDA_KERNELS_HOST_DEVICE static bool finite(Value value) { return fabs(value) < static_cast<Value>(INFINITY); }
-
-  // The shift of a target: the first finite one of the block's first values, up to 64 of them. `first` is where the
-  // block's walk begins; from there, values follow down the target's column or along the line.
+  // What a thread needs before it counts.
   template <typename Memory>
-  LAMBDA_KERNELS_HOST_DEVICE static double shift_of(const Place& place, const Walk& first, int32_t column,
-                                                    Memory& memory) {
-    const Task& task = *place.task;
-    const int64_t behind = kColumns ? 0 : (task.items_per_line - first.items_left) * kElements;
-    const int64_t elements = kColumns ? first.lines_left : task.length - behind;
-    const int64_t items = kColumns ? place.items : int64_t{place.items} * kElements;
-    const int64_t count = elements < items ? elements : items;
-    const char* pointer = first.pointer + (kColumns ? column * task.element_stride : 0);
-#pragma unroll 1
-    for (int32_t index = 0; index < count && index < 64; ++index) {
-      uint32_t words[kItemWords];
-      load(task, pointer, 1, memory, words);
-      const Value value = Words<Element>::value(words, 0);
-      if (finite(value)) {
-        return value;
+  LAMBDA_KERNELS_HOST_DEVICE static void prepare(const Launch& launch, const Place& place, int32_t thread,
+                                                 Memory& memory, State& state) {
+    const int32_t column = column_of(*place.task, thread);
+    const int32_t own = kColumns ? column : 0;  // of the block's targets
+    state.shift = state.sum = state.square = state.count = 0.0;
+    state.minimum = static_cast<Value>(INFINITY);
+    state.maximum = static_cast<Value>(-INFINITY);
+    state.counted = own < place.columns && (launch.only == nullptr || launch.only[place.target + own]);
+    if constexpr (kMoments) {
+      if (state.counted) {
+        state.shift = shift_of(place, walk_from(place, 0, 0), own, memory);
       }
-      pointer += kColumns ? task.line_stride : task.element_stride;
     }
-    return 0.0;
+    Rules& rules = state.rules;
+    rules.counters = memory.column(column);
+    rules.stride = memory.stride(place.task->width);
+    rules.fixed = {0.0f, NAN, 0};
+    rules.twice_margin = 0;
+    rules.definition = nullptr;
+    if constexpr (kRule == Rule::kGrid) {
+      rules.definition = launch.grid + place.target + own;
+      if (kShortForm && state.counted) {
+        rules.fixed = fixed_grid(*rules.definition, launch.bins, launch.point);
+        rules.twice_margin = 2 * rules.fixed.margin;
+      }
+    }
   }
 
+  // The layout of lanes.
   template <typename Memory>
   LAMBDA_KERNELS_HOST_DEVICE static void count(const Launch& launch, const Place& place, int32_t thread,
                                                Memory& memory, State& state) {
-    const Task& task = *place.task;
-    const int32_t step = launch.threads >> task.abreast_bits;
-    const int32_t column = column_of(task, thread);
-    const bool other_order = turned(task, thread, 0) != 0;
-    const int32_t beyond = kColumns ? place.columns - column : 1;
-    const int32_t own_columns = beyond < 0 ? 0 : beyond < kTargets ? beyond : kTargets;
-
-    uint32_t counted_elements = 0;  // a bit for each element of a batch
-#pragma unroll
-    for (int k = 0; k < kTargets; ++k) {
-      state.shift[k] = state.sum[k] = state.square[k] = state.count[k] = 0.0;
-      state.minimum[k] = static_cast<Value>(INFINITY);
-      state.maximum[k] = static_cast<Value>(-INFINITY);
-      const int32_t own = kColumns ? column + turned(task, thread, k) : 0;
-      state.counted[k] = own < place.columns && (launch.only == nullptr || launch.only[place.target + own]);
-      if (state.counted[k]) {
-        counted_elements |= kEveryItem << k;
-      }
-    }
-    if constexpr (kMoments) {
-      const Walk first = walk_from(place, 0, 0);
-#pragma unroll
-      for (int k = 0; k < kTargets; ++k) {
-        if (state.counted[k]) {
-          state.shift[k] = shift_of(place, first, column + turned(task, thread, k), memory);
-        }
-      }
-    }
-    Rules<Memory> rules{};
-    rules.stride = memory.stride(task.width);
-#pragma unroll
-    for (int k = 0; k < kTargets; ++k) {
-      const int32_t own = column + turned(task, thread, k);
-      rules.counters[k] = memory.column(own < task.width ? own : 0);
-      rules.fixed[k] = {0.0f, NAN, 0};
-      if constexpr (kRule == Rule::kGrid) {
-        rules.definition[k] = launch.grid + place.target + (kColumns && state.counted[k] ? own : 0);
-        if (kShortForm && state.counted[k]) {
-          rules.fixed[k] = fixed_grid(*rules.definition[k], launch.bins, launch.point);
-          const uint32_t twice = rules.fixed[k].margin * 2;
-          rules.twice_margin = twice > rules.twice_margin ? twice : rules.twice_margin;
-        }
-      }
-    }
-    if (counted_elements == 0) {
+    prepare(launch, place, thread, memory, state);
+    if (!state.counted) {
       return;
     }
-
-    const bool plain = task.flat && task.vector && own_columns == kTargets &&
-                       (kColumns || task.length % kElements == 0);
-    Walk walk = walk_from(place, row_of(task, thread), column);
+    const Task& task = *place.task;
+    const int32_t step = step_of(launch, task);
+    const bool plain = task.flat && task.vector && task.length % kElements == 0;
+    Walk walk = walk_from(place, thread, 0);
     while (walk.item < place.items) {
       uint32_t words[kWords];
-      uint32_t present = counted_elements;
-      if (plain && walk.item + (kItems - 1) * step < place.items) {
+      uint32_t present = 0;
+      if (plain && walk.item + (kItemsPerBatch - 1) * step < place.items) {
 #pragma unroll
-        for (int item = 0; item < kItems; ++item) {
-          memory.template load<kItemWords>(walk.pointer + item * task.pointer_step, words + item * kItemWords);
+        for (int item = 0; item < kItemsPerBatch; ++item) {
+          memory.load(walk.pointer + item * task.pointer_step, words + item * kItemWords);
         }
-        walk.item += kItems * step;
-        walk.pointer += kItems * task.pointer_step;
+        walk.item += kItemsPerBatch * step;
+        walk.pointer += kItemsPerBatch * task.pointer_step;
+        present = (1u << kBatch) - 1u;
       } else {
 #pragma unroll
-        for (int item = 0; item < kItems; ++item) {
-          const bool there = walk.item < place.items;
-          const int32_t elements = there ? elements_of(task, walk, own_columns) : 0;
-          load(task, walk.pointer, elements, memory, words + item * kItemWords);
-          const uint32_t missing = kColumns ? (there ? 0 : kOneItem) : kOneItem & ~((1u << elements) - 1u);
-          present &= ~(missing << (item * kElements));
+        for (int item = 0; item < kItemsPerBatch; ++item) {
+          const int32_t elements = walk.item < place.items ? elements_of(task, walk) : 0;
+          load_item(task, walk.pointer, elements, memory, words + item * kItemWords);
+          present |= ((1u << elements) - 1u) << (item * kElements);
           advance(task, step, walk);
         }
       }
-      if constexpr (kColumns) {
-#pragma unroll
-        for (int item = 0; item < kItems; ++item) {
-          turn(other_order, words + item * kItemWords);
-        }
-      }
-      uint32_t rest = present & count_batch(launch, words, rules, memory, state);
-      while (rest != 0) {
-        const int32_t element = lowest(rest);
-        rest &= rest - 1;
-        count_rest(launch, place, words, element, thread, memory);
-      }
+      count_all(launch, place, words, present, thread, memory, state);
+    }
+  }
+
+  // The layout of columns. The barriers of a warp are passed by all its lanes, also by those that count nothing, and
+  // these copy what others count.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static void begin(const Launch& launch, const Place& place, int32_t thread,
+                                               Memory& memory, State& state) {
+    const Task& task = *place.task;
+    state.walk = walk_from(place, first_item_of(task, thread), first_column_of(task, thread));
+    if (task.vector) {
+      state.staging = staging_of(launch, place, thread, memory);
+      int32_t stage = 0;
+      do {
+        copy(launch, place, thread, state.staging, stage, state.walk, memory);
+        stage = next_stage(launch, stage);
+      } while (stage != 0);
+    }
+    prepare(launch, place, thread, memory, state);
+    state.full_until = memory.kept(full_until(launch, place));
+    if (task.vector) {
+      memory.wait(launch.stages - 1);
+    }
+  }
+
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static void take(const Launch& launch, const Place& place, int32_t item, int32_t thread,
+                                              Memory& memory, State& state) {
+    if (state.counted) {
+      const bool full = item < state.full_until;
+      state.present = place.task->vector
+                          ? Base::take(launch, place, item, full, thread, state.staging, memory, state.words)
+                          : take_directly(launch, place, full, state.walk, memory, state.words);
+    }
+  }
+
+  // The stage is free again as soon as all lanes of the warp have taken what they count.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static void count_and_copy(const Launch& launch, const Place& place, int32_t thread,
+                                                        Memory& memory, State& state) {
+    const bool staged = place.task->vector;
+    if (staged) {
+      copy(launch, place, thread, state.staging, state.staging.stage, state.walk, memory);
+      state.staging.stage = next_stage(launch, state.staging.stage);
+    }
+    if (state.counted) {
+      count_all(launch, place, state.words, state.present, thread, memory, state);
+    }
+    if (staged) {
+      memory.wait(launch.stages - 1);
     }
   }
 
  private:
   static constexpr bool kShortForm = kRule == Rule::kGrid && sizeof(Value) == 4;
-  static constexpr uint32_t kOneItem = (1u << kElements) - 1u;
-  static constexpr uint32_t every_item() {
-    uint32_t bits = 0;
-    for (int element = 0; element < kItems * kElements; element += kTargets) {
-      bits |= 1u << element;
-    }
-    return bits;
-  }
-  static constexpr uint32_t kEveryItem = every_item();  // the first target's elements in a batch
-
-  // What a thread needs to know of its targets.
-  template <typename Memory>
-  struct Rules {
-    FixedGrid fixed[kTargets];
-    const ChannelGrid* definition[kTargets];  // float64 reads it for every value: registers are short
-    uint32_t twice_margin;
-    typename Memory::Column counters[kTargets];
-    typename Memory::Column stride;  // of rows of counters
-  };
 
   LAMBDA_KERNELS_HOST_DEVICE static int32_t lowest(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -200,42 +201,54 @@ struct Histogram : Reading<Element_, kLayout> {
 #endif
   }
 
+  // Counts the elements of a batch that there are.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static void count_all(const Launch& launch, const Place& place, const uint32_t* words,
+                                                   uint32_t present, int32_t thread, Memory& memory, State& state) {
+    uint32_t rest = present & count_batch(launch, words, memory, state);
+    while (rest != 0) {
+      const int32_t element = lowest(rest);
+      rest &= rest - 1;
+      count_rest(launch, place, words, element, thread, memory);
+    }
+  }
+
   // Counts a batch but for the elements in the returned bits: NaN, infinities, what the fixed-point form leaves, and
   // everything where bins are counted in device memory.
   template <typename Memory>
-  LAMBDA_KERNELS_HOST_DEVICE static uint32_t count_batch(const Launch& launch, const uint32_t* words,
-                                                         const Rules<Memory>& rules, Memory& memory, State& state) {
+  LAMBDA_KERNELS_HOST_DEVICE static uint32_t count_batch(const Launch& launch, const uint32_t* words, Memory& memory,
+                                                         State& state) {
+    const Rules& rules = state.rules;
     uint32_t rest = 0;
 #pragma unroll
-    for (int element = 0; element < kItems * kElements; ++element) {
-      const int k = element % kTargets;
-      const Value value = Words<Element>::value(words, element);
+    for (int element = 0; element < kBatch; ++element) {
+      const Value value = Held::value(words, element);
       bool placed = false;
       int32_t counter = 0;
       if constexpr (kShortForm) {
-        uint32_t bin;  // nothing of a target that is not counted is placed
-        placed = fixed_bin(value, rules.fixed[k], launch.point, rules.twice_margin, &bin);
+        uint32_t bin;
+        placed = fixed_bin(value, rules.fixed, launch.point, rules.twice_margin, &bin);
         counter = static_cast<int32_t>(bin);
       } else if constexpr (kRule == Rule::kNothing) {
         placed = finite(value);
       } else {
-        placed = finite(value) && launch.table_bins != 0 && state.counted[k];
-        counter = definite_counter(launch, words, element, value, rules.definition[k]);
+        placed = finite(value) && launch.table_bins != 0;
+        counter = definite_counter(launch, words, element, value, rules.definition);
       }
       if (!placed) {
         rest |= 1u << element;
       }
       if constexpr (kRule != Rule::kNothing) {
         // Into a row that nobody reads rather than not at all: a branch around the addition would cost more.
-        memory.count(placed, rules.counters[k], placed ? counter : launch.table_bins + kOutsideCount, rules.stride);
+        memory.count(placed, rules.counters, placed ? counter : launch.table_bins + kOutsideCount, rules.stride);
       }
       if constexpr (kMoments) {
         if (finite(value)) {
-          const double distance = static_cast<double>(value) - state.shift[k];
-          state.sum[k] += distance;
-          state.square[k] = fma(distance, distance, state.square[k]);
-          state.minimum[k] = smaller(value, state.minimum[k]);
-          state.maximum[k] = larger(value, state.maximum[k]);
+          const double distance = static_cast<double>(value) - state.shift;
+          state.sum += distance;
+          state.square = fma(distance, distance, state.square);
+          state.minimum = smaller(value, state.minimum);
+          state.maximum = larger(value, state.maximum);
         }
       }
     }
@@ -245,7 +258,7 @@ struct Histogram : Reading<Element_, kLayout> {
   LAMBDA_KERNELS_HOST_DEVICE static int32_t definite_counter(const Launch& launch, const uint32_t* words, int element,
                                                              Value value, const ChannelGrid* definition) {
     if constexpr (kRule == Rule::kCodes) {
-      return counter_of_code(Words<Element>::bits(words, element));
+      return counter_of_code(Held::bits(words, element));
     } else if constexpr (kRule == Rule::kGrid) {
       return counter_of(static_cast<double>(value), *definition, launch.bins);
     } else {
@@ -253,37 +266,29 @@ struct Histogram : Reading<Element_, kLayout> {
     }
   }
 
-  LAMBDA_KERNELS_HOST_DEVICE static float smaller(float a, float b) { return fminf(a, b); }
-  LAMBDA_KERNELS_HOST_DEVICE static double smaller(double a, double b) { return fmin(a, b); }
-  LAMBDA_KERNELS_HOST_DEVICE static float larger(float a, float b) { return fmaxf(a, b); }
-  LAMBDA_KERNELS_HOST_DEVICE static double larger(double a, double b) { return fmax(a, b); }
-
-  // Counts one element of a batch by the definition. Its number is not known when this is compiled: the word is chosen
-  // by comparisons, since registers cannot be indexed.
+  // Counts one element of a batch by the definition. Its number is not known when this is compiled: the words are
+  // chosen by comparisons, since registers cannot be indexed.
   template <typename Memory>
   LAMBDA_KERNELS_HOST_DEVICE static void count_rest(const Launch& launch, const Place& place, const uint32_t* words,
                                                     int32_t element, int32_t thread, Memory& memory) {
-    constexpr int kWordsPerTwo = sizeof(Element) / 2;  // of two elements, so that halves need no case of their own
-    uint32_t two[kWordsPerTwo];
+    constexpr int kOwn = Held::kOne;
+    const int32_t index = Held::kPairs ? element / 2 : element;
+    uint32_t own[kOwn];
 #pragma unroll
-    for (int word = 0; word < kWordsPerTwo; ++word) {
-      two[word] = words[word];
+    for (int word = 0; word < kOwn; ++word) {
+      own[word] = words[word];
 #pragma unroll
-      for (int pair = 1; pair < kWords / kWordsPerTwo; ++pair) {
-        two[word] = chosen(element / 2 == pair, words[pair * kWordsPerTwo + word], two[word]);
+      for (int other = 1; other < kWords / kOwn; ++other) {
+        own[word] = chosen(index == other, words[other * kOwn + word], own[word]);
       }
     }
-    const bool odd = element % 2 != 0;
-#pragma unroll
-    for (int word = 0; word < (kWordsPerTwo + 1) / 2; ++word) {
-      two[word] = kWordsPerTwo == 1 ? chosen(odd, two[0] >> 16, two[0])
-                                    : chosen(odd, two[word + kWordsPerTwo / 2], two[word]);
+    if constexpr (Held::kPairs) {
+      own[0] = chosen(element % 2 != 0, own[0] >> 16, own[0]);
     }
-    const Value value = Words<Element>::value(two, 0);
-    const int32_t column = column_of(*place.task, thread) + turned(*place.task, thread, odd ? 1 : 0);
+    const int32_t column = column_of(*place.task, thread);
     const int64_t target = place.target + (kColumns ? column : 0);
     const ChannelGrid* const definition = kRule == Rule::kGrid ? launch.grid + target : nullptr;
-    const int32_t counter = definite_counter(launch, two, 0, value, definition);
+    const int32_t counter = definite_counter(launch, own, 0, Held::value(own, 0), definition);
     if (counter < launch.bins && launch.table_bins == 0) {
       memory.add(launch.counts + target * launch.bins + counter, 1);
     } else {
@@ -320,11 +325,8 @@ struct Histogram : Reading<Element_, kLayout> {
       }
     }
     if constexpr (kMoments) {
-      if (row_of(task, thread) == 0) {
-#pragma unroll
-        for (int k = 0; k < kTargets; ++k) {
-          state.count[k] = state.counted[k] ? finite_values(launch, place, column_of(task, thread) + k, memory) : 0.0;
-        }
+      if (row_of(task, thread) == 0 && state.counted) {
+        state.count = finite_values(launch, place, column_of(task, thread), memory);
       }
     }
   }
@@ -339,15 +341,12 @@ struct Histogram : Reading<Element_, kLayout> {
                                                    int32_t half, Memory& memory, const State& state) {
     const int32_t row = row_of(*place.task, thread);
     if (row >= half && row < 2 * half) {
-#pragma unroll
-      for (int k = 0; k < kTargets; ++k) {
-        const int32_t slot = slot_of(thread - (half << place.task->abreast_bits), turned(*place.task, thread, k));
-        const int32_t stride = launch.threads / 2 * kTargets;
-        memory.set_double(slot, state.sum[k]);
-        memory.set_double(slot + stride, state.square[k]);
-        memory.set_double(slot + 2 * stride, static_cast<double>(state.minimum[k]));
-        memory.set_double(slot + 3 * stride, static_cast<double>(state.maximum[k]));
-      }
+      const int32_t slot = thread - (half << place.task->abreast_bits);
+      const int32_t stride = launch.threads / 2;
+      memory.set_double(slot, state.sum);
+      memory.set_double(slot + stride, state.square);
+      memory.set_double(slot + 2 * stride, static_cast<double>(state.minimum));
+      memory.set_double(slot + 3 * stride, static_cast<double>(state.maximum));
     }
   }
 
@@ -355,32 +354,22 @@ struct Histogram : Reading<Element_, kLayout> {
   LAMBDA_KERNELS_HOST_DEVICE static void take_over(const Launch& launch, const Place& place, int32_t thread,
                                                    int32_t half, Memory& memory, State& state) {
     if (row_of(*place.task, thread) < half) {
-#pragma unroll
-      for (int k = 0; k < kTargets; ++k) {
-        const int32_t slot = slot_of(thread, turned(*place.task, thread, k));
-        const int32_t stride = launch.threads / 2 * kTargets;
-        state.sum[k] += memory.get_double(slot);
-        state.square[k] += memory.get_double(slot + stride);
-        state.minimum[k] = smaller(static_cast<Value>(memory.get_double(slot + 2 * stride)), state.minimum[k]);
-        state.maximum[k] = larger(static_cast<Value>(memory.get_double(slot + 3 * stride)), state.maximum[k]);
-      }
+      const int32_t stride = launch.threads / 2;
+      state.sum += memory.get_double(thread);
+      state.square += memory.get_double(thread + stride);
+      state.minimum = smaller(static_cast<Value>(memory.get_double(thread + 2 * stride)), state.minimum);
+      state.maximum = larger(static_cast<Value>(memory.get_double(thread + 3 * stride)), state.maximum);
     }
   }
 
   // The first row of threads has the block's moments now.
   LAMBDA_KERNELS_HOST_DEVICE static void write_moments(const Launch& launch, const Place& place, int32_t thread,
                                                        const State& state) {
-    if (row_of(*place.task, thread) != 0) {
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kTargets; ++k) {
-      if (state.counted[k]) {
-        const int32_t column = kColumns ? column_of(*place.task, thread) + k : 0;
-        launch.partials[place.first_partial + column] =
-            moments_of(state.count[k], state.shift[k], state.sum[k], state.square[k],
-                       static_cast<double>(state.minimum[k]), static_cast<double>(state.maximum[k]));
-      }
+    if (row_of(*place.task, thread) == 0 && state.counted) {
+      const int32_t column = kColumns ? column_of(*place.task, thread) : 0;
+      launch.partials[place.first_partial + column] =
+          moments_of(state.count, state.shift, state.sum, state.square, static_cast<double>(state.minimum),
+                     static_cast<double>(state.maximum));
     }
   }
 
@@ -413,13 +402,10 @@ struct Histogram : Reading<Element_, kLayout> {
     }
     return static_cast<double>(count);
   }
-
-  LAMBDA_KERNELS_HOST_DEVICE static int32_t slot_of(int32_t thread, int32_t turned) {
-    return kColumns ? thread * kTargets + turned : thread;
-  }
 };
 
-// All phases of a block. `block.each` has every thread do something, and a barrier after it.
+// All phases of a block. `block.each` has every thread do something, and a barrier after it. So does `block.each_warp`
+// with every warp, named by its first thread, and `warp.each` with its lanes, the barrier being one of the warp.
 template <typename Kernel, typename Block>
 LAMBDA_KERNELS_HOST_DEVICE inline void run_block(const Launch& launch, int32_t index, Block& block) {
   using State = typename Kernel::State;
@@ -428,7 +414,26 @@ LAMBDA_KERNELS_HOST_DEVICE inline void run_block(const Launch& launch, int32_t i
     return;
   }
   block.each([&](int32_t thread, auto& memory, State&) { Kernel::clear(launch, place, thread, memory); });
-  block.each([&](int32_t thread, auto& memory, State& state) { Kernel::count(launch, place, thread, memory, state); });
+  if constexpr (Kernel::kColumns) {
+    block.each_warp([&](int32_t first_thread, auto& warp) {
+      warp.each([&](int32_t thread, auto& memory, State& state) {
+        Kernel::begin(launch, place, thread, memory, state);
+      });
+      const int32_t step = Kernel::batch_step(launch, *place.task);
+      for (int32_t item = Kernel::first_item_of(*place.task, first_thread); item < place.items; item += step) {
+        warp.each([&](int32_t thread, auto& memory, State& state) {
+          Kernel::take(launch, place, item, thread, memory, state);
+        });
+        warp.each([&](int32_t thread, auto& memory, State& state) {
+          Kernel::count_and_copy(launch, place, thread, memory, state);
+        });
+      }
+    });
+  } else {
+    block.each([&](int32_t thread, auto& memory, State& state) {
+      Kernel::count(launch, place, thread, memory, state);
+    });
+  }
   block.each([&](int32_t thread, auto& memory, State& state) { Kernel::add_up(launch, place, thread, memory, state); });
   if constexpr (Kernel::kHasMoments) {
     if (launch.partials == nullptr) {

@@ -9,6 +9,13 @@
 // In both, a warp's lanes stand in `width` neighbouring columns, so that with 32 of them no two atomics of a warp meet
 // in one bank. Where that many columns do not fit into shared memory there are 16, 8, 4, 2 or 1; where not even one
 // does, bins are counted in device memory and only the `Outside` counters in shared memory.
+//
+// Threads read 16 bytes at a time. Along a line those are values of one target. Of a tile's row they belong to several
+// channels, while a lane counts one: each warp copies its next rows to a stage in shared memory, 16 bytes by each lane
+// and without registers, up to kMaxStages ahead of what it counts. With three stages and 1024 threads a multiprocessor
+// has 64 to 96 KiB on their way; 256 bins in 32 columns leave room for that on compute capability 9.0, for two stages
+// on others. Behind a table that leaves no room, in tiles of less than 16 bytes a row, and where rows are not aligned,
+// lanes read their channels' values one by one.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +23,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <iterator>
+#include <tuple>
 #include <vector>
 
 #include "binning_fixed.h"
@@ -28,8 +36,9 @@ enum class Layout : int32_t { kColumns, kLanes };
 constexpr int32_t kWarp = 32;
 constexpr int32_t kMaxTasks = 24;                   // of a launch; they travel in the kernel's parameters
 constexpr int32_t kRowsBesideBins = kOutsideCount + 1;  // of a table; the last one is for what is not to be counted
-constexpr int32_t kColumnsPerThread = 2;            // what a thread reads at once in the layout of columns
-constexpr int32_t kBytesPerItem = 16;               // … and in that of lanes
+constexpr int32_t kBytesPerItem = 16;               // what a thread reads at once …
+constexpr int32_t kItemsPerBatch = 2;               // … and how many of them before it counts
+constexpr int32_t kMaxStages = 3;                   // batches on their way to shared memory
 constexpr int64_t kMaxItems = int64_t{1} << 27;     // of a block: counters in shared memory are 32 bits wide
 constexpr int64_t kBeyondBlock = kMaxItems + 4096;  // more items or lines than the walk of a thread can pass
 constexpr int32_t kThreads = 512;                   // of a block
@@ -38,6 +47,11 @@ constexpr int32_t kMultiprocessorThreads = 1024;    // that the registers of a m
 constexpr int64_t kSharedUnasked = 48 * 1024;       // bytes of shared memory that any block can have
 constexpr int64_t kReservedShared = 1024;           // bytes of it that CUDA itself takes for each block
 
+// Bytes of shared memory that a stage of all warps of a block takes.
+LAMBDA_KERNELS_HOST_DEVICE constexpr int32_t stage_bytes(int32_t threads) {
+  return threads * kItemsPerBatch * kBytesPerItem;
+}
+
 // What the plan needs to know of a GPU.
 struct Device {
   int32_t multiprocessors;
@@ -45,16 +59,17 @@ struct Device {
   int64_t shared_of_multiprocessor;  // in bytes
 };
 
-// A tensor, as the blocks walk through it. What a thread reads at once is an item: in the layout of columns
-// kColumnsPerThread neighbours in a row, which is then a line; in that of lanes kBytesPerItem along a line. The lines
-// of a unit (a tile of columns, or a target) have two dimensions, `outer` ones of `lines` each. Strides are in bytes.
+// A tensor, as the blocks walk through it. In the layout of lanes a line is made of items of kBytesPerItem, of which a
+// thread reads one at a time. In that of columns a line is a row of the tile, and an item all of it, which several
+// threads side by side read: kBytesPerItem each, or one value each where the task is not `vector`. The lines of a unit
+// (a tile of columns, or a target) have two dimensions, `outer` ones of `lines` each. Strides are in bytes.
 struct Task {
   const char* data;
   int64_t unit_stride, outer_stride, line_stride, element_stride;
   int64_t lines;           // of each outer index
   int64_t items_per_line;  // 1 in the layout of columns
   int64_t length;          // elements of a line; in the layout of columns that is the number of channels
-  int64_t items;           // of a unit, or of one of its tile's threads side by side
+  int64_t items;           // of a unit
   int64_t items_per_part;  // of a block
   int64_t units, target, first_partial;
   // From an item of a thread to its next one: bytes, items of a line and lines; and what is added where the end of a
@@ -62,8 +77,9 @@ struct Task {
   int64_t pointer_step, line_jump, outer_jump;
   int32_t item_step, line_step, items_again, lines_again;
   int32_t first_block, width;
-  int32_t abreast_bits;    // 2^this many threads stand side by side in a tile's row; 0 in the layout of lanes
-  bool vector;             // items are aligned and contiguous
+  // 2^these many threads stand side by side in a tile's row when they count and when they read; 0 in that of lanes.
+  int16_t abreast_bits, reading_bits;
+  bool vector;             // 16 bytes are aligned and contiguous; in the layout of columns also: there are stages
   bool flat;               // all items are evenly spaced: a single line, or lines of one item and one outer index
 
   LAMBDA_KERNELS_HOST_DEVICE int64_t parts() const { return (items + items_per_part - 1) / items_per_part; }
@@ -79,6 +95,7 @@ struct Launch {
   FixedPoint point;
   int32_t bins, table_bins;  // table_bins: 0 where bins are counted in device memory
   int32_t task_count, blocks, threads;
+  int32_t stages, first_stage;  // how many each warp has, and where in shared memory the first one begins, in bytes
   Layout layout;
   int64_t shared_bytes, partial_count, targets;
   Task tasks[kMaxTasks];
@@ -94,6 +111,11 @@ struct Wanted {
 };
 
 namespace planning {
+
+// Bytes of shared memory through which the moments of a block's threads are added up: half of them hand theirs over.
+inline int64_t moments_bytes(int32_t threads) {
+  return threads / 2 * 4 * int64_t{sizeof(double)};
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -151,9 +173,6 @@ inline Task task_of(const Source& x, const Wanted& wanted, int32_t width) {
     task.element_stride = columns.stride;
     task.length = x.columns;
     task.items_per_line = 1;
-    while (kColumnsPerThread << (task.abreast_bits + 1) <= width) {
-      ++task.abreast_bits;
-    }
   } else {
     switch (wanted.per) {
       case kPerChannel:
@@ -179,10 +198,11 @@ inline Task task_of(const Source& x, const Wanted& wanted, int32_t width) {
   task.lines = dimensions[1].size;
   task.line_stride = dimensions[1].stride;
   task.items = dimensions[0].size * task.lines * task.items_per_line;
-  const int64_t item_bytes = layout_of(x, wanted.per) == Layout::kColumns ? kColumnsPerThread * bytes : kBytesPerItem;
-  task.vector = task.element_stride == bytes && divides(item_bytes, {address, task.outer_stride, task.line_stride});
-  if (layout_of(x, wanted.per) == Layout::kLanes) {
-    task.vector = task.vector && (task.units == 1 || divides(item_bytes, {task.unit_stride}));
+  task.vector = task.element_stride == bytes &&
+                divides(kBytesPerItem, {address, task.outer_stride, task.line_stride}) &&
+                (task.units == 1 || divides(kBytesPerItem, {task.unit_stride}));
+  if (layout_of(x, wanted.per) == Layout::kColumns) {
+    task.vector = task.vector && divides(kBytesPerItem, {width * bytes, task.length * bytes});
   }
   task.flat = dimensions[0].size == 1 && (task.lines == 1 || task.items_per_line == 1);
   return task;
@@ -210,7 +230,24 @@ inline int32_t width_of(const std::vector<Source>& sources, const Wanted& wanted
   return width;
 }
 
-// Values in one item and in all items that the threads of a tile have side by side.
+// Whether the threads of a tile read 16 bytes each, and how many stand side by side in its rows.
+inline void place_threads(Task& task, const Launch& launch, int32_t element_bytes) {
+  if (launch.layout == Layout::kLanes) {
+    return;
+  }
+  const auto bits_of = [](int32_t count) {
+    int16_t bits = 0;
+    while (2 << bits <= count) {
+      ++bits;
+    }
+    return bits;
+  };
+  task.vector = task.vector && launch.stages > 0;
+  task.abreast_bits = bits_of(task.width);
+  task.reading_bits = task.vector ? bits_of(task.width * element_bytes / kBytesPerItem) : task.abreast_bits;
+}
+
+// Values in one item.
 inline int64_t values_per_item(const Task& task, const Wanted& wanted, Layout layout) {
   return layout == Layout::kColumns ? std::min<int64_t>(task.width, task.length)
                                     : kBytesPerItem / wanted.element_bytes;
@@ -219,7 +256,8 @@ inline int64_t values_per_item(const Task& task, const Wanted& wanted, Layout la
 // Into how many parts each unit goes, so that few multiprocessors wait for the last blocks and few tables are cleared
 // and added up: of up to sixteen sizes of a block, the one with the earliest end.
 inline void divide(Launch& launch, const Wanted& wanted, int64_t resident) {
-  const int64_t overhead = 3 * launch.shared_bytes / int64_t{sizeof(uint32_t)};  // in values that are read
+  const int64_t cleared = std::max<int64_t>(launch.first_stage, wanted.moments ? moments_bytes(launch.threads) : 0);
+  const int64_t overhead = 3 * cleared / int64_t{sizeof(uint32_t)};  // in values that are read
   int64_t total = 0;
   for (int32_t i = 0; i < launch.task_count; ++i) {
     const Task& task = launch.tasks[i];
@@ -249,7 +287,7 @@ inline void divide(Launch& launch, const Wanted& wanted, int64_t resident) {
   int64_t blocks = 0;
   for (int32_t i = 0; i < launch.task_count; ++i) {
     Task& task = launch.tasks[i];
-    const int64_t step = launch.threads >> task.abreast_bits;
+    const int64_t step = launch.threads >> task.reading_bits;
     task.items_per_part = ceil_div(task.items, parts_of(task, best_size));
     const int64_t line_step = step / task.items_per_line;
     task.item_step = static_cast<int32_t>(step % task.items_per_line);
@@ -271,12 +309,36 @@ inline void divide(Launch& launch, const Wanted& wanted, int64_t resident) {
   launch.blocks = static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX));  // that many are refused by CUDA
 }
 
-}  // namespace planning
-
-// Bytes of shared memory through which the moments of a block's threads are added up: half of them hand theirs over.
-inline int64_t moments_bytes(Layout layout, int32_t threads) {
-  return threads / 2 * int64_t{layout == Layout::kColumns ? kColumnsPerThread : 1} * 4 * int64_t{sizeof(double)};
+// Chooses the threads of a block and their stages: as many threads on a multiprocessor as there can be, then two
+// stages, then small blocks, then a third stage. More threads share a table where few tables fit beside each other.
+// Returns how many blocks a multiprocessor has at a time.
+inline int64_t size_blocks(Launch& launch, const Wanted& wanted, const Device& device, int64_t table_bytes,
+                           int32_t most_stages, int32_t multiprocessor_threads) {
+  using Worth = std::tuple<int64_t, int32_t, int32_t, int32_t>;
+  Worth most{};
+  int64_t blocks = 1;
+  launch.first_stage = static_cast<int32_t>(ceil_div(table_bytes, kBytesPerItem) * kBytesPerItem);
+  for (const int32_t threads : {kThreads, kMaxThreads}) {
+    for (int32_t stages = 0; stages <= most_stages; ++stages) {
+      const int64_t staged = stages == 0 ? 0 : launch.first_stage + stages * stage_bytes(threads);
+      const int64_t bytes = std::max({table_bytes, staged, wanted.moments ? moments_bytes(threads) : 0});
+      const int64_t fit = std::min(device.shared_of_multiprocessor / (bytes + kReservedShared),
+                                   int64_t{multiprocessor_threads / threads});
+      const int64_t resident = std::max<int64_t>(fit, 1);
+      const Worth worth{resident * threads, std::min(stages, 2), -threads, stages};
+      if (bytes <= device.shared_of_block && worth > most) {
+        most = worth;
+        blocks = resident;
+        launch.threads = threads;
+        launch.stages = stages;
+        launch.shared_bytes = bytes;
+      }
+    }
+  }
+  return blocks;
 }
+
+}  // namespace planning
 
 // The launches for all tensors. `multiprocessor_threads`: how many threads of the kernels a multiprocessor can hold.
 inline std::vector<Launch> plan(const std::vector<Source>& sources, const Wanted& wanted, const Device& device,
@@ -301,20 +363,19 @@ inline std::vector<Launch> plan(const std::vector<Source>& sources, const Wanted
         width = planning::width_of(some, outside_only, layout, device.shared_of_block);
       }
       const int64_t table_bytes = (launch.table_bins + kRowsBesideBins) * width * int64_t{sizeof(uint32_t)};
-      // More threads share a table where few tables fit beside each other, and to have fewer of them to add up.
-      launch.threads = kThreads;
-      const int64_t tables = device.shared_of_multiprocessor / (table_bytes + kReservedShared);
-      if (tables * launch.threads < multiprocessor_threads) {
-        launch.threads = kMaxThreads;
-      }
-      launch.shared_bytes = std::max(table_bytes, wanted.moments ? moments_bytes(layout, launch.threads) : 0);
-      const int64_t by_shared = device.shared_of_multiprocessor / (launch.shared_bytes + kReservedShared);
-      const int64_t by_threads = multiprocessor_threads / launch.threads;
+      bool vector = false;
       for (const Source& x : some) {
-        launch.tasks[launch.task_count++] = planning::task_of(x, wanted, width);
+        const Task task = planning::task_of(x, wanted, width);
+        vector = vector || task.vector;
+        launch.tasks[launch.task_count++] = task;
       }
-      planning::divide(launch, wanted,
-                       device.multiprocessors * std::max<int64_t>(std::min(by_shared, by_threads), 1));
+      const int64_t resident =
+          planning::size_blocks(launch, wanted, device, table_bytes,
+                                layout == Layout::kColumns && vector ? kMaxStages : 0, multiprocessor_threads);
+      for (int32_t i = 0; i < launch.task_count; ++i) {
+        planning::place_threads(launch.tasks[i], launch, wanted.element_bytes);
+      }
+      planning::divide(launch, wanted, device.multiprocessors * resident);
       launches.push_back(launch);
     }
   }

@@ -14,7 +14,7 @@ struct Place {
   int64_t unit, first_item;
   int64_t target;       // of its first column
   int64_t first_partial;
-  int32_t items;        // of each of the threads that stand side by side
+  int32_t items;
   int32_t columns;      // targets of this block: 1 in the layout of lanes
 };
 
@@ -32,16 +32,16 @@ LAMBDA_KERNELS_HOST_DEVICE inline bool is_wanted(const Launch& launch, const Pla
 
 template <typename Element, Layout kLayout>
 struct Reading {
-  using Value = typename Words<Element>::Value;
-
   static constexpr bool kColumns = kLayout == Layout::kColumns;
-  static constexpr int kElements = kColumns ? kColumnsPerThread : kBytesPerItem / static_cast<int>(sizeof(Element));
-  static constexpr int kItemBytes = kElements * static_cast<int>(sizeof(Element));
-  static constexpr int kItemWords = kItemBytes / 4;
-  // 32 bytes on their way for each thread; 16 of float64, whose grids take the registers.
-  static constexpr int kWords = kColumns && sizeof(Value) == 8 ? 4 : 8;
-  static constexpr int kItems = kWords / kItemWords;
-  static constexpr int kTargets = kColumns ? kColumnsPerThread : 1;  // of a thread
+  using Held = Words<Element>;
+  using Value = typename Held::Value;
+
+  static constexpr int kElements = kBytesPerItem / static_cast<int>(sizeof(Element));  // that a thread reads at once
+  static constexpr int kItemWords = kBytesPerItem / 4;
+  static constexpr int kBatch = kItemsPerBatch * kElements;  // values that a thread reads before it counts them
+  static constexpr int kWords = kItemsPerBatch * kItemWords;
+
+  static constexpr int kTogether = 4;  // values that are read at once where the shift is looked for
 
   // A thread's way through its items.
   struct Walk {
@@ -76,19 +76,28 @@ struct Reading {
     return place;
   }
 
-  // The row of threads that a thread stands in.
+  // The row of threads that a thread stands in when it counts.
   LAMBDA_KERNELS_HOST_DEVICE static int32_t row_of(const Task& task, int32_t thread) {
-    return kColumns ? thread >> task.abreast_bits : thread;
+    return thread >> task.abreast_bits;
   }
 
-  // A thread's first column in the tile.
+  // A thread's column of the table.
   LAMBDA_KERNELS_HOST_DEVICE static int32_t column_of(const Task& task, int32_t thread) {
-    return kColumns ? (thread & ((1 << task.abreast_bits) - 1)) * kColumnsPerThread : thread & (task.width - 1);
+    return thread & (task.width - 1);
   }
 
-  // What is added to that for each of its targets.
-  LAMBDA_KERNELS_HOST_DEVICE static int32_t turned(const Task& task, int32_t thread, int32_t k) {
-    return kColumns ? k ^ (row_of(task, thread) & 1) : 0;
+  // A thread's first item, and the first column that it reads of that one.
+  LAMBDA_KERNELS_HOST_DEVICE static int32_t first_item_of(const Task& task, int32_t thread) {
+    return thread >> task.reading_bits;
+  }
+  LAMBDA_KERNELS_HOST_DEVICE static int32_t first_column_of(const Task& task, int32_t thread) {
+    const int32_t place = thread & ((1 << task.reading_bits) - 1);
+    return kColumns ? place * (task.vector ? kElements : 1) : 0;
+  }
+
+  // From an item of a thread to its next one.
+  LAMBDA_KERNELS_HOST_DEVICE static int32_t step_of(const Launch& launch, const Task& task) {
+    return launch.threads >> task.reading_bits;
   }
 
   // Where an item of the block begins for a thread at `column` of the tile.
@@ -130,54 +139,218 @@ struct Reading {
     }
   }
 
-  // How many elements of an item there are.
-  LAMBDA_KERNELS_HOST_DEVICE static int32_t elements_of(const Task& task, const Walk& walk, int32_t own_columns) {
-    if (kColumns) {
-      return own_columns;
-    }
+  // How many elements of an item of a line there are.
+  LAMBDA_KERNELS_HOST_DEVICE static int32_t elements_of(const Task& task, const Walk& walk) {
     const auto rest = static_cast<int32_t>(task.length % kElements);
     return walk.items_left == 1 && rest != 0 ? rest : kElements;
   }
 
-  // Reads an item; NaN stands where there is nothing.
+  // Reads a value into words of its own.
   template <typename Memory>
-  LAMBDA_KERNELS_HOST_DEVICE static void load(const Task& task, const char* pointer, int32_t elements, Memory& memory,
-                                              uint32_t* words) {
-    if (task.vector && elements == kElements) {
-      memory.template load<kItemWords>(pointer, words);
-      return;
-    }
-#pragma unroll
-    for (int word = 0; word < kItemWords; ++word) {
-      words[word] = 0x7fff7fffu;
-    }
-#pragma unroll
-    for (int element = 0; element < kElements; ++element) {
-      if (element >= elements) {
-        continue;
-      }
-      const char* const address = pointer + element * task.element_stride;
-      if constexpr (sizeof(Element) == 2) {
-        const uint32_t bits = memory.load_short(address);
-        words[element / 2] = element % 2 ? (words[element / 2] & 0xffffu) | bits << 16 : 0x7fff0000u | bits;
-      } else {
-        memory.template load_element<sizeof(Element) / 4>(address, words + element * (sizeof(Element) / 4));
-      }
+  LAMBDA_KERNELS_HOST_DEVICE static void load_value(const char* from, Memory& memory, uint32_t* words) {
+    if constexpr (sizeof(Element) == 2) {
+      words[0] = memory.load_short(from);
+    } else {
+      memory.template load_element<sizeof(Element) / 4>(from, words);
     }
   }
 
-  // Puts the values of an item into the order of the thread's targets.
-  LAMBDA_KERNELS_HOST_DEVICE static void turn(bool turned, uint32_t* words) {
-    if constexpr (kItemWords == 1) {
-      words[0] = chosen(turned, words[0] >> 16 | words[0] << 16, words[0]);
-    } else {
+  // Puts a NaN where there is no value.
+  LAMBDA_KERNELS_HOST_DEVICE static void no_value(uint32_t* words) {
 #pragma unroll
-      for (int word = 0; word < kItemWords / 2; ++word) {
-        const uint32_t low = words[word], high = words[word + kItemWords / 2];
-        words[word] = chosen(turned, high, low);
-        words[word + kItemWords / 2] = chosen(turned, low, high);
+    for (int word = 0; word < Held::kOne; ++word) {
+      words[word] = 0x7fff7fffu;
+    }
+  }
+
+  // The shift of a target: the median of the first three finite ones of the block's first values, so that an outlier
+  // among them does no harm; of two the larger one, and 0 where there is none among 256. `first` is where the block's
+  // walk begins; from there, values follow down the target's column or along the line.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static double shift_of(const Place& place, const Walk& first, int32_t column,
+                                                    Memory& memory) {
+    const Task& task = *place.task;
+    const int64_t behind = kColumns ? 0 : (task.items_per_line - first.items_left) * kElements;
+    const int64_t elements = kColumns ? first.lines_left : task.length - behind;
+    const int64_t items = kColumns ? place.items : int64_t{place.items} * kElements;
+    const int64_t count = elements < items ? elements : items;
+    const int64_t stride = kColumns ? task.line_stride : task.element_stride;
+    const char* pointer = first.pointer + (kColumns ? column * task.element_stride : 0);
+    Value low = 0, high = 0, median = 0;
+    int32_t found = 0;
+#pragma unroll 1
+    for (int32_t index = 0; index < count && index < 256 && found < 3; index += kTogether) {
+      uint32_t ones[kTogether][Held::kOne];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {  // all before the first is looked at: one latency
+        no_value(ones[i]);
+        if (index + i < count) {
+          load_value(pointer + i * stride, memory, ones[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const Value value = Held::value(ones[i], 0);
+        if (finite(value) && found < 3) {
+          median = found == 0 ? value : larger(low, smaller(high, value));
+          low = found == 0 ? value : smaller(low, value);
+          high = found == 0 ? value : larger(high, value);
+          median = found == 1 ? high : median;
+          ++found;
+        }
+      }
+      pointer += kTogether * stride;
+    }
+    return median;
+  }
+
+  // Reads an item of a line; NaN stands where there is nothing.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static void load_item(const Task& task, const char* pointer, int32_t elements,
+                                                   Memory& memory, uint32_t* words) {
+    if (task.vector && elements == kElements) {
+      memory.load(pointer, words);
+      return;
+    }
+#pragma unroll
+    for (int element = 0; element < kElements; ++element) {
+      uint32_t one[Held::kOne];
+      no_value(one);
+      if (element < elements) {
+        load_value(pointer + element * task.element_stride, memory, one);
+      }
+      Held::put(one, words, element);
+    }
+  }
+
+  // In the layout of columns each warp has stages of its own, one behind the other, of kItemsPerBatch times 512 bytes.
+  // In 512 bytes rows of the tile follow each other as the lanes that read them do: 16 bytes by each. A lane takes
+  // every 32nd value, which is always one of its own channel, and in a bank of its own.
+  static constexpr int32_t kWarpItem = kWarp * kBytesPerItem;
+  static constexpr int32_t kWarpStage = kItemsPerBatch * kWarpItem;
+
+  // A thread's way through the stages of its warp.
+  struct Staging {
+    uint32_t copies_to, takes_from;  // in the first stage
+    int32_t stage;                   // bytes from there to the oldest batch
+    bool plain;                      // the thread copies something, and from evenly spaced places
+  };
+
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static Staging staging_of(const Launch& launch, const Place& place, int32_t thread,
+                                                       Memory& memory) {
+    const int32_t lane = thread % kWarp;
+    const int32_t first = launch.first_stage + thread / kWarp * launch.stages * kWarpStage;
+    return {memory.address(first + lane * kBytesPerItem),
+            memory.address(first + lane * static_cast<int32_t>(sizeof(Element))), 0,
+            place.task->flat && first_column_of(*place.task, thread) < place.columns};
+  }
+
+  // The stage behind the one at `stage`, after the last one the first.
+  LAMBDA_KERNELS_HOST_DEVICE static int32_t next_stage(const Launch& launch, int32_t stage) {
+    const int32_t next = stage + kWarpStage;
+    return next < launch.stages * kWarpStage ? next : 0;
+  }
+
+  // How many items further the next batch is.
+  LAMBDA_KERNELS_HOST_DEVICE static int32_t batch_step(const Launch& launch, const Task& task) {
+    return (task.vector ? kItemsPerBatch : kBatch) * step_of(launch, task);
+  }
+
+  // A warp's batches are full, with a value for each lane at each time, where their first item is under this.
+  LAMBDA_KERNELS_HOST_DEVICE static int32_t full_until(const Launch& launch, const Place& place) {
+    const Task& task = *place.task;
+    return place.items - (batch_step(launch, task) - step_of(launch, task) + ((kWarp - 1) >> task.reading_bits));
+  }
+
+  // Has the thread's part of the next batch copied to a stage.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static void copy(const Launch& launch, const Place& place, int32_t thread,
+                                              const Staging& staging, int32_t stage, Walk& walk, Memory& memory) {
+    const Task& task = *place.task;
+    const int32_t step = step_of(launch, task);
+    const uint32_t to = staging.copies_to + stage;
+    if (staging.plain && walk.item + (kItemsPerBatch - 1) * step < place.items) {
+#pragma unroll
+      for (int item = 0; item < kItemsPerBatch; ++item) {
+        memory.copy(to + item * kWarpItem, walk.pointer);
+        walk.pointer += task.pointer_step;
+      }
+      walk.item += kItemsPerBatch * step;
+    } else {
+#pragma unroll 1
+      for (int item = 0; item < kItemsPerBatch; ++item) {
+        if (walk.item < place.items && first_column_of(task, thread) < place.columns) {
+          memory.copy(to + item * kWarpItem, walk.pointer);
+        }
+        advance(task, step, walk);
       }
     }
+    memory.commit();
+  }
+
+  // Reads the thread's values of a batch from the oldest stage. Returns a bit for each that there is.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static uint32_t take(const Launch& launch, const Place& place, int32_t item, bool full,
+                                                  int32_t thread, const Staging& staging, Memory& memory,
+                                                  uint32_t* words) {
+    const uint32_t from = staging.takes_from + staging.stage;
+    constexpr auto kStride = kWarp * static_cast<int32_t>(sizeof(Element));
+    if (full) {
+#pragma unroll
+      for (int element = 0; element < kBatch; ++element) {
+        uint32_t one[Held::kOne];
+        memory.template take<sizeof(Element)>(from + element * kStride, one);
+        Held::put(one, words, element);
+      }
+      return (1u << kBatch) - 1u;
+    }
+    const Task& task = *place.task;
+    uint32_t present = 0;
+#pragma unroll
+    for (int element = 0; element < kBatch; ++element) {
+      uint32_t one[Held::kOne];
+      const int32_t row = (thread % kWarp + element % kElements * kWarp) >> task.abreast_bits;  // in the 512 bytes
+      no_value(one);
+      if (item + element / kElements * step_of(launch, task) + row < place.items) {
+        memory.template take<sizeof(Element)>(from + element * kStride, one);
+        present |= 1u << element;
+      }
+      Held::put(one, words, element);
+    }
+    return present;
+  }
+
+  // The same from where the thread's walk is.
+  template <typename Memory>
+  LAMBDA_KERNELS_HOST_DEVICE static uint32_t take_directly(const Launch& launch, const Place& place, bool full,
+                                                           Walk& walk, Memory& memory, uint32_t* words) {
+    const Task& task = *place.task;
+    const int32_t step = step_of(launch, task);
+    if (task.flat && full) {
+#pragma unroll
+      for (int element = 0; element < kBatch; ++element) {
+        uint32_t one[Held::kOne];
+        load_value(walk.pointer + element * task.pointer_step, memory, one);
+        Held::put(one, words, element);
+      }
+      walk.item += kBatch * step;
+      walk.pointer += kBatch * task.pointer_step;
+      return (1u << kBatch) - 1u;
+    }
+    uint32_t present = 0;
+#pragma unroll
+    for (int element = 0; element < kBatch; ++element) {
+      uint32_t one[Held::kOne];
+      no_value(one);
+      if (walk.item < place.items) {
+        load_value(walk.pointer, memory, one);
+        present |= 1u << element;
+      }
+      Held::put(one, words, element);
+      advance(task, step, walk);
+    }
+    return present;
   }
 };
 

@@ -38,12 +38,29 @@ LAMBDA_KERNELS_HOST_DEVICE inline float value_of_half(uint16_t bits) {
 // array that has addresses is not kept in registers.
 LAMBDA_KERNELS_HOST_DEVICE inline uint32_t chosen(bool first, uint32_t a, uint32_t b) { return first ? a : b; }
 
-// How values stand in 32-bit words.
+LAMBDA_KERNELS_HOST_DEVICE inline bool finite(float value) { return fabsf(value) < INFINITY; }
+LAMBDA_KERNELS_HOST_DEVICE inline bool finite(double value) { return fabs(value) < static_cast<double>(INFINITY); }
+LAMBDA_KERNELS_HOST_DEVICE inline float smaller(float a, float b) { return fminf(a, b); }
+LAMBDA_KERNELS_HOST_DEVICE inline double smaller(double a, double b) { return fmin(a, b); }
+LAMBDA_KERNELS_HOST_DEVICE inline float larger(float a, float b) { return fmaxf(a, b); }
+LAMBDA_KERNELS_HOST_DEVICE inline double larger(double a, double b) { return fmax(a, b); }
+
+// How values stand in 32-bit words: those of 16 bits in pairs.
 template <typename Element>
 struct Words {
   using Value = float;
+  static constexpr bool kPairs = sizeof(Element) == 2;
+  static constexpr int kOne = 1;  // words of one value
   LAMBDA_KERNELS_HOST_DEVICE static uint16_t bits(const uint32_t* words, int element) {
     return static_cast<uint16_t>(words[element / 2] >> (16 * (element % 2)));
+  }
+  // Puts in a value that stands in words of its own; those of a pair in their order.
+  LAMBDA_KERNELS_HOST_DEVICE static void put(const uint32_t* one, uint32_t* words, int element) {
+    if constexpr (kPairs) {
+      words[element / 2] = element % 2 ? words[element / 2] | one[0] << 16 : one[0] & 0xffffu;
+    } else {
+      words[element] = one[0];
+    }
   }
   LAMBDA_KERNELS_HOST_DEVICE static float value(const uint32_t* words, int element) {
     if constexpr (sizeof(Element) == 4) {
@@ -60,6 +77,12 @@ struct Words {
 template <>
 struct Words<double> {
   using Value = double;
+  static constexpr bool kPairs = false;
+  static constexpr int kOne = 2;
+  LAMBDA_KERNELS_HOST_DEVICE static void put(const uint32_t* one, uint32_t* words, int element) {
+    words[2 * element] = one[0];
+    words[2 * element + 1] = one[1];
+  }
   LAMBDA_KERNELS_HOST_DEVICE static double value(const uint32_t* words, int element) {
     const uint64_t bits = words[2 * element] | static_cast<uint64_t>(words[2 * element + 1]) << 32;
     double result;

@@ -217,6 +217,24 @@ def test_kernels_do_not_spill(cuda_library: str) -> None:
         assert int(registers) <= 64
 
 
+def test_kernels_read_16_bytes_at_once(cuda_library: str) -> None:
+    """Along a line into registers, of a row of channels past them into shared memory."""
+    tool("nvdisasm")
+    functions = re.split(r"\n\s*Function : ", output(tool("cuobjdump"), "-sass", cuda_library))[1:]
+    kernels = [text for text in functions if re.match(r"\S*histogram_kernel", text)]
+    columns = [text for text in kernels if "6LayoutE0E" in text.split()[0]]
+    lanes = [text for text in kernels if "6LayoutE1E" in text.split()[0]]
+    assert columns
+    assert len(columns) == len(lanes)
+    assert len(columns) + len(lanes) == len(kernels)
+    for text in columns:
+        copies = re.findall(r"LDGSTS\.(\S+)", text)
+        assert copies
+        assert all(re.fullmatch(r"E\.BYPASS(\.\w+)*\.128", copy) for copy in copies)
+    for text in lanes:
+        assert len(re.findall(r"LDG\.E\.128", text)) >= 2
+
+
 def test_counting_fuses_no_float64(cuda_library: str) -> None:
     """DFMA would round a value once where the CPU rounds it twice; in moments it is meant."""
     tool("nvdisasm")

@@ -26,8 +26,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 CHANNEL, LAYER, SAMPLE = range(3)
 CODES = 10240
 FINDINGS = (
-    "out_of_bounds misaligned races unset conflicts launches blocks width shared_bytes threads vector_loads"
-    " in_device_memory fixed rest"
+    "out_of_bounds misaligned races unset conflicts take_conflicts launches blocks width shared_bytes threads"
+    " vector_loads copies stages in_device_memory fixed rest"
 )
 
 
@@ -305,8 +305,11 @@ def test_main_layouts(library, per, shape, kind, dtype, statistics):
     assert result.in_device_memory == 0
     assert result.fixed + result.rest == x.numel()
     assert result.rest <= 0.003 * x.numel()
-    items = 2 if per == CHANNEL and kind != "transposed" else 16 // dtype.itemsize
-    assert result.vector_loads >= x.numel() / items * 0.95
+    assert result.vector_loads >= x.numel() / (16 // dtype.itemsize) * 0.95
+    if per == CHANNEL and kind != "transposed":
+        assert result.copies * 16 == x.numel() * dtype.itemsize  # each value once
+        assert result.take_conflicts == max(1, dtype.itemsize // 4)  # 8 bytes take two turns of the banks
+        assert result.stages == 3
 
 
 def test_dyadic_bins_need_no_definition(library):
@@ -328,6 +331,65 @@ def test_tables_of_every_width(library, per, bins, gpu):
     check(result, **problem)
     assert result.shared_bytes <= gpu.shared_of_block
     assert bool(result.in_device_memory) == (4 * (bins + 5) > gpu.shared_of_block)
+
+
+# GPUs on which 256 bins leave room for as many stages.
+STAGES = {0: Gpu(2, 48 * 1024, 64 * 1024), 1: Gpu(2, 67 * 1024, 68 * 1024), 2: ADA, 3: H200}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("rows", [2, 4, 31, 33, 700])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stages(library, dtype, rows, stages):
+    """Blocks with fewer rows than a warp copies at once, and with many turns of the stages; a tile that is not full."""
+    for kind in ("contiguous", "without first row", "inside", "swapped", "misaligned"):
+        x = view(kind, (2, rows, 40), dtype, rows, 0.02)
+        aligned = x.data_ptr() % 16 == 0 and all(n * dtype.itemsize % 16 == 0 for n in x.stride()[:2])
+        problem = {"tensors": [x], "grid": uniform(40, 256), "bins": 256, "per": CHANNEL, "statistics": rows != 31}
+        result = emulate(library, **problem, gpu=STAGES[stages])
+        check(result, **problem)
+        assert aligned == (kind != "misaligned" and (kind != "inside" or dtype.itemsize >= 4))
+        assert result.stages == (stages if aligned else 0)
+        assert result.copies == (x.numel() * dtype.itemsize // 16 if result.stages else 0)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 8, 12, 20, 33, 36, 60, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_no_multiple_of_16_bytes_are_read_value_by_value(library, dtype, channels):
+    x = view("contiguous", (1, 300, channels), dtype, channels, 0.01)
+    problem = {"tensors": [x], "grid": uniform(channels, 101), "bins": 101, "per": CHANNEL}
+    result = emulate(library, **problem)
+    check(result, **problem)
+    row_bytes = channels * dtype.itemsize
+    assert result.copies == (0 if row_bytes % 16 else 300 * row_bytes // 16)
+    assert result.vector_loads == result.copies
+
+
+def test_one_launch_holds_tensors_with_and_without_stages(library):
+    """Among them one channel, channels without alignment, and neighbours along the rows."""
+    shapes = [(1, 90, 64), (2, 90, 33), (1, 7, 128), (3, 50, 1)]
+    tensors = [view("contiguous", shape, torch.float16, n, 0.01) for n, shape in enumerate(shapes)]
+    tensors += [view("transposed", (1, 64, 40), torch.float16, 9, 0.01)]
+    problem = {"tensors": tensors, "grid": uniform(sum(x.shape[2] for x in tensors), 64), "bins": 64, "per": CHANNEL}
+    result = emulate(library, **problem)
+    check(result, **problem)
+    assert result.launches == 2
+    assert result.copies == (90 * 64 + 7 * 128) // 8
+
+
+@pytest.mark.parametrize("per", [CHANNEL, LAYER])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_an_outlier_at_the_start_costs_no_digits(library, per, where):
+    """Sums are counted from a middle one of the first values: from the outlier itself, M2 would keep no digit."""
+    x = view("contiguous", (1, 4000, 32 if per == CHANNEL else 1), torch.float64, 0, 0.0)
+    x[0, where] = 1e9
+    x[0, 3:100:2] = math.nan
+    problem = {"tensors": [x], "grid": None, "bins": 0, "per": per}
+    result = emulate(library, **problem, gpu=Gpu(1, 227 * 1024, 228 * 1024))
+    check(result, **problem)
+    x[0, :200] = math.nan
+    x += 1e6
+    check(emulate(library, **problem, gpu=Gpu(1, 227 * 1024, 228 * 1024)), **problem)
 
 
 @pytest.mark.parametrize("per", [CHANNEL, LAYER, SAMPLE])

@@ -85,7 +85,18 @@ def assert_as_on_cpu(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 7, 3), (2, 197, 192), (3, 1700, 33), (1, 1, 300), (1, 200_000, 1), (1, 0, 5), (2, 5, 0)]
+    "shape",
+    [
+        (1, 1, 1),
+        (1, 7, 3),
+        (2, 197, 192),
+        (3, 1700, 33),
+        (2, 9001, 104),  # many turns of the stages, the last tile of channels and the last batches not full
+        (1, 1, 300),
+        (1, 200_000, 1),
+        (1, 0, 5),
+        (2, 5, 0),
+    ],
 )
 @pytest.mark.parametrize("bins", [0, 1, 256, 3000, 65536])  # tables from 32 columns to none
 @pytest.mark.parametrize("per", PER)
