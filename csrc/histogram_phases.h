@@ -56,8 +56,9 @@ struct Histogram : Reading<Element_, kLayout> {
 
   LAMBDA_KERNELS_HOST_DEVICE static bool finite(Value value) { return fabs(value) < static_cast<Value>(INFINITY); }
 
-  // The shift of a target: the first finite one of the block's first values, up to 64 of them. `first` is where the
-  // block's walk begins; from there, values follow down the target's column or along the line.
+  // The shift of a target: the middle one of the block's first three values, since a single one may be an outlier, or
+  // else the first finite one of up to 64. `first` is where the block's walk begins; from there, values follow down the
+  // target's column or along the line.
   template <typename Memory>
   LAMBDA_KERNELS_HOST_DEVICE static double shift_of(const Place& place, const Walk& first, int32_t column,
                                                     Memory& memory) {
@@ -67,15 +68,25 @@ struct Histogram : Reading<Element_, kLayout> {
     const int64_t items = kColumns ? place.items : int64_t{place.items} * kElements;
     const int64_t count = elements < items ? elements : items;
     const char* pointer = first.pointer + (kColumns ? column * task.element_stride : 0);
+    const int64_t stride = kColumns ? task.line_stride : task.element_stride;
+    const auto value_at = [&](const char* from) {
+      uint32_t words[kItemWords];
+      load(task, from, 1, memory, words);
+      return Words<Element>::value(words, 0);
+    };
+    if (count >= 3) {  // on their way at the same time
+      const Value a = value_at(pointer), b = value_at(pointer + stride), c = value_at(pointer + 2 * stride);
+      if (finite(a) && finite(b) && finite(c)) {
+        return larger(smaller(a, b), smaller(larger(a, b), c));
+      }
+    }
 #pragma unroll 1
     for (int32_t index = 0; index < count && index < 64; ++index) {
-      uint32_t words[kItemWords];
-      load(task, pointer, 1, memory, words);
-      const Value value = Words<Element>::value(words, 0);
+      const Value value = value_at(pointer);
       if (finite(value)) {
         return value;
       }
-      pointer += kColumns ? task.line_stride : task.element_stride;
+      pointer += stride;
     }
     return 0.0;
   }
