@@ -401,6 +401,15 @@ def test_moments_keep_their_digits(library):
     check(emulate(library, **problem), **problem)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_an_outlier_is_no_shift(library, first):
+    """Around a value 10^5 σ away, the sums of a block of many others would lose as many digits as their number has."""
+    x = torch.randn(1, 20_000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, 0, first] = 1e5
+    problem = {"tensors": [x.float()], "grid": None, "bins": 0, "per": LAYER}
+    check(emulate(library, **problem, gpu=Gpu(1, 227 * 1024, 228 * 1024)), **problem)
+
+
 def test_the_plan_fills_the_gpu_once(library):
     """One layer and twelve of them: nearly all multiprocessors busy until the end, never one block too many."""
     for count, rows in ((1, 3000), (12, 700)):
