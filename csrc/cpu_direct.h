@@ -76,7 +76,7 @@ class Direct {
       if (sums.count == sums.most) {  // nothing yet, or enough for a better shift
         merge(sums.collected, sums.moments());
         const double shift = sums.collected.count > 0.0 ? sums.collected.mean : wide;
-        sums = {sums.collected, shift, 0.0, 0.0, wide, wide, 0.0, std::clamp(8.0 * sums.most, 64.0, 4096.0)};
+        sums = {sums.collected, shift, 0.0, 0.0, wide, wide, 0.0, std::clamp(8.0 * sums.most, 64.0, 512.0)};
       }
       const double distance = wide - sums.shift;
       sums.sum += distance;

@@ -40,6 +40,7 @@ struct alignas(64) LaneGrids {
 struct alignas(64) LaneSums {
   double shift[kLanes], sum[kLanes], square[kLanes];
   double minimum[kLanes], maximum[kLanes];
+  double folded_sum[kLanes], folded_square[kLanes];  // sums before these
 };
 
 enum class ElementType : int32_t { kFloat, kHalf, kBFloat16, kDouble, kCount };

@@ -86,7 +86,7 @@ Call prepare(const std::vector<Tensor>& x, const std::optional<Tensor>& grid, in
   Tensor counts = torch::stable::new_zeros(x[0], {call.targets, bins}, ScalarType::Long);
   Tensor outside =
       torch::stable::new_zeros(x[0], {call.targets, static_cast<int64_t>(kOutsideCount)}, ScalarType::Long);
-  Tensor moments = torch::stable::new_empty(x[0], {statistics ? call.targets : 0, 5}, ScalarType::Double);
+  Tensor moments = torch::stable::new_empty(x[0], {statistics ? call.targets : 0, kMomentsColumns}, ScalarType::Double);
   call.counts = static_cast<int64_t*>(counts.data_ptr());
   call.outside = static_cast<int64_t*>(outside.data_ptr());
   call.moments = statistics ? static_cast<Moments*>(moments.data_ptr()) : nullptr;

@@ -34,8 +34,8 @@ struct Call {
   std::tuple<Tensor, Tensor, Tensor> results;
 };
 
-// Checks the arguments and allocates counts int64 [K, bins], outside int64 [K, 5] and moments float64 [K, 5], without
-// statistics [0, 5].
+// Checks the arguments and allocates counts int64 [K, bins], outside int64 [K, 5] and moments float64 [K, 7], without
+// statistics [0, 7].
 Call prepare(const std::vector<Tensor>& x, const std::optional<Tensor>& grid, int64_t bins, int64_t per,
              bool statistics, const std::optional<Tensor>& only);
 

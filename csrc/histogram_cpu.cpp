@@ -16,6 +16,7 @@
 #include "cpu_direct.h"
 #include "cpu_lanes.h"
 #include "cpu_subnormals.h"
+#include "cpu_sums.h"
 #include "cpu_walk.h"
 #include "histogram.h"
 
@@ -25,8 +26,6 @@ namespace {
 constexpr int64_t kTableBytes = 448 * 1024;   // the tables of a task: within the L2 of the CPUs of today
 constexpr int64_t kBlockBytes = 128 * 1024;  // the rows that all groups of a task take before the next, likewise
 constexpr int64_t kFewRows = 8;               // what a call for one group of columns is worth
-constexpr int64_t kSumRows = 4096;            // after at most so many the sums go on around a better shift
-constexpr int64_t kFirstSumRows = 64;         // the first values may be outliers, and a bad shift
 constexpr int64_t kShiftValues = 64;          // whose mean is the first shift
 constexpr int64_t kBufferRows = 256;          // of values that are brought together first
 constexpr int64_t kTaskValues = 32 * 1024;    // less is not worth another thread
@@ -47,23 +46,6 @@ constexpr ElementType type_of(const BFloat16*) {
 constexpr ElementType type_of(const double*) {
   return ElementType::kDouble;
 }
-
-// Of the finite ones of some values; 0 if there is none. Equal values have it exactly, however large they are.
-class Mean {
- public:
-  void add(double value) {
-    if (value - value == 0.0) {
-      first_ = empty() ? value : first_;
-      sum_ += value - first_;
-      count_ += 1.0;
-    }
-  }
-  bool empty() const { return count_ == 0.0; }
-  double value() const { return empty() ? 0.0 : first_ + sum_ / count_; }
-
- private:
-  double first_ = 0.0, sum_ = 0.0, count_ = 0.0;
-};
 
 class Counting {
  public:
@@ -215,18 +197,12 @@ class Counting {
     return tables;
   }
 
-  static void restart(LaneSums& sums, int32_t lane, double shift) {
-    sums.shift[lane] = shift;
-    sums.sum[lane] = sums.square[lane] = 0.0;
-    sums.minimum[lane] = INFINITY;
-    sums.maximum[lane] = -INFINITY;
-  }
-
   // Moves the sums of `rows` rows into the moments of the lanes, and the shift to the mean so far.
   void collect_sums(Tables& tables, int64_t rows, bool one_target) const {
     if (call_.moments == nullptr) {
       return;
     }
+    fold(tables.sums);
     for (size_t index = 0; index < tables.moments.size(); ++index) {
       LaneSums& sums = tables.sums[index / kLanes];
       const int32_t lane = static_cast<int32_t>(index % kLanes);
@@ -237,8 +213,8 @@ class Counting {
       const double finite = static_cast<double>(rows - (outside - tables.outside_finite[index]));
       tables.outside_finite[index] = outside;
       Moments& total = tables.moments[one_target ? 0 : index];
-      merge(total, moments_of(finite, sums.shift[lane], sums.sum[lane], sums.square[lane], sums.minimum[lane],
-                              sums.maximum[lane]));
+      merge(total, moments_of(finite, sums.shift[lane], sums.folded_sum[lane], sums.folded_square[lane],
+                              sums.minimum[lane], sums.maximum[lane]));
       restart(sums, lane, total.count > 0.0 ? total.mean : sums.shift[lane]);
     }
   }
@@ -291,7 +267,7 @@ class Counting {
     const int64_t most = std::clamp<int64_t>(
         kBlockBytes / (groups * kLanes * static_cast<int64_t>(sizeof(Element))), kFewRows, kBufferRows);
     alignas(64) Element buffer[kBufferRows * kLanes];
-    int64_t table_rows = 0, sum_rows = 0, most_sum_rows = kFirstSumRows;
+    int64_t table_rows = 0, sum_rows = 0, fold_rows = 0, most_sum_rows = kFirstSumRows;
     for_row_blocks<Element>(source, task.begin, task.end, most, [&](const Element* block, int64_t rows) {
       if (table_rows + rows > kMaxLaneRows || sum_rows + rows > most_sum_rows) {
         collect_sums(tables, sum_rows, false);
@@ -322,6 +298,11 @@ class Counting {
       }
       table_rows += rows;
       sum_rows += rows;
+      fold_rows += rows;
+      if (fold_rows >= kFoldRows) {
+        fold(tables.sums);
+        fold_rows = 0;
+      }
     });
     collect_sums(tables, sum_rows, false);
     collect_tables(task, tables, false);
@@ -349,8 +330,9 @@ class Counting {
     int64_t table_rows = 0, sum_rows = 0, most_sum_rows = kFirstSumRows;
     const auto take_rows = [&](const Element* values, int64_t rows) {
       while (rows > 0) {
-        const int64_t taken = std::min({rows, kMaxLaneRows - table_rows, most_sum_rows - sum_rows});
+        const int64_t taken = std::min({rows, kMaxLaneRows - table_rows, most_sum_rows - sum_rows, kFoldRows});
         count_rows(values, taken, kLanes, 1, tables.grids.data(), tables.slots.data(), wanted_sums(tables, 0));
+        fold(tables.sums);
         values += taken * kLanes;
         rows -= taken;
         table_rows += taken;

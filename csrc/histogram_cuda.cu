@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kMaxThreads) histogram_kernel(const __grid_con
 // A warp for each target: all its blocks' moments, in an order that depends on nothing but the plan.
 __global__ void __launch_bounds__(MergedMoments::kThreads)
     merge_kernel(const __grid_constant__ Launch launch, Moments* __restrict__ moments) {
-  __shared__ double totals[MergedMoments::kThreads][sizeof(Moments) / sizeof(double)];
+  __shared__ double totals[MergedMoments::kThreads][kMomentsColumns];
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarp);
   const int64_t index = blockIdx.x * int64_t{MergedMoments::kThreads / kWarp} + threadIdx.x / kWarp;
   Moments total = MergedMoments::gather(launch, index, lane);
@@ -308,8 +308,8 @@ void run(const Call& call, const Tensor& x, int32_t device_index, cudaStream_t s
     launch.counts = call.counts;
     launch.outside = call.outside;
     // Scratch may be handed on when this function returns: whoever gets it uses it later on the same stream.
-    const Tensor scratch =
-        torch::stable::new_empty(x, {wanted.moments ? launch.partial_count : 0, 5}, ScalarType::Double);
+    const Tensor scratch = torch::stable::new_empty(
+        x, {wanted.moments ? launch.partial_count : 0, kMomentsColumns}, ScalarType::Double);
     launch.partials = wanted.moments ? static_cast<Moments*>(scratch.data_ptr()) : nullptr;
     with_kernel<Element>(launch, [&](auto kernel) { start<decltype(kernel)>(launch, device, stream); });
     if (wanted.moments) {

@@ -62,7 +62,7 @@ def _histogram_fake(
     return (
         x[0].new_empty((rows, bins), dtype=torch.int64),
         x[0].new_empty((rows, 5), dtype=torch.int64),
-        x[0].new_empty((rows if statistics else 0, 5), dtype=torch.float64),
+        x[0].new_empty((rows if statistics else 0, 7), dtype=torch.float64),
     )
 
 

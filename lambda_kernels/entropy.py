@@ -5,7 +5,8 @@ over *all* samples (arXiv 2404.05657, section 3.2). Histogram: H = −Σ_b p_b l
 
 Counts are integers and moments are kept in float64 and merged by Chan's formula (Chan, Golub, LeVeque 1979, "Updating
 formulae and a pairwise algorithm for computing sample variances"), so that any split of the data over batches or processes
-gives the same result: histograms exactly, Gaussians to rounding.
+gives the same result: histograms exactly, Gaussians to 1e-12, however large the mean is beside the spread, because mean and
+M2 are kept in two float64 each (Dekker 1971, "A floating-point technique for extending the available precision").
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from numbers import Real
+from operator import index
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ def gaussian_entropy(x: Tensor, *, dim: int = -1, base: float = 2, constant: boo
         float64 `[C]`: log σ_j. σ is the sample standard deviation (n − 1).
 
     Raises:
-        ValueError: Fewer than two samples, or every channel is constant.
+        ValueError: Fewer than two samples, or every channel is constant; `dim`, `base` or the shape of `x` is wrong.
+        TypeError: `x` is no dense floating-point tensor with values, or `dim` no integer.
         NonFiniteActivationError: `x` holds NaN or infinity.
     """
     meter = EntropyMeter("gaussian", base=base)
@@ -79,14 +81,14 @@ def histogram_entropy(
 
     Raises:
         ValueError: Fewer than two samples, or wrong options.
-        TypeError: `x` has the wrong dtype.
+        TypeError: `x` is no dense floating-point tensor with values, has the wrong dtype, or `dim` is no integer.
         NonFiniteActivationError: `x` holds NaN or infinity.
     """
     x = _channels_last(x, dim)
     if not (isinstance(range, str) and range == "minmax"):
         meter = EntropyMeter("histogram", bins=bins, range=range, base=base)
         return meter.update(x).compute(miller_madow=miller_madow)
-    _check_options(bins, base)
+    entropy_state.check_options(bins, base)
     seen = EntropyMeter("gaussian").update(x)
     seen._check_samples()
     found = seen.moments()
@@ -97,35 +99,13 @@ def histogram_entropy(
 
 def _channels_last(x: Tensor, dim: int) -> Tensor:
     check_tensor("x", x)
+    try:
+        dim = index(dim)
+    except TypeError:
+        raise TypeError(f"dim must be an integer, the position of the channels such as -1; got {dim!r}") from None
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim={dim} is out of range for x of shape {list(x.shape)}")
     return x.movedim(dim, -1)
-
-
-def _check_options(bins: int, base: float) -> None:
-    if isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= ops.MAX_BINS:
-        raise ValueError(f"bins must be an integer from 2 to {ops.MAX_BINS}; got {bins!r}")
-    if not (isinstance(base, Real) and 0 < base < math.inf and base != 1):
-        raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
-
-
-def _checked_range(range: tuple[float, float] | str | None, kind: str) -> tuple[float, float] | str | None:
-    if range is None:
-        return None
-    if kind != "histogram":
-        raise ValueError(f"range={range!r} belongs to kind='histogram'; got kind={kind!r}")
-    named = range if isinstance(range, str) else None  # not every pair compares with a string
-    if named == "bfloat16":
-        return "bfloat16"
-    if named == "minmax":
-        raise ValueError('range="minmax" reads all data twice, which a meter cannot; use histogram_entropy')
-    try:
-        low, high = () if named else (float(v) for v in range)
-    except (TypeError, ValueError):
-        raise ValueError(f'range must be None, (low, high) or "bfloat16"; got {range!r}') from None
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"range must be finite with low < high; got {range!r}")
-    return low, high
 
 
 class EntropyMeter:
@@ -162,8 +142,8 @@ class EntropyMeter:
         check_choice("kind", kind, KINDS)
         check_choice("per", per, PER)
         # The dyadic grid needs a bin on either side of 0.
-        _check_options(bins, base)
-        range = _checked_range(range, kind)
+        entropy_state.check_options(bins, base)
+        range = entropy_state.checked_range(range, kind)
         bins = ops.CodeGrid.bins if range == "bfloat16" else bins
         # Python's own types, not NumPy's: what `save` writes must be what `load` and other ranks can read.
         self._what = What(KINDS[KINDS.index(kind)], PER[PER.index(per)], bins, range)
@@ -203,7 +183,7 @@ class EntropyMeter:
         the finite values of that batch have been added.
 
         Raises:
-            TypeError: `x` is no floating-point tensor, or not the one that the options ask for.
+            TypeError: `x` is no dense floating-point tensor with values, or not the one that the options ask for.
             ValueError: The number of channels changed, or values are beyond ±2^500.
             NonFiniteActivationError: NaN or infinity; names what was measured, the batch and the dtype.
         """
@@ -213,6 +193,11 @@ class EntropyMeter:
     def _accept(self, x: Tensor) -> Tensor:
         """Check a batch; nothing is read yet."""
         check_tensor(f"{self.name}: x", x)
+        if x.device.type == "meta":
+            raise TypeError(
+                f"{self.name}: x is on the meta device and has no values; got shape {list(x.shape)}. Materialize the model "
+                "and its input on a real device first"
+            )
         if x.dim() == 0 or (self.per == "channel" and x.shape[-1] == 0):
             raise ValueError(f"{self.name}: x must be [..., C] with at least one channel; got shape {list(x.shape)}")
         if self.per == "sample" and len(x) > 0 and x.numel() == 0:
@@ -237,9 +222,12 @@ class EntropyMeter:
         """Add what another meter of the same options has seen.
 
         Raises:
+            TypeError: `other` is no meter.
             ValueError: The other meter measures something else.
             NonFiniteActivationError: Either has seen NaN or infinity.
         """
+        if not isinstance(other, EntropyMeter):
+            raise TypeError(f"{self.name}: other must be an EntropyMeter, which `load` makes of a file; got {other!r}")
         if self._options() != other._options():
             raise ValueError(f"meters differ: {self._options()} and {other._options()}")
         mine, theirs = self._state(), other._state()
@@ -264,14 +252,15 @@ class EntropyMeter:
 
         Raises:
             RuntimeError: There is no process group.
-            ValueError: The meters of two ranks differ in their options or channels; on every rank.
+            ValueError: The meters of two ranks differ in their options or channels, or a rank has seen values beyond
+                ±2^500; on every rank.
             NonFiniteActivationError: A rank has seen NaN or infinity; on every rank.
         """
         state, problem = None, None
         try:
             state = self._state()
         except ValueError as error:
-            problem = str(error)
+            problem = error
         state, updates = entropy_exchange.all_reduce(self._what, state, self._options(), self.updates, problem, group)
         self._parts, self.updates = [] if state is None else [state], updates
         return self
@@ -306,7 +295,7 @@ class EntropyMeter:
             return 0
         if self.kind == "gaussian":
             return int((entropy_state.std(state) < STD_FLOOR).sum())
-        return int((state.moments[:, 3] == state.moments[:, 4]).sum())
+        return int((state.moments[:, 5] == state.moments[:, 6]).sum())
 
     def moments(self) -> ops.Moments:
         """Count, mean, M2, smallest and largest value of each channel, layer or sample.

@@ -21,7 +21,7 @@ _HEADER_BYTES = 4096
 
 
 def all_reduce(
-    what: What, state: State | None, options: dict, updates: int, error: str | None, group: object
+    what: What, state: State | None, options: dict, updates: int, error: ValueError | None, group: object
 ) -> tuple[State | None, int]:
     """Merge the states of all ranks: counts exactly, moments in the order of the ranks.
 
@@ -38,14 +38,19 @@ def all_reduce(
 
     Raises:
         RuntimeError: There is no process group.
-        ValueError: Ranks measure different things or different numbers of channels; on every rank.
-        NonFiniteActivationError: A rank gave an `error`; on every rank.
+        ValueError: Ranks measure different things or different numbers of channels, or one gave an `error`; on every
+            rank.
+        NonFiniteActivationError: A rank gave an `error` of this class; on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("all_reduce needs a process group; call torch.distributed.init_process_group first")
     device = _exchange_device(group)
     rows = 0 if state is None else state.rows
-    headers = _all_headers({"options": options, "rows": rows, "updates": updates, "error": error}, device, group)
+    # JSON makes up to twelve bytes of a character.
+    text = None if error is None else str(error)[: _HEADER_BYTES // 16]
+    not_finite = isinstance(error, NonFiniteActivationError)
+    header = {"options": options, "rows": rows, "updates": updates, "error": text, "not_finite": not_finite}
+    headers = _all_headers(header, device, group)
     _check_headers(headers, what)
     updates = sum(header["updates"] for header in headers)
     all_rows = [header["rows"] for header in headers]
@@ -65,11 +70,6 @@ def _exchange_device(group: object) -> torch.device:
 
 
 def _all_headers(header: dict, device: torch.device, group: object) -> list[dict]:
-    if header["error"] is not None:
-        header = {
-            **header,
-            "error": header["error"][: _HEADER_BYTES // 16],
-        }  # JSON makes up to twelve bytes of a character
     text = json.dumps(header).encode()
     padded = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -84,7 +84,8 @@ def _check_headers(headers: list[dict], what: What) -> None:
             raise ValueError(f"meters differ: rank 0 has {first}, rank {rank} has {header['options']}")
     for rank, header in enumerate(headers):
         if header["error"] is not None:
-            raise NonFiniteActivationError(f"rank {rank}: {header['error']}")
+            kind = NonFiniteActivationError if header["not_finite"] else ValueError
+            raise kind(f"rank {rank}: {header['error']}")
     rows = {rank: header["rows"] for rank, header in enumerate(headers) if header["rows"]}
     if what.per != "sample" and len(set(rows.values())) > 1:
         listed = ", ".join(f"{number} on rank {rank}" for rank, number in rows.items())
@@ -100,13 +101,12 @@ def _all_gather(tensor: Tensor, group: object) -> list[Tensor]:
 
 def _merged(what: What, state: State | None, all_rows: list[int], device: torch.device, group: object) -> State:
     rows = max(all_rows)
-    nothing = torch.tensor([[0.0, 0.0, 0.0, torch.nan, torch.nan]], dtype=torch.float64, device=device)
-    moments = nothing.repeat(rows, 1)
+    moments = reference.no_moments(rows, device)
     for part in _all_gather(moments if state is None else state.moments, group):
         moments = reference.merge_moments(moments, part)
     if what.kind == "gaussian":
         return State(moments)
-    grid = dyadic_grid(*moments[:, 3:].unbind(1), what.bins) if what.grows else None
+    grid = dyadic_grid(*moments[:, 5:].unbind(1), what.bins) if what.grows else None
     if state is None:
         counts = torch.zeros(rows, what.bins, dtype=torch.int64, device=device)
         outside = torch.zeros(rows, 2, dtype=torch.int64, device=device)
@@ -122,7 +122,7 @@ def _merged(what: What, state: State | None, all_rows: list[int], device: torch.
 
 
 def _concatenated(what: What, state: State | None, all_rows: list[int], device: torch.device, group: object) -> State:
-    shapes = {"moments": (5, torch.float64)}
+    shapes = {"moments": (reference.MOMENTS, torch.float64)}
     if what.kind == "histogram":
         shapes |= {"counts": (what.bins, torch.int64), "outside": (2, torch.int64)}
     if what.grows:

@@ -15,13 +15,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .errors import NonFiniteActivationError
-from .ops.grids import LARGEST_MAGNITUDE, CodeGrid, Grid, dyadic_grid, regrid_unchecked, uniform_grid
+from .ops.grids import LARGEST_MAGNITUDE, MAX_BINS, CodeGrid, Grid, dyadic_grid, regrid_unchecked, uniform_grid
 from .ops.histogram import histogram, rows_of
 
 # A row that never changes has log σ = −∞. One below this standard deviation is given it, counted and reported.
@@ -57,12 +58,44 @@ def _edges(low: float, high: float, bins: int) -> list[float]:
     return uniform_grid(low, high, bins).packed()[0].tolist()
 
 
+def check_options(bins: int, base: float) -> None:
+    """Raise ValueError unless a meter can have these."""
+    if isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= MAX_BINS:
+        raise ValueError(f"bins must be an integer from 2 to {MAX_BINS}; got {bins!r}")
+    if not (isinstance(base, Real) and 0 < base < math.inf and base != 1):
+        raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
+
+
+def checked_range(range: tuple[float, float] | str | None, kind: str) -> tuple[float, float] | str | None:
+    """`range` in Python's own types.
+
+    Raises:
+        ValueError: A meter of this kind cannot have it.
+    """
+    if range is None:
+        return None
+    if kind != "histogram":
+        raise ValueError(f"range={range!r} belongs to kind='histogram'; got kind={kind!r}")
+    named = range if isinstance(range, str) else None  # not every pair compares with a string
+    if named == "bfloat16":
+        return "bfloat16"
+    if named == "minmax":
+        raise ValueError('range="minmax" reads all data twice, which a meter cannot; use histogram_entropy')
+    try:
+        low, high = () if named else (float(v) for v in range)
+    except (TypeError, ValueError):
+        raise ValueError(f'range must be None, (low, high) or "bfloat16"; got {range!r}') from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"range must be finite with low < high; got {range!r}")
+    return low, high
+
+
 @dataclass(frozen=True)
 class State:
     """K rows.
 
     Attributes:
-        moments: float64 [K, 5], as the operator gives them.
+        moments: float64 [K, 7], as the operator gives them.
         counts: int64 [K, bins]; None for a Gaussian.
         outside: int64 [K, 2]: values under the first bin, and beyond the last one; None for a Gaussian.
         grid: float64 [K, 4], packed, of a dyadic grid; None where bins are fixed. It holds all values, but which of the
@@ -148,13 +181,13 @@ def absorb(
     before_counts = None if old is None else old.counts
     outside = found.outside[:, :2]
     if what.grows and old is None:
-        grid = dyadic_grid(*moments[:, 3:].unbind(1), what.bins, centred=True)
+        grid = dyadic_grid(*moments[:, 5:].unbind(1), what.bins, centred=True)
         counts = histogram(x, grid, per=what.per).counts
         outside = torch.zeros_like(outside)
     elif what.grows:
         grew = outside.sum(1) > 0
         if not host_may_look(device) or bool(grew.any()):
-            wider = dyadic_grid(*moments[:, 3:].unbind(1), what.bins, centred=True).packed()
+            wider = dyadic_grid(*moments[:, 5:].unbind(1), what.bins, centred=True).packed()
             narrower, grid = grid, Grid.unpacked(torch.where(grew[:, None], wider, grid.packed()), what.bins)
             again = histogram(x, grid, per=what.per, only=grew).counts
             counts = torch.where(grew[:, None], again, counts)
@@ -169,7 +202,7 @@ def absorb(
 
 def _flags(outside: Tensor, moments: Tensor, sizes: Sequence[int]) -> Tensor:
     bad = outside[:, 2:].sum(1).double()
-    largest = torch.nan_to_num(moments[:, 3:].abs().amax(1), nan=0.0, posinf=math.inf)
+    largest = torch.nan_to_num(moments[:, 5:].abs().amax(1), nan=0.0, posinf=math.inf)
     if len(set(sizes)) == 1:  # the usual case, without a handful of small kernels for each meter
         return torch.stack((bad.view(len(sizes), -1).sum(1), largest.view(len(sizes), -1).amax(1)), dim=1)
     return torch.stack(
@@ -184,7 +217,7 @@ def merge(what: What, a: State, b: State) -> State:
         return State(moments)
     if not what.grows:
         return State(moments, a.counts + b.counts, a.outside + b.outside)
-    grid = dyadic_grid(*moments[:, 3:].unbind(1), what.bins, centred=True)
+    grid = dyadic_grid(*moments[:, 5:].unbind(1), what.bins, centred=True)
     counts = sum(regrid_unchecked(s.counts, Grid.unpacked(s.grid, what.bins), grid) for s in (a, b))
     return State(moments, counts, a.outside + b.outside, grid.packed())
 
@@ -193,7 +226,7 @@ def canonical(what: What, state: State) -> State:
     """The same on the one grid that depends on nothing but the smallest and the largest value of each row."""
     if not what.grows:
         return state
-    grid = dyadic_grid(*state.moments[:, 3:].unbind(1), what.bins)
+    grid = dyadic_grid(*state.moments[:, 5:].unbind(1), what.bins)
     counts = regrid_unchecked(state.counts, Grid.unpacked(state.grid, what.bins), grid)
     return State(state.moments, counts, state.outside, grid.packed())
 

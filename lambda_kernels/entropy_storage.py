@@ -12,8 +12,10 @@ from torch import Tensor
 from .entropy_state import State, What, canonical
 from .files import atomic_write, remove_leftovers
 from .ops.grids import dyadic_grid
+from .reference import MOMENTS
 
-FORMAT = 1
+FORMAT = 2
+_COLUMNS = {1: 5, FORMAT: MOMENTS}  # of `moments`; format 1 has no low parts
 TENSORS = ("moments", "counts", "outside", "grid")
 _KEYS = {"format", "options", "updates", *TENSORS}
 
@@ -22,9 +24,9 @@ def pack(what: What, state: State | None, options: dict, updates: int) -> dict:
     """A meter's state in its canonical form: the same data gives the same counts and grid, however it was split.
 
     Returns:
-        `format`, `options`, `updates`, and on the CPU, None where there is nothing: `moments` float64 [K, 5] (count, mean,
-        M2, minimum, maximum), `counts` int64 [K, bins], `outside` int64 [K, 2], and of a dyadic grid `grid` float64 [K, 3]
-        (anchor, inverse width, first).
+        `format`, `options`, `updates`, and on the CPU, None where there is nothing: `moments` float64 [K, 7] (count, mean,
+        M2, the low parts of these two, minimum, maximum), `counts` int64 [K, bins], `outside` int64 [K, 2], and of a dyadic
+        grid `grid` float64 [K, 3] (anchor, inverse width, first).
     """
     tensors = dict.fromkeys(TENSORS)
     if state is not None:
@@ -42,8 +44,10 @@ def unpack(what: What, stored: object, options: dict) -> tuple[State | None, int
     """
     if not isinstance(stored, dict) or "format" not in stored:
         raise ValueError("not the state of an entropy meter: it has no 'format'")
-    if stored["format"] != FORMAT:
-        raise ValueError(f"the state has format {stored['format']!r}; this version reads {FORMAT}")
+    columns = _COLUMNS.get(stored["format"]) if type(stored["format"]) is int else None
+    if columns is None:
+        listed = " and ".join(map(str, _COLUMNS))
+        raise ValueError(f"the state has format {stored['format']!r}; this version reads {listed}")
     if missing := sorted(_KEYS - stored.keys()):
         raise ValueError(f"damaged state: {', '.join(missing)} missing")
     if stored["options"] != options:
@@ -55,15 +59,19 @@ def unpack(what: What, stored: object, options: dict) -> tuple[State | None, int
         if present := [name for name in TENSORS if stored[name] is not None]:
             raise ValueError(f"damaged state: {', '.join(present)} without moments")
         return None, updates
-    moments = _checked(stored, "moments", (None, 5), torch.float64)
+    moments = _checked(stored, "moments", (None, columns), torch.float64)
+    if columns < MOMENTS:
+        moments = torch.cat((moments[:, :3], torch.zeros_like(moments[:, :2]), moments[:, 3:]), dim=1)
     rows = len(moments)
     if what.per == "layer" and rows != 1:
         raise ValueError(f"damaged state: moments of {rows} rows for one layer")
-    count, _, m2, low, high = moments.unbind(1)
+    count, mean, m2, mean_low, m2_low, low, high = moments.unbind(1)
     if not (moments.isfinite().all() and (count >= 1).all() and (count == count.floor()).all()):
         raise ValueError("damaged state: moments hold NaN, infinity, or counts that are no whole numbers from 1")
     if not ((m2 >= 0).all() and (low <= high).all()):
         raise ValueError("damaged state: moments hold a negative M2, or a minimum above its maximum")
+    if not (torch.equal(mean + mean_low, mean) and torch.equal(m2 + m2_low, m2)):
+        raise ValueError("damaged state: moments hold a low part that is more than the rounding of the mean or of M2")
     if what.kind == "gaussian":
         return State(moments), updates
     counts = _checked(stored, "counts", (rows, what.bins), torch.int64)

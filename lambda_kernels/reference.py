@@ -15,6 +15,8 @@ _CHANNEL, _LAYER, _SAMPLE = range(3)
 
 # Counters for what no bin holds: underflow, overflow, NaN, +Inf, −Inf.
 _OUTSIDE = 5
+# Columns of moments: number, mean, M2, the low parts of these two, minimum and maximum.
+MOMENTS = 7
 # Elements of a histogram's input that are turned into float64 at a time: bounds the memory to some megabytes.
 _CHUNK_ELEMENTS = 1 << 18
 
@@ -39,8 +41,8 @@ def histogram(
 
     Returns:
         counts, int64 [K, bins]; outside, int64 [K, 5]: underflow, overflow, NaN, +Inf, −Inf, of which the first two
-        stay 0 without bins; moments, float64 [K, 5], or [0, 5]: the finite values' number, mean, Σ (x − mean)²,
-        minimum and maximum.
+        stay 0 without bins; moments, float64 [K, 7], or [0, 7]: the finite values' number, mean and
+        Σ (x − mean)², what float64 rounds off these two, minimum and maximum.
     """
     if grid is not None:
         device = grid.device
@@ -50,7 +52,7 @@ def histogram(
     for tensor in x:
         targets = (tensor.shape[2], 1, tensor.shape[0])[per]
         table = torch.zeros(targets, bins + _OUTSIDE + 1, dtype=torch.int64, device=device)
-        total = _no_moments(targets, device)
+        total = no_moments(targets, device)
         for first, values in _chunks(tensor, per):
             here = slice(first, first + values.shape[0])
             values = values.to(device)
@@ -68,7 +70,7 @@ def histogram(
     table, moments = torch.cat(tables), torch.cat(moments)
     if only is not None:
         table = table * only.to(device)[:, None]
-        moments = torch.where(only.to(device)[:, None], moments, _no_moments(row, device))
+        moments = torch.where(only.to(device)[:, None], moments, no_moments(row, device))
     outside = table[:, bins : bins + _OUTSIDE].contiguous()
     return table[:, :bins].contiguous(), outside, moments if statistics else moments[:0]
 
@@ -125,14 +127,15 @@ def _counter_of_code(value: Tensor) -> Tensor:
     return torch.where(magnitude > 0x7F80, codes + 2, counter)
 
 
-def _no_moments(rows: int, device: torch.device | str) -> Tensor:
-    moments = torch.zeros(rows, 5, dtype=torch.float64, device=device)
-    moments[:, 3:] = math.nan
+def no_moments(rows: int, device: torch.device | str) -> Tensor:
+    """Those of no values."""
+    moments = torch.zeros(rows, MOMENTS, dtype=torch.float64, device=device)
+    moments[:, 5:] = math.nan
     return moments
 
 
 def _moments_of(value: Tensor) -> Tensor:
-    """float64 [K, n] to [K, 5], in two passes: the second is over distances from the mean."""
+    """float64 [K, n] to [K, 7], in two passes: the second is over distances from the mean."""
     finite = value.isfinite()
     count = finite.sum(1).double()
     low = value.masked_fill(~finite, math.inf).amin(1)
@@ -143,19 +146,39 @@ def _moments_of(value: Tensor) -> Tensor:
     mean = distance.sum(1) / count.clamp_min(1.0)
     m2 = (distance - mean[:, None]).masked_fill_(~finite, 0.0).square_().sum(1)
     low, high = (edge.masked_fill(count == 0, math.nan) for edge in (low, high))
-    return torch.stack((count, shift + mean, m2, low, high), dim=1)
+    zero = torch.zeros_like(shift)
+    mean, mean_low = _added(shift, zero, mean)
+    return torch.stack((count, mean, m2, mean_low, zero, low, high), dim=1)
 
 
 def merge_moments(a: Tensor, b: Tensor) -> Tensor:
-    """The moments [K, 5] of two parts together (Chan, Golub, LeVeque 1979, equation 2.1b for unequal parts)."""
-    count_a, mean_a, m2_a, low_a, high_a = a.unbind(1)
-    count_b, mean_b, m2_b, low_b, high_b = b.unbind(1)
-    count = count_a + count_b
-    part = count_b / count.clamp_min(1.0)
-    difference = mean_b - mean_a
-    mean = mean_a + difference * part
-    m2 = m2_a + (m2_b + difference.square() * (count_a * part))
-    return torch.stack((count, mean, m2, torch.fmin(low_a, low_b), torch.fmax(high_a, high_b)), dim=1)
+    """The moments [K, 7] of two parts together (Chan, Golub, LeVeque 1979, equation 2.1b for unequal parts).
+
+    The mean takes a step from that of the larger part. The step is rounded in proportion to itself, and mean and M2 are
+    kept in two float64 each, so that what is lost grows neither with the mean nor with the number of parts.
+    """
+    a_is_larger = (a[:, 0] >= b[:, 0])[:, None]
+    a, b = torch.where(a_is_larger, a, b), torch.where(a_is_larger, b, a)
+    count = a[:, 0] + b[:, 0]
+    part = b[:, 0] / count.clamp_min(1.0)
+    difference = (b[:, 1] - a[:, 1]) + (b[:, 3] - a[:, 3])
+    step = difference * part
+    gain = b[:, 2] + difference * (difference * (a[:, 0] * part))
+    mean_and_m2, low = a[:, 1:3], a[:, 3:5].clone()
+    low[:, 1] += b[:, 4]
+    high, low = _added(mean_and_m2, low, torch.stack((step, gain), dim=1))
+    edges = torch.fmin(a[:, 5], b[:, 5]), torch.fmax(a[:, 6], b[:, 6])
+    return torch.cat((count[:, None], high, low, torch.stack(edges, dim=1)), dim=1)
+
+
+def _added(high: Tensor, low: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """`high + low + by` in two float64; the rounding error of a sum is known exactly (Knuth's TwoSum)."""
+    total = high + by
+    added = total - high
+    rest = (high - (total - added)) + (by - added) + low
+    rest = rest.masked_fill(~total.isfinite(), 0.0)
+    high = total + rest
+    return high, rest.sub_((high - total).nan_to_num_(0.0))
 
 
 def ln_mlp(

@@ -295,11 +295,26 @@ def test_wrong_options(options, words):
         EntropyMeter(**options)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_wrong_input():
     with pytest.raises(TypeError, match="int64"):
         gaussian_entropy(torch.arange(5))
     with pytest.raises(TypeError, match=r"mlp: x must be a torch\.Tensor; got list"):
         EntropyMeter(name="mlp").update([1.0])
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
+        with pytest.raises(TypeError, match=r"mlp: x must be a dense tensor; got a nested one.*x\.unbind\(\)"):
+            EntropyMeter(name="mlp").update(nested)
+    for call in (EntropyMeter(name="x").update, gaussian_entropy, histogram_entropy):
+        with pytest.raises(TypeError, match=r"x: x is on the meta device .* \[4, 3\]\. Materialize the model"):
+            call(torch.empty(4, 3, device="meta"))
+    for dim in ("a", None, 1.0):
+        with pytest.raises(TypeError, match=f"dim must be an integer, .* such as -1; got {dim!r}"):
+            gaussian_entropy(torch.zeros(3, 3), dim=dim)
+    assert torch.equal(gaussian_entropy(sample(9, 3), dim=np.int64(1)), gaussian_entropy(sample(9, 3)))
+    for other in (None, "meter.pt"):
+        with pytest.raises(TypeError, match=f"mlp: other must be an EntropyMeter, .*load.*; got {other!r}"):
+            EntropyMeter(name="mlp").merge(other)
     with pytest.raises(ValueError, match="at least one channel"):
         EntropyMeter().update(torch.zeros(4, 0))
     with pytest.raises(ValueError, match="at least one channel"):

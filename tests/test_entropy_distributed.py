@@ -44,7 +44,7 @@ def test_all_reduce(world, tmp_path):
             process.kill()
     for process, (output, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
-        assert output.split() == ["merged", "refused", "named"]
+        assert output.split() == ["merged", "agreed", "refused", "named"]
 
 
 def test_without_a_process_group():
@@ -93,6 +93,17 @@ def check_merging(rank: int, world: int) -> None:
     assert (nothing.count, nothing.updates, nothing.channels) == (0, 0, 0)
 
 
+def check_large_means(rank: int, world: int) -> None:
+    """A mean of 10^7 σ: the entropies do not depend on how many ranks there are, nor on the batches of each."""
+    for per in PER[:2]:
+        x = 3e7 + 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        whole = EntropyMeter(per=per).update(x.float())
+        meter = EntropyMeter(per=per)
+        for batch in own_share(x.float(), rank, world).split(2):
+            meter.update(batch)
+        torch.testing.assert_close(meter.all_reduce().compute(), whole.compute(), rtol=1e-13, atol=0)
+
+
 def check_refusals(rank: int, world: int) -> None:
     """What does not fit together is an error on every rank, and the next exchange works."""
     last = rank == world - 1
@@ -113,19 +124,26 @@ def check_refusals(rank: int, world: int) -> None:
 
 
 def check_naming(rank: int, world: int) -> None:
-    """A rank that has learnt late of NaN, as on a CUDA device, tells the others."""
+    """A rank that has learnt late of NaN or of values too large, as on a CUDA device, tells the others which."""
     meter = EntropyMeter(name="blocks[7].attn").update(sample(4, 3))
     if rank == world - 1:
         meter._watch._error = NonFiniteActivationError("blocks[7].attn: 1 of 12 values are NaN " + "😀" * 9000)
     with pytest.raises(NonFiniteActivationError, match=rf"rank {world - 1}: blocks\[7\]\.attn: 1 of 12 values"):
         meter.all_reduce()
+    meter = EntropyMeter(name="blocks[7].attn").update(sample(4, 3))
+    if rank == world - 1:
+        meter._watch._error = ValueError("blocks[7].attn: values up to 1e+200 are too large")
+    with pytest.raises(ValueError, match=rf"rank {world - 1}: blocks\[7\]\.attn: .* 1e\+200 are too large") as caught:
+        meter.all_reduce()
+    assert caught.type is ValueError
 
 
 def work(world: int, rendezvous: str, rank: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    for check, word in ((check_merging, "merged"), (check_refusals, "refused"), (check_naming, "named")):
+    checks = {"merged": check_merging, "agreed": check_large_means, "refused": check_refusals, "named": check_naming}
+    for word, check in checks.items():
         check(rank, world)
         print(word, flush=True)
     dist.destroy_process_group()

@@ -44,6 +44,21 @@ def test_round_trips(mode, per, tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_files_of_the_first_format_are_read(mode, tmp_path):
+    """They lack the low parts of mean and M2, which are taken for 0."""
+    meter = meter_of(mode)
+    state = meter.state_dict()
+    state |= {"format": 1, "moments": state["moments"][:, [0, 1, 2, 5, 6]]}
+    entropy_storage.write(tmp_path / "meter.pt", "mlp", state)
+    loaded = EntropyMeter.load(tmp_path / "meter.pt")
+    assert_same(loaded, meter)
+    assert loaded.moments().mean_low.abs().max() == loaded.moments().m2_low.abs().max() == 0
+    assert loaded.state_dict()["format"] == 2
+    more = sample(5, 2, 3, seed=9, dtype=torch.bfloat16)
+    assert_same(loaded.update(more), meter.update(more))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_nothing_seen_is_a_state(mode, tmp_path):
     meter = meter_of(mode, updates=0)
     meter.save(tmp_path / "meter.pt")
@@ -101,7 +116,7 @@ def shifted(name: str, row: int, column: int, by: float):
     ("change", "words"),
     [
         (lambda state: state.pop("format"), "not the state of an entropy meter"),
-        (lambda state: state.update(format=99), "format 99; this version reads 1"),
+        (lambda state: state.update(format=99), "format 99; this version reads 1 and 2"),
         (lambda state: state.pop("counts"), "counts missing"),
         (lambda state: state["options"].update(bins=17), "belongs to .*17.* this meter is .*16"),
         (lambda state: state["options"].update(per="layer"), "belongs to"),
@@ -111,10 +126,10 @@ def shifted(name: str, row: int, column: int, by: float):
         (lambda state: state.update(moments=[1.0]), "moments must be a tensor; got list"),
         (
             lambda state: state.update(moments=torch.ones(3, 4).double()),
-            r"moments must be .*\['K', 5\]; got .*\[3, 4\]",
+            r"moments must be .*\['K', 7\]; got .*\[3, 4\]",
         ),
-        (lambda state: state.update(moments=torch.ones(0, 5).double()), r"\[0, 5\]"),
-        (lambda state: state.update(moments=torch.ones(3, 5)), "got torch.float32"),
+        (lambda state: state.update(moments=torch.ones(0, 7).double()), r"\[0, 7\]"),
+        (lambda state: state.update(moments=torch.ones(3, 7)), "got torch.float32"),
         (lambda state: state.update(counts=state["counts"][:, :15]), r"counts must be .*\[3, 16\]; got .*\[3, 15\]"),
         (lambda state: state.update(counts=None), "counts must be a tensor; got NoneType"),
         (lambda state: state.update(counts=state["counts"].to_sparse()), "counts"),
@@ -123,8 +138,10 @@ def shifted(name: str, row: int, column: int, by: float):
         (shifted("moments", 1, 1, float("nan")), "NaN, infinity"),
         (shifted("moments", 0, 0, 0.5), "no whole numbers"),
         (shifted("moments", 0, 2, -1e9), "negative M2"),
-        (shifted("moments", 2, 3, 1e9), "above its maximum"),
-        (shifted("moments", 2, 4, 1e9), "grid is not that of"),
+        (shifted("moments", 1, 3, 1e-3), "low part that is more than the rounding"),
+        (shifted("moments", 0, 4, -1.0), "low part that is more than the rounding"),
+        (shifted("moments", 2, 5, 1e9), "above its maximum"),
+        (shifted("moments", 2, 6, 1e9), "grid is not that of"),
         (shifted("counts", 1, 3, 1), "do not add up"),
         (shifted("counts", 1, 3, -(10**6)), "negative"),
         (shifted("outside", 1, 0, 1), "do not add up"),

@@ -28,6 +28,8 @@ def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a floating-point tensor of a supported dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor; got a nested one, use the tensors that {name}.unbind() gives")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
     if value.dtype not in FLOATING:

@@ -19,6 +19,9 @@ class Moments:
         count: int64 [K]: how many there are.
         mean: float64 [K]; 0 where there is none.
         m2: float64 [K]: Σ (x − mean)².
+        mean_low: float64 [K]: what float64 rounds off the mean. With it parts are merged without a loss that grows with
+            the mean over the standard deviation.
+        m2_low: float64 [K]: what it rounds off M2. With it no loss grows with the number of parts.
         minimum: float64 [K]; NaN where there is none.
         maximum: float64 [K], likewise.
     """
@@ -26,18 +29,21 @@ class Moments:
     count: Tensor
     mean: Tensor
     m2: Tensor
+    mean_low: Tensor
+    m2_low: Tensor
     minimum: Tensor
     maximum: Tensor
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> Moments:
-        """From the operator's float64 [K, 5]."""
+        """From the operator's float64 [K, 7]."""
         count, *rest = packed.unbind(1)
         return cls(count.long(), *rest)
 
     def packed(self) -> Tensor:
-        """As the operator gives them: float64 [K, 5]."""
-        return torch.stack((self.count.double(), self.mean, self.m2, self.minimum, self.maximum), dim=1)
+        """As the operator gives them: float64 [K, 7]."""
+        low = (self.mean_low, self.m2_low)
+        return torch.stack((self.count.double(), self.mean, self.m2, *low, self.minimum, self.maximum), dim=1)
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both parts together, by the formula of Chan, Golub and LeVeque (1979).
