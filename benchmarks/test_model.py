@@ -7,7 +7,7 @@ import timm
 import torch
 
 from lambda_kernels import EntropyMeter, convert_vit
-from lambda_vit.paths import skip_attention
+from lambda_vit.paths import PathRunner, skip_attention
 from lambda_vit.transfer import Measurement
 
 
@@ -49,3 +49,21 @@ def test_selecting_five_of_twelve(model, against):
 
     with torch.inference_mode():
         against(shared, one_by_one, rounds=3)
+
+
+def test_statistics_of_a_round(model, against):
+    """All candidates of a round with their statistics, against the same forwards with nothing measured."""
+    data = [torch.randn(8, 3, 224, 224)]
+    paths = [frozenset(), *(frozenset((i,)) for i in range(12))]
+
+    def measured() -> None:
+        with Measurement(model, data, cache="none") as measurement:
+            measurement.measure(paths, compare=True)
+
+    def bare() -> None:
+        runner = PathRunner(model)
+        for images in data:
+            dict(runner.outputs(runner.embed(images), paths))
+
+    with torch.inference_mode():
+        against(measured, bare, rounds=5)
