@@ -32,8 +32,8 @@ constexpr int64_t kMomentsColumns = 7;
 // A row of the tensor [K, 7] float64: the finite values' number, mean and M2 = Σ (x − mean)², what float64 rounds off
 // these two, smallest and largest; the last two are NaN where there is no value.
 //
-// A mean of 53 bits is wrong in proportion to itself, and so is the distance to the mean of a part that is merged, which
-// enters M2. With some 106 bits what is lost is in proportion to the spread, however large the mean; and M2 loses
+// A mean of 53 bits is wrong in proportion to itself, and so is the distance to the mean of a part that is merged,
+// which enters M2. With some 106 bits what is lost is in proportion to the spread, however large the mean; and M2 loses
 // nothing that grows with the number of parts.
 struct Moments {
   double count = 0.0;
@@ -63,7 +63,8 @@ LAMBDA_KERNELS_HOST_DEVICE inline void add_to(double& high, double& low, double 
 }
 
 // The moments of `count` values, from their sums Σ (x − shift) and Σ (x − shift)². Loses few digits where the shift is
-// one of the values, or near their mean.
+// one of the values, or near their mean. M2 is infinite where a square overflows: inf − inf must not look like a spread
+// of 0.
 LAMBDA_KERNELS_HOST_DEVICE inline Moments moments_of(double count, double shift, double sum, double square,
                                                      double minimum, double maximum) {
   Moments result;
@@ -73,15 +74,15 @@ LAMBDA_KERNELS_HOST_DEVICE inline Moments moments_of(double count, double shift,
     result.count = count;
     result.mean = shift;
     add_to(result.mean, result.mean_low, mean);
-    result.m2 = m2 > 0.0 ? m2 : 0.0;
+    result.m2 = !(square < INFINITY) ? INFINITY : m2 > 0.0 ? m2 : 0.0;
     result.minimum = minimum;
     result.maximum = maximum;
   }
   return result;
 }
 
-// Adds `other` to `total` (Chan, Golub, LeVeque 1979, equation 2.1b in its form for unequal parts). The mean takes a step
-// from that of the larger part; the step is rounded in proportion to itself, so that a plain product will do.
+// Adds `other` to `total` (Chan, Golub, LeVeque 1979, equation 2.1b in its form for unequal parts). The mean takes a
+// step from that of the larger part; the step is rounded in proportion to itself, so that a plain product will do.
 LAMBDA_KERNELS_HOST_DEVICE inline void merge(Moments& total, const Moments& other) {
   if (other.count == 0.0) {
     return;

@@ -385,7 +385,8 @@ extern "C" void emulate(int64_t element, int64_t count, const int64_t* tensors, 
   const Device device{static_cast<int32_t>(gpu[0]), gpu[1], gpu[2]};
   checks.findings[kWidth] = kWarp;
   for (Launch& launch : plan(sources, wanted, device, static_cast<int32_t>(gpu[3]))) {
-    std::vector<Moments> partials(moments != nullptr ? launch.partial_count : 0, Moments{NAN, NAN, NAN, NAN, NAN, NAN, NAN});
+    const Moments unset{NAN, NAN, NAN, NAN, NAN, NAN, NAN};
+    std::vector<Moments> partials(moments != nullptr ? launch.partial_count : 0, unset);
     launch.grid = reinterpret_cast<const ChannelGrid*>(grid);
     launch.only = only;
     launch.counts = counts;

@@ -1,4 +1,4 @@
-"""Gaussian entropies and moments against exact rational arithmetic, however the data comes and however large its mean."""
+"""Gaussian entropies and moments against exact rational arithmetic, however data comes and however large its mean."""
 
 from __future__ import annotations
 
@@ -157,6 +157,15 @@ def test_no_number_of_parts_adds_up_to_an_error() -> None:
         total = reference.merge_moments(total, packed)
     torch.testing.assert_close(total[:, 2], 10_000 * batch.m2, rtol=1e-15, atol=0)
     assert torch.equal(total[:, 1], batch.mean)
+
+
+@both_backends
+@pytest.mark.parametrize("times", [1, 40], ids=["few", "many"])
+def test_an_overflow_does_not_look_like_no_spread(times: int, backend: str) -> None:
+    x = torch.tensor([[1e200], [-1e200], [4e200]], dtype=torch.float64).repeat(times, 1)
+    found = ops.moments(x, backend=backend)
+    assert found.mean.item() == pytest.approx(4e200 / 3)
+    assert (found.m2.item(), found.m2_low.item(), found.std.item()) == (math.inf, 0.0, math.inf)
 
 
 def test_what_overflows_is_infinite_and_leaves_no_nan_behind() -> None:

@@ -18,7 +18,7 @@ class Moments:
     Attributes:
         count: int64 [K]: how many there are.
         mean: float64 [K]; 0 where there is none.
-        m2: float64 [K]: Σ (x − mean)².
+        m2: float64 [K]: Σ (x − mean)². Not finite where squares overflow: of float64 values beyond ±2^500.
         mean_low: float64 [K]: what float64 rounds off the mean. With it parts are merged without a loss that grows with
             the mean over the standard deviation.
         m2_low: float64 [K]: what it rounds off M2. With it no loss grows with the number of parts.
