@@ -163,9 +163,10 @@ struct Reading {
     }
   }
 
-  // The shift of a target: the median of the first three finite ones of the block's first values, so that an outlier
-  // among them does no harm; of two the larger one, and 0 where there is none among 256. `first` is where the block's
-  // walk begins; from there, values follow down the target's column or along the line.
+  // The shift of a target: the median of three finite values of the block, so that an outlier among them does no harm;
+  // of two the larger one, and 0 where there is none among 256. They are a quarter of the block apart: outliers come
+  // together, as special tokens do at the beginning of an image. `first` is where the block's walk begins; from there,
+  // values follow down the target's column or along the line.
   template <typename Memory>
   LAMBDA_KERNELS_HOST_DEVICE static double shift_of(const Place& place, const Walk& first, int32_t column,
                                                     Memory& memory) {
@@ -175,17 +176,18 @@ struct Reading {
     const int64_t items = kColumns ? place.items : int64_t{place.items} * kElements;
     const int64_t count = elements < items ? elements : items;
     const int64_t stride = kColumns ? task.line_stride : task.element_stride;
+    const int64_t apart = count < kTogether ? 1 : count / kTogether;
     const char* pointer = first.pointer + (kColumns ? column * task.element_stride : 0);
     Value low = 0, high = 0, median = 0;
     int32_t found = 0;
 #pragma unroll 1
-    for (int32_t index = 0; index < count && index < 256 && found < 3; index += kTogether) {
+    for (int32_t index = 0; index < apart && index < 256 / kTogether && found < 3; ++index) {
       uint32_t ones[kTogether][Held::kOne];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {  // all before the first is looked at: one latency
         no_value(ones[i]);
-        if (index + i < count) {
-          load_value(pointer + i * stride, memory, ones[i]);
+        if (index + i * apart < count) {
+          load_value(pointer + i * apart * stride, memory, ones[i]);
         }
       }
 #pragma unroll
@@ -199,7 +201,7 @@ struct Reading {
           ++found;
         }
       }
-      pointer += kTogether * stride;
+      pointer += stride;
     }
     return median;
   }

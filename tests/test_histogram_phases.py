@@ -1,4 +1,4 @@
-"""The CUDA half of the histogram without a GPU: its launches, planned by its own function and run phase by phase on the CPU.
+"""The CUDA half of the histogram without a GPU: its launches, planned by its own function and run phase by phase.
 
 `cuda_emulation.cpp` is compiled by g++ here. What is expected comes from numpy, from the rule as it stands in words: a
 value's bin is floor((value − anchor) · inv_width) − first in float64.
@@ -374,19 +374,38 @@ def test_one_launch_holds_tensors_with_and_without_stages(library):
     assert result.copies == (90 * 64 + 7 * 128) // 8
 
 
+ONE = Gpu(1, 227 * 1024, 228 * 1024)
+
+
 @pytest.mark.parametrize("per", [CHANNEL, LAYER])
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_an_outlier_at_the_start_costs_no_digits(library, per, where):
-    """Sums are counted from a middle one of the first values: from the outlier itself, M2 would keep no digit."""
-    x = view("contiguous", (1, 4000, 32 if per == CHANNEL else 1), torch.float64, 0, 0.0)
-    x[0, where] = 1e9
-    x[0, 3:100:2] = math.nan
+@pytest.mark.parametrize("outliers", [[0], [1], [2], [0, 1], [0, 1, 2, 3, 4], [10_000], [5000, 15_000]], ids=str)
+def test_outliers_are_no_shift(library, per, outliers):
+    """Around a value 10^5 σ away, the sums of a block of many others would lose as many digits as their number has."""
+    x = torch.randn(1, 20_000, 4 if per == CHANNEL else 1, generator=torch.Generator().manual_seed(0))
+    x[0, outliers] = 1e5
     problem = {"tensors": [x], "grid": None, "bins": 0, "per": per}
-    result = emulate(library, **problem, gpu=Gpu(1, 227 * 1024, 228 * 1024))
+    result = emulate(library, **problem, gpu=ONE)
     check(result, **problem)
-    x[0, :200] = math.nan
-    x += 1e6
-    check(emulate(library, **problem, gpu=Gpu(1, 227 * 1024, 228 * 1024)), **problem)
+    m2 = x.double().sub(x.double().mean(1)).square().sum(1)[0].numpy()
+    np.testing.assert_allclose(result.moments[:, 2], m2, rtol=2e-14)
+
+
+@pytest.mark.parametrize("per", [CHANNEL, LAYER])
+def test_a_shift_is_looked_for_behind_nan(library, per):
+    """At the beginning, at every even place, and at the places that are looked at first."""
+    for places in (slice(0, 700), slice(0, None, 2), slice(0, None, 250)):
+        x = 1e6 + view("contiguous", (1, 1000, 4 if per == CHANNEL else 1), torch.float64, 0, 0.0)
+        x[0, places] = math.nan
+        problem = {"tensors": [x], "grid": None, "bins": 0, "per": per}
+        check(emulate(library, **problem, gpu=ONE), **problem)
+
+
+@pytest.mark.parametrize("per", [CHANNEL, LAYER, SAMPLE])
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_a_shift_is_looked_for_in_no_other_memory(library, rows, per):
+    x = torch.full((1, rows, 4), math.nan, dtype=torch.float64)
+    problem = {"tensors": [x], "grid": None, "bins": 0, "per": per}
+    check(emulate(library, **problem, gpu=ONE), **problem)
 
 
 @pytest.mark.parametrize("per", [CHANNEL, LAYER, SAMPLE])
@@ -461,15 +480,6 @@ def test_moments_keep_their_digits(library):
     x[0, :, 7] = math.nan
     problem = {"tensors": [x], "grid": None, "bins": 0, "per": CHANNEL}
     check(emulate(library, **problem), **problem)
-
-
-@pytest.mark.parametrize("first", [0, 1, 2])
-def test_an_outlier_is_no_shift(library, first):
-    """Around a value 10^5 σ away, the sums of a block of many others would lose as many digits as their number has."""
-    x = torch.randn(1, 20_000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x[0, 0, first] = 1e5
-    problem = {"tensors": [x.float()], "grid": None, "bins": 0, "per": LAYER}
-    check(emulate(library, **problem, gpu=Gpu(1, 227 * 1024, 228 * 1024)), **problem)
 
 
 def test_the_plan_fills_the_gpu_once(library):
