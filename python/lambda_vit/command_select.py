@@ -168,7 +168,12 @@ def select(
                       for path in paths})  # fmt: skip
     if not processes.leads:
         return
-    commands = _next_commands(selection, record["trajectory"], selection_file, folder, model, weights, pretrained, data)
+    own = ["--model", model, *weights_options("--", weights, pretrained)]
+    reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
+    checking = ["--data", data, *_validation_options(trial, class_map, skip_bad)]
+    if trial is not None and not trial["labelled"]:
+        checking = None
+    commands = _next_commands(selection, record["trajectory"], selection_file, folder, own, data, reference, checking)
     _report(
         console, folder, selection_file, network, model, selection, record, engine, commands,
         [*trial_notes, *record["notes"]], _described(data, loader, trial),
@@ -250,18 +255,28 @@ def _described(data: Path, loader: object, trial: dict[str, Any] | None) -> dict
     return found if trial is None else found | {"validation": len(trial["loader"].dataset)}
 
 
+def _validation_options(trial: dict[str, Any] | None, class_map: Path | None, skip_bad: int) -> list[object]:
+    """What `validate` needs to be told to read the images that the picks were tried on."""
+    split = trial["split"] if trial is not None else "val"
+    found: list[object] = [] if split in ("val", "all") else ["--split", split]
+    found += [] if class_map is None else ["--class-map", class_map]
+    return [*found, "--skip-bad", skip_bad] if skip_bad else found
+
+
 def _next_commands(
     selection: Selection,
     trajectory: dict[str, Any] | None,
     selection_file: Path,
     folder: Path,
-    model: str,
-    weights: Path | None,
-    pretrained: bool,
+    own: list[object],
     data: Path,
+    reference: list[object],
+    checking: list[object] | None,
 ) -> list[dict[str, str]]:
-    """What to type next: for the recommended layers where there are any, else for all that were picked."""
-    own = ["--model", model, *weights_options("--", weights, pretrained)]
+    """What to type next: for the recommended layers where there are any, else for all that were picked.
+
+    `own` and `reference` say which model, `checking` on which images; None: their labels are not the model's classes.
+    """
     step = trajectory["recommended"]["step"] if trajectory else 0
     chosen = ["--selection", selection_file]
     which = "the picked layers"
@@ -269,12 +284,12 @@ def _next_commands(
         chosen = ["--remove", ",".join(map(str, selection.layers[:step]))]
         which = "the recommended layers"
     small = folder / "model"
-    reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
     entries = [
         (f"What training without {which} takes", ["plan", *own, *chosen, "--data", data]),
         (f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]),
-        ("Compare with the full model", ["validate", "--model", small, *reference, "--data", data]),
     ]
+    if checking is not None:
+        entries.append(("Compare with the full model", ["validate", "--model", small, *reference, *checking]))
     return [{"what": what, "command": f"lambda-vit {shlex.join(map(str, words))}"} for what, words in entries]
 
 

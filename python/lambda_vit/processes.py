@@ -109,11 +109,11 @@ class Processes:
         Raises:
             ValueError: On every rank; names what differs.
         """
-        everyone = self.gather(value)
-        for rank, other in enumerate(everyone):
-            different = [key for key in {**everyone[0], **other} if everyone[0].get(key) != other.get(key)]
+        first, *others = self.gather(value)
+        for rank, other in enumerate(others, 1):
+            different = [key for key in {**first, **other} if first.get(key) != other.get(key)]
             if different:
-                listed = "; ".join(f"{key}: {everyone[0].get(key)!r} and {other.get(key)!r}" for key in different)
+                listed = "; ".join(f"{key}: {first.get(key)!r} and {other.get(key)!r}" for key in different)
                 raise ValueError(f"{doing}: ranks 0 and {rank} were started differently ({listed}). Start all alike")
 
     @contextlib.contextmanager
