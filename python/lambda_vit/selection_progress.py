@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -97,7 +98,7 @@ def data_fingerprint(loader: object, *, labelled: bool = False) -> dict[str, Any
     if labelled and hasattr(dataset, "targets"):
         found["labels"] = hashlib.sha256(repr(list(map(int, dataset.targets))).encode()).hexdigest()
     name, sized = ("images", dataset) if hasattr(dataset, "__len__") else ("batches", loader)
-    if hasattr(sized, "__len__"):
+    with contextlib.suppress(TypeError):  # a DataLoader has the method even where it cannot tell
         found[name] = len(sized)
     transform = getattr(dataset, "transform", None)
     if transform is not None:
