@@ -152,7 +152,7 @@ def test_a_cache_that_somebody_removed(tmp_path):
         measurement.measure(PATHS)
         for path in tmp_path.rglob("1.safetensors"):
             path.unlink()
-        with pytest.raises(OSError, match="cannot read the cache .*1.safetensors"):
+        with pytest.raises(OSError, match=r"cannot read the cache .*1\.safetensors"):
             measurement.measure(PATHS)
     assert list(tmp_path.iterdir()) == []
 

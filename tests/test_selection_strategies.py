@@ -296,7 +296,7 @@ ALL = [
 
 @pytest.mark.parametrize("options", ALL, ids=str)
 def test_a_class_token_keeps_one_attention(options, model):
-    with pytest.raises(ValueError, match="1 to 4|cannot be reached"):
+    with pytest.raises(ValueError, match=r"1 to 4|cannot be reached"):
         select_layers(model, DATA, **options)
 
 

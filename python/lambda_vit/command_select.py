@@ -112,12 +112,15 @@ def select(
     from . import progress
     from .loading import open_model
     from .processes import local_device, process_group
-    from .selection import Budget, SelectionWarning, run_selection
+    from .selection import Budget, SelectionWarning, check_search, run_selection
 
     console = make_console()
     excluded, given = parse_indices(exclude, "--exclude"), parse_indices(layers, "--layers")
     budget = Budget(count, params, flops, throughput)
-    budget.asked()  # raises before anything is loaded
+    named = "nose-signed" if signed and strategy is Strategy.nose else strategy.value
+    # These raise before anything is loaded.
+    budget.asked()
+    check_search(named, signed=signed, beam=beam, layers=given or None)
     cached = {
         "cache": cache.value,
         "cache_budget": parse_bytes(cache_budget, "--cache-budget"),
@@ -144,7 +147,7 @@ def select(
             network,
             loader,
             budget,
-            strategy="nose-signed" if signed and strategy is Strategy.nose else strategy.value,
+            strategy=named,
             estimator=estimator.value,
             signed=signed,
             score=score.value,

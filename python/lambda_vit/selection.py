@@ -214,6 +214,23 @@ def select_layers(
     return selection
 
 
+def check_search(strategy: str, *, signed: bool, beam: int, layers: Sequence[int] | None) -> None:
+    """What can be said of the options before there is a model.
+
+    Raises:
+        ValueError: An option is wrong, or two do not go together.
+    """
+    check_choice("strategy", strategy, tuple(STRATEGIES))
+    if signed and strategy != "nose-signed":
+        raise ValueError(f"signed=True belongs to strategy 'nose'; got {strategy!r}")
+    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
+        raise ValueError(f"beam must be a positive integer; got {beam!r}")
+    if beam > 1 and STRATEGIES[strategy].how != "greedy":
+        raise ValueError(f"beam={beam} belongs to a greedy strategy; {strategy!r} does not search")
+    if (layers is None) == (strategy == "explicit"):
+        raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
+
+
 def run_selection(
     model: nn.Module,
     loader: Iterable | None,
@@ -234,21 +251,13 @@ def run_selection(
     processes: Processes | None = None,
 ) -> tuple[Selection, dict | None]:
     """As `select_layers`; also tells how the work was done (`Measurement.engine`), None for a control."""
-    check_choice("strategy", strategy, tuple(STRATEGIES))
+    check_search(strategy, signed=signed, beam=beam, layers=layers)
     how = STRATEGIES[strategy]
-    if signed and strategy != "nose-signed":
-        raise ValueError(f"signed=True belongs to strategy 'nose'; got {strategy!r}")
-    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
-        raise ValueError(f"beam must be a positive integer; got {beam!r}")
-    if beam > 1 and how.how != "greedy":
-        raise ValueError(f"beam={beam} belongs to a greedy strategy; {strategy!r} does not search")
     anatomy = inspect_model(model)
     if anatomy.removed:
         raise ValueError(
             f"the model has lost the attention of {list(anatomy.removed)} already; select on the full model"
         )
-    if (layers is None) == (strategy == "explicit"):
-        raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
     candidates = [i for i in range(anatomy.depth) if i not in check_indices(exclude, anatomy.depth, "exclude")]
     most = _most(candidates, anatomy)
     if most < 1:
