@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,25 @@ def test_caches(cache, select, tmp_path):
     assert not place.exists() or list(place.iterdir()) == []
 
 
+def test_asked_to_end(select, tmp_path, monkeypatch):
+    """The cache goes with the process, and the rounds that are finished stay."""
+    measure = transfer.Measurement.measure
+
+    def watched(self, paths, description="Measure", **options):
+        if description.startswith("Round 2"):
+            assert len(list(place.glob("lambda-vit-*/*.safetensors"))) == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, paths, description, **options)
+
+    monkeypatch.setattr(transfer.Measurement, "measure", watched)
+    place, before = tmp_path / "cache", signal.getsignal(signal.SIGTERM)
+    code, _, _ = select("--count", 2, "--cache", "disk", "--cache-dir", place, *QUICK)
+    assert code == 128 + signal.SIGTERM
+    assert list(place.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["progress.json"]
+
+
 def test_nothing_but_the_selection(select, tmp_path):
     code, out, err = select("--count", 1, *QUICK)
     assert code == 0, err
@@ -251,7 +272,7 @@ def test_the_recommended_layers_come_next(run, select, tmp_path, monkeypatch):  
     assert from_pretrained(tmp_path / "out" / "model").lambda_kernels_info.removed == (first,)
 
 
-def test_the_same_command_goes_on(select, saved, tmp_path, monkeypatch):  # noqa: F811
+def test_the_same_command_goes_on(select, tmp_path, monkeypatch):
     """Stopped in its second round, it measures that round and no more; finished, it measures nothing."""
     measured = []
     measure = transfer.Measurement.measure
@@ -290,7 +311,7 @@ def test_the_same_command_goes_on(select, saved, tmp_path, monkeypatch):  # noqa
     assert "--restart" in err
 
 
-def test_warnings_are_said_once(select, monkeypatch):
+def test_warnings_are_said_once(select):
     code, out, err = select("--count", 1, "--exclude", "0,1,2", *QUICK)
     assert code == 0, err
     assert " ".join(out.split()).count("last 1 block(s) would have no attention") == 1

@@ -111,7 +111,7 @@ def select(
 
     from . import progress
     from .loading import open_model
-    from .processes import local_device, process_group
+    from .processes import ended_in_order, local_device, process_group
     from .selection import Budget, SelectionWarning, check_search, run_selection
 
     console = make_console()
@@ -130,7 +130,7 @@ def select(
     selection_file = out if out.suffix == ".json" else out / "selection.json"
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
-    with process_group() as processes, contextlib.ExitStack() as stack:
+    with ended_in_order(), process_group() as processes, contextlib.ExitStack() as stack:
         if processes.leads:
             stack.enter_context(progress.shown())
         stack.enter_context(warnings.catch_warnings())
