@@ -108,6 +108,27 @@ def test_killed_and_started_again(name, kill, rounds, tmp_path):
     assert data.passes == 3 - rounds
 
 
+def test_what_earlier_rounds_saw_is_not_forgotten(tmp_path, monkeypatch):
+    """The notes speak of the most constant channels of all rounds, also of those before the interruption."""
+    path = tmp_path / "p.json"
+
+    def stop(self, layers):
+        if len(layers) > 1:
+            raise OSError("the plug was pulled")
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping.Stop, "met", stop)
+        with pytest.raises(OSError, match="plug"):
+            select_layers(network(), labelled(), 2, progress_file=path)
+    record = json.loads(path.read_text())
+    assert record["found"]["constant_channels"] == 2
+    record["found"]["constant_channels"] = 7
+    path.write_text(json.dumps(record))
+    selection = select_layers(network(), labelled(), 2, progress_file=path)
+    assert any("up to 7 of 10 output channels never change" in note for note in selection.warnings)
+
+
 def test_a_finished_ranking_is_not_measured_again(tmp_path, monkeypatch):
     """Nor is the throughput that decided how long it is, which would come out differently."""
     speeds = iter([1.1, 1.3, 1.05])
