@@ -21,7 +21,7 @@ LAYERS = [
     r"lambda_kernels(\..*)?",
     r"lambda_vit\.(?!cli$|command_).*|lambda_vit",
     r"lambda_vit\.command_.*",
-    r"lambda_vit\.cli",
+    r"lambda_vit\.(cli|__main__)",
 ]
 
 
