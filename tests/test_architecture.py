@@ -19,9 +19,9 @@ LAYERS = [
     r"lambda_kernels\.(_extension|reference)",
     r"lambda_kernels\.ops(\..*)?",
     r"lambda_kernels(\..*)?",
-    r"lambda_vit\.(?!cli$|command_).*|lambda_vit",
+    r"lambda_vit\.(?!cli$|__main__$|command_).*|lambda_vit",
     r"lambda_vit\.command_.*",
-    r"lambda_vit\.cli",
+    r"lambda_vit\.(cli|__main__)",
 ]
 
 

@@ -20,10 +20,8 @@ from lambda_vit import Selection, command_options
 from lambda_vit.loading import open_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def make_images(root: Path) -> Path:
     """Ten classes of noise, distinguishable by brightness, as train/<class>/* and val/<class>/*."""
-    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 3), ("val", 2)):
         for label in range(10):
@@ -33,6 +31,11 @@ def folder(tmp_path_factory) -> Path:
                 pixels = rng.integers(0, 60, (40, 36, 3)) + 19 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

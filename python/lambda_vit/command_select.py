@@ -111,13 +111,16 @@ def select(
 
     from . import progress
     from .loading import open_model
-    from .processes import local_device, process_group
-    from .selection import Budget, SelectionWarning, run_selection
+    from .processes import ended_in_order, local_device, process_group
+    from .selection import Budget, SelectionWarning, check_search, run_selection
 
     console = make_console()
     excluded, given = parse_indices(exclude, "--exclude"), parse_indices(layers, "--layers")
     budget = Budget(count, params, flops, throughput)
-    budget.asked()  # raises before anything is loaded
+    named = "nose-signed" if signed and strategy is Strategy.nose else strategy.value
+    # These raise before anything is loaded.
+    budget.asked()
+    check_search(named, signed=signed, beam=beam, layers=given or None)
     cached = {
         "cache": cache.value,
         "cache_budget": parse_bytes(cache_budget, "--cache-budget"),
@@ -127,7 +130,7 @@ def select(
     selection_file = out if out.suffix == ".json" else out / "selection.json"
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
-    with process_group() as processes, contextlib.ExitStack() as stack:
+    with ended_in_order(), process_group() as processes, contextlib.ExitStack() as stack:
         if processes.leads:
             stack.enter_context(progress.shown())
         stack.enter_context(warnings.catch_warnings())
@@ -144,7 +147,7 @@ def select(
             network,
             loader,
             budget,
-            strategy="nose-signed" if signed and strategy is Strategy.nose else strategy.value,
+            strategy=named,
             estimator=estimator.value,
             signed=signed,
             score=score.value,
@@ -168,7 +171,12 @@ def select(
                       for path in paths})  # fmt: skip
     if not processes.leads:
         return
-    commands = _next_commands(selection, record["trajectory"], selection_file, folder, model, weights, pretrained, data)
+    own = ["--model", model, *weights_options("--", weights, pretrained)]
+    reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
+    checking = ["--data", data, *_validation_options(trial, class_map, skip_bad)]
+    if trial is not None and not trial["labelled"]:
+        checking = None
+    commands = _next_commands(selection, record["trajectory"], selection_file, folder, own, data, reference, checking)
     _report(
         console, folder, selection_file, network, model, selection, record, engine, commands,
         [*trial_notes, *record["notes"]], _described(data, loader, trial),
@@ -250,18 +258,28 @@ def _described(data: Path, loader: object, trial: dict[str, Any] | None) -> dict
     return found if trial is None else found | {"validation": len(trial["loader"].dataset)}
 
 
+def _validation_options(trial: dict[str, Any] | None, class_map: Path | None, skip_bad: int) -> list[object]:
+    """What `validate` needs to be told to read the images that the picks were tried on."""
+    split = trial["split"] if trial is not None else "val"
+    found: list[object] = [] if split in ("val", "all") else ["--split", split]
+    found += [] if class_map is None else ["--class-map", class_map]
+    return [*found, "--skip-bad", skip_bad] if skip_bad else found
+
+
 def _next_commands(
     selection: Selection,
     trajectory: dict[str, Any] | None,
     selection_file: Path,
     folder: Path,
-    model: str,
-    weights: Path | None,
-    pretrained: bool,
+    own: list[object],
     data: Path,
+    reference: list[object],
+    checking: list[object] | None,
 ) -> list[dict[str, str]]:
-    """What to type next: for the recommended layers where there are any, else for all that were picked."""
-    own = ["--model", model, *weights_options("--", weights, pretrained)]
+    """What to type next: for the recommended layers where there are any, else for all that were picked.
+
+    `own` and `reference` say which model, `checking` on which images; None: their labels are not the model's classes.
+    """
     step = trajectory["recommended"]["step"] if trajectory else 0
     chosen = ["--selection", selection_file]
     which = "the picked layers"
@@ -269,12 +287,12 @@ def _next_commands(
         chosen = ["--remove", ",".join(map(str, selection.layers[:step]))]
         which = "the recommended layers"
     small = folder / "model"
-    reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
     entries = [
         (f"What training without {which} takes", ["plan", *own, *chosen, "--data", data]),
         (f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]),
-        ("Compare with the full model", ["validate", "--model", small, *reference, "--data", data]),
     ]
+    if checking is not None:
+        entries.append(("Compare with the full model", ["validate", "--model", small, *reference, *checking]))
     return [{"what": what, "command": f"lambda-vit {shlex.join(map(str, words))}"} for what, words in entries]
 
 

@@ -69,8 +69,8 @@ class Embeddings:
         device: Where the model is.
         dtype: Of the model.
         cache: "ram", "disk", "none"; "auto" is "ram" where it fits into the budget, else "none".
-        budget: Bytes that the cache may take. None: a quarter of the memory that is free, shared by the processes of this
-            machine; on disk, all but 1 GiB of what is free.
+        budget: Bytes that the cache of this process may take. None: a quarter of the memory that is free, or on disk all
+            but 1 GiB of what is free, shared by the processes of this machine.
         folder: Where "disk" makes a folder of its own, which is removed in the end. None: the system's temporary folder.
         classes: Outputs of the classifier, kept too.
 
@@ -128,15 +128,19 @@ class Embeddings:
         self._kept = []
         for number, item in enumerate(self._loader):
             images, targets = _parts(item)
+            if not len(images):
+                continue
             images = images.to(self._device, self._dtype, non_blocking=True)
             if targets is not None:
-                targets = torch.as_tensor(targets).to(self._device, torch.int64, non_blocking=True)
+                targets = targets.to(self._device, torch.int64, non_blocking=True)
             batch = Batch(number, self._runner.embed(images), targets, images=images)
+            del images, targets, item
             if self.plan is None:
                 self.plan = self._decide(batch)
             yield batch
-            batch.images = None
             self._keep(batch)
+            # Whoever still holds the batch must not hold its tensors while the next one is embedded.
+            batch.start = batch.targets = batch.full = batch.images = None
         self._complete = self.plan is not None and self.plan.kind != "none"
 
     def _decide(self, batch: Batch) -> CachePlan:
@@ -144,7 +148,7 @@ class Embeddings:
             return CachePlan("none", None, "as asked for: every pass reads the images again")
         each = sum(t[0].numel() * t.element_size() for t in (*batch.start, batch.targets) if t is not None)
         each += self._classes * batch.start.tokens.element_size()
-        images = _images(self._loader, len(batch))
+        images = _images(self._loader, len(batch.start.tokens))
         if images is None:
             if self._cache != "auto":
                 raise ValueError(
@@ -158,7 +162,7 @@ class Embeddings:
         if kind == "disk":
             self._folder = Path(self._folder or tempfile.gettempdir())
             self._folder.mkdir(parents=True, exist_ok=True)
-            free = max(0, shutil.disk_usage(self._folder).free - DISK_RESERVE)
+            free = max(0, shutil.disk_usage(self._folder).free - DISK_RESERVE) // _processes_here()
             if budget is None or free < budget:
                 budget, named = free, f"what may be taken of the disk of {self._folder}"
         elif budget is None:
@@ -211,11 +215,17 @@ class Embeddings:
         return Batch(int(path.stem), start, tensors.get("targets"), tensors.get("full"))
 
 
-def _parts(item: object) -> tuple[Tensor, object]:
-    """Images and targets of what a loader gave, either alone or first in a tuple."""
+def _parts(item: object) -> tuple[Tensor, Tensor | None]:
+    """Images, and what labels there are, of what a loader gave: images alone, or first in a tuple."""
     if not isinstance(item, (tuple, list)):
         return item, None
-    return item[0], item[1] if len(item) > 1 else None
+    if len(item) < 2:
+        return item[0], None
+    try:
+        targets = torch.as_tensor(item[1])
+    except (TypeError, ValueError, RuntimeError):  # names or paths: whoever needs labels says that there are none
+        return item[0], None
+    return item[0], targets if targets.shape == (len(item[0]),) else None
 
 
 def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -227,10 +237,15 @@ def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 
 def _images(loader: Iterable, of_a_batch: int) -> int | None:
     """How many images a pass has at most; None: the loader does not know."""
+    if isinstance(loader, (list, tuple)):
+        return sum(len(_parts(item)[0]) for item in loader)
     try:
-        return len(loader) * of_a_batch
+        batches = len(loader)
     except TypeError:
         return None
+    # The first batch may be shorter than others, where an image of it was left out.
+    full = getattr(loader, "batch_size", None)
+    return batches * max(of_a_batch, full if batches > 1 and isinstance(full, int) else 0)
 
 
 def _free_memory() -> int:
@@ -239,4 +254,8 @@ def _free_memory() -> int:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
-    return int(free * RAM_SHARE / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return int(free * RAM_SHARE / _processes_here())
+
+
+def _processes_here() -> int:
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

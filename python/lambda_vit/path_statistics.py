@@ -71,7 +71,7 @@ class PathStatistics:
         """Add the outputs of all paths for one batch.
 
         Raises:
-            NonFiniteActivationError: NaN or infinity; on CUDA at the latest when the results are asked for.
+            NonFiniteActivationError: NaN or infinity; on CUDA at the latest when `check` or the results are asked for.
             ValueError: Labels that the classifier does not have.
         """
         update_together([self._meters[path] for path in found], [out.scored for out in found.values()])
@@ -154,7 +154,7 @@ def _entropy(meter: EntropyMeter) -> float:
 
 def _check_targets(targets: Tensor | None, logits: Tensor) -> None:
     if targets is None:
-        raise ValueError("the loader gives no labels, which this strategy compares with: pass tuples (images, labels)")
+        raise ValueError("the loader gives no labels, one per image, to compare with: pass tuples (images, labels)")
     low, high = (int(end) for end in targets.aminmax())
     if not 0 <= low <= high < logits.shape[1]:
         raise ValueError(f"labels from {low} to {high} do not fit the classifier's {logits.shape[1]} outputs")

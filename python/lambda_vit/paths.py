@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lambda_kernels.blocks import AttentionFreeBlock
 from lambda_kernels.convert import check_indices
+from lambda_kernels.errors import UnsupportedModelError
 from lambda_kernels.families import inspect_model
 
 Path = frozenset[int]
@@ -61,7 +62,8 @@ class PathRunner:
         why_images: Why images are needed behind the last block; None where they are not. Known after the first `embed`.
 
     Raises:
-        UnsupportedModelError: The model cannot be changed block by block.
+        UnsupportedModelError: The model cannot be changed block by block; from the first `embed`, its forward does not run
+            the blocks as timm's does.
     """
 
     def __init__(self, model: nn.Module, score: str = "logits") -> None:
@@ -108,21 +110,22 @@ class PathRunner:
         return None
 
     def attention_inputs_and_outputs(self, start: Tokens) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(block, x, x + attention branch), both [N, T, C], along the full path, for blocks that have their attention."""
+        """(block, x, x + attention branch), both [N, T, C], along the full path, for blocks that have their attention.
+
+        The branch is what the block adds: LayerScale is in it.
+        """
         x = start.tokens
         for index, block in enumerate(self._blocks):
             if isinstance(block, AttentionFreeBlock):
                 x = block(x)
                 continue
             seen: list[Tensor] = []
-            handle = block.attn.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+            handle = block.drop_path1.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
             try:
                 following = block(x)
             finally:
                 handle.remove()
-            branch = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-            gamma = getattr(block.ls1, "gamma", None)
-            yield index, x, x + (branch if gamma is None else branch * gamma)
+            yield index, x, x + seen[0]
             x = following
 
     def _without(self, index: int) -> nn.Module:
@@ -148,6 +151,11 @@ class PathRunner:
     def _before_blocks(self, images: Tensor) -> Tensor:
         self._front(images)
         tokens, self._tap.seen = self._tap.seen, None
+        if tokens is None:
+            raise UnsupportedModelError(
+                f"the forward of this {type(self._model).__name__} does not run the blocks of the model that it is called "
+                "on: was it replaced on the instance? Measure the model as timm made it"
+            )
         return tokens
 
     def _finish(self, x: Tensor, images: Tensor | None) -> Outputs:
@@ -159,27 +167,31 @@ class PathRunner:
             logits = back(given)
             return Outputs(logits, logits)
         features = back.forward_features(given)
-        return Outputs(back.forward_head(features, pre_logits=True), back.forward_head(features))
+        # A forward of somebody's own may do more to the logits than `forward_head` does.
+        logits = back.forward_head(features) if images is None else back(given)
+        return Outputs(back.forward_head(features, pre_logits=True), logits)
 
     def _split(self, images: Tensor) -> None:
         """Find out, on a few images, whether what follows the blocks can be run without running what precedes them."""
         few = images[:2]
         self._back = _without_front(self._model)
         wanted = self._model(few)
+        x = self._before_blocks(few)
+        for block in self._blocks:
+            x = block(x)
         try:
-            x = self._before_blocks(few)
-            for block in self._blocks:
-                x = block(x)
             found = self._back(x)
         except Exception as error:  # whatever a forward of somebody's own raises over tokens in place of images
             self.why_images = f"its forward cannot take tokens for images ({type(error).__name__})"
-            return
-        if not torch.isfinite(wanted).all():
-            return  # measuring will tell where that comes from
-        # The same operations on the same numbers: usually not one bit differs.
-        tolerance = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
-        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0.0, atol=tolerance):
+        else:
+            if _same_numbers(found, wanted):
+                return
             self.why_images = "its forward does more than embedding, blocks, norm and head one after the other"
+        if not _same_numbers(_with_blocks(self._model, [_Inject(x)])(few), wanted):
+            raise UnsupportedModelError(
+                f"the forward of this {type(self._model).__name__} does not run its blocks once, one after the other, on "
+                "what goes into the first: paths through them cannot be measured"
+            )
 
 
 class _Tap(nn.Module):
@@ -230,3 +242,11 @@ def _without_front(model: nn.Module) -> nn.Module:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _same_numbers(found: Tensor, wanted: Tensor) -> bool:
+    """Whether both come from the same operations on the same numbers: usually not one bit differs."""
+    if not torch.isfinite(wanted).all():
+        return True  # measuring will tell where that comes from
+    tolerance = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0.0, atol=tolerance)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -109,11 +111,11 @@ class Processes:
         Raises:
             ValueError: On every rank; names what differs.
         """
-        everyone = self.gather(value)
-        for rank, other in enumerate(everyone):
-            different = [key for key in {**everyone[0], **other} if everyone[0].get(key) != other.get(key)]
+        first, *others = self.gather(value)
+        for rank, other in enumerate(others, 1):
+            different = [key for key in {**first, **other} if first.get(key) != other.get(key)]
             if different:
-                listed = "; ".join(f"{key}: {everyone[0].get(key)!r} and {other.get(key)!r}" for key in different)
+                listed = "; ".join(f"{key}: {first.get(key)!r} and {other.get(key)!r}" for key in different)
                 raise ValueError(f"{doing}: ranks 0 and {rank} were started differently ({listed}). Start all alike")
 
     @contextlib.contextmanager
@@ -130,6 +132,27 @@ class Processes:
                 f"rank {self.rank} of {self.size}: another process of this run has stopped or cannot be reached "
                 f"({str(error).splitlines()[0][:200]})"
             ) from error
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """A process that is asked to end (by kill, a scheduler, or torchrun once another one failed) removes its caches first.
+
+    Raises:
+        SystemExit: Asked to end.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def local_device(device: str) -> str:

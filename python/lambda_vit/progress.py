@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
@@ -48,7 +49,8 @@ def task(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     if bars is None:
         yield lambda steps=1, note=None: None
         return
-    identifier = bars.add_task(description, total=total, note="")
+    # Names of models may be paths: brackets in them are no markup.
+    identifier = bars.add_task(escape(description), total=total, note="")
 
     def advance(steps: int = 1, note: str | None = None) -> None:
         bars.update(identifier, advance=steps, **({} if note is None else {"note": note}))

@@ -214,6 +214,23 @@ def select_layers(
     return selection
 
 
+def check_search(strategy: str, *, signed: bool, beam: int, layers: Sequence[int] | None) -> None:
+    """What can be said of the options before there is a model.
+
+    Raises:
+        ValueError: An option is wrong, or two do not go together.
+    """
+    check_choice("strategy", strategy, tuple(STRATEGIES))
+    if signed and strategy != "nose-signed":
+        raise ValueError(f"signed=True belongs to strategy 'nose'; got {strategy!r}")
+    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
+        raise ValueError(f"beam must be a positive integer; got {beam!r}")
+    if beam > 1 and STRATEGIES[strategy].how != "greedy":
+        raise ValueError(f"beam={beam} belongs to a greedy strategy; {strategy!r} does not search")
+    if (layers is None) == (strategy == "explicit"):
+        raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
+
+
 def run_selection(
     model: nn.Module,
     loader: Iterable | None,
@@ -234,32 +251,37 @@ def run_selection(
     processes: Processes | None = None,
 ) -> tuple[Selection, dict | None]:
     """As `select_layers`; also tells how the work was done (`Measurement.engine`), None for a control."""
-    check_choice("strategy", strategy, tuple(STRATEGIES))
+    check_search(strategy, signed=signed, beam=beam, layers=layers)
     how = STRATEGIES[strategy]
-    if signed and strategy != "nose-signed":
-        raise ValueError(f"signed=True belongs to strategy 'nose'; got {strategy!r}")
-    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
-        raise ValueError(f"beam must be a positive integer; got {beam!r}")
-    if beam > 1 and how.how != "greedy":
-        raise ValueError(f"beam={beam} belongs to a greedy strategy; {strategy!r} does not search")
     anatomy = inspect_model(model)
     if anatomy.removed:
         raise ValueError(
             f"the model has lost the attention of {list(anatomy.removed)} already; select on the full model"
         )
-    if (layers is None) == (strategy == "explicit"):
-        raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
     candidates = [i for i in range(anatomy.depth) if i not in check_indices(exclude, anatomy.depth, "exclude")]
     most = _most(candidates, anatomy)
+    if most < 1:
+        raise ValueError(f"exclude={list(exclude)} leaves no attention of {anatomy.depth} blocks that may go")
     if layers is not None:
-        _check_layers(layers, candidates, most, anatomy)
+        layers = _checked_layers(layers, candidates, most, anatomy)
+        most = len(layers)
         if budget == Budget():
-            budget = Budget(count=len(layers))
+            budget = Budget(count=most)
     stop = Stop(model, *budget.asked(), candidates=candidates if layers is None else layers, most=most)
     common = {"strategy": strategy, "model": model_name(model), "depth": anatomy.depth, "stop": stop.describe()}
     processes = Processes() if processes is None else processes
+    options = {
+        "strategy": strategy, stop.kind: stop.value, "estimator": estimator, "score": score, "bins": bins,
+        "exclude": sorted(set(range(anatomy.depth)) - set(candidates)), "beam": beam,
+    }  # fmt: skip
+    controls = {"layers": layers, "seed": seed} if how.how == "control" else {}
+    processes.agree(options | controls, "Select")
     if how.how == "control":
-        order, notes = _settled(control_order(strategy, candidates, most, seed, layers), stop, processes)
+        settled = None
+        with processes.together("Select"):
+            if processes.leads:  # throughput is measured, and comes out differently each time
+                settled = shortened(control_order(strategy, candidates, most, seed, layers), stop)
+        order, notes = processes.share(settled)
         notes = [*_removal_warnings(model, order, anatomy), *notes]
         return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
     if loader is None:
@@ -267,11 +289,6 @@ def run_selection(
     if (how.criterion.compare or how.criterion.label) and not getattr(model, "num_classes", 1):
         raise ValueError(f"strategy {strategy!r} compares the classifier's outputs, and the model has no classifier")
 
-    processes = Processes() if processes is None else processes
-    options = {
-        "strategy": strategy, stop.kind: stop.value, "estimator": estimator, "score": score, "bins": bins,
-        "exclude": sorted(set(range(anatomy.depth)) - set(candidates)), "beam": beam,
-    }  # fmt: skip
     with Measurement(
         model, loader, estimator=estimator, score=score, bins=bins, processes=processes, **(cache or {})
     ) as measurement:
@@ -283,17 +300,17 @@ def run_selection(
                 if restart and progress_file is not None:
                     Path(progress_file).unlink(missing_ok=True)
                 path = None if progress_file is None else Path(progress_file)
-                progress = Progress(path, options | data_fingerprint(loader))
+                data = data_fingerprint(loader, labelled=how.criterion.label)
+                progress = Progress(path, options | data)
         found = processes.share(progress.found if progress else None) or Found()
         found = _search(measurement, how, found, stop, candidates, most, beam, progress)
         engine = measurement.engine()
     best, full = found.branches[0], found.full
-    picked, notes = _settled(best.layers, stop, processes, done=how.how == "greedy")
-    notes = [*_removal_warnings(model, picked, anatomy), *notes, *found.notes]
+    notes = [*_removal_warnings(model, best.layers, anatomy), *found.notes]
     for note in notes:
         warnings.warn(note, SelectionWarning, stacklevel=3)
     return Selection(
-        picked,
+        best.layers,
         **common,
         criterion=how.criterion.name,
         unit=how.criterion.unit,
@@ -321,6 +338,7 @@ def _search(
 ) -> Found:
     """From where it stands to the end; rank 0 decides and writes."""
     processes = measurement.processes
+    measurement.constant_channels = found.constant_channels
     rounds = stop.value if stop.kind == "count" and how.how == "greedy" else None
     with task("Select", 1 if how.how == "ranked" else rounds) as advance:
         advance(len(found.branches[0].rounds))
@@ -328,16 +346,19 @@ def _search(
             number = len(found.branches[0].layers) + 1
             if how.how == "ranked":
                 found = ranking(measurement, how.criterion, candidates, most, "Rank")
-                done = True
             else:
                 name = f"Round {number}" + (f" of {rounds}" if rounds else "")
                 found = greedy_round(measurement, how.criterion, found, candidates, beam, name)
-                done = None
             with processes.together("Select"):
                 if processes.leads:
-                    layers = found.branches[0].layers
-                    done = done or len(layers) == most or stop.met(layers)
-                    found = found.noted(done, measurement.samples, _measured_notes(measurement))
+                    layers, notes, done = found.branches[0].layers, _measured_notes(measurement), True
+                    if how.how == "ranked":
+                        layers, short = shortened(layers, stop)
+                        found, notes = found.with_layers(layers), (*short, *notes)
+                    elif not stop.met(layers):
+                        done = len(layers) == most
+                        notes = (stop.shortfall(layers), *notes) if done else notes
+                    found = found.noted(done, measurement.samples, measurement.constant_channels, notes)
                     progress.save(found)
             found = processes.share(found)
             advance()
@@ -356,27 +377,6 @@ def _measured_notes(measurement: Measurement) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _settled(
-    layers: Sequence[int], stop: Stop, processes: Processes, *, done: bool = False
-) -> tuple[tuple[int, ...], list[str]]:
-    """As many of `layers` as `stop` asks for, all where they are `done`, and what to say if that is too few.
-
-    Rank 0 says so for all: throughput is measured, and comes out differently each time.
-    """
-    with processes.together("Select"):
-        settled = None
-        if processes.leads:
-            picked = tuple(layers) if done else shortened(layers, stop)
-            notes = []
-            if stop.last is not None and stop.last < stop.value:
-                notes = [
-                    f"throughput={stop.value:g} was not reached: without the attention of {len(picked)} blocks "
-                    f"{stop.last:.2f} × was measured"
-                ]
-            settled = picked, notes
-    return processes.share(settled)
-
-
 def model_name(model: nn.Module) -> str | None:
     """timm's name of a model with the tag of its weights, as far as the model knows it."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -390,12 +390,15 @@ def _most(candidates: Sequence[int], anatomy: Anatomy) -> int:
     return len(candidates) - (len(candidates) == anatomy.depth and anatomy.pooling == "token")
 
 
-def _check_layers(layers: Sequence[int], candidates: Sequence[int], most: int, anatomy: Anatomy) -> None:
-    excluded = sorted(set(check_indices(layers, anatomy.depth, "layers")) - set(candidates))
+def _checked_layers(layers: Sequence[int], candidates: Sequence[int], most: int, anatomy: Anatomy) -> tuple[int, ...]:
+    """The layers in their order, as Python's own integers."""
+    known = check_indices(layers, anatomy.depth, "layers")
+    excluded = sorted(set(known) - set(candidates))
     if excluded:
         raise ValueError(f"layers holds {excluded}, which exclude keeps")
-    if not 1 <= len(layers) <= most:
-        raise ValueError(f"layers must hold 1 to {most} of {anatomy.depth} blocks; got {len(layers)}")
+    if not 1 <= len(known) <= most:
+        raise ValueError(f"layers must hold 1 to {most} of {anatomy.depth} blocks; got {len(known)}")
+    return tuple(int(layer) for layer in getattr(layers, "layers", layers))
 
 
 def _removal_warnings(model: nn.Module, layers: Sequence[int], anatomy: Anatomy) -> tuple[str, ...]:

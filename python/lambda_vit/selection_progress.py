@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lambda_kernels.files import remove_leftovers, write_json
 
@@ -76,26 +79,43 @@ class Progress:
 
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        if values.numel():
-            digest.update(values.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return _digest(model.state_dict().items())
 
 
-def data_fingerprint(loader: object) -> dict[str, Any]:
-    """What is known of the data without reading it: the data set's own fingerprint, its length, batch size, transform."""
+def data_fingerprint(loader: object, *, labelled: bool = False) -> dict[str, Any]:
+    """What is known of the data without decoding images: the data set's own fingerprint, its length, batch size, transform.
+
+    Tensors that are in memory already are read. With `labelled`, labels count too, where the data set has them in a list.
+    """
     found: dict[str, Any] = {}
     dataset = getattr(loader, "dataset", None)
     if hasattr(dataset, "fingerprint"):
         found["data"] = dataset.fingerprint()
+    elif isinstance(dataset, TensorDataset):
+        found["data"] = _digest(enumerate(dataset.tensors))
+    elif isinstance(loader, (list, tuple)):
+        found["data"] = _digest(enumerate(part for item in loader for part in _tensors(item)))
+    if labelled and hasattr(dataset, "targets"):
+        found["labels"] = hashlib.sha256(repr(list(map(int, dataset.targets))).encode()).hexdigest()
     name, sized = ("images", dataset) if hasattr(dataset, "__len__") else ("batches", loader)
-    if hasattr(sized, "__len__"):
+    with contextlib.suppress(TypeError):  # a DataLoader has the method even where it cannot tell
         found[name] = len(sized)
     transform = getattr(dataset, "transform", None)
     if transform is not None:
         found["transform"] = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # the same one lies elsewhere each time
     found["batch size"] = getattr(loader, "batch_size", None)
     return found
+
+
+def _tensors(item: object) -> list[Tensor]:
+    return [part for part in (item if isinstance(item, (list, tuple)) else [item]) if isinstance(part, Tensor)]
+
+
+def _digest(tensors: Iterable[tuple[object, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        if values.numel():
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -59,7 +59,8 @@ def measure_trajectory(
     trajectory = None
     with processes.together("Trajectory"):
         if processes.leads:
-            costs = measure_costs(model, selection.layers, batch_size=throughput_batch or 1, seconds=seconds)
+            timing = {"rounds": 1} if throughput_batch is None else {"batch_size": throughput_batch, "seconds": seconds}
+            costs = measure_costs(model, selection.layers, **{"batch_size": 1, **timing})
             images = found[paths[0]].images
             steps = []
             for count, (path, cost) in enumerate(zip(paths, costs, strict=True)):

@@ -31,7 +31,7 @@ class Stop:
 
     def __init__(self, model: nn.Module, kind: str, value: float, candidates: Sequence[int], most: int) -> None:
         self.kind, self.value = kind, value
-        self.last: float | None = None  # the throughput measured last
+        self.last: float | None = None  # what `met` found last: layers, the share that is left, or the throughput
         self._model = model
         if kind == "count":
             if isinstance(value, bool) or not isinstance(value, int):
@@ -51,7 +51,8 @@ class Stop:
             raise ValueError(f"{kind} must be between 0 and 1, such as 0.85 for 85 % of what there is; got {value!r}")
         measure = attention_parameters if kind == "params" else attention_flops
         self._total, self._parts = measure(model)
-        least = 1 - sum(sorted((self._parts[i] for i in candidates), reverse=True)[:most]) / self._total
+        gone = sum(sorted((self._parts[i] for i in candidates), reverse=True)[:most])
+        least = (self._total - gone) / self._total
         if least > value:
             raise ValueError(
                 f"{kind}={value:g} cannot be reached: without the attention of all {most} blocks that may lose it, "
@@ -69,11 +70,18 @@ class Stop:
     def met(self, layers: Collection[int]) -> bool:
         """Whether the network without the attention of `layers` is what was asked for; may take time to measure."""
         if self.kind == "count":
-            return len(layers) >= self.value
-        if self.kind == "throughput":
+            self.last = len(layers)
+        elif self.kind == "throughput":
             self.last = self.speedup(layers)
-            return self.last >= self.value
-        return 1 - sum(self._parts[i] for i in layers) / self._total <= self.value
+        else:  # one division, so that a share such as 0.3 is met by three tenths
+            self.last = (self._total - sum(self._parts[i] for i in layers)) / self._total
+            return self.last <= self.value
+        return self.last >= self.value
+
+    def shortfall(self, layers: Collection[int]) -> str:
+        """What to say where `layers`, which `met` has just seen, are all that can go and still too few."""
+        found = f"{self.last:.2f} × was measured" if self.kind == "throughput" else f"{self.last:.3f} are left"
+        return f"{self.kind}={self.value:g} was not reached: without the attention of {len(layers)} blocks {found}"
 
     def speedup(self, layers: Collection[int]) -> float:
         """Throughput without the attention of `layers` against the full network's, measured here and now."""

@@ -135,6 +135,7 @@ class Found:
         full: The full model's result; None before the first round, and where no path is run.
         done: Whether the first branch is the answer.
         samples: Images of a pass.
+        constant_channels: The most output channels that never changed on a path.
         notes: What has to be said of the measurement.
     """
 
@@ -142,11 +143,16 @@ class Found:
     full: PathResult | None = None
     done: bool = False
     samples: int | None = None
+    constant_channels: int = 0
     notes: tuple[str, ...] = ()
 
-    def noted(self, done: bool, samples: int, notes: tuple[str, ...]) -> Found:
+    def noted(self, done: bool, samples: int, constant_channels: int, notes: tuple[str, ...]) -> Found:
         """The same with what is known after the round."""
-        return replace(self, done=done, samples=samples, notes=notes)
+        return replace(self, done=done, samples=samples, constant_channels=constant_channels, notes=notes)
+
+    def with_layers(self, layers: tuple[int, ...]) -> Found:
+        """The same with other layers in its first branch."""
+        return replace(self, branches=(replace(self.branches[0], layers=layers), *self.branches[1:]))
 
     def to_dict(self) -> dict:
         """As plain JSON types."""
@@ -159,7 +165,8 @@ class Found:
         """The inverse of `to_dict`."""
         full = None if value["full"] is None else PathResult(**value["full"])
         branches = tuple(map(Branch.from_dict, value["branches"]))
-        return cls(branches, full, value["done"], value["samples"], tuple(value["notes"]))
+        known = {"branches": branches, "full": full, "notes": tuple(value["notes"])}
+        return cls(**known, **{name: value[name] for name in ("done", "samples", "constant_channels")})
 
 
 def control_order(
@@ -173,12 +180,12 @@ def control_order(
     return tuple(candidates[:most])
 
 
-def shortened(layers: Sequence[int], stop: Stop) -> tuple[int, ...]:
-    """The beginning of an order of layers that meets `stop`; all of it where none does."""
+def shortened(layers: Sequence[int], stop: Stop) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The beginning of an order of layers that meets `stop`; all of it where none does, and then what to say."""
     for count in range(1, len(layers) + 1):
         if stop.met(layers[:count]):
-            return tuple(layers[:count])
-    return tuple(layers)
+            return tuple(layers[:count]), ()
+    return tuple(layers), (stop.shortfall(layers),)
 
 
 def greedy_round(

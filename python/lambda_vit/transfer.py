@@ -6,6 +6,7 @@ TE(S) = H(output) − H(output | attention of S skipped) (arXiv 2404.05657, sect
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -147,11 +148,9 @@ class Measurement:
                 sums[depth, 0] += len(batch)
                 for index, before, after in self.runner.attention_inputs_and_outputs(batch.start):
                     distance = 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
-                    total = float(distance.sum(dtype=torch.float32).cpu())
-                    if not torch.isfinite(distance).all():
-                        raise NonFiniteActivationError(
-                            f"block {index} gave NaN or infinity in batch {batch.number} ({self._dtype_name()})"
-                        )
+                    total = float(distance.sum())
+                    if not math.isfinite(total):
+                        raise NonFiniteActivationError(f"{self._culprit(batch, [FULL])}: it has no cosine")
                     sums[index] += torch.tensor([total, distance.numel()], dtype=torch.float64)
         sums = self.processes.sum(sums)
         self.samples = int(sums[depth, 0])
