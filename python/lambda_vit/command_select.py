@@ -165,7 +165,7 @@ def select(
             if processes.leads:
                 selection.to_json(selection_file)
         record = _measure(
-            network, selection, loader, trial, processes, profile, batch_size if latency else None, tolerance
+            network, selection, loader, trial, processes, profile, batch_size if latency else None, tolerance, bins
         )
         bad = sorted({path for paths in processes.gather([*loader.bad, *trial["loader"].bad] if trial else loader.bad)
                       for path in paths})  # fmt: skip
@@ -174,9 +174,12 @@ def select(
     own = ["--model", model, *weights_options("--", weights, pretrained)]
     reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
     checking = ["--data", data, *_validation_options(trial, class_map, skip_bad)]
-    if trial is not None and not trial["labelled"]:
+    if not network.num_classes or (trial is not None and not trial["labelled"]):
         checking = None
-    commands = _next_commands(selection, record["trajectory"], selection_file, folder, own, data, reference, checking)
+    training = ["--data", data, *(["--skip-bad", skip_bad] if skip_bad else [])]
+    commands = _next_commands(
+        selection, record["trajectory"], selection_file, folder, own, training, reference, checking
+    )
     _report(
         console, folder, selection_file, network, model, selection, record, engine, commands,
         [*trial_notes, *record["notes"]], _described(data, loader, trial),
@@ -200,6 +203,8 @@ def _open_trial(
     """The images that picks are tried on, and what to say of them."""
     if not eval_samples:
         return None, []
+    if not network.num_classes:
+        return None, ["The picks were not tried out: the model has no classifier, hence no answers to compare"]
     notes = []
 
     def opened(name: str) -> tuple[object, bool]:
@@ -231,6 +236,7 @@ def _measure(
     profile: bool,
     throughput_batch: int | None,
     tolerance: float,
+    bins: int,
 ) -> dict[str, Any]:
     """The trajectory and the layer profile of a record; the same in all processes."""
     from .data import make_loader, subset
@@ -241,7 +247,8 @@ def _measure(
     if trial is not None:
         record["trajectory"] = measure_trajectory(
             network, trial["loader"], selection, split=trial["split"], held_out=trial["held_out"],
-            labelled=trial["labelled"], throughput_batch=throughput_batch, tolerance=tolerance, processes=processes,
+            labelled=trial["labelled"], throughput_batch=throughput_batch, tolerance=tolerance, bins=bins,
+            processes=processes,
         )  # fmt: skip
     if profile:
         with processes.together("Profile"):
@@ -272,13 +279,14 @@ def _next_commands(
     selection_file: Path,
     folder: Path,
     own: list[object],
-    data: Path,
+    training: list[object],
     reference: list[object],
     checking: list[object] | None,
 ) -> list[dict[str, str]]:
     """What to type next: for the recommended layers where there are any, else for all that were picked.
 
-    `own` and `reference` say which model, `checking` on which images; None: their labels are not the model's classes.
+    `own` and `reference` say which model, `training` and `checking` on which images; no `checking` where these have no
+    labels that are the model's classes.
     """
     step = trajectory["recommended"]["step"] if trajectory else 0
     chosen = ["--selection", selection_file]
@@ -288,7 +296,7 @@ def _next_commands(
         which = "the recommended layers"
     small = folder / "model"
     entries = [
-        (f"What training without {which} takes", ["plan", *own, *chosen, "--data", data]),
+        (f"What training without {which} takes", ["plan", *own, *chosen, *training]),
         (f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]),
     ]
     if checking is not None:
