@@ -380,3 +380,19 @@ def test_unreadable_images_of_training_are_left_out_by_plan_too(run, select, fol
     (plan,) = [words for words in commands_in(printed) if words[0] == "plan"]
     code, _, err = run(*plan, "--seconds", 0.1, "--batch-size", 2)
     assert code == 0, err
+
+
+def test_a_control_does_not_replace_a_search(select, tmp_path):
+    out = tmp_path / "out"
+    for strategy in ("random", "nose"):  # what a control left can go: it is drawn again in no time
+        code, _, err = select("--count", 2, "--strategy", strategy, *QUICK)
+        assert code == 0, err
+    found = Selection.from_json(out / "selection.json")
+    code, _, err = select("--count", 2, "--strategy", "random", *QUICK)
+    assert code == 2
+    assert "progress.json holds the progress of a search, and 'random' would replace its selection" in err
+    assert Selection.from_json(out / "selection.json") == found
+    code, _, err = select("--count", 2, "--strategy", "random", "--restart", *QUICK)
+    assert code == 0, err
+    assert Selection.from_json(out / "selection.json").strategy == "random"
+    assert not (out / "progress.json").exists()

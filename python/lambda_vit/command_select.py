@@ -130,7 +130,7 @@ def select(
     selection_file = out if out.suffix == ".json" else out / "selection.json"
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
-    with ended_in_order(), process_group() as processes, contextlib.ExitStack() as stack:
+    with process_group() as processes, ended_in_order(), contextlib.ExitStack() as stack:
         if processes.leads:
             stack.enter_context(progress.shown())
         stack.enter_context(warnings.catch_warnings())
@@ -143,6 +143,8 @@ def select(
         trial, trial_notes = _open_trial(
             network, data, split, loader, eval_split, eval_samples, class_map=class_map, **loading
         )
+        if processes.size > 1:
+            processes.agree(_data_of(loader, trial), "Select")
         selection, engine = run_selection(
             network,
             loader,
@@ -258,6 +260,18 @@ def _measure(
                 found, record["notes"] = caught(lambda: profile_layers(network, images))
                 record["profile"] = found.to_dict()
     return record
+
+
+def _data_of(loader: object, trial: dict[str, Any] | None) -> dict[str, Any]:
+    """What all processes have to have opened alike: each sees its own disks."""
+    from .selection_progress import data_fingerprint
+
+    found = {f"picked on, {name}": value for name, value in data_fingerprint(loader).items()}
+    if trial is not None:
+        tried = data_fingerprint(trial["loader"], labelled=trial["labelled"])
+        tried |= {name: trial[name] for name in ("split", "labelled", "held_out")}
+        found |= {f"tried on, {name}": value for name, value in tried.items()}
+    return found
 
 
 def _described(data: Path, loader: object, trial: dict[str, Any] | None) -> dict[str, Any]:
