@@ -7,8 +7,8 @@ from pathlib import Path
 
 _ROOT = Path("/")
 
-# Where a control group's files are, below its controller's folder: the limit, what is in use, and in memory.stat what of
-# that the kernel gives back when memory runs short.
+# A control group's files, in its folder: the limit, what is in use, and in memory.stat what of that the kernel gives
+# back when memory runs short.
 _GROUPS = {
     "v2": ("memory.max", "memory.current", "inactive_file"),
     "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -35,7 +35,7 @@ def _left(folder: Path, limit: str, usage: str, given_back: str) -> int:
 
 
 def _groups() -> list[tuple[Path, str]]:
-    """The folders of the groups that this process is in, the innermost first; a container may see the outermost only."""
+    """The folders of this process's groups, the innermost first; a container may see the outermost only."""
     found = []
     with contextlib.suppress(OSError, ValueError):
         for line in (_ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():

@@ -87,8 +87,8 @@ def refuse_search(path: Path, control: str, restart: bool) -> None:
         path.unlink(missing_ok=True)
     elif path.exists():
         raise ProgressMismatchError(
-            f"{path} holds the progress of a search, and {control!r} would replace its selection. Use another place to write "
-            "to, or start over with --restart (restart=True)"
+            f"{path} holds the progress of a search, and {control!r} would replace its selection. Use another place to "
+            "write to, or start over with --restart (restart=True)"
         )
 
 
