@@ -339,3 +339,60 @@ def test_headless_models(run, folder, tmp_path):  # noqa: F811
     code, _, err = run(*command)
     assert code == 0, err
     assert Selection.from_json(tmp_path / "out" / "selection.json").channels == 48
+
+
+def test_models_without_a_classifier(select, tmp_path):
+    """Their outputs are no answers: nothing is compared, and nothing recommended."""
+    model = save_pretrained(small_vit(num_classes=0), tmp_path / "bare")
+    code, printed, err = select("--count", 1, "--no-profile", model=model)
+    assert code == 0, err
+    record = record_of(tmp_path / "out")
+    assert "trajectory" not in record
+    assert any("the model has no classifier" in note for note in record["warnings"])
+    assert [words[0] for words in commands_in(printed)] == ["plan", "convert"]
+
+
+def test_a_budget_that_is_out_of_reach_is_not_said_to_be_met(select, tmp_path, monkeypatch):
+    import lambda_vit.stopping as stopping
+
+    monkeypatch.setattr(stopping.Stop, "speedup", lambda self, layers: 1 + 0.1 * len(layers))
+    for factor, words in ((5, "What was asked for (5 × the throughput) is not met by all 3 picks either."),
+                          (1.3, "This meets what was asked for: 1.3 × the throughput.")):  # fmt: skip
+        options = ["--throughput", factor, "--strategy", "first", "--tolerance", 100, "--no-profile", "--no-latency"]
+        code, _, err = select(*options)
+        assert code == 0, err
+        assert words in record_of(tmp_path / "out")["trajectory"]["recommended"]["reason"]
+
+
+def test_bins_are_those_of_the_selection_in_the_trajectory_too(select, tmp_path):
+    options = ["--estimator", "histogram", "--bins", 3, "--no-profile", "--no-latency"]
+    code, _, err = select("--count", 1, "--split", "val", *options)
+    assert code == 0, err
+    record = record_of(tmp_path / "out")
+    assert record["trajectory"]["steps"][0]["entropy"] == pytest.approx(record["selection"]["entropy_full"], rel=1e-9)
+
+
+def test_unreadable_images_of_training_are_left_out_by_plan_too(run, select, folder, tmp_path):  # noqa: F811
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "train" / "class3" / "1.png").write_bytes(b"nothing")
+    code, printed, err = select("--count", 1, *QUICK, "--skip-bad", 1, data=tmp_path / "data")
+    assert code == 0, err
+    (plan,) = [words for words in commands_in(printed) if words[0] == "plan"]
+    code, _, err = run(*plan, "--seconds", 0.1, "--batch-size", 2)
+    assert code == 0, err
+
+
+def test_a_control_does_not_replace_a_search(select, tmp_path):
+    out = tmp_path / "out"
+    for strategy in ("random", "nose"):  # what a control left can go: it is drawn again in no time
+        code, _, err = select("--count", 2, "--strategy", strategy, *QUICK)
+        assert code == 0, err
+    found = Selection.from_json(out / "selection.json")
+    code, _, err = select("--count", 2, "--strategy", "random", *QUICK)
+    assert code == 2
+    assert "progress.json holds the progress of a search, and 'random' would replace its selection" in err
+    assert Selection.from_json(out / "selection.json") == found
+    code, _, err = select("--count", 2, "--strategy", "random", "--restart", *QUICK)
+    assert code == 0, err
+    assert Selection.from_json(out / "selection.json").strategy == "random"
+    assert not (out / "progress.json").exists()

@@ -154,3 +154,20 @@ def test_the_embedding_runs_once_per_batch_and_pass():
         assert seen == [2, 2, 8, 8, 8]  # two images, twice, to see how the model can be split
         measurement.measure(PATHS)
         assert seen[5:] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_a_forward_scales_are_noticed_in_any_dtype(dtype):
+    model = small_vit().to(dtype)
+
+    class Scaled(type(model)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1.25 if x.dim() == 4 else 1.0)
+
+    model.__class__ = Scaled
+    runner = PathRunner(model)
+    with torch.inference_mode():
+        batch = images().to(dtype)
+        ((_, found),) = runner.outputs(runner.embed(batch), [frozenset()])
+        assert "does more than embedding" in runner.why_images
+        assert torch.equal(found.logits, model(batch))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -50,10 +52,13 @@ def data() -> list:
     return labelled(43, 8)
 
 
-def launch(commands: list[list[object]]) -> list[tuple[int, str, str]]:
+def launch(commands: list[list[object]], *environments: dict[str, str]) -> list[tuple[int, str, str]]:
     """(exit code, output, errors) of processes that run beside each other."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-    processes = [subprocess.Popen([sys.executable, *map(str, command)], **pipes) for command in commands]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, *map(str, command)], **pipes, env=ENVIRONMENT | own)
+        for command, own in zip(commands, environments or [{}] * len(commands), strict=True)
+    ]
     try:
         outputs = [process.communicate(timeout=240) for process in processes]
     finally:
@@ -112,6 +117,37 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
     assert reports[0]["trajectory"]["images"] == reports[1]["trajectory"]["images"] == 20
     for step, wanted in zip(reports[1]["trajectory"]["steps"], reports[0]["trajectory"]["steps"], strict=True):
         assert (step["top1"], step["agreement"]) == (wanted["top1"], wanted["agreement"])
+
+
+def test_processes_that_see_other_images_are_refused(tmp_path):
+    """Without a val split of its own, one would try the picks on images that they were made on."""
+    model = save_pretrained(small_vit(), tmp_path / "model")
+    for name in ("0", "1"):
+        make_images(tmp_path / name)
+    shutil.rmtree(tmp_path / "1" / "val")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    command = [
+        "-m",
+        "lambda_vit",
+        "select",
+        "--model",
+        model,
+        "--count",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+    ]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    for code, _, errors in launch([[*command, "--data", tmp_path / rank["RANK"]] for rank in ranks], *ranks):
+        assert code == 2, errors
+        assert "ranks 0 and 1 were started differently" in errors
+        assert "tried on, split: 'val' and 'train'" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def check_refusals(share: CountingLoader, last: bool, folder: Path) -> None:

@@ -374,3 +374,20 @@ def test_models_without_a_classifier():
         with pytest.raises(ValueError, match=f"'{strategy}' compares the classifier's outputs, and the model has no"):
             select_layers(model, DATA, 1, strategy=strategy)
     assert select_layers(model, DATA, 1).channels == 48
+
+
+def test_labels_are_not_rounded_to_classes():
+    exact = [(x, y.float()) for x, y in DATA]
+    options = {"strategy": "accuracy"}
+    assert select_layers(small_vit(), exact, 1, **options) == select_layers(small_vit(), DATA, 1, **options)
+    with pytest.raises(ValueError, match="gives no labels, one per image"):
+        select_layers(small_vit(), [(x, y + 0.5) for x, y in exact], 1, **options)
+
+
+def test_answers_of_tokens_are_refused():
+    """Without pooling there are logits of every token: over which axis they are compared would be a guess."""
+    model = small_vit(global_pool="")
+    for strategy in ("kl", "accuracy"):
+        with pytest.raises(ValueError, match=r"compared by logits \[N, classes\]; the model gives \[[0-9]+, 5, 10\]"):
+            select_layers(model, DATA, 1, strategy=strategy)
+    assert len(select_layers(model, DATA, 1).layers) == 1

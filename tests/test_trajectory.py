@@ -234,3 +234,11 @@ def test_single_step_says_so():
 def test_recommend_refuses(steps, options, match):
     with pytest.raises(ValueError, match=match):
         recommend(steps, **options)
+
+
+def test_a_budget_that_all_picks_miss():
+    words = "What was asked for (3 × the throughput) is not met by all 2 picks either."
+    for top1 in ([80.0, 79.0, 78.0], [80.0, 79.0, 60.0]):
+        reason = recommend(made(top1), wanted="3 × the throughput", reached=False)["reason"]
+        assert words in reason
+        assert "This " not in reason

@@ -130,7 +130,7 @@ def select(
     selection_file = out if out.suffix == ".json" else out / "selection.json"
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
-    with ended_in_order(), process_group() as processes, contextlib.ExitStack() as stack:
+    with process_group() as processes, ended_in_order(), contextlib.ExitStack() as stack:
         if processes.leads:
             stack.enter_context(progress.shown())
         stack.enter_context(warnings.catch_warnings())
@@ -143,6 +143,8 @@ def select(
         trial, trial_notes = _open_trial(
             network, data, split, loader, eval_split, eval_samples, class_map=class_map, **loading
         )
+        if processes.size > 1:
+            processes.agree(_data_of(loader, trial), "Select")
         selection, engine = run_selection(
             network,
             loader,
@@ -165,7 +167,7 @@ def select(
             if processes.leads:
                 selection.to_json(selection_file)
         record = _measure(
-            network, selection, loader, trial, processes, profile, batch_size if latency else None, tolerance
+            network, selection, loader, trial, processes, profile, batch_size if latency else None, tolerance, bins
         )
         bad = sorted({path for paths in processes.gather([*loader.bad, *trial["loader"].bad] if trial else loader.bad)
                       for path in paths})  # fmt: skip
@@ -174,9 +176,12 @@ def select(
     own = ["--model", model, *weights_options("--", weights, pretrained)]
     reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
     checking = ["--data", data, *_validation_options(trial, class_map, skip_bad)]
-    if trial is not None and not trial["labelled"]:
+    if not network.num_classes or (trial is not None and not trial["labelled"]):
         checking = None
-    commands = _next_commands(selection, record["trajectory"], selection_file, folder, own, data, reference, checking)
+    training = ["--data", data, *(["--skip-bad", skip_bad] if skip_bad else [])]
+    commands = _next_commands(
+        selection, record["trajectory"], selection_file, folder, own, training, reference, checking
+    )
     _report(
         console, folder, selection_file, network, model, selection, record, engine, commands,
         [*trial_notes, *record["notes"]], _described(data, loader, trial),
@@ -200,6 +205,8 @@ def _open_trial(
     """The images that picks are tried on, and what to say of them."""
     if not eval_samples:
         return None, []
+    if not network.num_classes:
+        return None, ["The picks were not tried out: the model has no classifier, hence no answers to compare"]
     notes = []
 
     def opened(name: str) -> tuple[object, bool]:
@@ -231,6 +238,7 @@ def _measure(
     profile: bool,
     throughput_batch: int | None,
     tolerance: float,
+    bins: int,
 ) -> dict[str, Any]:
     """The trajectory and the layer profile of a record; the same in all processes."""
     from .data import make_loader, subset
@@ -241,7 +249,8 @@ def _measure(
     if trial is not None:
         record["trajectory"] = measure_trajectory(
             network, trial["loader"], selection, split=trial["split"], held_out=trial["held_out"],
-            labelled=trial["labelled"], throughput_batch=throughput_batch, tolerance=tolerance, processes=processes,
+            labelled=trial["labelled"], throughput_batch=throughput_batch, tolerance=tolerance, bins=bins,
+            processes=processes,
         )  # fmt: skip
     if profile:
         with processes.together("Profile"):
@@ -251,6 +260,18 @@ def _measure(
                 found, record["notes"] = caught(lambda: profile_layers(network, images))
                 record["profile"] = found.to_dict()
     return record
+
+
+def _data_of(loader: object, trial: dict[str, Any] | None) -> dict[str, Any]:
+    """What all processes have to have opened alike: each sees its own disks."""
+    from .selection_progress import data_fingerprint
+
+    found = {f"picked on, {name}": value for name, value in data_fingerprint(loader).items()}
+    if trial is not None:
+        tried = data_fingerprint(trial["loader"], labelled=trial["labelled"])
+        tried |= {name: trial[name] for name in ("split", "labelled", "held_out")}
+        found |= {f"tried on, {name}": value for name, value in tried.items()}
+    return found
 
 
 def _described(data: Path, loader: object, trial: dict[str, Any] | None) -> dict[str, Any]:
@@ -272,13 +293,14 @@ def _next_commands(
     selection_file: Path,
     folder: Path,
     own: list[object],
-    data: Path,
+    training: list[object],
     reference: list[object],
     checking: list[object] | None,
 ) -> list[dict[str, str]]:
     """What to type next: for the recommended layers where there are any, else for all that were picked.
 
-    `own` and `reference` say which model, `checking` on which images; None: their labels are not the model's classes.
+    `own` and `reference` say which model, `training` and `checking` on which images; no `checking` where these have no
+    labels that are the model's classes.
     """
     step = trajectory["recommended"]["step"] if trajectory else 0
     chosen = ["--selection", selection_file]
@@ -288,7 +310,7 @@ def _next_commands(
         which = "the recommended layers"
     small = folder / "model"
     entries = [
-        (f"What training without {which} takes", ["plan", *own, *chosen, "--data", data]),
+        (f"What training without {which} takes", ["plan", *own, *chosen, *training]),
         (f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]),
     ]
     if checking is not None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .memory import free_memory
 from .paths import PathRunner, Tokens
 from .units import size
 
@@ -225,6 +226,8 @@ def _parts(item: object) -> tuple[Tensor, Tensor | None]:
         targets = torch.as_tensor(item[1])
     except (TypeError, ValueError, RuntimeError):  # names or paths: whoever needs labels says that there are none
         return item[0], None
+    if targets.is_floating_point() and not torch.equal(targets, targets.round()):  # no classes: rounding would lie
+        return item[0], None
     return item[0], targets if targets.shape == (len(item[0]),) else None
 
 
@@ -250,11 +253,8 @@ def _images(loader: Iterable, of_a_batch: int) -> int | None:
 
 def _free_memory() -> int:
     """The share of the free memory that each process of this machine may take unasked."""
-    free = 4 << 30  # where the system does not tell
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
-    return int(free * RAM_SHARE / _processes_here())
+    free = free_memory()
+    return int((4 << 30 if free is None else free) * RAM_SHARE / _processes_here())
 
 
 def _processes_here() -> int:

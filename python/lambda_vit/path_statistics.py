@@ -72,13 +72,17 @@ class PathStatistics:
 
         Raises:
             NonFiniteActivationError: NaN or infinity; on CUDA at the latest when `check` or the results are asked for.
-            ValueError: Labels that the classifier does not have.
+            ValueError: Labels that the classifier does not have, or logits that are not one row per image.
         """
         update_together([self._meters[path] for path in found], [out.scored for out in found.values()])
         first = next(iter(found.values())).logits
         self._images += len(first)
         if not (self._compare or self._label):
             return
+        if first.dim() != 2:
+            raise ValueError(
+                f"answers are compared by logits [N, classes]; the model gives {list(first.shape)} per batch"
+            )
         # Metal has no float64, and these are a few numbers per image.
         device = torch.device("cpu") if first.device.type == "mps" else first.device
         if self._sums is None:

@@ -21,9 +21,10 @@ from lambda_kernels.families import inspect_model
 
 from .dilution import dilute, finish_dilution, set_lambda
 from .evaluate import cost, input_shape
+from .memory import free_memory
 from .placement import one_device, one_dtype
 from .progress import task
-from .training_step import Loading, StepTime, free_memory, measure_loading, random_images, saved_bytes, time_steps
+from .training_step import Loading, StepTime, measure_loading, random_images, saved_bytes, time_steps
 from .units import size
 
 # The paper's schedule: λ goes from 1 to 0 in the first, and the network trains on without attention in the second.

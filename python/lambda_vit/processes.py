@@ -169,7 +169,7 @@ def process_group() -> Iterator[Processes]:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield Processes()
         return
-    dist.init_process_group(backend="gloo", timeout=TIMEOUT)
+    dist.init_process_group(backend="gloo")
     try:
         yield Processes()
     finally:

@@ -17,7 +17,7 @@ from lambda_kernels.ops.checks import check_choice
 
 from .processes import Processes
 from .progress import task
-from .selection_progress import Progress, data_fingerprint, model_fingerprint
+from .selection_progress import Progress, data_fingerprint, model_fingerprint, refuse_search
 from .stopping import Stop
 from .strategies import STRATEGIES, Found, Round, Strategy, control_order, greedy_round, ranking, shortened
 from .transfer import Measurement, constant_note
@@ -184,7 +184,8 @@ def select_layers(
         cache: Where embedded images stay between rounds: "ram", "disk", "none"; "auto" is "ram" where they fit.
         cache_budget: Bytes that they may take; None: a quarter of the free memory, or the free disk but 1 GiB.
         cache_folder: Where "disk" keeps them while it runs.
-        progress_file: Written atomically after every round; the same call then goes on from there.
+        progress_file: Written atomically after every round; the same call then goes on from there. A control writes none,
+            and refuses one that a search has left.
         restart: Forget what `progress_file` holds.
 
     Raises:
@@ -279,6 +280,8 @@ def run_selection(
     if how.how == "control":
         settled = None
         with processes.together("Select"):
+            if processes.leads and progress_file is not None:
+                refuse_search(Path(progress_file), strategy, restart)
             if processes.leads:  # throughput is measured, and comes out differently each time
                 settled = shortened(control_order(strategy, candidates, most, seed, layers), stop)
         order, notes = processes.share(settled)

@@ -77,6 +77,21 @@ class Progress:
             )
 
 
+def refuse_search(path: Path, control: str, restart: bool) -> None:
+    """Keep a control from replacing what a search found: its layers would go where those of the search are.
+
+    Raises:
+        ProgressMismatchError: `path` holds the progress of a search, and it is not to be forgotten (`restart`).
+    """
+    if restart:
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        raise ProgressMismatchError(
+            f"{path} holds the progress of a search, and {control!r} would replace its selection. Use another place to "
+            "write to, or start over with --restart (restart=True)"
+        )
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
     return _digest(model.state_dict().items())

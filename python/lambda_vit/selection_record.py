@@ -13,6 +13,7 @@ from . import environment
 from .evaluate import input_shape, wilson_interval
 from .processes import Processes
 from .selection import Selection, model_name
+from .stopping import missed
 from .trajectory import measure_costs, recommend
 from .transfer import Measurement
 
@@ -28,6 +29,7 @@ def measure_trajectory(
     throughput_batch: int | None,
     seconds: float = 60.0,
     tolerance: float = 5.0,
+    bins: int = 256,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Entropy, accuracy, agreement and cost of the full model and of what is left after each pick.
@@ -42,19 +44,25 @@ def measure_trajectory(
         throughput_batch: Images per forward of the timing; None takes no times.
         seconds: For the timing.
         tolerance: Of the recommendation, in points of top-1 (or of agreement).
+        bins: Of a histogram.
         processes: Those that measure together.
 
     Returns:
         The "trajectory" of a report's record; the same in all processes.
 
     Raises:
+        ValueError: The model has no classifier, so that there are no answers to compare.
         ValueError, NonFiniteActivationError, RuntimeError: As `Measurement.measure`.
     """
+    if not getattr(model, "num_classes", 1):
+        raise ValueError("the model has no classifier: there are no answers that a trajectory could compare")
     processes = Processes() if processes is None else processes
     paths = [frozenset(selection.layers[:count]) for count in range(len(selection.layers) + 1)]
     estimator = selection.estimator or "gaussian"
     score = selection.score or "logits"
-    with Measurement(model, loader, estimator=estimator, score=score, cache="none", processes=processes) as measurement:
+    with Measurement(
+        model, loader, estimator=estimator, score=score, bins=bins, cache="none", processes=processes
+    ) as measurement:
         found = measurement.measure(paths, "Trajectory", compare=True, label=labelled)
     trajectory = None
     with processes.together("Trajectory"):
@@ -91,7 +99,12 @@ def measure_trajectory(
                 "throughput_batch": throughput_batch,
                 "steps": steps,
                 "recommended": recommend(
-                    steps, tolerance=tolerance, wanted=selection.stop, images=images, held_out=held_out
+                    steps,
+                    tolerance=tolerance,
+                    wanted=selection.stop,
+                    images=images,
+                    held_out=held_out,
+                    reached=not missed(selection.warnings),
                 ),
             }
     return processes.share(trajectory)

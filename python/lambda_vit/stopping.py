@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class Stop:
     def shortfall(self, layers: Collection[int]) -> str:
         """What to say where `layers`, which `met` has just seen, are all that can go and still too few."""
         found = f"{self.last:.2f} × was measured" if self.kind == "throughput" else f"{self.last:.3f} are left"
-        return f"{self.kind}={self.value:g} was not reached: without the attention of {len(layers)} blocks {found}"
+        return f"{self.kind}={self.value:g} {_MISSED} without the attention of {len(layers)} blocks {found}"
 
     def speedup(self, layers: Collection[int]) -> float:
         """Throughput without the attention of `layers` against the full network's, measured here and now."""
@@ -91,6 +91,12 @@ class Stop:
 
 
 _NAMES = {"params": "parameters", "flops": "FLOPs"}
+_MISSED = "was not reached:"
+
+
+def missed(notes: Iterable[str]) -> bool:
+    """Whether one of a selection's warnings is a `Stop.shortfall`."""
+    return any(_MISSED in note for note in notes)
 
 
 def attention_parameters(model: nn.Module) -> tuple[int, dict[int, int]]:

@@ -128,6 +128,7 @@ def recommend(
     wanted: str | None = None,
     images: int | None = None,
     held_out: bool | None = None,
+    reached: bool = True,
 ) -> dict[str, Any]:
     """The last step up to which top-1 with nothing trained stays within `tolerance` points of the full model's.
 
@@ -137,9 +138,10 @@ def recommend(
     Args:
         steps: A trajectory's steps, the full model first: "removed", and "top1" or "agreement" in percent.
         tolerance: In points.
-        wanted: The budget that the last step meets, in words ("5 layers", "85 % of the parameters").
+        wanted: The budget that was asked for, in words ("5 layers", "85 % of the parameters").
         images: How many images the figures rest on; None says nothing about noise.
         held_out: Whether none of these images was used for picking; None says nothing about it.
+        reached: Whether the last step meets `wanted`.
 
     Returns:
         {"step": its index, "reason": paragraphs in plain words, one per line, "tolerance", "measure": "top1" or
@@ -164,7 +166,11 @@ def recommend(
     if len(steps) == 1:
         paragraphs = ["No layer was picked: there is nothing but the full model to recommend."]
     else:
-        paragraphs = [view.choice(chosen, within), view.confidence(chosen, held_out), _outlook(steps, chosen, wanted)]
+        paragraphs = [
+            view.choice(chosen, within),
+            view.confidence(chosen, held_out),
+            _outlook(steps, chosen, wanted, reached),
+        ]
     return {"step": chosen, "reason": "\n".join(filter(None, paragraphs)), "tolerance": tolerance, "measure": measure}
 
 
@@ -268,11 +274,13 @@ class _View:
         return " ".join(words)
 
 
-def _outlook(steps: Sequence[Mapping[str, Any]], chosen: int, wanted: str | None) -> str:
+def _outlook(steps: Sequence[Mapping[str, Any]], chosen: int, wanted: str | None, reached: bool) -> str:
     """What training may change, and whether the budget is met."""
     last = len(steps) - 1
     words = ["Training after the removal usually wins accuracy back; how much, these figures cannot predict."]
-    if wanted and chosen == last:
+    if wanted and not reached:
+        words.append(f"What was asked for ({wanted}) is not met by {_picks(last, last)} either.")
+    elif wanted and chosen == last:
         words.append(f"This meets what was asked for: {wanted}.")
     elif wanted:
         rest = _blocks([step["picked"] for step in steps[chosen + 1 :] if step.get("picked") is not None])

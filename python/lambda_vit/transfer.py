@@ -45,7 +45,8 @@ class Measurement:
         cache: Where the embedded images stay between passes: "ram", "disk", "none"; "auto" is "ram" where it fits.
         cache_budget: Bytes that they may take; None as `Embeddings`.
         cache_folder: Where "disk" keeps them.
-        processes: Those that measure together; None: those of the process group, if there is one.
+        processes: Those that measure together; None: those of the process group, if there is one, all of which then have
+            to make a `Measurement` and call the same methods.
 
     Attributes:
         seconds: Time spent in passes, and in statistics alone as far as the host can tell.
@@ -232,6 +233,8 @@ def transfer_entropy(
     score: str = "logits",
 ) -> float:
     """Transfer entropy of the attention layers `skip` towards the task head, in bits.
+
+    In a process group every process has to call it, with its own share of the images; all get the same.
 
     Args:
         model: A timm vision transformer.
