@@ -42,6 +42,8 @@ class Pool:
         tokens, targets = [], []
         for images, labels in make_loader(dataset, BATCH):
             tokens.append(self.runner.embed(images.to(self.dtype)).tokens)
+            if self.runner.why_images is not None:
+                raise SystemExit(f"this model cannot be studied: {self.runner.why_images}")
             targets.append(labels)
         self.tokens, self.targets = torch.cat(tokens), torch.cat(targets)
         self._logits: dict[Path, Tensor] = {}

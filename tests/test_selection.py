@@ -7,6 +7,7 @@ import json
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import IMAGES, images, small_vit
@@ -254,3 +255,9 @@ def test_real_deit_tiny_against_a_plain_timm_loop(deit_tiny, real_data):
     assert selection.entropy_full == pytest.approx(full, abs=0.01)
     for layer, score in selection.rounds[0].scores.items():
         assert score == pytest.approx(abs(full - plain_entropy(deit_tiny, batches, (layer,))), abs=0.01)
+
+
+def test_the_default_number_of_picks_fits_small_models():
+    assert len(select_layers(small_vit(), None, strategy="first").layers) == 3
+    assert len(select_layers(small_vit(depth=8), None, strategy="first").layers) == 5
+    assert len(select_layers(small_vit(), None, np.int64(2), strategy="first").layers) == 2

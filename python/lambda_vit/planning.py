@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def limited_by(self) -> str | None:
-        """What takes longer in the slower phase: "loading" or "training"; None where loading was not measured."""
+        """What takes longer in the phase that trains faster: "loading" or "training"; None where loading was not measured."""
         if self.loading is None:
             return None
         fastest = max(self.images_per_second(name) for name in _timed(self.networks))

@@ -127,6 +127,8 @@ class Processes:
         """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what gloo raises when a connection closes or times out
             raise ProcessLostError(
                 f"rank {self.rank} of {self.size}: another process of this run has stopped or cannot be reached "

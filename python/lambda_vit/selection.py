@@ -165,8 +165,8 @@ def select_layers(
     Args:
         model: A timm vision transformer that still has all its attention.
         loader: Yields images, or tuples that begin with images and labels; iterated once per round, or once in all where
-            the embedded images fit into the cache. None for a control.
-        count: How many layers to pick; 5 where no budget is given.
+            the embedded images fit into the cache, so that it must give the same images each time. None for a control.
+        count: How many layers to pick; 5, or all that may go if these are fewer, where no budget is given.
         strategy: "nose"; "nose-signed"; "one-shot": rank once by |TE|; "kl": greedy, the divergence of the outputs from
             the full model's; "accuracy": greedy, needs labels; "cosine": rank once by how far attention turns its tokens
             (arXiv 2406.15786). Controls that measure nothing: "random" (seeded), "first" (blocks 0, 1, 2 …), "explicit".
@@ -268,6 +268,8 @@ def run_selection(
         most = len(layers)
         if budget == Budget():
             budget = Budget(count=most)
+    if budget == Budget():
+        budget = Budget(count=min(DEFAULT_COUNT, most))
     stop = Stop(model, *budget.asked(), candidates=candidates if layers is None else layers, most=most)
     common = {"strategy": strategy, "model": model_name(model), "depth": anatomy.depth, "stop": stop.describe()}
     processes = Processes() if processes is None else processes
@@ -287,15 +289,18 @@ def run_selection(
         order, notes = processes.share(settled)
         notes = [*_removal_warnings(model, order, anatomy), *notes]
         return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
-    if loader is None:
-        raise ValueError(f"loader is None, but strategy {strategy!r} measures on images; pass a loader")
-    if (how.criterion.compare or how.criterion.label) and not getattr(model, "num_classes", 1):
-        raise ValueError(f"strategy {strategy!r} compares the classifier's outputs, and the model has no classifier")
-
-    with Measurement(
-        model, loader, estimator=estimator, score=score, bins=bins, processes=processes, **(cache or {})
-    ) as measurement:
+    with processes.together("Select"):
+        if loader is None:
+            raise ValueError(f"loader is None, but strategy {strategy!r} measures on images; pass a loader")
+        if (how.criterion.compare or how.criterion.label) and not getattr(model, "num_classes", 1):
+            raise ValueError(
+                f"strategy {strategy!r} compares the classifier's outputs, and the model has no classifier"
+            )
+        measurement = Measurement(
+            model, loader, estimator=estimator, score=score, bins=bins, processes=processes, **(cache or {})
+        )
         options |= {"model": model_name(model), "weights": model_fingerprint(model), "dtype": str(measurement.dtype)}
+    with measurement:
         processes.agree(options, "Select")
         progress = None
         with processes.together("Select"):

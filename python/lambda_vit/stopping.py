@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -34,8 +35,9 @@ class Stop:
         self.last: float | None = None  # what `met` found last: layers, the share that is left, or the throughput
         self._model = model
         if kind == "count":
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ValueError(f"count must be an integer; got {value!r}")
+            self.value = value = operator.index(value)  # NumPy's integers too
             if not 1 <= value <= most:
                 raise ValueError(f"count must be from 1 to {most} for {len(model.blocks)} blocks; got {value}")
             return
