@@ -10,6 +10,7 @@ interrupted study goes on with the first that is missing.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels.files import write_json
-from lambda_vit.data import make_loader, open_images, subset, transforms_for
+from lambda_vit.data import ImageDataset, make_loader, open_images, subset, transforms_for
 from lambda_vit.loading import open_model
 from lambda_vit.path_statistics import PathResult, PathStatistics
 from lambda_vit.paths import FULL, Outputs, Path, PathRunner, Tokens
@@ -162,7 +163,6 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=500)
     parser.add_argument("--evaluate-at", default="1,2,3,4,5,6", help="picks after which accuracy is measured")
     parser.add_argument("--sizes", default="100,500", help="of random subsets, for the stability of NOSE")
-    parser.add_argument("--pool", type=int, default=1000, help="training images that subsets are drawn from")
     parser.add_argument("--draws", type=int, default=5, help="subsets of each size, and random selections")
     options = parser.parse_args()
     counts = [int(c) for c in options.evaluate_at.split(",")]
@@ -177,13 +177,35 @@ def main() -> None:
             for split in ("train", "val")
         }
         picks = compare_strategies(study, model, opened["train"], options)
-        measure_quality(study, Pool(model, subset(opened["val"], options.validation)), picks, counts)
+        validation = Pool(model, subset(opened["val"], options.validation))
+        measure_quality(study, validation, picks, counts)
         # The rounding of bfloat16 is far below what another choice of images changes, and this is most of the work.
-        pool = Pool(model.bfloat16(), subset(opened["train"], options.pool, seed=0))
-        for size, draw in itertools.product(map(int, options.sizes.split(",")), range(options.draws)):
-            indices = np.random.default_rng((size, draw)).permutation(len(pool))[:size]
-            measurement = PoolMeasurement(pool, np.sort(indices))
-            study.run(f"stability {size} {draw}", lambda m=measurement: search(m, "nose", options.count))
+        coarse = copy.deepcopy(model).bfloat16()
+        for draw in range(options.draws):
+            stability(study, coarse, opened["train"], draw, options)
+        every = PoolMeasurement(validation, np.arange(len(validation)))
+        for size, draw in itertools.product(sizes_of(options), range(options.draws)):
+            layers = study.record["results"][f"stability {size} {draw}"]["result"]["layers"]
+            study.run(f"quality stability {size} {draw}", lambda layers=layers: quality(every, layers, [4]))
+
+
+def sizes_of(options: argparse.Namespace) -> list[int]:
+    """Of the random subsets, the smallest first."""
+    return sorted(map(int, options.sizes.split(",")))
+
+
+def stability(study: Study, model: nn.Module, dataset: ImageDataset, draw: int, options: argparse.Namespace) -> None:
+    """NOSE on one draw of random images: subsets of it, each holding the smaller ones."""
+    sizes = sizes_of(options)
+    if sizes[-1] > len(dataset):
+        raise SystemExit(f"--sizes: there are {len(dataset)} training images, not {sizes[-1]}")
+    if all(f"stability {size} {draw}" in study.record["results"] for size in sizes):
+        return
+    drawn = np.random.default_rng(draw).permutation(len(dataset))[: sizes[-1]]
+    pool = Pool(model, dataset.select(drawn.tolist()))
+    for size in sizes:
+        measurement = PoolMeasurement(pool, np.arange(size))
+        study.run(f"stability {size} {draw}", lambda m=measurement: search(m, "nose", options.count))
 
 
 def compare_strategies(study: Study, model: nn.Module, dataset: object, options: argparse.Namespace) -> dict:
