@@ -90,7 +90,13 @@ class PoolMeasurement:
         self.pool, self.indices, self.estimator = pool, indices, estimator
 
     def measure(
-        self, paths: Collection[Path], description: str = "", *, compare: bool = False, label: bool = False
+        self,
+        paths: Collection[Path],
+        description: str = "",
+        *,
+        compare: bool = False,
+        label: bool = False,
+        keep: bool = False,
     ) -> dict[Path, PathResult]:
         """As `Measurement.measure`."""
         wanted = list(dict.fromkeys([*paths, FULL] if compare else paths))

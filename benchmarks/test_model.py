@@ -37,7 +37,7 @@ def test_selecting_five_of_twelve(model, against):
     def shared() -> None:
         with Measurement(model, data) as measurement:
             for paths in rounds:
-                measurement.measure(paths)
+                measurement.measure(paths, keep=True)
 
     def one_by_one() -> None:
         for paths in rounds:

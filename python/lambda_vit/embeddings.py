@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .beginnings import Beginnings
 from .memory import free_memory
 from .paths import PathRunner, Tokens
 from .units import size
@@ -40,6 +41,7 @@ class Batch:
         targets: int64 [N]; None where the loader gives none.
         full: The full model's logits, once somebody has put them there; they are kept with the rest.
         images: While they are at hand, for messages.
+        beginnings: Tokens further inside, from one pass to the next where there is memory for them.
     """
 
     number: int
@@ -47,6 +49,7 @@ class Batch:
     targets: Tensor | None
     full: Tensor | None = None
     images: Tensor | None = None
+    beginnings: Beginnings = field(default_factory=Beginnings)
 
     def __len__(self) -> int:
         return len(self.start.tokens)
@@ -54,11 +57,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is kept between passes: "ram", "disk" or "none", what all of it takes, and why it was decided so."""
+    """What is kept between passes: "ram", "disk" or "none", what all of it takes, and why it was decided so.
+
+    `inside` is what the tokens of all images take at one place inside one path, and `spare` what may be spent on such.
+    """
 
     kind: str
     bytes: int | None
     reason: str
+    inside: int = 0
+    spare: int = 0
 
 
 class Embeddings:
@@ -149,6 +157,7 @@ class Embeddings:
             return CachePlan("none", None, "as asked for: every pass reads the images again")
         each = sum(t[0].numel() * t.element_size() for t in (*batch.start, batch.targets) if t is not None)
         each += self._classes * batch.start.tokens.element_size()
+        tokens = batch.start.tokens[0].numel() * batch.start.tokens.element_size()
         images = _images(self._loader, len(batch.start.tokens))
         if images is None:
             if self._cache != "auto":
@@ -171,7 +180,9 @@ class Embeddings:
         fits = needed <= budget
         reason = f"{images:,} images take {size(needed)}, {named} is {size(budget)}"
         if fits:
-            return CachePlan(kind, needed, reason)
+            # Where the tokens have to go to the device first, running the blocks again is the faster way.
+            spare = budget - needed if kind == "ram" and self._device.type == "cpu" else 0
+            return CachePlan(kind, needed, reason, tokens * images, spare)
         if self._cache == "auto":
             return CachePlan("none", needed, f"{reason}: every pass reads the images again")
         raise ValueError(
@@ -235,7 +246,8 @@ def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     def mapped(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else function(tensor)
 
-    return Batch(batch.number, Tokens(*map(mapped, batch.start)), mapped(batch.targets), mapped(batch.full))
+    start = Tokens(*map(mapped, batch.start))
+    return Batch(batch.number, start, mapped(batch.targets), mapped(batch.full), beginnings=batch.beginnings)
 
 
 def _images(loader: Iterable, of_a_batch: int) -> int | None:

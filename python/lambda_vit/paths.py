@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from lambda_kernels.families import inspect_model
 
 Path = frozenset[int]
 FULL: Path = frozenset()
+
+# What decides about the tokens that go into a block: the block, and what was skipped before it.
+Node = tuple[int, Path]
+
+
+def node(path: Path, at: int) -> Node:
+    """Where `path` is when it comes to block `at`."""
+    return at, frozenset(block for block in path if block < at)
 
 
 def skip_attention(model: nn.Module, skip: Sequence[int]) -> nn.Module:
@@ -47,6 +55,14 @@ class Outputs(NamedTuple):
 
     scored: Tensor
     logits: Tensor
+
+
+class Memory(Protocol):
+    """Tokens at nodes, from an earlier run over the same images; see `beginnings.Beginnings`."""
+
+    def find(self, key: Node) -> Tensor | None: ...
+
+    def offer(self, key: Node, x: Tensor) -> None: ...
 
 
 class PathRunner:
@@ -93,10 +109,18 @@ class PathRunner:
         tokens = self._before_blocks(images)
         return Tokens(tokens, None if self.why_images is None else images)
 
-    def outputs(self, start: Tokens, paths: Collection[Path]) -> Iterator[tuple[Path, Outputs]]:
-        """The outputs of all `paths`, each once, in an order of their own: beginnings that paths share are run once."""
-        for x, group in self._walk(start.tokens, 0, list(dict.fromkeys(paths))):
-            found = self._finish(x, start.images)
+    def outputs(
+        self, start: Tokens, paths: Collection[Path], memory: Memory | None = None
+    ) -> Iterator[tuple[Path, Outputs]]:
+        """The outputs of all `paths`, each once, in an order of their own: beginnings that paths share are run once.
+
+        Args:
+            start: What `embed` gave.
+            paths: Sets of blocks whose attention is skipped.
+            memory: Of the same images. Blocks before what it finds are not run, and it is offered what is run.
+        """
+        for at, group in self._walk(_Place(self, 0, FULL, memory, tokens=start.tokens), list(dict.fromkeys(paths))):
+            found = self._finish(at.tokens(), start.images)
             for path in group:
                 yield path, found
 
@@ -104,7 +128,7 @@ class PathRunner:
         """The first block of a path that gives NaN or infinity; None: it comes behind the last one."""
         x = start.tokens
         for index in range(self.depth):
-            x = self._run(index, index in path, x)
+            x = self.run(index, index in path, x)
             if not torch.isfinite(x).all():
                 return index
         return None
@@ -133,20 +157,21 @@ class PathRunner:
             self._free[index] = _without_attention(self._blocks[index])
         return self._free[index]
 
-    def _run(self, index: int, skipped: bool, x: Tensor) -> Tensor:
+    def run(self, index: int, skipped: bool, x: Tensor) -> Tensor:
+        """A block, with its attention or without."""
         return (self._without(index) if skipped else self._blocks[index])(x)
 
-    def _walk(self, x: Tensor, index: int, group: list[Path]) -> Iterator[tuple[Tensor, list[Path]]]:
+    def _walk(self, place: _Place, group: list[Path]) -> Iterator[tuple[_Place, list[Path]]]:
         """Depth first, so that no more tokens are alive than paths have branched off on the way here."""
-        for at in range(index, self.depth):
+        for at in range(place.at, self.depth):
             skipping = [path for path in group if at in path]
             if skipping and len(skipping) < len(group):
                 group = [path for path in group if at not in path]
-                yield from self._walk(self._run(at, True, x), at + 1, skipping)
+                yield from self._walk(place.following(True), skipping)
                 skipping = []
-            x = self._run(at, bool(skipping), x)
+            place = place.following(bool(skipping))
         if group:
-            yield x, group
+            yield place, group
 
     def _before_blocks(self, images: Tensor) -> Tensor:
         self._front(images)
@@ -192,6 +217,35 @@ class PathRunner:
                 f"the forward of this {type(self._model).__name__} does not run its blocks once, one after the other, on "
                 "what goes into the first: paths through them cannot be measured"
             )
+
+
+class _Place:
+    """The tokens at a node of the paths, run only when somebody asks for them."""
+
+    def __init__(
+        self, runner: PathRunner, at: int, skipped: Path, memory: Memory | None, *, tokens: Tensor | None = None,
+        before: _Place | None = None,
+    ) -> None:  # fmt: skip
+        self.at = at
+        self._runner, self._skipped, self._memory = runner, skipped, memory
+        self._tokens, self._before = tokens, before
+
+    def following(self, skipped: bool) -> _Place:
+        """Behind the next block."""
+        path = self._skipped | {self.at} if skipped else self._skipped
+        return _Place(self._runner, self.at + 1, path, self._memory, before=self)
+
+    def tokens(self) -> Tensor:
+        """[N, T, C], from memory or by running the blocks behind the last place that is known."""
+        if self._tokens is None and self._memory is not None:
+            self._tokens = self._memory.find((self.at, self._skipped))
+        if self._tokens is None:
+            block = self.at - 1
+            self._tokens = self._runner.run(block, block in self._skipped, self._before.tokens())
+            if self._memory is not None:
+                self._memory.offer((self.at, self._skipped), self._tokens)
+        self._before = None  # whose tokens need not stay
+        return self._tokens
 
 
 class _Tap(nn.Module):

@@ -198,7 +198,7 @@ def greedy_round(
             if layer not in branch.layers:
                 children.setdefault(frozenset((*branch.layers, layer)), []).append((branch, layer))
     paths = [*([FULL] if found.full is None else []), *children]
-    results = measurement.measure(paths, description, compare=criterion.compare, label=criterion.label)
+    results = measurement.measure(paths, description, compare=criterion.compare, label=criterion.label, keep=True)
     full = results[FULL] if found.full is None else found.full
     scores = {path: criterion.score(results[path], full) for path in children}
     best = sorted(children, key=lambda path: (scores[path], sorted(path)))[:beam]

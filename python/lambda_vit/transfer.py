@@ -19,6 +19,7 @@ from lambda_kernels.convert import check_indices
 from lambda_kernels.errors import NonFiniteActivationError
 from lambda_kernels.ops.checks import check_choice
 
+from . import beginnings
 from .embeddings import Batch, Embeddings
 from .path_statistics import PathResult, PathStatistics
 from .paths import FULL, Outputs, Path, PathRunner, skip_attention
@@ -93,6 +94,8 @@ class Measurement:
         self.samples = 0
         self.channels = 0
         self.constant_channels = 0
+        self._kept: tuple[int, ...] = ()
+        self._kept_bytes = 0
 
     def __enter__(self) -> Measurement:
         return self
@@ -102,7 +105,13 @@ class Measurement:
 
     @torch.inference_mode()
     def measure(
-        self, paths: Collection[Path], description: str = "Measure", *, compare: bool = False, label: bool = False
+        self,
+        paths: Collection[Path],
+        description: str = "Measure",
+        *,
+        compare: bool = False,
+        label: bool = False,
+        keep: bool = False,
     ) -> dict[Path, PathResult]:
         """All `paths`, in one pass over the data.
 
@@ -111,6 +120,7 @@ class Measurement:
             description: Of the progress bar.
             compare: Compare with the full model's answers, which are computed beside the paths unless they are cached.
             label: Compare with the labels.
+            keep: More paths that begin like these will be asked for: keep what they begin with, as the memory allows.
 
         Returns:
             The results over the data of all processes, the same on each.
@@ -124,6 +134,8 @@ class Measurement:
         statistics = PathStatistics(paths, self.estimator, self.score, self.bins, compare=compare, label=label)
         with self.processes.together(description):
             for batch in self._batches(description):
+                if keep:
+                    batch.beginnings.announce(paths, self._kept_before(paths))
                 try:
                     self._measure_batch(batch, paths, statistics, compare)
                 except NonFiniteActivationError as error:
@@ -171,7 +183,17 @@ class Measurement:
             "shared": "the embedding and the blocks before a path's first skipped attention"
             if self.runner.why_images is None
             else f"the blocks, not the embedding: {self.runner.why_images}",
+            "kept": {"before_blocks": list(self._kept), "bytes": self._kept_bytes} if self._kept else None,
         }
+
+    def _kept_before(self, paths: list[Path]) -> tuple[int, ...]:
+        """Before which blocks of `paths` tokens are kept for the next round."""
+        plan = self.embeddings.plan
+        chosen = beginnings.positions(paths, self.runner.depth, plan.inside, plan.spare) if plan.spare else ()
+        taken = beginnings.nodes(paths, chosen) * plan.inside
+        if taken > self._kept_bytes:
+            self._kept, self._kept_bytes = chosen, taken
+        return chosen
 
     def _batches(self, description: str) -> Iterator[Batch]:
         """One pass, in eval mode, behind a progress bar."""
@@ -188,7 +210,7 @@ class Measurement:
 
     def _measure_batch(self, batch: Batch, paths: list[Path], statistics: PathStatistics, compare: bool) -> None:
         wanted = [FULL, *paths] if compare and batch.full is None else paths
-        found: dict[Path, Outputs] = dict(self.runner.outputs(batch.start, wanted))
+        found: dict[Path, Outputs] = dict(self.runner.outputs(batch.start, wanted, batch.beginnings))
         if compare and batch.full is None:
             batch.full = found[FULL].logits
         started = time.perf_counter()
