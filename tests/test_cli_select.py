@@ -132,7 +132,9 @@ def test_caches(cache, select, tmp_path):
     options = ["--cache", cache, "--cache-budget", "8G", "--cache-dir", place, "--count", 2, *QUICK]
     code, _, err = select(*options)
     assert code == 0, err
-    assert record_of(tmp_path / "out")["engine"]["cache"]["kind"] == cache
+    record = record_of(tmp_path / "out")
+    assert record["engine"]["cache"]["kind"] == cache
+    assert ("tokens before blocks 1, 2, 3" in record["environment"].get("kept between rounds", "")) == (cache == "ram")
     assert not place.exists() or list(place.iterdir()) == []
 
 

@@ -98,14 +98,16 @@ class Watched(Measurement):
     [
         ({"cache": "ram", "cache_budget": 1 << 24}, [14, 12, 8]),
         ({"cache": "ram", "cache_budget": 24 * (EACH + 8 + 40) + 24 * EACH * 14}, [14, 12, 8]),
-        ({"cache": "ram", "cache_budget": 24 * (EACH + 8 + 40) + 24 * EACH * 14 - 1}, [8, 12, 8]),
+        ({"cache": "ram", "cache_budget": 24 * (EACH + 8 + 40) + 24 * EACH * 14 - 1}, [8, 10, 8]),
         ({"cache": "ram", "cache_budget": 24 * (EACH + 8 + 40)}, [0, 0, 0]),
         ({"cache": "disk"}, [0, 0, 0]),
         ({"cache": "none"}, [0, 0, 0]),
     ],
 )
 def test_a_search_keeps_what_fits(options, kept, tmp_path):
-    """Counts by hand for picks 2, 0, 4: beginnings before blocks 1 to 4, or before 2 and 4 where all are too many."""
+    """Counts by hand for picks 2, 0, 4: beginnings before blocks 1 to 4, or before 2 and 4 where all are too many. The
+    second round would then have 12, but two of them lie before others that are kept, and are not run.
+    """
     model, sizes = small_vit(depth=DEPTH), {}
     with Watched(model, labelled(), cache_folder=tmp_path, **options) as measurement:
         found = [measurement.measure(paths, keep=True) for paths in rounds_of((2, 0, 4))]
@@ -113,7 +115,7 @@ def test_a_search_keeps_what_fits(options, kept, tmp_path):
         engine = measurement.engine()
     assert [set(counts) for counts in sizes] == [{number} for number in kept]
     if kept[0]:
-        assert engine["kept"]["bytes"] == max(kept) * 24 * EACH
+        assert engine["kept"]["bytes"] == (14 if kept[0] == 14 else 12) * 24 * EACH
     else:
         assert engine["kept"] is None
     with Measurement(model, labelled(), cache="none") as plain:

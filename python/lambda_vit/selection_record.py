@@ -16,6 +16,7 @@ from .selection import Selection, model_name
 from .stopping import missed
 from .trajectory import measure_costs, recommend
 from .transfer import Measurement
+from .units import size
 
 
 def measure_trajectory(
@@ -132,6 +133,9 @@ def selection_record(
         where["shared by all paths"] = engine["shared"]
         if cache is not None:
             where["embedded images"] = f"{cache['kind']}: {cache['reason']}"
+        if engine.get("kept"):
+            blocks = ", ".join(map(str, engine["kept"]["before_blocks"]))
+            where["kept between rounds"] = f"tokens before blocks {blocks}, {size(engine['kept']['bytes'])}"
     record = {
         "title": f"Attention layers to remove from {model_name(model) or name}",
         "model": {
