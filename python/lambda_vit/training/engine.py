@@ -25,7 +25,7 @@ from ..processes import Processes, ProcessLostError
 from ..progress import task
 from ..selection_progress import data_fingerprint, model_fingerprint
 from .best import Best
-from .learner import Learner, Outcome
+from .learner import Learner
 from .pulse import Beat, Pulse
 from .recipe import Recipe
 from .scoring import Score, score
@@ -33,7 +33,7 @@ from .scoring import Score, score
 if TYPE_CHECKING:
     from .run_log import RunLog
     from .runstate import Checkpoints
-    from .stream import MicroBatch, TrainingStream
+    from .stream import TrainingStream
 
 # fp16: so many steps in a row whose gradient overflows are no search for the right scale any more.
 MOST_SKIPPED = 25

@@ -20,6 +20,7 @@ from .boundary import forget_removed, remove_faded
 from .losses import Objective, label_loss
 from .preparing import frozen_parts, set_training_mode
 from .recipe import Recipe
+from .seeds import mixed_seed, preserved
 
 if TYPE_CHECKING:
     from .stream import MicroBatch
@@ -208,13 +209,14 @@ class Learner:
 
     def _loss(self, position: int, batch: MicroBatch) -> Tensor:
         # What is drawn depends on the step and the micro-batch alone: not on the process, nor on what was drawn before.
-        seeds = np.random.SeedSequence((self.recipe.seed, position, batch.number)).generate_state(2, np.uint64)
-        torch.manual_seed(int(seeds[0]))
+        place = (self.recipe.seed, position, batch.number)
+        torch.manual_seed(mixed_seed("step", *place))
         images = batch.images.to(self.device, self.dtype, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
         if self._mixup is not None:
             images = images.clone() if images is batch.images else images  # timm mixes in place
-            with _numpy_seeded(int(seeds[1]) % 2**32):
+            with preserved():  # timm draws from NumPy's global generator, which is the caller's
+                np.random.seed(mixed_seed("mixup", *place) % 2**32)
                 images, targets = self._mixup(images, targets)
         dtype = AMP.get(self.recipe.amp)
         with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
@@ -255,14 +257,3 @@ def _mixup(recipe: Recipe, classes: int) -> Any:
         switch_prob=recipe.mixup_switch_prob, mode=recipe.mixup_mode, label_smoothing=recipe.label_smoothing,
         num_classes=classes,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _numpy_seeded(seed: int) -> Any:
-    """timm draws from NumPy's global generator, which belongs to the caller."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
