@@ -1,24 +1,33 @@
-"""The best model so far: scored with the attention really gone, and written when it is found."""
+"""The best model so far: scored with the attention really gone, written when it is found, and kept with the checkpoints."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lambda_kernels import save_pretrained
+from lambda_kernels import CheckpointError, save_pretrained
+from lambda_kernels.files import write_json
 
 from ..processes import Processes
 from .scoring import Score
+
+SCORE = "score.json"
 
 
 class Best:
     """Keeps the model with the highest top-1; of equals, the first.
 
+    A model that is offered is written beside the folder and takes its place with the next `commit`, after the checkpoint
+    that knows of it. So a run that goes on from a checkpoint finds the model which that checkpoint calls the best, also
+    where a later one had been found before the run was killed.
+
     Args:
-        folder: Where `save_pretrained` writes it; None: only the score is kept.
-        processes: All call `offer` alike; rank 0 writes.
+        folder: Where `save_pretrained` writes it, with `score.json`; None: only the score is kept.
+        processes: All call everything here alike; rank 0 writes.
         saving: Further arguments of `save_pretrained`.
 
     Attributes:
@@ -33,6 +42,8 @@ class Best:
         self.score: Score | None = None
         self.epoch = self.step = 0
         self.weights = ""
+        if folder is not None:
+            self._next, self._old = (folder.with_name(f".{folder.name}.{name}") for name in ("next", "old"))
 
     def offer(self, model: nn.Module, score: Score, weights: str, epoch: int, step: int) -> bool:
         """Take `model` if it beats what there is; whether it did.
@@ -43,11 +54,20 @@ class Best:
         """
         if self.score is not None and score.hits <= self.score.hits:
             return False
+        self.score, self.weights, self.epoch, self.step = score, weights, epoch, step
         with self._processes.together("Write the best model"):
             if self._folder is not None and self._processes.leads:
-                save_pretrained(model, self._folder, **self._saving)
-        self.score, self.weights, self.epoch, self.step = score, weights, epoch, step
+                # Without its score nobody takes what is there for a model, whenever this is killed.
+                (self._next / SCORE).unlink(missing_ok=True)
+                save_pretrained(model, self._next, **self._saving)
+                write_json(self._next / SCORE, self.to_dict())
         return True
+
+    def commit(self) -> None:
+        """Put what was offered in its place."""
+        with self._processes.together("Write the best model"):
+            if self._folder is not None and self._processes.leads and self._is(self._next):
+                self._take(self._next)
 
     def to_dict(self) -> dict[str, Any] | None:
         """As plain JSON types: epoch, step, weights, and `Score.to_dict`; None before there is one."""
@@ -56,14 +76,53 @@ class Best:
         return {"epoch": self.epoch, "step": self.step, "weights": self.weights, **self.score.to_dict()}
 
     def state(self) -> dict[str, Any] | None:
-        """For a checkpoint. The model itself is in the folder: it is found again where the run goes on."""
+        """For a checkpoint; the model itself is in the folder."""
         if self.score is None:
             return None
         counts = [self.score.hits, self.score.hits5, self.score.images]
         return {"counts": counts, "epoch": self.epoch, "step": self.step, "weights": self.weights}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned, and the model that belongs to it.
+
+        Raises:
+            CheckpointError: That model is not there any more.
+        """
         self.score = None if state is None else Score(*state["counts"])
         if state is not None:
             self.epoch, self.step, self.weights = state["epoch"], state["step"], state["weights"]
+        with self._processes.together("Find the best model"):
+            if self._folder is not None and self._processes.leads:
+                self._find()
+
+    def _find(self) -> None:
+        places = (self._folder, self._next, self._old)
+        if self.score is not None:
+            found = next((place for place in places if self._is(place)), None)
+            if found is None:
+                raise CheckpointError(
+                    f"{self._folder} does not hold the best model of the run that is to go on (epoch {self.epoch}, top-1 "
+                    f"{self.score.top1:.2f} %). Put it back, or start over"
+                )
+            self._take(found)
+        for place in places[self.score is not None :]:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _is(self, place: Path) -> bool:
+        """Whether `place` holds the model that is the best."""
+        try:
+            return json.loads((place / SCORE).read_text(encoding="utf-8")) == self.to_dict()
+        except (OSError, ValueError):
+            return False
+
+    def _take(self, place: Path) -> None:
+        if place == self._folder:
+            return
+        if place != self._old:
+            shutil.rmtree(self._old, ignore_errors=True)
+            if self._folder.exists():
+                self._folder.rename(self._old)
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        place.rename(self._folder)
+        shutil.rmtree(self._old, ignore_errors=True)
