@@ -66,7 +66,7 @@ class ImageDataset(Dataset):
             bad = BadImage(self.source.show(path), "not an image" if unknown else f"{error}" or type(error).__name__)
             if self.on_bad == "mark":
                 return bad
-            raise CorruptImageError(_corrupt_message([bad], 0)) from error
+            raise CorruptImageError(corrupt_message([bad], 0)) from error
         return (self.transform or to_tensor)(image), label
 
     @property
@@ -206,7 +206,7 @@ class ImageLoader:
         for images, targets, bad in batches:
             self._found.update((b.path, b) for b in bad)
             if len(self._found) > self.skip_bad:
-                raise CorruptImageError(_corrupt_message(list(self._found.values()), self.skip_bad))
+                raise CorruptImageError(corrupt_message(list(self._found.values()), self.skip_bad))
             if len(targets):
                 yield images, targets
 
@@ -374,11 +374,12 @@ def _describe(dataset: ImageDataset | Digits, root: str) -> dict[str, Any]:
     }
 
 
-def _corrupt_message(bad: list[BadImage], allowed: int) -> str:
+def corrupt_message(bad: list[BadImage], allowed: int) -> str:
+    """What a `CorruptImageError` says."""
     listed = "; ".join(f"{b.path} ({b.reason})" for b in bad[:10]) + ("; …" if len(bad) > 10 else "")
     return (
         f"cannot read {len(bad)} image{'s' * (len(bad) > 1)}, with {allowed} allowed: {listed}. "
-        "Replace or delete them, or leave out up to N unreadable images with --skip-bad N (skip_bad=N in make_loader)"
+        "Replace or delete them, or leave out up to N unreadable images with --skip-bad N (skip_bad=N in Python)"
     )
 
 
