@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 # fp16: so many steps in a row whose gradient overflows are no search for the right scale any more.
 MOST_SKIPPED = 25
 
-# Recipe fields that change nothing about the weights a run ends with.
-_HARMLESS = ("checkpoint_every",)
+# Recipe fields that a run may change when it goes on: the one changes nothing it ends with, the data tell of the other.
+_FREE = ("checkpoint_every", "micro_batch")
 
 
 class ResumeMismatchError(ValueError):
@@ -112,12 +112,14 @@ class Trainer:
         self.fingerprint = {
             "model": model_fingerprint(model),
             "layers": list(self.layers),
-            **{f"recipe.{k}": v for k, v in recipe.to_dict().items() if k not in _HARMLESS},
+            **{f"recipe.{k}": v for k, v in recipe.to_dict().items() if k not in _FREE},
             **{f"data.{k}": v for k, v in stream.fingerprint().items()},
         }
         if val_loader is not None:
             found = data_fingerprint(val_loader, labelled=True)
             self.fingerprint |= {f"validation.{name}": value for name, value in found.items()}
+        if recipe.distillation != "none" and teacher is not None:
+            self.fingerprint["teacher"] = model_fingerprint(teacher)
         self.processes.agree(self.fingerprint, "Fine-tune")
         if recipe.distillation != "none" and teacher is None:
             teacher = copy.deepcopy(model)
@@ -165,21 +167,20 @@ class Trainer:
         """Train to the end of the recipe, a signal, or `until` steps are done; a further call goes on from there.
 
         Args:
-            resume: What `state` returned, here or in another process.
+            resume: As for `restore`, which is called with it.
             until: Optimizer steps in all.
 
         Returns:
             `history`.
 
         Raises:
-            ResumeMismatchError: `resume` belongs to another run; names what differs.
             ValueError: The loss is not finite, or there is nothing to train on.
             BoundaryError: The network without the attention is not what was trained.
             ProcessLostError: Another process is gone.
             OSError: A checkpoint cannot be written; the last one is kept.
         """
         if resume is not None:
-            self._restore(resume)
+            self.restore(resume)
         device = self.learner.device
         self.stopped = 0
         total = self.recipe.epochs * self._per_epoch
@@ -211,11 +212,18 @@ class Trainer:
             "best": self.best.state(),
             "fingerprint": self.fingerprint,
             "world": self.processes.size,
+            "bad": self._gather_bad(),
             "rows": None if self._log is None else self._log.rows,
             "learner": self.learner.state(),
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, here or in another process.
+
+        Raises:
+            ResumeMismatchError: It belongs to another run; names what differs.
+            CheckpointError: The best model it knows of is gone.
+        """
         before = state["fingerprint"]
         different = [k for k in {**before, **self.fingerprint} if before.get(k) != self.fingerprint.get(k)]
         if different:
@@ -226,6 +234,7 @@ class Trainer:
             )
         self._epoch, self._done = state["epoch"], state["done"]
         self._loss, self._seen, self._skips = state["loss"], state["seen"], state["skips"]
+        self.stream.add_bad(state["bad"])
         self._lam, self.boundary = state["lambda"], state["boundary"]
         self.history = copy.deepcopy(state["history"])
         self.best.load(state["best"])
@@ -384,6 +393,14 @@ class Trainer:
         if self._checkpoints is not None and place != self._saved:
             self._checkpoints.save(self.position, self.state())
             self._saved = place
+        self.best.commit()  # not before the checkpoint that knows of it
+
+    def _gather_bad(self) -> list[list[str]]:
+        """Unreadable images that any process met: all count together."""
+        with self.processes.together("Read the training images"):
+            for found in self.processes.gather(self.stream.bad_images):
+                self.stream.add_bad(found)
+        return [[image.path, image.reason] for image in self.stream.bad_images]
 
     def _write(self, kind: str, **fields: Any) -> None:
         if self._log is not None:

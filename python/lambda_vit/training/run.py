@@ -237,7 +237,13 @@ class _Record:
     """run.json, and the effective recipe beside it."""
 
     def __init__(
-        self, out: Path, model: nn.Module, recipe: Recipe, stream: TrainingStream, trainer: Trainer, processes: Processes
+        self,
+        out: Path,
+        model: nn.Module,
+        recipe: Recipe,
+        stream: TrainingStream,
+        trainer: Trainer,
+        processes: Processes,
     ) -> None:
         self._out, self._trainer, self._processes = out, trainer, processes
         self._recipe = recipe
