@@ -239,6 +239,8 @@ class Trainer:
         self.history = copy.deepcopy(state["history"])
         self.best.load(state["best"])
         self.learner.load(state["learner"], self.position)
+        if self.learner.fading and self._lam is not None:
+            self.learner.set_lambda(self._lam)  # validation may come before the next step does
         self._saved = (self._epoch, self._done, self.learner.fading)
 
     def _train_epoch(self, until: int | None) -> bool:

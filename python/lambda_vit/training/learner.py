@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,14 @@ from .seeds import mixed_seed, preserved
 
 if TYPE_CHECKING:
     from .stream import MicroBatch
+
+# λ is the only buffer, and each process sets its own; newer PyTorch has another name for leaving them alone.
+_DDP = nn.parallel.DistributedDataParallel
+_NO_BUFFERS = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(_DDP).parameters
+    else "broadcast_buffers": False
+}
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -195,10 +204,12 @@ class Learner:
         self._local = torch.compile(self.model) if self.recipe.compile else self.model
         self.network = self._local
         if self.processes.size > 1:
-            self.network = nn.parallel.DistributedDataParallel(
-                self._local, device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False, gradient_as_bucket_view=True,
-            )  # fmt: skip
+            self.network = _DDP(
+                self._local,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **_NO_BUFFERS,
+            )
         if self.recipe.ema is not None:
             self.ema = ModelEmaV3(self.model, decay=self.recipe.ema, use_warmup=self.recipe.ema_warmup)
 
