@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from runstate_support import assert_same, filled, listing, names, sample
-from test_selection_processes import launch
 
 from lambda_kernels.errors import CheckpointError
 from lambda_vit.processes import Processes
@@ -28,10 +27,11 @@ PARTS = ["wrote", "resumed", "went back", "failed", "refused", "cleared", "elsew
 
 
 def test_two_processes(tmp_path):
-    # Torn by rank 0 alone in the view of rank 1: each has a copy of the same folder, one with the newest file damaged.
+    from test_selection_processes import launch  # the processes themselves need nothing of that
+
     filled(tmp_path / "damaged", 10, 20, 30)
     os.truncate(tmp_path / "damaged" / "step-000000030.pt", 99)
-    for rank in range(2):
+    for rank in range(2):  # folders that look alike and are not the same
         shutil.copytree(tmp_path / "damaged", tmp_path / f"own-{rank}")
     (tmp_path / "own-1" / "step-000000020.pt").write_bytes(b"another")
     found = launch([[__file__, tmp_path, rank] for rank in range(2)])
