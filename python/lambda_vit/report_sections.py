@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import report_selection
+from . import report_selection, report_training
 from .figures import baseline, percent_digits, validation_images
 from .profile_figures import LAYER_NAMES, estimators, lowest, mean
 from .report_parts import Cell, Column, Section, Table, columns_of, filled, percent
@@ -100,6 +100,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     if data := record.get("data"):
         sizes = [f"{data[key]:,} {key}" for key in ("train", "validation", "calibration") if data.get(key) is not None]
         facts.append(("Data", " · ".join(filter(None, [data.get("description", ""), *sizes]))))
+    facts += report_training.facts(record)
     facts += [(name.capitalize(), str(record[name])) for name in ("command", "seed") if record.get(name) is not None]
     if record.get("created"):
         facts.append(("Created", record["created"].replace("T", " ", 1)))
@@ -108,7 +109,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(anchor, text, tone): what a sceptical reader wants to know before any number."""
-    status = []
+    status = report_training.status(record)
     if checks := record.get("checks"):
         failed = sum(not check["ok"] for check in checks)
         text = f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
@@ -125,15 +126,19 @@ def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def sections(record: dict[str, Any]) -> list[Section]:
     makers = (
+        report_training.result,
         report_selection.recommendation,
         report_selection.steps,
         _profile,
         report_selection.selection,
         _variants,
         _training,
+        report_training.course,
         _costs,
         _checks,
         _paths,
+        report_training.events,
+        report_training.recipe,
     )
     sections = [section for maker in makers if (section := maker(record)) is not None]
     if environment := record.get("environment"):
