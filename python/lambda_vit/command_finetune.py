@@ -138,12 +138,14 @@ def _open(
 ) -> tuple[nn.Module, nn.Module]:
     """The network to train, as the recipe wants it; and, for its name, the same before its classifier was replaced."""
     from .loading import open_model
+    from .placement import one_device
     from .training.preparing import prepare_model
 
     network = open_model(model, weights=weights, pretrained=pretrained, device=device)
     if num_classes is not None:
+        where = one_device(network)
         network.reset_classifier(num_classes)
-        network = network.to(device)
+        network = network.to(where)
     return prepare_model(network, recipe), network
 
 
@@ -152,6 +154,8 @@ def _open_data(*arguments: Any, **options: Any) -> tuple[Any, Any]:
 
     try:
         return open_training_data(*arguments, **options)
+    except ImportError as error:  # a package that only some data need
+        raise ValueError(str(error)) from error
     except ValueError as error:
         if "num_classes" in str(error):
             raise ValueError(f"{error}. --num-classes puts a new classifier in place") from error
