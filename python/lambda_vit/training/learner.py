@@ -128,6 +128,8 @@ class Learner:
         """One optimizer step on this process's micro-batches of step `position`; `norm` asks for the gradient's."""
         total: Tensor | None = None
         images = 0
+        # So that the mean does not show in which order processes add it up. Apple's GPUs have no float64.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
         for number, batch in enumerate(batches, 1):
             more = number < len(batches) and self.network is not self._local
             with self.network.no_sync() if more else contextlib.nullcontext():
@@ -135,7 +137,8 @@ class Learner:
                 # DDP takes the mean over the processes, each of which has as many micro-batches.
                 share = loss if len(batches) == 1 else loss / len(batches)
                 (share if self._scaler is None else self._scaler.scale(share)).backward()
-            total = loss.detach() if total is None else total + loss.detach()
+            loss = loss.detach().to(exact)
+            total = loss if total is None else total + loss
             images += len(batch.images)
         found = self._clip(norm)
         skipped = self._update(position)

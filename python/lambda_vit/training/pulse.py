@@ -43,9 +43,7 @@ class Pulse(Generic[T]):
 
     def beat(self, item: T, loss: Tensor, norm: Tensor | None, stop: int) -> list[Beat[T]]:
         """Take note of a step; returns what is known by now, oldest first. `stop` is what this process was asked now."""
-        both = torch.stack(
-            (loss.detach().float(), loss.new_zeros((), dtype=torch.float32) if norm is None else norm.float())
-        )
+        both = torch.stack((loss, loss.new_zeros(()) if norm is None else norm.to(loss.dtype)))
         event = None
         if both.is_cuda:
             both = both.to("cpu", non_blocking=True)

@@ -2,7 +2,7 @@
 
 Every row has `kind` and `time` (UTC). The kinds, and what else their rows have:
 
-    step      step, epoch (from 1), loss and grad_norm of that step, lr, lambda, images_per_second, memory_bytes; every few steps
+    step      step, epoch (from 1), loss and grad_norm of that step, lr, lambda, images_per_second, memory_bytes; not every step
     epoch     epoch, step, loss (mean), top1, top5, top1_ema (percent), attention ("full", "diluting", "removed"), lambda, best,
               seconds
     boundary  step, difference, bound, removed: what deleting the faded attention changed, and in which blocks
@@ -68,6 +68,7 @@ class RunLog:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self.path)
                 self._open()
+                self._mend()
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append a row of that kind, with the time of now.
@@ -92,7 +93,7 @@ class RunLog:
             if self._writer is None:
                 self._writer = self._summary_writer(None)
             for name, value in fields.items():
-                if name != "step" and type(value) in (int, float):
+                if name not in ("step", "epoch") and type(value) in (int, float):
                     self._writer.add_scalar(f"{kind}/{name}", value, fields["step"], now.timestamp())
 
     def cut(self, rows: int) -> None:
@@ -125,9 +126,12 @@ class RunLog:
         self.close()
 
     def _open(self) -> None:
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115: it stays open
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        content = self.path.read_bytes()
+        self.rows, self._size = content.count(b"\n"), len(content)
+
+    def _mend(self) -> None:
         *lines, last = self.path.read_bytes().split(b"\n")
-        self.rows, self._size = len(lines), self.path.stat().st_size
         if _row(last) is not None:  # all of it is there but its end
             self._append(b"\n")
         elif last:
