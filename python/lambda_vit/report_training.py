@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .report_parts import Cell, Column, Section, Table, filled, percent
-from .training_figures import course_plot
+from .training_figures import course_plot, panels
 from .units import NONE, change_of, count, flops, hours, ranges, size, three
 
 
@@ -126,7 +126,8 @@ def _kept(record: Mapping[str, Any]) -> str:
 
 def _unfinished(run: Mapping[str, Any]) -> str:
     position, steps = run.get("position") or 0, run.get("steps") or 0
-    done = f"{len(run['history'])} of {run['recipe']['epochs']} epochs ({position:,} of {steps:,} steps)"
+    epochs = run["recipe"]["epochs"]
+    done = f"{len(run['history'])} of {epochs} epoch{'s' * (epochs != 1)} ({position:,} of {steps:,} steps)"
     status = run.get("status")
     if status == "failed":
         return f"Failed after {done}: {run.get('error') or 'no reason was noted'}."
@@ -154,7 +155,7 @@ def _interim(record: Mapping[str, Any]) -> str:
     measured = [row for row in run["history"] if row.get("top1") is not None]
     if measured and fading:
         last = measured[-1]
-        text += f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, of a network that is not yet the smaller one."
+        text += f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, not yet that of the smaller network."
     return text
 
 
@@ -177,7 +178,8 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     recipe = run["recipe"]
     done = len(run["history"])
-    parts = [f"{done} epochs" if done == recipe["epochs"] else f"{done} of {recipe['epochs']} epochs"]
+    planned = f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] != 1)}"
+    parts = [planned if done == recipe["epochs"] else f"{done} of {planned}"]
     parts += [f"{run['position']:,} steps"]
     batch, micro = recipe["batch_size"], recipe.get("micro_batch")
     parts.append(f"{batch} images each" + (f", {batch // micro} × {micro}" if micro and micro < batch else ""))
@@ -234,6 +236,14 @@ def _choice(record: Mapping[str, Any]) -> str:
     return text + ("; accuracies from before, with λ above 0, never count." if run.get("boundary") else ".")
 
 
+_SHOWN = {
+    "top1": "top-1 on the validation images",
+    "loss": "the loss",
+    "lambda": "λ, the share of attention that is left",
+    "lr": "the highest learning rate of any parameter",
+}
+
+
 def course(record: Mapping[str, Any]) -> Section | None:
     """Accuracy, loss, λ and learning rate; a row per phase; the epochs, folded."""
     run = _run(record)
@@ -253,9 +263,7 @@ def course(record: Mapping[str, Any]) -> Section | None:
     if run.get("memory_bytes") is not None:
         where = "main memory" if str(run.get("device") or "cpu").startswith("cpu") else "memory"
         text.append(f"Most {where} that a process had while training: {size(run['memory_bytes'])}.")
-    caption = (
-        "Top-1 on the validation images, loss, λ (the share of attention that is left) and the highest learning rate."
-    )
+    caption = f"From the top: {'; '.join(_SHOWN[name] for name in panels(run))}."
     if any("loss_low" in point for point in run["course"]):
         caption += (
             " Each point of the loss stands for several logged steps; the band spans the lowest and highest of them."

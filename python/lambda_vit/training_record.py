@@ -204,12 +204,12 @@ def _variants(run: Mapping[str, Any]) -> list[dict[str, Any]]:
         "full", {"name": "full", "label": "Full model" if layers else "As it was", "removed": [], "trained": None,
                  "parameters": counted.get("before")}
     )  # fmt: skip
-    result = run.get("result")
-    if result:
+    result = run.get("result") or {}
+    if run.get("status") == "finished":
         final = {"name": "model", "label": "Fine-tuned", "removed": list(layers), "trained": True,
                  "residual_scale": run.get("residual_scale"), "parameters": counted.get("after")}  # fmt: skip
         # The figures of the result are those of the file: they win.
-        measured = {key: result.get(key) for key in ("top1", "top1_interval", "top5", "images")}
+        measured = {key: result[key] for key in ("top1", "top1_interval", "top5", "images") if key in result}
         rows["model"] = {**final, **rows.get("model", {}), **measured}
     known = [name for name in ("full", "untrained", "model") if name in rows]
     return [rows[name] for name in (*known, *(name for name in rows if name not in known))]
@@ -221,9 +221,9 @@ def _checks(run: Mapping[str, Any]) -> list[dict[str, Any]]:
         bound = boundary.get("bound")
         checks.append(
             {"name": "Deleting the faded attention changes no logit",
-             "value": f"largest difference {boundary['difference']:.1e}",
+             "value": f"{boundary['difference']:.1e}",
              "ok": bound is None or boundary["difference"] <= bound,
-             "detail": "the network at λ = 0 against the one without the layers, on images of the last step before"
+             "detail": "largest difference, the network at λ = 0 against the one without the layers"
              + ("" if bound is None else f"; bound {bound:.1e}")}
         )  # fmt: skip
     result = run.get("result") or {}
@@ -241,35 +241,35 @@ def _unmeasured(run: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -
     """What a finished run says nothing about."""
     rows = {row["name"]: row for row in variants}
     found = []
-    if run.get("layers") and rows["full"].get("top1") is None:
-        found.append("how accurate the full model is on these images, hence what the removal cost")
     if not run.get("result"):
-        found.append("how accurate the final model is: there were no validation images")
+        found.append("how accurate the model is: there were no validation images")
+    elif rows["full"].get("top1") is None:
+        found.append("how accurate the model was on these images before, hence what it lost or gained")
     if not any(row.get("latency_ms") for row in variants):
         found.append("latency and throughput of the final model against the full one's")
     if not any(row.get("flops") for row in variants):
         found.append("FLOPs and memory of a forward")
-    starts = run.get("starts") or [{}]
     found.append("how much of this is chance: it is one run with one seed")
-    if all((start.get("processes") or 1) == 1 for start in starts):
-        found.append("more than one process")
-    if str(run.get("device") or "cpu").startswith("cpu"):
-        found.append("training on a GPU: its speed, memory and rounding")
     return found
 
 
 def _events(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What happened besides steps and epochs, in the order of the log: kind, step, time, what is to be said."""
-    found = []
-    for row in rows:
-        if row["kind"] in ("step", "epoch"):
-            continue
-        known = ("kind", "step", "epoch", "time", "text")
-        text = row.get("text") or ", ".join(f"{k} {v}" for k, v in row.items() if k not in known)
-        found.append({"kind": row["kind"], "step": row.get("step"), "time": row.get("time"), "text": text})
-    if not any(event["kind"] == "boundary" for event in found) and run.get("boundary"):
-        found.append({"kind": "boundary", "step": run["boundary"]["step"], "time": None, "text": ""})
+    found = [_event(row) for row in rows if row["kind"] not in ("step", "epoch")]
+    if run.get("boundary") and not any(event["kind"] == "boundary" for event in found):
+        found.append(_event({"kind": "boundary", **run["boundary"]}))
     return found
+
+
+def _event(row: Mapping[str, Any]) -> dict[str, Any]:
+    if row["kind"] == "boundary":
+        text = f"blocks {ranges(row['removed'])}; largest difference of a logit {row['difference']:.1e}"
+    elif row["kind"] == "resume" and row.get("processes"):
+        text = f"{row['processes']} process{'es' * (row['processes'] != 1)}"
+    else:
+        known = ("kind", "step", "epoch", "time", "text")
+        text = row.get("text") or ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
+    return {"kind": row["kind"], "step": row.get("step"), "time": row.get("time"), "text": text}
 
 
 def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder: Path) -> list[str]:
@@ -285,6 +285,12 @@ def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder:
     if damaged:
         found.append(f"{damaged} line{'s' * (damaged > 1)} of log.jsonl could not be read and are left out")
     return found
+
+
+_GO_ON = {
+    "stopped": "Go on from where it stopped",
+    "failed": "Go on from the last checkpoint, once the cause is mended",
+}
 
 
 def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
@@ -309,7 +315,7 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
     if root and (given or Path(root).exists()):
         more = [word for name in ("--class-map", "--skip-bad") if name in given for word in (name, given[name])]
         entries.append({"what": what, "command": shlex.join([*words, "--data", root, *more])})
-    load = f"from lambda_kernels import from_pretrained; print(from_pretrained({str(folder / 'model')!r}))"
+    load = f"from lambda_kernels import from_pretrained; print(from_pretrained({json.dumps(str(folder / 'model'))}))"
     entries.append({"what": "Load it", "command": shlex.join(["python", "-c", load])})
     return entries
 
