@@ -26,8 +26,8 @@ FILE = re.compile(r"step-(\d{9,})(?:-\d+)?\.(?:pt|json)")
 LEFTOVER = re.compile(r"\.(step-(\d{9,})(?:-\d+)?\.(?:pt|json))\.\d+-[0-9a-f]{8}\.tmp")
 
 _VALUES = (bool, int, float, str, type(None))
-# What the archive takes beyond the tensors: for each of them a header, a name and alignment; for other values their pickle.
-_PER_FILE, _PER_TENSOR, _PER_VALUE = 16 << 10, 1024, 16
+# What the archive takes beyond the values of tensors, generously: headers and alignment of each storage, and pickles.
+_PER_FILE, _PER_STORAGE, _PER_TENSOR, _PER_VALUE = 16 << 10, 512, 128, 16
 
 
 class UnusableError(Exception):
@@ -44,7 +44,7 @@ class Manifest:
         file: The name of the file with the state, in the same folder.
         bytes: Its size.
         sha256: Of its content.
-        serial: Counts the checkpoints written to the folder, from 1.
+        order: Of writing; larger than in all that were there before. Nanoseconds since 1970, where the clock never went back.
         created: When, in UTC.
         versions: Of this package and of torch.
     """
@@ -54,7 +54,7 @@ class Manifest:
     file: str
     bytes: int
     sha256: str
-    serial: int
+    order: int
     created: str
     versions: dict[str, str]
 
@@ -84,6 +84,7 @@ def prepare(state: Any) -> tuple[Any, int]:
         nonlocal size
         # Exact types: what derives from them, as numpy's float64 from float, is pickled as something else.
         kind = type(value)
+        size += _PER_VALUE
         if kind in (Tensor, nn.Parameter):
             if value.layout != torch.strided or value.is_quantized or value.is_meta:
                 raise TypeError(
@@ -97,12 +98,12 @@ def prepare(state: Any) -> tuple[Any, int]:
             for key in value:
                 if type(key) not in _VALUES:
                     raise TypeError(f"{where} has a key of type {kind_name(type(key))}")
-                size += _PER_VALUE + len(str(key))
+                walk(key, where)
             return kind((key, walk(item, f"{where}[{key!r}]")) for key, item in value.items())
         if kind in (list, tuple):
             return kind(walk(item, f"{where}[{index}]") for index, item in enumerate(value))
         if kind in _VALUES:
-            size += _PER_VALUE + (4 * len(value) if kind is str else 0)
+            size += len(value.encode(errors="replace")) if kind is str else 0
             return value
         raise TypeError(f"{where} is a {kind_name(kind)}")
 
@@ -112,7 +113,7 @@ def prepare(state: Any) -> tuple[Any, int]:
         raise TypeError(
             f"{error}. A checkpoint holds dicts, lists and tuples of dense tensors, numbers, strings, bools and None"
         ) from None
-    return plain, size + sum(storages.values())
+    return plain, size + sum(_PER_STORAGE + nbytes for nbytes in storages.values())
 
 
 def kind_name(kind: type) -> str:
@@ -140,7 +141,7 @@ class _Recorder:
         self.file.flush()
 
 
-def write(path: Path, step: int, plain: Any, serial: int) -> Manifest:
+def write(path: Path, step: int, plain: Any, order: int) -> Manifest:
     """Write what `prepare` gave to `path`, a new file, and the manifest of its step, flushed to disk.
 
     Raises:
@@ -156,7 +157,7 @@ def write(path: Path, step: int, plain: Any, serial: int) -> Manifest:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             versions = {"lambda-kernels": __version__, "torch": torch.__version__}
             manifest = Manifest(
-                FORMAT, step, path.name, recorder.bytes, recorder.digest.hexdigest(), serial, now, versions
+                FORMAT, step, path.name, recorder.bytes, recorder.digest.hexdigest(), order, now, versions
             )
             text.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     except Exception as error:
@@ -187,7 +188,7 @@ def read_manifest(path: Path, step: int) -> Manifest:
     found = json.loads(path.read_bytes())
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"it is not of format {FORMAT}, which this version reads")
-    kinds = {"format": int, "step": int, "file": str, "bytes": int, "sha256": str, "serial": int, "created": str}
+    kinds = {"format": int, "step": int, "file": str, "bytes": int, "sha256": str, "order": int, "created": str}
     for name, kind in (kinds | {"versions": dict}).items():
         if type(found.get(name)) is not kind:
             raise ValueError(f"{name} is {found.get(name)!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,7 @@ class Checkpoints:
         if entry.manifest is None:
             return entry.reason
         for other in entries:
-            if other.manifest and other.step < entry.step and other.manifest.serial > entry.manifest.serial:
+            if other.manifest and other.step < entry.step and other.manifest.order > entry.manifest.order:
                 return f"{entry.manifest.file} was given up when the run went back and wrote step {other.step}"
         return wrong_size(self.folder, entry.manifest)
 
@@ -255,9 +256,10 @@ class Checkpoints:
                 f"{kept}. Make room, then resume",
             )
         path = checkpoint_file.free_path(self.folder, step)
-        serial = 1 + max((entry.manifest.serial for entry in entries if entry.manifest), default=0)
+        # The clock stands for what cannot be read just now; a clock that was put back is outdone by what can.
+        order = max([time.time_ns(), *(1 + entry.manifest.order for entry in entries if entry.manifest)])
         try:
-            checkpoint_file.write(path, step, plain, serial)
+            checkpoint_file.write(path, step, plain, order)
         except OSError as error:
             raise OSError(
                 error.errno,
