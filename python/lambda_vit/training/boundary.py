@@ -70,8 +70,8 @@ def forget_removed(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     that loses all stays, empty: schedulers count groups.
     """
     alive = {id(parameter) for parameter in model.parameters()}
-    # timm's lookahead keeps a state of its own beside that of the optimizer it wraps, whose groups it shares.
-    states = [optimizer.state, getattr(getattr(optimizer, "base_optimizer", None), "state", {})]
+    # timm's lookahead shares the groups of the optimizer it wraps, which keeps the state of both.
+    states = [optimizer.state, getattr(getattr(optimizer, "_base_optimizer", None), "state", {})]
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in alive:
