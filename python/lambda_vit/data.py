@@ -53,21 +53,8 @@ class ImageDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
-        from PIL import Image
-        from torchvision.transforms.functional import to_tensor
-
         path, label = self.samples[index]
-        try:
-            with Image.open(io.BytesIO(self.source.read(path))) as image:
-                image = image.convert("RGB")
-        except Exception as error:  # PIL and zipfile raise almost anything over damaged bytes
-            # PIL's own text for a file of another kind names a buffer in memory.
-            unknown = type(error).__name__ == "UnidentifiedImageError"
-            bad = BadImage(self.source.show(path), "not an image" if unknown else f"{error}" or type(error).__name__)
-            if self.on_bad == "mark":
-                return bad
-            raise CorruptImageError(corrupt_message([bad], 0)) from error
-        return (self.transform or to_tensor)(image), label
+        return decoded_sample(self, lambda: self.source.read(path), self.source.show(path), label)
 
     @property
     def root(self) -> Path:
@@ -97,6 +84,24 @@ class ImageDataset(Dataset):
     def describe(self) -> dict[str, Any]:
         """What a report says about the data."""
         return _describe(self, str(self.root))
+
+
+def decoded_sample(dataset: Any, read: Callable[[], bytes], path: str, label: int) -> tuple[Tensor, int] | BadImage:
+    """One sample of a dataset with a `transform` and an `on_bad`, from the bytes of a file."""
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            image = image.convert("RGB")
+    except Exception as error:  # PIL and zipfile raise almost anything over damaged bytes
+        # PIL's own text for a file of another kind names a buffer in memory.
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        bad = BadImage(path, "not an image" if unknown else f"{error}" or type(error).__name__)
+        if dataset.on_bad == "mark":
+            return bad
+        raise CorruptImageError(corrupt_message([bad], 0)) from error
+    return (dataset.transform or to_tensor)(image), label
 
 
 def open_images(
@@ -193,7 +198,7 @@ class ImageLoader:
         # Whole batches are shared out, so that each is the same whatever the number of processes.
         own = [order[start : start + self.batch_size].tolist() for start in starts][self.shard[0] :: self.shard[1]]
         # A worker that raised would bury the path in its own traceback, so unreadable images travel as marks.
-        marking = isinstance(self.dataset, ImageDataset)
+        marking = hasattr(self.dataset, "on_bad")
         batches = DataLoader(
             dataclasses.replace(self.dataset, on_bad="mark") if marking else self.dataset,
             batch_sampler=own,

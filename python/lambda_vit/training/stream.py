@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from ..data import BadImage, CorruptImageError, corrupt_message
 from ..selection_progress import data_fingerprint
 from .recipe import Recipe
 from .seeds import mixed_seed, preserved, seed_all
+
+T = TypeVar("T")
 
 
 class MicroBatch(NamedTuple):
@@ -133,6 +135,16 @@ class TrainingStream(abc.ABC):
     def close(self) -> None:  # noqa: B027 - most have nothing to end
         """End workers. The stream can be used again."""
 
+    def _checked(self, answer: Answer, step: int, number: int) -> MicroBatch:
+        images, targets, bad = answer
+        self.add_bad(bad)
+        if not len(targets):
+            raise CorruptImageError(
+                f"nothing in micro-batch {number} of step {step} can stand in for what is unreadable: "
+                + corrupt_message(list(bad), self.skip_bad)
+            )
+        return MicroBatch(number, images, targets)
+
     def _sizes(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "micro_batch": self.micro_batch_size, "repeated_aug": self.repeated_aug}
 
@@ -174,10 +186,37 @@ class _Request(NamedTuple):
     indices: list[int]
 
 
-class _Answer(NamedTuple):
+class Answer(NamedTuple):
+    """A micro-batch as it comes from where it was read."""
+
     images: Tensor  # empty where none could be read
     targets: Tensor
     bad: list[BadImage]
+
+
+def read_micro_batch(
+    samples: Sequence[T], load: Callable[[T], tuple[Tensor, int] | BadImage], seed: int, epoch: int, first: int
+) -> Answer:
+    """Load samples whose places in the epoch start at `first`, each under a seed of its own.
+
+    Where one cannot be read, the next readable one of them stands in for it, in another view.
+    """
+
+    def view(slot: int, sample: T) -> tuple[Tensor, int] | BadImage:
+        seed_all(mixed_seed("image", seed, epoch, first + slot))
+        return load(sample)
+
+    with preserved():
+        items = [view(slot, sample) for slot, sample in enumerate(samples)]
+        bad = [item for item in items if isinstance(item, BadImage)]
+        good = [slot for slot, item in enumerate(items) if not isinstance(item, BadImage)]
+        if not good:
+            return Answer(torch.empty(0), torch.empty(0, dtype=torch.long), bad)
+        for slot, item in enumerate(items):
+            if isinstance(item, BadImage):
+                stand_in = next((s for s in good if s > slot), good[0])
+                items[slot] = view(slot, samples[stand_in])
+    return Answer(torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items]), bad)
 
 
 @dataclasses.dataclass
@@ -187,25 +226,8 @@ class _Reader(Dataset):
     dataset: Dataset
     seed: int
 
-    def __getitem__(self, request: _Request) -> _Answer:
-        with preserved():
-            items = [self._sample(request, slot, index) for slot, index in enumerate(request.indices)]
-            good = [slot for slot, item in enumerate(items) if not isinstance(item, BadImage)]
-            bad = [item for item in items if isinstance(item, BadImage)]
-            if not good:
-                return _Answer(torch.empty(0), torch.empty(0, dtype=torch.long), bad)
-            for slot, item in enumerate(items):
-                if isinstance(item, BadImage):
-                    # Another view of the next readable image, so that all sizes and schedules stay.
-                    stand_in = next((s for s in good if s > slot), good[0])
-                    items[slot] = self._sample(request, slot, request.indices[stand_in])
-        return _Answer(
-            torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items]), bad
-        )
-
-    def _sample(self, request: _Request, slot: int, index: int) -> tuple[Tensor, int] | BadImage:
-        seed_all(mixed_seed("image", self.seed, request.epoch, request.first + slot))
-        return self.dataset[index]
+    def __getitem__(self, request: _Request) -> Answer:
+        return read_micro_batch(request.indices, self.dataset.__getitem__, self.seed, request.epoch, request.first)
 
 
 class _Requests:
@@ -256,7 +278,7 @@ class DatasetStream(TrainingStream):
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the caller's is left alone
         )
@@ -264,29 +286,17 @@ class DatasetStream(TrainingStream):
     def _steps(self, epoch: int, start: int) -> Iterator[list[MicroBatch]]:
         self._passes += 1
         mine = self._passes
-        self._requests.now = self._asked(epoch, start)
+        # Nothing in it refers to the stream: workers that a ring of references holds take seconds to end.
+        self._requests.now = _asked(epoch, start, self._order(epoch), self.numbers, self.batch_size)
         answers = iter(self._loader)
-        for step in range(start, self.steps_per_epoch):
-            if mine != self._passes:
-                raise RuntimeError("another pass over this stream was started: one at a time")
-            yield [self._checked(next(answers), step, number) for number in self.numbers]
-        next(answers, None)  # lets the workers see the end
-
-    def _asked(self, epoch: int, start: int) -> Iterator[_Request]:
-        for step, parts in enumerate(self._order(epoch)[start:], start):
-            for number, indices in zip(self.numbers, parts, strict=True):
-                first = step * self.batch_size + number * self.micro_batch_size
-                yield _Request(epoch, first, indices.tolist())
-
-    def _checked(self, answer: _Answer, step: int, number: int) -> MicroBatch:
-        images, targets, bad = answer
-        self.add_bad(bad)
-        if not len(targets):
-            raise CorruptImageError(
-                f"nothing in micro-batch {number} of step {step} can stand in for what is unreadable: "
-                + corrupt_message(list(bad), self.skip_bad)
-            )
-        return MicroBatch(number, images, targets)
+        try:
+            for step in range(start, self.steps_per_epoch):
+                if mine != self._passes:
+                    raise RuntimeError("another pass over this stream was started: one at a time")
+                yield [self._checked(next(answers), step, number) for number in self.numbers]
+            next(answers, None)  # lets the workers see the end
+        finally:
+            answers = None  # a traceback would keep it, and the workers with it
 
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint()
@@ -382,7 +392,14 @@ class LoaderStream(TrainingStream):
         return {**known, "batch_size": self.batch_size, "steps_per_epoch": self.steps_per_epoch}
 
 
-def _as_it_is(answer: _Answer) -> _Answer:
+def _asked(epoch: int, start: int, order: np.ndarray, numbers: Sequence[int], batch_size: int) -> Iterator[_Request]:
+    for step, parts in enumerate(order[start:], start):
+        for number, indices in zip(numbers, parts, strict=True):
+            yield _Request(epoch, step * batch_size + number * len(indices), indices.tolist())
+
+
+def as_it_is(answer: Answer) -> Answer:
+    """In place of a DataLoader's collation."""
     return answer
 
 
