@@ -10,7 +10,7 @@ from typing import Any
 
 from .report_parts import Cell, Column, Section, Table, filled, percent
 from .training_figures import course_plot, panels
-from .units import NONE, change_of, count, flops, hours, ranges, size, three
+from .units import NONE, change_of, count, flops, hours, ranges, size, small, three
 
 
 def write_training_report(folder: str | Path) -> dict[str, Path]:
@@ -143,8 +143,8 @@ def _interim(record: Mapping[str, Any]) -> str:
     fading = run.get("layers") and run.get("boundary") is None and run["recipe"].get("dilution") != "none"
     if fading:
         lambdas = [row["lambda"] for row in (*run["history"], *run["course"]) if row.get("lambda") is not None]
-        left = f"λ is {min(lambdas):.2f}: " if lambdas else ""
-        text = f"{left}the attention of block{'s' * (len(run['layers']) > 1)} {ranges(run['layers'])} is still there in part."
+        which = f"he attention of block{'s' * (len(run['layers']) > 1)} {ranges(run['layers'])} is still there"
+        text = f"λ is {min(lambdas):.2f}: t{which} in part." if lambdas else f"T{which}."
     elif run.get("layers"):
         text = _removed(record)
     if run.get("best"):
@@ -210,10 +210,10 @@ def result(record: Mapping[str, Any]) -> Section | None:
     if untrained.get("top1") is not None:
         text.append(f"With the attention removed and nothing trained, top-1 is {_accuracy(untrained, digits)}.")
     if boundary := run.get("boundary"):
-        bound = f" (allowed: {boundary['bound']:.1e})" if boundary.get("bound") is not None else ""
+        bound = f" (allowed: {small(boundary['bound'])})" if boundary.get("bound") is not None else ""
         text.append(
             f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit by more than "
-            f"{boundary['difference']:.1e}{bound}."
+            f"{small(boundary['difference'])}{bound}."
         )
     return Section("result", "Result", text, commands=list(record.get("next_commands") or ()))
 
@@ -308,12 +308,17 @@ def _rate(value: float) -> str:
     return three(value) if value < 999.5 else f"{value:,.0f}"
 
 
+# Rows of epochs that a page can bear, printed too.
+_MOST_EPOCHS = 50
+
+
 def _epochs(record: Mapping[str, Any]) -> Table | None:
     run, digits = _run(record), _digits(record)
     best = run.get("best") or {}
     words = {"diluting": "fading", "removed": "gone", "full": "all there"}
     rows = []
-    for row in run["history"]:
+    every = -(-len(run["history"]) // _MOST_EPOCHS)
+    for row in _some(run, every):
         kept = row["epoch"] == best.get("epoch")
         cells = [
             Cell(percent(row.get(key), digits), tone="pick" if kept and best.get("weights") == name else "")
@@ -329,7 +334,21 @@ def _epochs(record: Mapping[str, Any]) -> Table | None:
         )  # fmt: skip
     names = ("Epoch", "Step", "Loss", "Top-1, %", "Top-1 averaged, %")
     columns = [*(Column(name, True) for name in names), Column("Attention"), Column("λ", True), Column("Time", True)]
-    return dataclasses.replace(filled("Every epoch", columns, rows), folded=True) if rows else None
+    name = "Every epoch" if every < 2 else f"One epoch in {every}, and those that matter (log.jsonl has all)"
+    return dataclasses.replace(filled(name, columns, rows), folded=True) if rows else None
+
+
+def _some(run: Mapping[str, Any], every: int) -> list[Mapping[str, Any]]:
+    """Each `every`th epoch, the first, the last, the best, and those on both sides of the end of the attention."""
+    history, best = run["history"], (run.get("best") or {}).get("epoch")
+    kept = []
+    for n, row in enumerate(history):
+        turns = any(
+            history[m].get("attention") != row.get("attention") for m in (n - 1, n + 1) if 0 <= m < len(history)
+        )
+        if n in (0, len(history) - 1) or row["epoch"] % every == 0 or row["epoch"] == best or turns:
+            kept.append(row)
+    return kept
 
 
 _KINDS = {
@@ -349,7 +368,7 @@ def events(record: Mapping[str, Any]) -> Section | None:
             [Cell(NONE if step is None else f"{step:,}"), Cell(_KINDS.get(event["kind"], event["kind"])),
              Cell(event.get("text") or ""), Cell(_time(event.get("time")))]
         )  # fmt: skip
-    columns = [Column("Step", True), Column("What"), Column("Detail"), Column("Time, UTC")]
+    columns = [Column("Step", True), Column("What"), Column("Detail"), Column("Time, UTC", True)]
     return Section("events", "Events", tables=[filled("Events", columns, rows)])
 
 

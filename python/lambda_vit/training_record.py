@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .units import ranges
+from .training.run_log import read_log
+from .units import ranges, small
 
 # Points per curve: more than a figure can show, and little enough for a page that is sent around.
 MOST_POINTS = 400
@@ -81,29 +82,6 @@ def _read_run(path: Path) -> dict[str, Any]:
     if run.get("format") != 1:
         raise ValueError(f"{path} has format {run.get('format')!r}: this version reads format 1")
     return run
-
-
-def read_log(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a log.jsonl, and how many lines are none.
-
-    A last line without its end is still being written, or was when the process was killed: it counts as neither.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return [], 0
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows: list[dict[str, Any]] = []
-    damaged = 0
-    for line in filter(None, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and "kind" in row:
-            rows.append(row)
-        else:
-            damaged += 1
-    return rows, damaged
 
 
 def _history(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -221,10 +199,10 @@ def _checks(run: Mapping[str, Any]) -> list[dict[str, Any]]:
         bound = boundary.get("bound")
         checks.append(
             {"name": "Deleting the faded attention changes no logit",
-             "value": f"{boundary['difference']:.1e}",
+             "value": small(boundary["difference"]),
              "ok": bound is None or boundary["difference"] <= bound,
              "detail": "largest difference, the network at λ = 0 against the one without the layers"
-             + ("" if bound is None else f"; bound {bound:.1e}")}
+             + ("" if bound is None else f"; bound {small(bound)}")}
         )  # fmt: skip
     result = run.get("result") or {}
     if result.get("same") is not None:
@@ -263,7 +241,7 @@ def _events(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[d
 
 def _event(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["kind"] == "boundary":
-        text = f"blocks {ranges(row['removed'])}; largest difference of a logit {row['difference']:.1e}"
+        text = f"blocks {ranges(row['removed'])}; largest difference of a logit {small(row['difference'])}"
     elif row["kind"] == "resume" and row.get("processes"):
         text = f"{row['processes']} process{'es' * (row['processes'] != 1)}"
     else:
@@ -297,11 +275,8 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
     """What to type next, with the data and the original of the run where its command tells them."""
     command = run.get("command") or ""
     if run.get("status") != "finished":
-        return (
-            [{"what": "Go on from the last checkpoint, or start again where there is none", "command": command}]
-            if command
-            else []
-        )
+        what = _GO_ON.get(run.get("status") or "", "Go on with it, should it have been killed")
+        return [{"what": what, "command": command}] if command else []
     given = _options(command)
     root = given.get("--val-data") or given.get("--data") or (run.get("data") or {}).get("root")
     words = ["lambda-vit", "validate", "--model", str(folder / "model")]
