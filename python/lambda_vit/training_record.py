@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .evaluate import wilson_interval
 from .training.run_log import read_log
 from .units import ranges, small
 
@@ -36,6 +37,9 @@ def training_record(folder: str | Path) -> dict[str, Any]:
     history = _history(run, rows)
     finished = run.get("status") == "finished"
     variants = _variants(run)
+    # run.json is written when a run starts and ends; in between, the log knows more.
+    run["boundary"] = run.get("boundary") or _boundary(rows)
+    run["best"] = _best(run, history, variants)
     record = {
         "title": _title(run),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -59,7 +63,11 @@ def training_record(folder: str | Path) -> dict[str, Any]:
         "not_exercised": _unmeasured(run, variants) if finished else None,
         "warnings": _warnings(run, rows, damaged, folder),
         "next_commands": run.get("next_commands") or _next_commands(run, folder),
-        "files": {name: what for name, what in (run.get("files") or {}).items() if (folder / name).exists()},
+        "files": {
+            name: what
+            for name, what in (run.get("files") or {}).items()
+            if name.startswith("report.") or (folder / name).exists()
+        },
     }
     return {key: value for key, value in record.items() if value not in (None, [], {})}
 
@@ -91,6 +99,28 @@ def _history(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[
         if row["kind"] == "epoch":
             found[row["epoch"]] = {key: value for key, value in row.items() if key != "kind"}
     return [found[epoch] for epoch in sorted(found)]
+
+
+def _boundary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    found = [row for row in rows if row["kind"] == "boundary"]
+    return {key: found[-1].get(key) for key in ("step", "difference", "bound", "removed")} if found else None
+
+
+def _best(
+    run: Mapping[str, Any], history: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """What run.json says, unless the log has a better one from later."""
+    known = run.get("best")
+    row = next((row for row in reversed(history) if row.get("best")), None)
+    if row is None or (known and known["epoch"] >= row["epoch"]):
+        return known
+    own, averaged = row["top1"], row.get("top1_ema")
+    weights = "ema" if averaged is not None and averaged > own else "model"
+    top1 = own if weights == "model" else averaged
+    found = {"epoch": row["epoch"], "step": row["step"], "weights": weights, "top1": top1}
+    if images := max((variant.get("images") or 0 for variant in variants), default=0):
+        found["top1_interval"] = [100 * end for end in wilson_interval(round(top1 * images / 100), images)]
+    return found
 
 
 def course(rows: Sequence[Mapping[str, Any]], boundary: int | None, most: int = MOST_POINTS) -> list[dict[str, Any]]:

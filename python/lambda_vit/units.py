@@ -35,7 +35,7 @@ def fine(value: float | None) -> str:
 
 def small(value: float) -> str:
     """A rounding error: two digits and the power of ten, which no line break can part."""
-    return f"{value:.1e}".replace("-", "−")
+    return f"{value:.1e}".replace("-", "−") if value else "0"
 
 
 def bits3(value: float) -> str:
