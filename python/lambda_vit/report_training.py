@@ -10,6 +10,7 @@ from typing import Any
 
 from .report_parts import Cell, Column, Section, Table, filled, percent
 from .training_figures import course_plot, panels
+from .trajectory import paired_interval
 from .units import NONE, change_of, count, flops, hours, ranges, size, small, three
 
 
@@ -204,6 +205,7 @@ def result(record: Mapping[str, Any]) -> Section | None:
                 "Accuracy was counted on the folder model/ after training: written, loaded back with from_pretrained, and run "
                 "over the validation images."
             )
+            text += _difference(record)
     else:
         text.append(f"{_unfinished(run)} Nothing here is a final figure.")
     untrained = _row(record, "untrained")
@@ -211,11 +213,28 @@ def result(record: Mapping[str, Any]) -> Section | None:
         text.append(f"With the attention removed and nothing trained, top-1 is {_accuracy(untrained, digits)}.")
     if boundary := run.get("boundary"):
         bound = f" (allowed: {small(boundary['bound'])})" if boundary.get("bound") is not None else ""
+        moved = f"by more than {small(boundary['difference'])}" if boundary["difference"] else "at all"
         text.append(
-            f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit by more than "
-            f"{small(boundary['difference'])}{bound}."
+            f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit {moved}{bound}."
         )
     return Section("result", "Result", text, commands=list(record.get("next_commands") or ()))
+
+
+def _difference(record: Mapping[str, Any]) -> list[str]:
+    """How far the final model is from the one before, where it is known on how many images they disagree."""
+    before, after, digits = _row(record, "full"), _row(record, "model"), _digits(record)
+    if None in (before.get("top1"), after.get("top1"), after.get("agreement")) or before["images"] != after["images"]:
+        return []
+    span = paired_interval(before, after, after["images"])
+    if not span:
+        return []
+    ends = " to ".join(f"{end:+.{digits}f}".replace("-", "−") for end in span)
+    change = f"{after['top1'] - before['top1']:+.{digits}f}".replace("-", "−")
+    verdict = "which chance alone could have made" if span[0] <= 0 <= span[1] else "more than chance"
+    return [
+        f"Both models answered the same images: the difference is {change} points (95 % interval {ends}), {verdict}. "
+        "The interval knows the images' chance, not that of the training."
+    ]
 
 
 def _choice(record: Mapping[str, Any]) -> str:

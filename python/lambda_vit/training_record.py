@@ -271,7 +271,8 @@ def _events(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[d
 
 def _event(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["kind"] == "boundary":
-        text = f"blocks {ranges(row['removed'])}; largest difference of a logit {small(row['difference'])}"
+        blocks = f"block{'s' * (len(row['removed']) > 1)} {ranges(row['removed'])}"
+        text = f"of {blocks}; largest difference of a logit {small(row['difference'])}"
     elif row["kind"] == "resume" and row.get("processes"):
         text = f"{row['processes']} process{'es' * (row['processes'] != 1)}"
     else:
