@@ -130,7 +130,7 @@ def test_plan(run, folder, saved, tmp_path):
     assert (found["images"], found["phases"]["dilution"]["steps"]) == (30, 300 * 8)  # eight steps per epoch
     assert found["loading"]["images"] > 0
     for words in ("without the attention of blocks 1, 3 of 0–3", "memory of a step, batch 4", "300 epochs of 8 steps",
-                  "Loading: ", f"Next: lambda-vit convert --model {saved} --selection {place}", str(record)):  # fmt: skip
+                  "Loading: ", f"Next: lambda-vit finetune --model {saved} --selection {place}", str(record)):  # fmt: skip
         assert words in out
 
     before = sorted(tmp_path.rglob("*"))

@@ -112,14 +112,10 @@ def plan(
         record = {"model": model, "command": environment.command_line(), "environment": versions, **result.to_dict()}
         write_json(out, record)
         console.print(f"Written: {out}", soft_wrap=True)
-    console.print(
-        f"Train: lambda_vit.finetune(model, train_loader, layers=[{removed}], epochs={dilution + recovery}, "
-        f"dilution_epochs={dilution})",
-        soft_wrap=True,
-    )
     layers = ["--remove", remove] if selection is None else ["--selection", selection]
-    following = ["convert", "--model", model, *weights_options("--", weights, pretrained), *layers]
-    print_next(console, *following, "--out", "smaller-model")
+    own = ["--model", model, *weights_options("--", weights, pretrained), *layers]
+    length = ["--epochs", dilution + recovery, "--dilution-epochs", dilution, "--batch-size", batch_size * devices]
+    print_next(console, "finetune", *own, "--data", data or "path/to/images", *length, "--out", "runs/finetune")
 
 
 def _training_loader(

@@ -166,12 +166,22 @@ def local_device(device: str) -> str:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Processes]:
-    """The processes that torchrun started with this one; a group of its own is opened and closed around them."""
+def process_group(device: str = "cpu") -> Iterator[Processes]:
+    """The processes that torchrun started with this one; a group of its own is opened and closed around them.
+
+    Args:
+        device: As `local_device` takes it. On GPUs tensors go over NCCL, for training; what is only measured is small and
+            stays on the CPU.
+    """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield Processes()
         return
-    dist.init_process_group(backend="gloo")
+    own = torch.device(local_device(device)) if device != "auto" or torch.cuda.is_available() else torch.device("cpu")
+    if own.type == "cuda" and dist.is_nccl_available():
+        torch.cuda.set_device(own)  # NCCL takes the present one
+        dist.init_process_group(backend="cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group(backend="gloo")
     try:
         yield Processes()
     finally:
