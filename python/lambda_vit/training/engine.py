@@ -316,12 +316,12 @@ class Trainer:
     def _write_step(self, beat: Beat, lam: float | None) -> None:
         now = time.perf_counter()
         rate, self._clock, self._timed = self._timed / (now - self._clock), now, 0
-        finite = {"loss": beat.loss, "grad_norm": beat.norm}
         self._write(
             "step",
             step=beat.item["step"],
             epoch=beat.item["epoch"],
-            **{name: value if value is not None and math.isfinite(value) else None for name, value in finite.items()},
+            loss=beat.loss,
+            grad_norm=beat.norm,
             lr=beat.item["lr"],
             **{"lambda": lam},
             images_per_second=rate,

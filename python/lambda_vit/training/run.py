@@ -6,7 +6,8 @@
         checkpoints/  what a killed run goes on from
         best/         the best model so far, for `from_pretrained`, with score.json
         model/        the end: the best model, for `from_pretrained`
-        run.json      see below
+        tensorboard/  where it is asked for: the log's figures
+    run.json      see below
 
 run.json holds
 
@@ -177,7 +178,7 @@ def run_finetuning(
         if restart:
             _forget(out, checkpoints, processes)
         found = checkpoints.newest()
-        log = LiveLog(out / "log.jsonl", processes=processes, tensorboard=out if tensorboard else None)
+        log = LiveLog(out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None)
         trainer = Trainer(
             model, recipe, stream, layers=layers, processes=processes, val_loader=val_loader, teacher=teacher,
             checkpoints=checkpoints, log=log, asked=lambda: stop.signal or 0, best=out / "best", saving=saving,
@@ -188,7 +189,7 @@ def run_finetuning(
         run = _Record(out, model, recipe, stream, trainer, processes)
         with log, run.kept():
             log.cut(0 if found is None else found.state["rows"])
-            for notice in () if found is None else found.notices:
+            for notice in (*(() if found is None else found.notices), *log.notices):
                 log.write("notice", text=notice)
             if found is not None:
                 log.write("resume", step=trainer.position, processes=processes.size)
