@@ -40,7 +40,8 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
     before, after = subject
     digits = percent_digits(record)
     rows = []
-    if before.get("top1") is not None and after.get("top1") is not None:
+    # What a classifier guesses that was never trained is no accuracy to compare with.
+    if None not in (before.get("top1"), after.get("top1")) and before.get("trained") is not False:
         spans = [v.get("top1_interval") for v in subject]
         note = ""
         if all(spans):
@@ -117,7 +118,7 @@ def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         status.append(("checks", text, "bad" if failed else "good"))
     for anchor, items, noun in (
         ("warnings", warnings(record), "warning"),
-        ("not-exercised", record.get("not_exercised") or [], f"thing not {_tried(record)}"),
+        ("not-exercised", record.get("not_exercised") or [], f"thing not {tried(record)}"),
     ):
         if items:
             plural = noun.replace("thing", "things") if "thing" in noun else noun + "s"
@@ -125,7 +126,8 @@ def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     return status
 
 
-def _tried(record: dict[str, Any]) -> str:
+def tried(record: dict[str, Any]) -> str:
+    """What the things on the list `not_exercised` are not."""
     return "measured" if record.get("finetuning") else "exercised"
 
 
@@ -151,7 +153,7 @@ def sections(record: dict[str, Any]) -> list[Section]:
         table = Table("Where it ran", [Column("Part"), Column("Version or name")], rows)
         sections.append(Section("environment", "Environment", tables=[table]))
     if items := record.get("not_exercised"):
-        title = f"Not {_tried(record)}"
+        title = f"Not {tried(record)}"
         sections.append(Section("not-exercised", title, ["This run says nothing about:"], items=items))
     if items := warnings(record):
         sections.append(Section("warnings", "Warnings", items=items))
@@ -314,7 +316,7 @@ def _paths(record: dict[str, Any]) -> Section | None:
 
 def console_parts(record: dict[str, Any]) -> list[Table | str]:
     """What a terminal shows: narrow enough for 80 columns, wide matters turned into rows."""
-    tables: list[Table | str] = []
+    tables: list[Table | str] = [text] if (text := report_training.headline(record)) else []
     if (section := _profile(record)) is not None:
         first = next(iter((record.get("selection") or {}).get("rounds") or ()), {}).get("scores") or {}
         (table,) = section.tables

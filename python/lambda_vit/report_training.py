@@ -107,6 +107,8 @@ def _answers(record: Mapping[str, Any]) -> str:
     text += " measured on the model loaded back from disk"
     if before.get("top1") is None:
         return text + "; before the training it was not measured."
+    if before.get("trained") is False:
+        return f"{text}; before the training the classifier was new. In brackets: the 95 % interval."
     name = "the full model" if _run(record).get("layers") else "the model as it was"
     return f"{text}; {name} has {_accuracy(before, digits)}. In brackets: 95 % intervals."
 
@@ -223,10 +225,10 @@ def result(record: Mapping[str, Any]) -> Section | None:
 def _difference(record: Mapping[str, Any]) -> list[str]:
     """How far the final model is from the one before, where it is known on how many images they disagree."""
     before, after, digits = _row(record, "full"), _row(record, "model"), _digits(record)
-    if None in (before.get("top1"), after.get("top1"), after.get("agreement")) or before["images"] != after["images"]:
+    if None in (before.get("top1"), after.get("top1"), after.get("agreement")) or before.get("trained") is False:
         return []
     span = paired_interval(before, after, after["images"])
-    if not span:
+    if not span or before["images"] != after["images"]:
         return []
     ends = " to ".join(f"{end:+.{digits}f}".replace("-", "−") for end in span)
     change = f"{after['top1'] - before['top1']:+.{digits}f}".replace("-", "−")

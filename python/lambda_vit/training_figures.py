@@ -98,7 +98,7 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
 
     history, layers = run["history"], run.get("layers")
     handles = []
-    if full.get("top1") is not None:
+    if full.get("top1") is not None and full.get("trained") is not False:
         look = {"color": MUTED, "linewidth": 1, "linestyle": "--"}
         if full.get("top1_interval"):
             axes.axhspan(*full["top1_interval"], color=MUTED, alpha=0.13, linewidth=0)

@@ -208,6 +208,11 @@ def _variants(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers = run.get("layers") or []
     rows = {row["name"]: dict(row) for row in run.get("variants") or ()}
     counted = (run.get("model") or {}).get("parameters") or {}
+    if "--num-classes" in _options(run.get("command") or ""):
+        for row in rows.values():
+            row |= (
+                {"trained": False, "note": "with a new classifier, not trained yet"} if row["name"] != "model" else {}
+            )
     rows.setdefault(
         "full", {"name": "full", "label": "Full model" if layers else "As it was", "removed": [], "trained": None,
                  "parameters": counted.get("before")}
@@ -307,7 +312,7 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
     command = run.get("command") or ""
     if run.get("status") != "finished":
         what = _GO_ON.get(run.get("status") or "", "Go on with it, should it have been killed")
-        return [{"what": what, "command": command}] if command else []
+        return [{"what": what, "command": _again(command, run.get("processes") or 1)}] if command else []
     given = _options(command)
     root = given.get("--val-data") or given.get("--data") or (run.get("data") or {}).get("root")
     words = ["lambda-vit", "validate", "--model", str(folder / "model")]
@@ -318,12 +323,22 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
         words += ["--reference-weights", given["--weights"]] if "--weights" in given else []
         words += ["--reference-pretrained"] if "--pretrained" in given else []
     entries = []
-    if root and (given or Path(root).exists()):
+    if root and not root.startswith(("hfds/", "wds/")) and (given or Path(root).exists()):
         more = [word for name in ("--class-map", "--skip-bad") if name in given for word in (name, given[name])]
         entries.append({"what": what, "command": shlex.join([*words, "--data", root, *more])})
     load = f"from lambda_kernels import from_pretrained; print(from_pretrained({json.dumps(str(folder / 'model'))}))"
     entries.append({"what": "Load it", "command": shlex.join(["python", "-c", load])})
     return entries
+
+
+def _again(command: str, processes: int) -> str:
+    """The command of a run as a shell takes it, whichever way the program was started."""
+    words = command.split(maxsplit=1)
+    if not _options(command):
+        return command
+    if processes > 1:  # torchrun's own words are not known; those of one machine can be
+        return f"torchrun --nproc-per-node {processes} -m lambda_vit {words[1]}"
+    return f"lambda-vit {words[1]}"
 
 
 _FLAGS = ("--pretrained",)
