@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from evidence_table import write_results
-from lambda_vit.training.open_data import open_training_data
 from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained
@@ -34,6 +33,7 @@ from lambda_vit.data import make_loader, open_images, subset, transforms_for
 from lambda_vit.evaluate import cost
 from lambda_vit.loading import open_model
 from lambda_vit.selection import select_layers
+from lambda_vit.training.open_data import open_training_data
 from lambda_vit.training.preparing import prepare_model
 from lambda_vit.training.recipe import Recipe, load_recipe
 from lambda_vit.training.run import run_finetuning

@@ -83,12 +83,12 @@ def write_run(
             right = round(images * (share + 0.002 * math.sin(3 * epoch)))
             row = {"epoch": epoch, "step": step, "loss": 2.1 + 2.4 * math.exp(-3 * at / epochs), "top1": None, "top5": None,
                    "top1_ema": None, "attention": "diluting" if early else "removed" if layers else "full",
-                   "lambda": lam if early else None, "best": False}  # fmt: skip
+                   "lambda": lam if early else 0.0 if faded else None, "best": False}  # fmt: skip
             if validated and (epoch % recipe.val_every == 0 or epoch == epochs):
                 row["top1"] = 100 * right / images
-                if recipe.ema:
-                    row["top1_ema"] = row["top1"] + 0.3
                 score = rated(right + round(0.003 * images) if recipe.ema else right, images)
+                if recipe.ema:
+                    row["top1_ema"] = score["top1"]
                 if not early and (best is None or score["top1"] > best["top1"]):
                     best = {"epoch": epoch, "step": step, "weights": "ema" if recipe.ema else "model", **score}
                     row["best"] = True

@@ -110,7 +110,7 @@ def console_summary(record: dict[str, Any]) -> RenderableType:
             drawn.add_row(*(Text(cell.text, style=style.get(cell.tone, "")) for cell in row))
         parts.append(drawn)
     for title, items in (
-        ("Not exercised", record.get("not_exercised")),
+        (f"Not {report_sections.tried(record)}", record.get("not_exercised")),
         ("Warnings", report_sections.warnings(record)),
     ):
         if items:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .report_parts import Cell, Column, Section, Table, filled, percent
-from .training_figures import course_plot
-from .units import NONE, change_of, count, flops, hours, ranges, size, three
+from .training_figures import course_plot, panels
+from .trajectory import paired_interval
+from .units import NONE, change_of, count, flops, hours, ranges, size, small, three
 
 
 def write_training_report(folder: str | Path) -> dict[str, Path]:
@@ -106,6 +107,8 @@ def _answers(record: Mapping[str, Any]) -> str:
     text += " measured on the model loaded back from disk"
     if before.get("top1") is None:
         return text + "; before the training it was not measured."
+    if before.get("trained") is False:
+        return f"{text}; before the training the classifier was new. In brackets: the 95 % interval."
     name = "the full model" if _run(record).get("layers") else "the model as it was"
     return f"{text}; {name} has {_accuracy(before, digits)}. In brackets: 95 % intervals."
 
@@ -126,7 +129,8 @@ def _kept(record: Mapping[str, Any]) -> str:
 
 def _unfinished(run: Mapping[str, Any]) -> str:
     position, steps = run.get("position") or 0, run.get("steps") or 0
-    done = f"{len(run['history'])} of {run['recipe']['epochs']} epochs ({position:,} of {steps:,} steps)"
+    epochs = run["recipe"]["epochs"]
+    done = f"{len(run['history'])} of {epochs} epoch{'s' * (epochs != 1)} ({position:,} of {steps:,} steps)"
     status = run.get("status")
     if status == "failed":
         return f"Failed after {done}: {run.get('error') or 'no reason was noted'}."
@@ -142,8 +146,8 @@ def _interim(record: Mapping[str, Any]) -> str:
     fading = run.get("layers") and run.get("boundary") is None and run["recipe"].get("dilution") != "none"
     if fading:
         lambdas = [row["lambda"] for row in (*run["history"], *run["course"]) if row.get("lambda") is not None]
-        left = f"λ is {min(lambdas):.2f}: " if lambdas else ""
-        text = f"{left}the attention of block{'s' * (len(run['layers']) > 1)} {ranges(run['layers'])} is still there in part."
+        which = f"he attention of block{'s' * (len(run['layers']) > 1)} {ranges(run['layers'])} is still there"
+        text = f"λ is {min(lambdas):.2f}: t{which} in part." if lambdas else f"T{which}."
     elif run.get("layers"):
         text = _removed(record)
     if run.get("best"):
@@ -154,7 +158,7 @@ def _interim(record: Mapping[str, Any]) -> str:
     measured = [row for row in run["history"] if row.get("top1") is not None]
     if measured and fading:
         last = measured[-1]
-        text += f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, of a network that is not yet the smaller one."
+        text += f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, not yet that of the smaller network."
     return text
 
 
@@ -177,7 +181,8 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     recipe = run["recipe"]
     done = len(run["history"])
-    parts = [f"{done} epochs" if done == recipe["epochs"] else f"{done} of {recipe['epochs']} epochs"]
+    planned = f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] != 1)}"
+    parts = [planned if done == recipe["epochs"] else f"{done} of {planned}"]
     parts += [f"{run['position']:,} steps"]
     batch, micro = recipe["batch_size"], recipe.get("micro_batch")
     parts.append(f"{batch} images each" + (f", {batch // micro} × {micro}" if micro and micro < batch else ""))
@@ -202,18 +207,36 @@ def result(record: Mapping[str, Any]) -> Section | None:
                 "Accuracy was counted on the folder model/ after training: written, loaded back with from_pretrained, and run "
                 "over the validation images."
             )
+            text += _difference(record)
     else:
         text.append(f"{_unfinished(run)} Nothing here is a final figure.")
     untrained = _row(record, "untrained")
     if untrained.get("top1") is not None:
         text.append(f"With the attention removed and nothing trained, top-1 is {_accuracy(untrained, digits)}.")
     if boundary := run.get("boundary"):
-        bound = f" (allowed: {boundary['bound']:.1e})" if boundary.get("bound") is not None else ""
+        bound = f" (allowed: {small(boundary['bound'])})" if boundary.get("bound") is not None else ""
+        moved = f"by more than {small(boundary['difference'])}" if boundary["difference"] else "at all"
         text.append(
-            f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit by more than "
-            f"{boundary['difference']:.1e}{bound}."
+            f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit {moved}{bound}."
         )
     return Section("result", "Result", text, commands=list(record.get("next_commands") or ()))
+
+
+def _difference(record: Mapping[str, Any]) -> list[str]:
+    """How far the final model is from the one before, where it is known on how many images they disagree."""
+    before, after, digits = _row(record, "full"), _row(record, "model"), _digits(record)
+    if None in (before.get("top1"), after.get("top1"), after.get("agreement")) or before.get("trained") is False:
+        return []
+    span = paired_interval(before, after, after["images"])
+    if not span or before["images"] != after["images"]:
+        return []
+    ends = " to ".join(f"{end:+.{digits}f}".replace("-", "−") for end in span)
+    change = f"{after['top1'] - before['top1']:+.{digits}f}".replace("-", "−")
+    verdict = "which chance alone could have made" if span[0] <= 0 <= span[1] else "more than chance"
+    return [
+        f"Both models answered the same images: the difference is {change} points (95 % interval {ends}), {verdict}. "
+        "The interval knows the images' chance, not that of the training."
+    ]
 
 
 def _choice(record: Mapping[str, Any]) -> str:
@@ -232,6 +255,14 @@ def _choice(record: Mapping[str, Any]) -> str:
         "figure a little"
     )
     return text + ("; accuracies from before, with λ above 0, never count." if run.get("boundary") else ".")
+
+
+_SHOWN = {
+    "top1": "top-1 on the validation images",
+    "loss": "the loss",
+    "lambda": "λ, the share of attention that is left",
+    "lr": "the highest learning rate of any parameter",
+}
 
 
 def course(record: Mapping[str, Any]) -> Section | None:
@@ -253,9 +284,7 @@ def course(record: Mapping[str, Any]) -> Section | None:
     if run.get("memory_bytes") is not None:
         where = "main memory" if str(run.get("device") or "cpu").startswith("cpu") else "memory"
         text.append(f"Most {where} that a process had while training: {size(run['memory_bytes'])}.")
-    caption = (
-        "Top-1 on the validation images, loss, λ (the share of attention that is left) and the highest learning rate."
-    )
+    caption = f"From the top: {'; '.join(_SHOWN[name] for name in panels(run))}."
     if any("loss_low" in point for point in run["course"]):
         caption += (
             " Each point of the loss stands for several logged steps; the band spans the lowest and highest of them."
@@ -300,12 +329,17 @@ def _rate(value: float) -> str:
     return three(value) if value < 999.5 else f"{value:,.0f}"
 
 
+# Rows of epochs that a page can bear, printed too.
+_MOST_EPOCHS = 50
+
+
 def _epochs(record: Mapping[str, Any]) -> Table | None:
     run, digits = _run(record), _digits(record)
     best = run.get("best") or {}
     words = {"diluting": "fading", "removed": "gone", "full": "all there"}
     rows = []
-    for row in run["history"]:
+    every = -(-len(run["history"]) // _MOST_EPOCHS)
+    for row in _some(run, every):
         kept = row["epoch"] == best.get("epoch")
         cells = [
             Cell(percent(row.get(key), digits), tone="pick" if kept and best.get("weights") == name else "")
@@ -321,7 +355,21 @@ def _epochs(record: Mapping[str, Any]) -> Table | None:
         )  # fmt: skip
     names = ("Epoch", "Step", "Loss", "Top-1, %", "Top-1 averaged, %")
     columns = [*(Column(name, True) for name in names), Column("Attention"), Column("λ", True), Column("Time", True)]
-    return dataclasses.replace(filled("Every epoch", columns, rows), folded=True) if rows else None
+    name = "Every epoch" if every < 2 else f"One epoch in {every}, and those that matter (log.jsonl has all)"
+    return dataclasses.replace(filled(name, columns, rows), folded=True) if rows else None
+
+
+def _some(run: Mapping[str, Any], every: int) -> list[Mapping[str, Any]]:
+    """Each `every`th epoch, the first, the last, the best, and those on both sides of the end of the attention."""
+    history, best = run["history"], (run.get("best") or {}).get("epoch")
+    kept = []
+    for n, row in enumerate(history):
+        turns = any(
+            history[m].get("attention") != row.get("attention") for m in (n - 1, n + 1) if 0 <= m < len(history)
+        )
+        if n in (0, len(history) - 1) or row["epoch"] % every == 0 or row["epoch"] == best or turns:
+            kept.append(row)
+    return kept
 
 
 _KINDS = {
@@ -341,7 +389,7 @@ def events(record: Mapping[str, Any]) -> Section | None:
             [Cell(NONE if step is None else f"{step:,}"), Cell(_KINDS.get(event["kind"], event["kind"])),
              Cell(event.get("text") or ""), Cell(_time(event.get("time")))]
         )  # fmt: skip
-    columns = [Column("Step", True), Column("What"), Column("Detail"), Column("Time, UTC")]
+    columns = [Column("Step", True), Column("What"), Column("Detail"), Column("Time, UTC", True)]
     return Section("events", "Events", tables=[filled("Events", columns, rows)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .figure_style import MUTED, PAPER, PICK, SERIES, Plot, numbers
@@ -31,13 +31,14 @@ _LOOKS = {
 
 def course_plot(record: dict[str, Any]) -> Plot | None:
     """The course of a fine-tuning; None before anything was logged."""
-    panels = _panels(record.get("finetuning") or {})
-    if not panels:
+    shown = panels(record.get("finetuning") or {})
+    if not shown:
         return None
-    return Plot("course", "Training", 1.15 + sum(_PANELS[name][1] for name in panels), _draw_course)
+    return Plot("course", "Training", 1.15 + sum(_PANELS[name][1] for name in shown), _draw_course)
 
 
-def _panels(run: dict[str, Any]) -> list[str]:
+def panels(run: Mapping[str, Any]) -> list[str]:
+    """What there is to draw of a fine-tuning, from the top: of \"top1\", \"loss\", \"lambda\" and \"lr\"."""
     history, points = run.get("history") or (), run.get("course") or ()
     there = {
         "top1": _any(history, "top1") or _any(history, "top1_ema"),
@@ -48,7 +49,7 @@ def _panels(run: dict[str, Any]) -> list[str]:
     return [name for name in _PANELS if there[name]]
 
 
-def _any(rows: Sequence[dict[str, Any]], key: str) -> bool:
+def _any(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
     return any(row.get(key) is not None for row in rows)
 
 
@@ -56,13 +57,13 @@ def _draw_course(figure: Any, record: dict[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     run = record["finetuning"]
-    panels = _panels(run)
+    names = panels(run)
     per_epoch = run.get("steps_per_epoch") or 1
-    heights = [_PANELS[name][1] for name in panels]
-    stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    heights = [_PANELS[name][1] for name in names]
+    stack = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     full = next((row for row in record.get("variants") or () if row["name"] == "full"), {})
     handles = []
-    for axes, name in zip(stack, panels, strict=True):
+    for axes, name in zip(stack, names, strict=True):
         if name == "top1":
             handles += _draw_accuracy(axes, run, full)
         elif name == "loss":
@@ -97,7 +98,7 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
 
     history, layers = run["history"], run.get("layers")
     handles = []
-    if full.get("top1") is not None:
+    if full.get("top1") is not None and full.get("trained") is not False:
         look = {"color": MUTED, "linewidth": 1, "linestyle": "--"}
         if full.get("top1_interval"):
             axes.axhspan(*full["top1_interval"], color=MUTED, alpha=0.13, linewidth=0)
@@ -106,9 +107,9 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
         handles.append(Line2D([], [], label=f"top-1, {label}" + ", 95 %" * bool(full.get("top1_interval")), **look))
     names = {
         ("top1", True): "top-1 while diluting: attention still there",
-        ("top1_ema", True): "the same, averaged weights",
+        ("top1_ema", True): "averaged weights, while diluting",
         ("top1", False): "top-1, attention gone" if layers else "top-1",
-        ("top1_ema", False): "the same, averaged weights",
+        ("top1_ema", False): "averaged weights" + ", attention gone" * bool(layers),
     }
     for (key, early), label in names.items():
         rows = [row for row in history if (row.get("attention") == "diluting") is early and row.get(key) is not None]
@@ -116,7 +117,7 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
             continue
         look = dict(_LOOKS[key, early])
         if len(history) > _MOST_MARKED and len(rows) > 2:
-            del look["marker"]
+            look |= {"marker": "", "linestyle": "-"}  # dashes on a curve of many turns are hard to follow
         axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], **look)
         handles.append(Line2D([], [], label=label, **look))
     best = run.get("best")
@@ -142,10 +143,12 @@ def _draw_loss(axes: Any, run: dict[str, Any], per_epoch: int) -> list[Any]:
     if points:
         xs = [point["step"] / per_epoch for point in points]
         axes.plot(xs, [point["loss"] for point in points], marker="." if len(xs) == 1 else "", **light)
+        label = "loss of single steps"
         if any("loss_low" in point for point in points):
+            label += ", with their range"
             low, high = ([point.get(key, point["loss"]) for point in points] for key in ("loss_low", "loss_high"))
             axes.fill_between(xs, low, high, color=SERIES[4], alpha=0.16, linewidth=0)
-        handles.append(Line2D([], [], label="loss of single steps", **light))
+        handles.append(Line2D([], [], label=label, **light))
     look = {"color": SERIES[4], "linewidth": 1.6}
     marker = "D" if len(rows) <= _MOST_MARKED else ""
     if rows:

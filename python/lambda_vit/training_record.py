@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .units import ranges
+from .evaluate import wilson_interval
+from .training.run_log import read_log
+from .units import ranges, small
 
 # Points per curve: more than a figure can show, and little enough for a page that is sent around.
 MOST_POINTS = 400
@@ -35,6 +37,9 @@ def training_record(folder: str | Path) -> dict[str, Any]:
     history = _history(run, rows)
     finished = run.get("status") == "finished"
     variants = _variants(run)
+    # run.json is written when a run starts and ends; in between, the log knows more.
+    run["boundary"] = run.get("boundary") or _boundary(rows)
+    run["best"] = _best(run, history, variants)
     record = {
         "title": _title(run),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -58,7 +63,11 @@ def training_record(folder: str | Path) -> dict[str, Any]:
         "not_exercised": _unmeasured(run, variants) if finished else None,
         "warnings": _warnings(run, rows, damaged, folder),
         "next_commands": run.get("next_commands") or _next_commands(run, folder),
-        "files": {name: what for name, what in (run.get("files") or {}).items() if (folder / name).exists()},
+        "files": {
+            name: what
+            for name, what in (run.get("files") or {}).items()
+            if name.startswith("report.") or (folder / name).exists()
+        },
     }
     return {key: value for key, value in record.items() if value not in (None, [], {})}
 
@@ -83,29 +92,6 @@ def _read_run(path: Path) -> dict[str, Any]:
     return run
 
 
-def read_log(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a log.jsonl, and how many lines are none.
-
-    A last line without its end is still being written, or was when the process was killed: it counts as neither.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return [], 0
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows: list[dict[str, Any]] = []
-    damaged = 0
-    for line in filter(None, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and "kind" in row:
-            rows.append(row)
-        else:
-            damaged += 1
-    return rows, damaged
-
-
 def _history(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per finished epoch; the log is ahead of run.json while a run goes on."""
     found = {row["epoch"]: dict(row) for row in run.get("history") or ()}
@@ -113,6 +99,28 @@ def _history(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[
         if row["kind"] == "epoch":
             found[row["epoch"]] = {key: value for key, value in row.items() if key != "kind"}
     return [found[epoch] for epoch in sorted(found)]
+
+
+def _boundary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    found = [row for row in rows if row["kind"] == "boundary"]
+    return {key: found[-1].get(key) for key in ("step", "difference", "bound", "removed")} if found else None
+
+
+def _best(
+    run: Mapping[str, Any], history: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """What run.json says, unless the log has a better one from later."""
+    known = run.get("best")
+    row = next((row for row in reversed(history) if row.get("best")), None)
+    if row is None or (known and known["epoch"] >= row["epoch"]):
+        return known
+    own, averaged = row["top1"], row.get("top1_ema")
+    weights = "ema" if averaged is not None and averaged > own else "model"
+    top1 = own if weights == "model" else averaged
+    found = {"epoch": row["epoch"], "step": row["step"], "weights": weights, "top1": top1}
+    if images := max((variant.get("images") or 0 for variant in variants), default=0):
+        found["top1_interval"] = [100 * end for end in wilson_interval(round(top1 * images / 100), images)]
+    return found
 
 
 def course(rows: Sequence[Mapping[str, Any]], boundary: int | None, most: int = MOST_POINTS) -> list[dict[str, Any]]:
@@ -200,16 +208,21 @@ def _variants(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers = run.get("layers") or []
     rows = {row["name"]: dict(row) for row in run.get("variants") or ()}
     counted = (run.get("model") or {}).get("parameters") or {}
+    if "--num-classes" in _options(run.get("command") or ""):
+        for row in rows.values():
+            row |= (
+                {"trained": False, "note": "with a new classifier, not trained yet"} if row["name"] != "model" else {}
+            )
     rows.setdefault(
         "full", {"name": "full", "label": "Full model" if layers else "As it was", "removed": [], "trained": None,
                  "parameters": counted.get("before")}
     )  # fmt: skip
-    result = run.get("result")
-    if result:
+    result = run.get("result") or {}
+    if run.get("status") == "finished":
         final = {"name": "model", "label": "Fine-tuned", "removed": list(layers), "trained": True,
                  "residual_scale": run.get("residual_scale"), "parameters": counted.get("after")}  # fmt: skip
         # The figures of the result are those of the file: they win.
-        measured = {key: result.get(key) for key in ("top1", "top1_interval", "top5", "images")}
+        measured = {key: result[key] for key in ("top1", "top1_interval", "top5", "images") if key in result}
         rows["model"] = {**final, **rows.get("model", {}), **measured}
     known = [name for name in ("full", "untrained", "model") if name in rows]
     return [rows[name] for name in (*known, *(name for name in rows if name not in known))]
@@ -221,10 +234,10 @@ def _checks(run: Mapping[str, Any]) -> list[dict[str, Any]]:
         bound = boundary.get("bound")
         checks.append(
             {"name": "Deleting the faded attention changes no logit",
-             "value": f"largest difference {boundary['difference']:.1e}",
+             "value": small(boundary["difference"]),
              "ok": bound is None or boundary["difference"] <= bound,
-             "detail": "the network at λ = 0 against the one without the layers, on images of the last step before"
-             + ("" if bound is None else f"; bound {bound:.1e}")}
+             "detail": "largest difference, the network at λ = 0 against the one without the layers"
+             + ("" if bound is None else f"; bound {small(bound)}")}
         )  # fmt: skip
     result = run.get("result") or {}
     if result.get("same") is not None:
@@ -241,35 +254,36 @@ def _unmeasured(run: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -
     """What a finished run says nothing about."""
     rows = {row["name"]: row for row in variants}
     found = []
-    if run.get("layers") and rows["full"].get("top1") is None:
-        found.append("how accurate the full model is on these images, hence what the removal cost")
     if not run.get("result"):
-        found.append("how accurate the final model is: there were no validation images")
+        found.append("how accurate the model is: there were no validation images")
+    elif rows["full"].get("top1") is None:
+        found.append("how accurate the model was on these images before, hence what it lost or gained")
     if not any(row.get("latency_ms") for row in variants):
         found.append("latency and throughput of the final model against the full one's")
     if not any(row.get("flops") for row in variants):
         found.append("FLOPs and memory of a forward")
-    starts = run.get("starts") or [{}]
     found.append("how much of this is chance: it is one run with one seed")
-    if all((start.get("processes") or 1) == 1 for start in starts):
-        found.append("more than one process")
-    if str(run.get("device") or "cpu").startswith("cpu"):
-        found.append("training on a GPU: its speed, memory and rounding")
     return found
 
 
 def _events(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What happened besides steps and epochs, in the order of the log: kind, step, time, what is to be said."""
-    found = []
-    for row in rows:
-        if row["kind"] in ("step", "epoch"):
-            continue
-        known = ("kind", "step", "epoch", "time", "text")
-        text = row.get("text") or ", ".join(f"{k} {v}" for k, v in row.items() if k not in known)
-        found.append({"kind": row["kind"], "step": row.get("step"), "time": row.get("time"), "text": text})
-    if not any(event["kind"] == "boundary" for event in found) and run.get("boundary"):
-        found.append({"kind": "boundary", "step": run["boundary"]["step"], "time": None, "text": ""})
+    found = [_event(row) for row in rows if row["kind"] not in ("step", "epoch")]
+    if run.get("boundary") and not any(event["kind"] == "boundary" for event in found):
+        found.append(_event({"kind": "boundary", **run["boundary"]}))
     return found
+
+
+def _event(row: Mapping[str, Any]) -> dict[str, Any]:
+    if row["kind"] == "boundary":
+        blocks = f"block{'s' * (len(row['removed']) > 1)} {ranges(row['removed'])}"
+        text = f"of {blocks}; largest difference of a logit {small(row['difference'])}"
+    elif row["kind"] == "resume" and row.get("processes"):
+        text = f"{row['processes']} process{'es' * (row['processes'] != 1)}"
+    else:
+        known = ("kind", "step", "epoch", "time", "text")
+        text = row.get("text") or ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
+    return {"kind": row["kind"], "step": row.get("step"), "time": row.get("time"), "text": text}
 
 
 def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder: Path) -> list[str]:
@@ -287,15 +301,18 @@ def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder:
     return found
 
 
+_GO_ON = {
+    "stopped": "Go on from where it stopped",
+    "failed": "Go on from the last checkpoint, once the cause is mended",
+}
+
+
 def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
     """What to type next, with the data and the original of the run where its command tells them."""
     command = run.get("command") or ""
     if run.get("status") != "finished":
-        return (
-            [{"what": "Go on from the last checkpoint, or start again where there is none", "command": command}]
-            if command
-            else []
-        )
+        what = _GO_ON.get(run.get("status") or "", "Go on with it, should it have been killed")
+        return [{"what": what, "command": _again(command, run.get("processes") or 1)}] if command else []
     given = _options(command)
     root = given.get("--val-data") or given.get("--data") or (run.get("data") or {}).get("root")
     words = ["lambda-vit", "validate", "--model", str(folder / "model")]
@@ -306,12 +323,22 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
         words += ["--reference-weights", given["--weights"]] if "--weights" in given else []
         words += ["--reference-pretrained"] if "--pretrained" in given else []
     entries = []
-    if root and (given or Path(root).exists()):
+    if root and not root.startswith(("hfds/", "wds/")) and (given or Path(root).exists()):
         more = [word for name in ("--class-map", "--skip-bad") if name in given for word in (name, given[name])]
         entries.append({"what": what, "command": shlex.join([*words, "--data", root, *more])})
-    load = f"from lambda_kernels import from_pretrained; print(from_pretrained({str(folder / 'model')!r}))"
+    load = f"from lambda_kernels import from_pretrained; print(from_pretrained({json.dumps(str(folder / 'model'))}))"
     entries.append({"what": "Load it", "command": shlex.join(["python", "-c", load])})
     return entries
+
+
+def _again(command: str, processes: int) -> str:
+    """The command of a run as a shell takes it, whichever way the program was started."""
+    words = command.split(maxsplit=1)
+    if not _options(command):
+        return command
+    if processes > 1:  # torchrun's own words are not known; those of one machine can be
+        return f"torchrun --nproc-per-node {processes} -m lambda_vit {words[1]}"
+    return f"lambda-vit {words[1]}"
 
 
 _FLAGS = ("--pretrained",)

@@ -28,6 +28,10 @@ run.json holds
     best            {"epoch", "step", "weights", "top1", "top1_interval", "top5", "images"} or null; accuracies in percent
     result          with "finished": top1, top1_interval, top5, images of model/, loaded back and measured; "same" tells
                     whether it got as many images right as the best had
+    variants        rows as `validation.variant` makes them: "full" and "untrained" from before the training, "model" once
+                    finished; empty where the run was stopped before they were measured
+    kernel_paths    once finished: how each block of the model runs here
+    skipped_images  paths of training images that could not be read
     files           name → what it is
 """
 
@@ -39,7 +43,7 @@ import datetime
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +58,12 @@ from ..dilution import DILUTED_SCALE
 from ..evaluate import input_shape
 from ..placement import one_device
 from ..processes import Processes
+from ..validation import kernel_paths
+from .comparison import row_of, rows_before
 from .engine import Trainer
+from .live_log import LiveLog
 from .preparing import prepare_model
 from .recipe import Recipe, load_recipe
-from .run_log import RunLog
 from .runstate import Checkpoints
 from .scoring import score
 from .stop_request import StopRequest
@@ -73,6 +79,9 @@ FILES = {
     "best/": "the best model while training",
     "model/": "config.json and model.safetensors of the best model, for from_pretrained",
     "run.json": "all figures",
+    "report.html": "the report as one page",
+    "report.md": "the same as text",
+    "report.png": "its figures",
 }
 
 
@@ -169,7 +178,7 @@ def run_finetuning(
         if restart:
             _forget(out, checkpoints, processes)
         found = checkpoints.newest()
-        log = RunLog(out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None)
+        log = LiveLog(out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None)
         trainer = Trainer(
             model, recipe, stream, layers=layers, processes=processes, val_loader=val_loader, teacher=teacher,
             checkpoints=checkpoints, log=log, asked=lambda: stop.signal or 0, best=out / "best", saving=saving,
@@ -185,12 +194,13 @@ def run_finetuning(
             if found is not None:
                 log.write("resume", step=trainer.position, processes=processes.size)
             run.start()
+            run.compare(model, val_loader, lambda: stop.signal or 0)
             trainer.train()
             if trainer.stopped:
                 run.write("stopped")
                 return FinetuningRun(out, run.record, None, trainer.stopped)
             network = _finish(out, trainer, processes)
-            result = score(network, val_loader, processes, description="Validate what was saved")
+            result = score(network, val_loader, processes, reference=model, description="Validate what was saved")
             run.finish(network, result)
     return FinetuningRun(out, run.record, network, 0)
 
@@ -246,7 +256,7 @@ class _Record:
         trainer: Trainer,
         processes: Processes,
     ) -> None:
-        self._out, self._trainer, self._processes = out, trainer, processes
+        self._out, self._trainer, self._processes, self._stream = out, trainer, processes, stream
         self._recipe = recipe
         if stream.exact is None:
             self._recipe = dataclasses.replace(recipe, micro_batch=stream.micro_batch_size)
@@ -275,6 +285,8 @@ class _Record:
             "steps": recipe.epochs * stream.steps_per_epoch,
             "steps_per_epoch": stream.steps_per_epoch,
             "result": None,
+            "variants": [],
+            "kernel_paths": [],
             "files": FILES,
         }
 
@@ -283,12 +295,22 @@ class _Record:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             before = json.loads((self._out / "run.json").read_text(encoding="utf-8"))
             self.record["starts"] = before["starts"]
+            self.record["variants"] = [row for row in before["variants"] if row["name"] != "model"]
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entry = {"time": now, "step": self._trainer.position, "processes": self._processes.size}
         self.record["starts"] = [*self.record["starts"], entry]
         with self._processes.together("Write the recipe"):
             if self._processes.leads:
                 self._recipe.write(self._out / "config.yaml")
+        self.write("running")
+
+    def compare(self, model: nn.Module, loader: Iterable, asked: Callable[[], int]) -> None:
+        """Measure what the training starts from, unless that was done before the run went on."""
+        wanted = 1 + bool(self._trainer.layers)
+        known = self._processes.share(self.record["variants"])
+        if len(known) < wanted:
+            known = rows_before(model, self._trainer.layers, loader, self._processes, asked=asked)
+        self.record["variants"] = known
         self.write("running")
 
     def write(self, status: str, **more: Any) -> None:
@@ -300,6 +322,7 @@ class _Record:
             "history": trainer.history,
             "boundary": trainer.boundary,
             "best": trainer.best.to_dict(),
+            "skipped_images": sorted({path for paths in self._processes.gather(self._stream.bad) for path in paths}),
             **more,
         }
         with self._processes.together("Write run.json"):
@@ -310,7 +333,14 @@ class _Record:
         """What the saved model reached."""
         self.record["model"]["parameters"]["after"] = _parameters(network)
         same = result.hits == self._trainer.best.score.hits
-        self.write("finished", result={**result.to_dict(), "same": same}, validation={"images": result.images})
+        row = row_of("model", "Fine-tuned", network, result, self._processes)
+        self.write(
+            "finished",
+            result={**result.to_dict(), "same": same},
+            validation={"images": result.images},
+            variants=[*self.record["variants"], row],
+            kernel_paths=kernel_paths(network),
+        )
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ class Score:
     hits: int
     hits5: int | None  # None with five classes or fewer
     images: int
+    same: int | None = None  # how many got the reference's answer; None without one
 
     @property
     def top1(self) -> float:
@@ -30,14 +31,20 @@ class Score:
         """Percent."""
         return None if self.hits5 is None else 100 * self.hits5 / self.images
 
+    @property
+    def agreement(self) -> float | None:
+        """Percent."""
+        return None if self.same is None else 100 * self.same / self.images
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types, in percent; the interval is Wilson's at 95 %."""
+        """As plain JSON types, in percent; the interval is Wilson's at 95 %. `agreement` is there if a reference was."""
         low, high = wilson_interval(self.hits, self.images)
         return {
             "top1": self.top1,
             "top1_interval": [100 * low, 100 * high],
             "top5": self.top5,
             "images": self.images,
+            **({} if self.same is None else {"agreement": self.agreement}),
         }
 
 
@@ -66,6 +73,7 @@ def score(
     loader: Iterable,
     processes: Processes,
     *,
+    reference: nn.Module | None = None,
     asked: Callable[[], int] = lambda: 0,
     description: str = "Validate",
 ) -> Score | None:
@@ -75,6 +83,7 @@ def score(
         model: A classifier, evaluated in its own precision.
         loader: This process's share of the images: batches of images and class indices.
         processes: All call this.
+        reference: Another classifier of the same classes, whose answers are compared.
         asked: The number of a signal to stop on, or 0; read between batches.
         description: Of the progress bar.
 
@@ -86,16 +95,17 @@ def score(
         NonFiniteActivationError: NaN or infinity among the logits.
         RuntimeError: Another process failed.
     """
-    found, stopped = (0, None, 0), False
+    found, stopped = (0, None, 0, None), False
     with processes.together(description):
         if not hasattr(loader, "__len__") or len(loader):  # with few images, a process may have none
             try:
-                result = evaluate(model, _Watched(loader, asked), description=description)
+                result = evaluate(model, _Watched(loader, asked), reference=reference, description=description)
             except _StoppedError:
                 stopped = True
             else:
                 hits5 = None if result.top5 is None else round(result.top5 * result.count / 100)
-                found = (round(result.top1 * result.count / 100), hits5, result.count)
+                same = None if reference is None else round(result.agreement * result.count / 100)
+                found = (round(result.top1 * result.count / 100), hits5, result.count, same)
     gathered = processes.gather((found, stopped))
     if any(stopped for _, stopped in gathered):
         return None
@@ -103,4 +113,6 @@ def score(
     if not parts:
         raise ValueError("the validation loader gave no images: there is nothing to evaluate")
     fives = [part[1] for part in parts]
-    return Score(sum(part[0] for part in parts), None if None in fives else sum(fives), sum(part[2] for part in parts))
+    hits, images = sum(part[0] for part in parts), sum(part[2] for part in parts)
+    same = None if reference is None else sum(part[3] for part in parts)
+    return Score(hits, None if None in fives else sum(fives), images, same)
