@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,35 @@ def test_another_run_in_the_folder(finetune, tmp_path):
     code, _, err = finetune("--remove", 2, "--restart")
     assert code == 0, err
     assert record_of(tmp_path / "out")["layers"] == [2]
+
+
+def test_a_signal_to_the_whole_group(folder, saved, tmp_path):  # noqa: F811
+    """As a terminal and torchrun send it: to the processes that read images too, which must not die before the run."""
+    out = tmp_path / "out"
+    words = ["finetune", "--model", saved, "--data", folder, "--out", out, "--remove", 1, *SHORT, "--workers", 1,
+             "--epochs", 5000]  # fmt: skip
+    command = [sys.executable, "-m", "lambda_vit", *map(str, words)]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for _ in range(1200):
+                if process.poll() is not None or ((out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size):
+                    break
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGTERM)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 143, err
+    assert record_of(out)["status"] == "stopped"
+    assert list((out / "checkpoints").glob("*.pt"))
+
+
+def test_tensorboard_is_looked_for_first(finetune, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    code, _, err = finetune("--remove", 1, "--tensorboard")
+    assert code == 2
+    assert "pip install tensorboard, or pip install 'lambda-kernels[tensorboard]'" in err
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 ERRORS = {

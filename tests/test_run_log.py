@@ -277,7 +277,7 @@ def test_one_process_writes(tmp_path):
 def test_without_tensorboard(tmp_path, monkeypatch):
     """It is missed before anything is written, and with the way to get it."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    words = r"needs the package tensorboard: pip install 'lambda-kernels\[tensorboard\]'"
+    words = r"needs the package tensorboard: pip install tensorboard, or pip install 'lambda-kernels\[tensorboard\]'"
     with pytest.raises(ImportError, match=words):
         check_tensorboard()
     with pytest.raises(ImportError, match=words):

@@ -97,6 +97,7 @@ def finetune(
     from .report_training import write_training_report
     from .training.recipe import load_recipe
     from .training.run import continued, run_finetuning
+    from .training.run_log import check_tensorboard
 
     if full and (selection is not None or remove):
         raise ValueError("--full removes nothing: leave --selection and --remove away")
@@ -104,6 +105,8 @@ def finetune(
     recipe = continued(load_recipe(recipe, overrides(flags)), out)
     mapping = None if class_map is None else read_class_map(class_map)
     check_writable(out / "run.json")
+    if tensorboard:
+        check_tensorboard()
     console = make_console()
     with process_group(device) as processes, contextlib.ExitStack() as stack:
         if processes.leads:
@@ -154,8 +157,6 @@ def _open_data(*arguments: Any, **options: Any) -> tuple[Any, Any]:
 
     try:
         return open_training_data(*arguments, **options)
-    except ImportError as error:  # a package that only some data need
-        raise ValueError(str(error)) from error
     except ValueError as error:
         if "num_classes" in str(error):
             raise ValueError(f"{error}. --num-classes puts a new classifier in place") from error

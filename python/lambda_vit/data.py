@@ -175,6 +175,7 @@ class ImageLoader:
     drop_last: bool
     pin_memory: bool
     shard: tuple[int, int] = (0, 1)
+    worker_init: Callable[[int], None] | None = dataclasses.field(default=None, repr=False)
     epoch: int = 0
     _found: dict[str, BadImage] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -207,6 +208,7 @@ class ImageLoader:
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.
             generator=torch.Generator().manual_seed(int(rng.integers(2**32))),
+            worker_init_fn=self.worker_init,
         )
         for images, targets, bad in batches:
             self._found.update((b.path, b) for b in bad)
@@ -227,6 +229,7 @@ def make_loader(
     drop_last: bool = False,
     pin_memory: bool = False,
     shard: tuple[int, int] = (0, 1),
+    worker_init: Callable[[int], None] | None = None,
 ) -> ImageLoader:
     """Batches of a dataset, in its own order or shuffled by `(seed, epoch)`.
 
@@ -240,6 +243,7 @@ def make_loader(
         drop_last: Leave out the last batch where it is shorter.
         pin_memory: Page-locked batches, where a CUDA device is there to use them.
         shard: (rank, size): of several processes that share the batches, the one with this rank gets every size-th.
+        worker_init: Called in each worker with its number, before it reads.
 
     Raises:
         ValueError: An empty dataset, or an argument out of range.
@@ -255,7 +259,7 @@ def make_loader(
         raise ValueError(f"batch_size={batch_size} with drop_last leaves nothing of {len(dataset)} images: lower it")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard={shard!r}: expected (rank, size) with 0 <= rank < size")
-    return ImageLoader(dataset, batch_size, workers, shuffle, seed, skip_bad, drop_last, pin_memory, shard)
+    return ImageLoader(dataset, batch_size, workers, shuffle, seed, skip_bad, drop_last, pin_memory, shard, worker_init)
 
 
 def subset(dataset: Any, samples: int, *, seed: int | None = None) -> Any:

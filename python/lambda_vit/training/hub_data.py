@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..data import BadImage, decoded_sample
 from ..image_sources import VAL_NAMES
-from .packages import optional
+from ..packages import optional
 
 
 @dataclasses.dataclass(eq=False)

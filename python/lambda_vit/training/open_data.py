@@ -13,6 +13,7 @@ from ..data import make_loader, open_images, transforms_for
 from ..evaluate import input_shape
 from ..processes import Processes
 from .recipe import Recipe
+from .stop_request import spare_worker
 from .stream import DatasetStream, TrainingStream
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def open_training_data(
     held_out = _open(data if val_data is None else val_data, "val", val, num_classes, labels)
     if hasattr(held_out, "loader"):
         return stream, held_out.loader(batch, **loading)
-    return stream, make_loader(held_out, batch, **loading)
+    return stream, make_loader(held_out, batch, worker_init=spare_worker, **loading)
 
 
 def training_transform(model: nn.Module, recipe: Recipe) -> Callable[[Image], Tensor]:

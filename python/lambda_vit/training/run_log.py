@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import importlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lambda_kernels.files import atomic_write, remove_leftovers
 
+from ..packages import optional
 from ..processes import Processes
 
 if TYPE_CHECKING:
@@ -184,16 +184,9 @@ def check_tensorboard() -> None:
     """Look for TensorBoard before work starts whose figures it is to get.
 
     Raises:
-        ImportError: It is not installed; says how to install it.
+        MissingPackageError: It is not installed; says how to install it.
     """
-    try:
-        importlib.import_module("tensorboard")
-    except ModuleNotFoundError as error:
-        if error.name != "tensorboard":
-            raise  # it is there, and broken
-        raise ImportError(
-            "writing for TensorBoard needs the package tensorboard: pip install 'lambda-kernels[tensorboard]'"
-        ) from error
+    optional("tensorboard", "tensorboard", "writing for TensorBoard")
 
 
 def read_log(path: str | Path) -> tuple[list[dict[str, Any]], int]:

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..data import BadImage, CorruptImageError, corrupt_message, decoded_sample
 from ..image_sources import VAL_NAMES, extensions
+from ..packages import optional
 from ..progress import track
-from .packages import optional
 from .recipe import Recipe
 from .seeds import mixed_seed
+from .stop_request import spare_worker
 from .stream import Answer, MicroBatch, TrainingStream, as_it_is, read_micro_batch
 
 BUFFER = 1024  # undecoded samples among which the next one is drawn
@@ -371,6 +372,7 @@ def _loading(workers: int, prefetch: int, pin_memory: bool) -> dict[str, Any]:
         "collate_fn": as_it_is,
         "pin_memory": pin_memory and torch.cuda.is_available(),
         "generator": torch.Generator(),  # of its own: the caller's is left alone
+        "worker_init_fn": spare_worker,
     }
 
 

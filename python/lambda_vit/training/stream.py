@@ -21,6 +21,7 @@ from ..data import BadImage, CorruptImageError, corrupt_message
 from ..selection_progress import data_fingerprint
 from .recipe import Recipe
 from .seeds import mixed_seed, preserved, seed_all
+from .stop_request import spare_worker
 
 T = TypeVar("T")
 
@@ -281,6 +282,7 @@ class DatasetStream(TrainingStream):
             collate_fn=as_it_is,
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the caller's is left alone
+            worker_init_fn=spare_worker,
         )
 
     def _steps(self, epoch: int, start: int) -> Iterator[list[MicroBatch]]:

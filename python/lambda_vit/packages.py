@@ -1,9 +1,13 @@
-"""Packages that only some kinds of data need."""
+"""Packages that only some kinds of data and logs need."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
+
+
+class MissingPackageError(ImportError):
+    """A package that the library does not bring along is needed; the message has the command that installs it."""
 
 
 def optional(package: str, extra: str, what: str) -> ModuleType:
@@ -15,13 +19,13 @@ def optional(package: str, extra: str, what: str) -> ModuleType:
         what: Needs it, for the message.
 
     Raises:
-        ImportError: It is missing; says how to install it.
+        MissingPackageError: It is missing.
     """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise  # it is there, and broken
-        raise ImportError(
+        raise MissingPackageError(
             f"{what} needs the package {package}: pip install {package}, or pip install 'lambda-kernels[{extra}]'"
         ) from error
