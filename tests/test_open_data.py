@@ -133,8 +133,17 @@ def test_the_transform_is_timms_with_the_figures_of_the_recipe():
         assert piece not in plain
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "rand-m1-n15", "augmix-m10", "original", "v0"])
+@pytest.mark.parametrize(
+    ("policy", "channels"),
+    [
+        *(
+            (policy, channels)
+            for policy in ("rand-m10-n15-inc1", "rand-m1-n15", "original", "v0")
+            for channels in (1, 3)
+        ),
+        ("augmix-m10", 3),
+    ],
+)
 def test_every_operation_of_a_policy_runs_at_its_highest_level(policy, channels):
     model = small_vit(in_chans=channels)
     transform = training_transform(model, Recipe(aa=policy))

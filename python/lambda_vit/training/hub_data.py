@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -123,13 +122,13 @@ def open_hub(
             "which output each class belongs to (--class-map FILE on the command line, class_map in Python)"
         )
     labels = {index: (class_to_idx or {}).get(name, index) for index, name in own.items()}
-    given = np.asarray(table.select_columns([label]).with_format("numpy")[:][label])
-    if len(given) == 0 or not set(np.unique(given).tolist()) <= set(labels):
+    given = list(table.select_columns([label])[:][label])
+    if not given or not set(given) <= set(labels):
         raise ValueError(f"split {found!r} of {root} has no images, or images without a label: choose another split")
     outputs = num_classes if num_classes is not None else max(labels.values()) + 1
     if not all(0 <= value < outputs for value in labels.values()):
         raise ValueError(f"the class map has labels outside 0…{outputs - 1} for num_classes={outputs}")
-    targets = [labels[value] for value in given.tolist()]
+    targets = [labels[value] for value in given]
     table = table.cast_column(image, datasets.Image(decode=False))
     return HubImages(root, found, table, image, targets, {own[i]: labels[i] for i in own}, outputs, transform)
 
