@@ -18,6 +18,7 @@ from .families import Anatomy, inspect_model
 from .ops import tuning
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
+from .ops.ln_mlp import RECOMPUTE
 
 FUSE = ("all", "removed", "none")
 
@@ -33,20 +34,23 @@ class BlockInfo:
     attention: str  # "kept" or "removed"
     mlp: str  # "timm": the block is timm's own; "modules", "torch", "triton": see AttentionFreeBlock.path
     reason: str
+    recompute: str  # what a training step computes again in the MLP half: "none", "act" or "all"
+    recompute_reason: str
 
 
 @dataclass(frozen=True)
 class ConversionInfo:
     """What `convert_vit` did to a model; it hangs on the model as `lambda_kernels_info`.
 
-    `blocks` says how each block runs in eval mode on the device and with the dtype that the model had when it was
-    converted; `describe_blocks(model)` says it for the present ones.
+    `blocks` says how each block runs in eval mode, and what it computes again in training, on the device and with the dtype
+    that the model had when it was converted; `describe_blocks(model)` says it for the present ones.
     """
 
     removed: tuple[int, ...]
     residual_scale: float
     fuse: str
     backend: str  # as asked for
+    recompute: str  # as asked for
     blocks: tuple[BlockInfo, ...]
     widths: tuple[tuple[int, int], ...] = ()  # (channels, hidden) of the MLP halves that `ln_mlp` can serve
 
@@ -136,7 +140,12 @@ def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, 
 
 
 def remove_attention(
-    model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str = "all", backend: str = "auto"
+    model: nn.Module,
+    removed: tuple[int, ...],
+    residual_scale: float,
+    fuse: str = "all",
+    backend: str = "auto",
+    recompute: str = "auto",
 ) -> nn.Module:
     """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
@@ -144,29 +153,42 @@ def remove_attention(
     asks for.
 
     Raises:
-        ValueError: `fuse` or `backend` is none of the known ones.
+        ValueError: `fuse`, `backend` or `recompute` is none of the known ones.
         BackendUnavailableError: `backend` was asked for by name and cannot run; the model is untouched.
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
-    options = {"residual_scale": residual_scale, "fuse": fuse != "none", "backend": backend}
+    check_choice("recompute", recompute, RECOMPUTE)
+    options = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
     new = [
-        AttentionFreeBlock.from_block(block, **options) if i in removed else _keep(block, fuse, backend)
+        AttentionFreeBlock.from_block(block, residual_scale=residual_scale, **options)
+        if i in removed
+        else _keep(block, fuse, backend, recompute)
         for i, block in enumerate(model.blocks)
     ]
     rows = _describe(new, fuse, *_place(model))
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
+    _warn_of_saving(rows, recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
     model.lambda_kernels_info = ConversionInfo(
-        removed, float(residual_scale), fuse, backend, rows, _widths(model.blocks)
+        removed, float(residual_scale), fuse, backend, recompute, rows, _widths(model.blocks)
     )
     return model
 
 
-def _keep(block: nn.Module, fuse: str, backend: str) -> nn.Module:
+def _warn_of_saving(rows: Sequence[BlockInfo], recompute: str) -> None:
+    """Warn about blocks that were to compute something again and cannot."""
+    if recompute in ("auto", "none"):
+        return
+    for reason in dict.fromkeys(row.recompute_reason for row in rows if row.mlp != "timm" and row.recompute == "none"):
+        blocks = [row.block for row in rows if row.recompute_reason == reason]
+        warnings.warn(f"blocks {blocks} save all that autograd saves: {reason}", stacklevel=4)
+
+
+def _keep(block: nn.Module, fuse: str, backend: str, recompute: str) -> nn.Module:
     """What a block with attention becomes; itself where it is that already, or where something would be lost.
 
     `block` is left as it is: the caller may find yet that the model cannot be converted.
@@ -175,23 +197,25 @@ def _keep(block: nn.Module, fuse: str, backend: str) -> nn.Module:
         return block
     stays = bool(replacement_obstacles(block))
     if type(block) is Block:
-        return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend)
+        return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend, recompute=recompute)
     if fuse != "all" and not stays:
         return block.to_timm()
-    if (block.fuse, block.backend) == (fuse == "all", backend):
+    if (block.fuse, block.backend, block.recompute) == (fuse == "all", backend, recompute):
         return block
     twin = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
-    twin.fuse, twin.backend = fuse == "all", backend
+    twin.fuse, twin.backend, twin.recompute = fuse == "all", backend, recompute
     return twin
 
 
-def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str, backend: str) -> bool:
+def _is_settled(
+    model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str, backend: str, recompute: str
+) -> bool:
     """Whether a model that has lost the attention of `removed` alone would come out of the conversion as it is."""
     info = getattr(model, "lambda_kernels_info", None)
-    asked = (removed, float(residual_scale), fuse, backend)
-    if info is None or (info.removed, info.residual_scale, info.fuse, info.backend) != asked:
+    asked = (removed, float(residual_scale), fuse, backend, recompute)
+    if info is None or (info.removed, info.residual_scale, info.fuse, info.backend, info.recompute) != asked:
         return False
-    return all(i in removed or _keep(block, fuse, backend) is block for i, block in enumerate(model.blocks))
+    return all(i in removed or _keep(block, fuse, backend, recompute) is block for i, block in enumerate(model.blocks))
 
 
 def convert_vit(
@@ -201,6 +225,7 @@ def convert_vit(
     residual_scale: float = 1.0,
     fuse: str = "all",
     backend: str = "auto",
+    recompute: str = "auto",
     inplace: bool = False,
 ) -> nn.Module:
     """Remove attention layers of a timm vision transformer, and run the MLP halves of its blocks through `ln_mlp`.
@@ -217,11 +242,14 @@ def convert_vit(
             blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
             anything else of its own stays, and `lambda_kernels_info` says so.
         backend: "auto", "triton" or "torch", passed on to `ln_mlp`.
+        recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
+            kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
+            It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
         The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that was converted by the same
-        arguments comes back as it is; another `fuse` or `backend` is applied.
+        arguments comes back as it is; another `fuse`, `backend` or `recompute` is applied.
 
     Raises:
         ValueError: Indices or options are wrong, or no attention would be left for a class token to read the image.
@@ -231,6 +259,7 @@ def convert_vit(
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
+    check_choice("recompute", recompute, RECOMPUTE)
     if isinstance(residual_scale, bool) or not isinstance(residual_scale, (int, float)) or not residual_scale > 0:
         raise ValueError(f"residual_scale must be a positive number; got {residual_scale!r}")
     if residual_scale == float("inf"):
@@ -243,15 +272,16 @@ def convert_vit(
             f"{anatomy.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
             "full model"
         )
-    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, fuse, backend):
+    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, fuse, backend, recompute):
         return model
     if not anatomy.removed:
         check_removal(model, removed, anatomy, residual_scale)
-    return remove_attention(model if inplace else copy.deepcopy(model), removed, residual_scale, fuse, backend)
+    model = model if inplace else copy.deepcopy(model)
+    return remove_attention(model, removed, residual_scale, fuse, backend, recompute)
 
 
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
-    """How each block of a converted model runs in eval mode, where the model is now, and why."""
+    """How each block of a converted model runs in eval mode, where the model is now, what it recomputes, and why."""
     return _describe(model.blocks, model.lambda_kernels_info.fuse, *_place(model))
 
 
@@ -273,11 +303,12 @@ def _describe(
     rows = []
     for index, block in enumerate(blocks):
         if isinstance(block, (AttentionFreeBlock, FusedMlp)):
-            choice = block.path(device, dtype, training=False)
+            choice, again = block.path(device, dtype, training=False), block.recomputed(device, dtype)
             attention = "kept" if isinstance(block, FusedMlp) else "removed"
-            rows.append(BlockInfo(index, attention, choice.backend, choice.reason))
+            rows.append(BlockInfo(index, attention, choice.backend, choice.reason, again.level, again.reason))
         else:
-            rows.append(BlockInfo(index, "kept", "timm", _why_not_fused(block, fuse)))
+            why = _why_not_fused(block, fuse)
+            rows.append(BlockInfo(index, "kept", "timm", why, "none", "the block is timm's own"))
     return tuple(rows)
 
 
