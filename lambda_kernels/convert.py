@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .blocks import AttentionFreeBlock, FusedMlp, has_hooks, replacement_obstacles
+from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
 from .errors import AlreadyConvertedError, UnsupportedModelError
 from .families import Anatomy, inspect_model
 from .ops import tuning
@@ -98,8 +98,12 @@ def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int
     return tuple(sorted(checked))
 
 
-def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, residual_scale: float) -> None:
+def check_removal(
+    model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, residual_scale: float, *, stacklevel: int = 3
+) -> None:
     """Refuse removals that would leave a model that cannot work; warn about those that look wrong.
+
+    `stacklevel` is that of `warnings.warn`, counted from within.
 
     Raises:
         ValueError: A class token would be cut off from the image.
@@ -117,7 +121,7 @@ def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, 
         warnings.warn(
             f"the last {trailing} block(s) would have no attention: nothing computed there for the image's patches reaches "
             "the class token, only its own MLP acts",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     if residual_scale == 1.0 or not removed:
         return
@@ -135,7 +139,7 @@ def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, 
         warnings.warn(
             f"blocks {small} have LayerScale gammas below {SMALL_GAMMA} on average: a residual scaled by "
             f"{residual_scale:g} dwarfs their MLP. Only right if the model was trained that way",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -302,10 +306,12 @@ def _describe(
 ) -> tuple[BlockInfo, ...]:
     rows = []
     for index, block in enumerate(blocks):
-        if isinstance(block, (AttentionFreeBlock, FusedMlp)):
+        if isinstance(block, MlpHalf):
             choice, again = block.path(device, dtype, training=False), block.recomputed(device, dtype)
-            attention = "kept" if isinstance(block, FusedMlp) else "removed"
-            rows.append(BlockInfo(index, attention, choice.backend, choice.reason, again.level, again.reason))
+            attention = "removed" if isinstance(block, AttentionFreeBlock) else "kept"
+            # A block that stands in for another one for a while says so.
+            reason = "; ".join(filter(None, (getattr(block, "why_not_convertible", None), choice.reason)))
+            rows.append(BlockInfo(index, attention, choice.backend, reason, again.level, again.reason))
         else:
             why = _why_not_fused(block, fuse)
             rows.append(BlockInfo(index, "kept", "timm", why, "none", "the block is timm's own"))
@@ -315,5 +321,4 @@ def _describe(
 def _why_not_fused(block: nn.Module, fuse: str) -> str:
     if fuse != "all":
         return f"fuse={fuse!r}"
-    obstacles = getattr(block, "why_not_convertible", None) or "; ".join(replacement_obstacles(block))
-    return obstacles or "it was put there after the conversion"
+    return "; ".join(replacement_obstacles(block)) or "it was put there after the conversion"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dilution import LambdaSchedule, dilute, diluted_blocks, finish_dilution, set_lambda
+from .dilution import LambdaSchedule, diluted_blocks, finish_dilution, prepare, set_lambda
 from .evaluate import evaluate
 from .placement import one_device
 from .progress import task
@@ -57,6 +56,7 @@ def finetune(
     label_smoothing: float = 0.0,
     clip_grad: float | None = 1.0,
     seed: int = 0,
+    recompute: str | None = None,
     description: str = "Train",
     inplace: bool = False,
 ) -> FinetuneResult:
@@ -78,6 +78,8 @@ def finetune(
         label_smoothing: Of the cross entropy.
         clip_grad: Largest gradient norm, or None.
         seed: For dropout, drop-path and a loader that takes one from `set_epoch`.
+        recompute: What a step computes again in the MLP halves of all blocks instead of saving it: "auto", "none", "act" or
+            "all", as for `convert_vit`; None leaves the model as it is.
         description: Of the progress bar.
         inplace: Train `model` itself instead of a deep copy.
 
@@ -98,10 +100,7 @@ def finetune(
     steps_per_epoch = len(train_loader)
     if steps_per_epoch == 0:
         raise ValueError("train_loader is empty: there is nothing to train on")
-    if len(layers):
-        model = dilute(model, layers, inplace=inplace)
-    elif not inplace:
-        model = copy.deepcopy(model)
+    model = prepare(model, layers, recompute=recompute, inplace=inplace)
     device = one_device(model)
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay)
     steps = epochs * steps_per_epoch
