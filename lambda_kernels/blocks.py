@@ -213,13 +213,18 @@ class MlpHalf(nn.Module):
             return checkpoint(lambda x: self._after(x, self.mlp(self.norm2(self._scaled(x)))), x, use_reentrant=False)
         mlp = self.mlp
 
-        def before(x: Tensor) -> Tensor:
-            return mlp.fc1(self.norm2(self._scaled(x)))
+        def normed(x: Tensor) -> Tensor:
+            return self.norm2(self._scaled(x))
 
         def after(x: Tensor, pre: Tensor) -> Tensor:
             return self._after(x, mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(mlp.act(pre))))))
 
-        pre = checkpoint(before, x, use_reentrant=False)
+        # PyTorch stops a second run as soon as it has what was asked for: before the product, whose result is kept, and before
+        # the second one. Compilers keep no last result of what they compute again, so that for them the product is outside.
+        if torch.compiler.is_compiling():
+            pre = mlp.fc1(checkpoint(normed, x, use_reentrant=False))
+        else:
+            pre = checkpoint(lambda x: mlp.fc1(normed(x)), x, use_reentrant=False)
         return checkpoint(after, x, pre, use_reentrant=False)
 
     def _scaled(self, x: Tensor) -> Tensor:

@@ -201,8 +201,8 @@ def ln_mlp(
     The same calls in the same order as timm's `Block`, so that it rounds as timm does.
     """
     y = scaled(x, residual_scale)
-    act = F.gelu(before_gelu(y, ln_weight, ln_bias, w1, b1, eps=eps), approximate=approximate)
-    return after_gelu(y, act, w2, b2, layer_scale, branch_scale)
+    pre = F.linear(normalized(y, ln_weight, ln_bias, eps), w1, b1)
+    return after_gelu(y, F.gelu(pre, approximate=approximate), w2, b2, layer_scale, branch_scale)
 
 
 def scaled(x: Tensor, by: float) -> Tensor:
@@ -210,11 +210,9 @@ def scaled(x: Tensor, by: float) -> Tensor:
     return x if by == 1.0 else by * x
 
 
-def before_gelu(
-    y: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, w1: Tensor, b1: Tensor | None, *, eps: float
-) -> Tensor:
-    """What GELU is applied to, [..., H], for y = s·x."""
-    return F.linear(F.layer_norm(y, (y.shape[-1],), ln_weight, ln_bias, eps), w1, b1)
+def normalized(y: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float) -> Tensor:
+    """LN(y) for y = s·x."""
+    return F.layer_norm(y, (y.shape[-1],), ln_weight, ln_bias, eps)
 
 
 def after_gelu(
