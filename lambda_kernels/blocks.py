@@ -203,8 +203,8 @@ class MlpHalf(nn.Module):
     def _by_modules(self, x: Tensor) -> Tensor:
         """The half with its submodules called one by one; under `recompute` they are called again in the backward.
 
-        Random numbers are then drawn from the same state, autocast is as it was, and of the products only those run twice
-        whose results were not kept.
+        Random numbers are then drawn from the same state, and autocast is as it was. Of the products the first runs twice with
+        "all", the second where a dropout or LayerScale behind it asks for its result.
         """
         level, obstacles = self._modules_recompute() if torch.is_grad_enabled() else ("none", [])
         if level == "none" or obstacles:

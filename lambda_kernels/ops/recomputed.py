@@ -252,7 +252,7 @@ class _Sums:
     def add_product(self, name: str, a: Tensor, b: Tensor) -> None:
         """Add aᵀ·b."""
         if name in self.totals and a.dtype == self.totals[name].dtype:
-            self.totals[name].addmm_(a.T, b)
+            torch.addmm(self.totals[name], a.T, b, out=self.totals[name])
         else:
             self.add(name, torch.mm(a.T, b))
 
