@@ -174,7 +174,7 @@ def remove_attention(
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
-    _warn_of_saving(rows, recompute)
+    _warn_of_saving(rows, fuse, recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
     model.lambda_kernels_info = ConversionInfo(
@@ -183,12 +183,13 @@ def remove_attention(
     return model
 
 
-def _warn_of_saving(rows: Sequence[BlockInfo], recompute: str) -> None:
-    """Warn about blocks that were to compute something again and cannot."""
+def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> None:
+    """Warn about blocks that were to compute something again and cannot; timm's own are meant to with `fuse="all"` alone."""
     if recompute in ("auto", "none"):
         return
-    for reason in dict.fromkeys(row.recompute_reason for row in rows if row.mlp != "timm" and row.recompute == "none"):
-        blocks = [row.block for row in rows if row.recompute_reason == reason]
+    asked = [row for row in rows if row.recompute == "none" and (row.mlp != "timm" or fuse == "all")]
+    for reason in dict.fromkeys(row.recompute_reason for row in asked):
+        blocks = [row.block for row in asked if row.recompute_reason == reason]
         warnings.warn(f"blocks {blocks} save all that autograd saves: {reason}", stacklevel=4)
 
 
@@ -314,7 +315,7 @@ def _describe(
             rows.append(BlockInfo(index, attention, choice.backend, reason, again.level, again.reason))
         else:
             why = _why_not_fused(block, fuse)
-            rows.append(BlockInfo(index, "kept", "timm", why, "none", "the block is timm's own"))
+            rows.append(BlockInfo(index, "kept", "timm", why, "none", f"the block is timm's own: {why}"))
     return tuple(rows)
 
 

@@ -110,9 +110,13 @@ def _dilutable(model: nn.Module, layers: Sequence[int]) -> tuple[int, ...]:
     return layers
 
 
-def _put_under_dilution(model: nn.Module, layers: tuple[int, ...], lam: float) -> nn.Module:
+def _put_under_dilution(
+    model: nn.Module, layers: tuple[int, ...], lam: float, recompute: str | None = None
+) -> nn.Module:
     for index in layers:
-        model.blocks[index] = DilutedBlock(model.blocks[index], lam)
+        block = DilutedBlock(model.blocks[index], lam)
+        block.recompute = block.recompute if recompute is None else recompute
+        model.blocks[index] = block
     return model
 
 
@@ -124,7 +128,8 @@ def prepare(
     Args:
         model: A timm vision transformer, converted or not.
         layers: Blocks to dilute, or a `Selection`; empty dilutes none.
-        recompute: As for `convert_vit`, which is applied to all blocks; None leaves the model as it is.
+        recompute: As for `convert_vit`, which is applied with `fuse="all"`, so that it reaches all blocks; None leaves the
+            model as it is.
         inplace: Change `model` itself instead of a deep copy.
 
     Raises:
@@ -136,10 +141,9 @@ def prepare(
     model = model if inplace else copy.deepcopy(model)
     if recompute is not None:
         anatomy, info = inspect_model(model), getattr(model, "lambda_kernels_info", None)
-        own = {} if info is None else {"fuse": info.fuse, "backend": info.backend}
-        scale = anatomy.residual_scale or 1.0
-        convert_vit(model, anatomy.removed, residual_scale=scale, **own, recompute=recompute, inplace=True)
-    return _put_under_dilution(model, layers, 1.0)
+        scale, backend = anatomy.residual_scale or 1.0, "auto" if info is None else info.backend
+        convert_vit(model, anatomy.removed, residual_scale=scale, backend=backend, recompute=recompute, inplace=True)
+    return _put_under_dilution(model, layers, 1.0, recompute)
 
 
 def diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
