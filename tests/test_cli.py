@@ -142,6 +142,24 @@ def test_plan(run, folder, saved, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_plan_with_recomputed_activations(run, saved, tmp_path):
+    arguments = ["plan", "--model", saved, "--remove", "1", "--images", 9, "--batch-size", 2, "--seconds", 0.01]
+    found = {}
+    for name, options in (("usual", []), ("all", ["--recompute", "all"])):
+        code, out, err = run(*arguments, "--device", "cpu", "--out", tmp_path / name, *options)
+        assert code == 0, err
+        found[name] = json.loads((tmp_path / name).read_text())
+        told = "of MLP halves alone: diluting: 'all' in 4 of 4 blocks; without: 'all' in 4 of 4 blocks. The time" in out
+        assert told == (name == "all")
+        assert ("dilution_epochs=300, recompute='all')" in out) == told
+    assert (found["usual"]["recompute"], found["all"]["recompute"]) == (None, "all")
+    assert found["all"]["networks"]["final"]["recomputed"] == ["all"] * 4
+    assert found["all"]["networks"]["final"]["step_bytes"] < found["usual"]["networks"]["final"]["step_bytes"]
+    code, _, err = run(*arguments, "--recompute", "most")
+    assert code == 2
+    assert "most" in err
+
+
 def test_plan_tells_the_measured_peak(saved):
     """As on CUDA, where there is one."""
     import dataclasses

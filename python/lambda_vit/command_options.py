@@ -98,6 +98,15 @@ class Cache(str, enum.Enum):
     none = "none"
 
 
+class Recompute(str, enum.Enum):
+    """Of activations, in the MLP halves of the blocks."""
+
+    auto = "auto"
+    none = "none"
+    act = "act"
+    all = "all"
+
+
 class Score(str, enum.Enum):
     """Where the entropy is measured."""
 

@@ -49,6 +49,7 @@ def finetune(
     label_smoothing: float = 0.0,
     clip_grad: float | None = 1.0,
     seed: int = 0,
+    recompute: str | None = None,
     description: str = "Train",
     inplace: bool = False,
 ) -> FinetuneResult:
@@ -70,6 +71,8 @@ def finetune(
         label_smoothing: Of the cross entropy.
         clip_grad: Largest gradient norm, or None.
         seed: For dropout, drop-path and a loader that takes one from `set_epoch`.
+        recompute: What a step computes again in the MLP halves of all blocks instead of saving it: "auto", "none", "act" or
+            "all", as for `convert_vit`; None leaves the model as it is.
         description: Of the progress bar.
         inplace: Train `model` itself instead of a deep copy.
 
@@ -100,6 +103,7 @@ def finetune(
         clip_grad=clip_grad,
         mixup=0,
         cutmix=0,
+        recompute=recompute,
         seed=seed,
     )
     trainer = Trainer(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lambda_kernels import convert_vit
 
-from ..dilution import dilute, diluted_blocks, finish_dilution, set_lambda
+from ..dilution import diluted_blocks, finish_dilution, prepare, set_lambda
 from ..placement import one_device, one_dtype
 from ..processes import Processes
 from .boundary import forget_removed, remove_faded
@@ -83,9 +83,10 @@ class Learner:
         self.recipe, self.processes = recipe, processes
         self.device, self.dtype = one_device(model), one_dtype(model)
         if layers and recipe.dilution == "none":
-            model = convert_vit(model, layers, residual_scale=1.0, inplace=True)
-        elif layers:
-            model = dilute(model, layers, inplace=True)
+            options = {"recompute": recipe.recompute or "auto", "inplace": True}
+            model = convert_vit(model, layers, residual_scale=1.0, **options)
+        else:
+            model = prepare(model, layers, recompute=recipe.recompute, inplace=True)
         self.model = model
         for part in frozen_parts(model, recipe.freeze):
             part.requires_grad_(False)

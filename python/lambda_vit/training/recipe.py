@@ -124,7 +124,7 @@ class Recipe:
     ema_warmup: bool = False
     amp: str = "none"
     compile: bool = False
-    recompute: str = "auto"
+    recompute: str | None = "auto"  # None: the MLP halves stay as the model has them until λ is 0
     distillation: str = "none"  # the teacher is the model as it was
     distillation_alpha: float = 0.5
     distillation_tau: float = 1.0
