@@ -22,7 +22,7 @@ _UNKNOWN_ARGUMENTS = sorted(_ARGUMENTS - {"self", "x", "attn_mask", "is_causal"}
 _HAS_CAUSAL = "is_causal" in _ARGUMENTS  # seen in timm 1.0.26, not in 1.0.23
 
 _BARE = frozenset(vars(nn.Module()))
-_SETTINGS = frozenset(("residual_scale", "fuse", "backend"))
+_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute"))
 
 
 def gelu_form(act: nn.Module) -> str | None:
@@ -87,7 +87,12 @@ class _MlpHalf(nn.Module):
     """What both blocks share: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
 
     Subclasses register `norm2`, `mlp`, `ls2` and `drop_path2`.
+
+    Attributes:
+        recompute: Passed on to `ln_mlp`; set it to choose what training keeps in memory and what it computes again.
     """
+
+    recompute = "auto"
 
     def __init__(self, residual_scale: float, fuse: bool, backend: str) -> None:
         super().__init__()
@@ -172,6 +177,7 @@ class _MlpHalf(nn.Module):
             layer_scale=gamma,
             branch_scale=_stochastic_depth(self.drop_path2, x, dtype),
             approximate=gelu_form(mlp.act),
+            recompute=self.recompute,
             backend=self.backend,
         )
 
@@ -196,6 +202,7 @@ def _settle(new: _Half, block: nn.Module, options: dict) -> _Half:
     """Finish `new`, which took over parts of `block`: settings that `options` leave open and the mode are those of `block`."""
     if isinstance(block, _MlpHalf):
         new.fuse, new.backend = options.get("fuse", block.fuse), options.get("backend", block.backend)
+        new.recompute = block.recompute
     new.training = block.training  # of this block alone: its parts keep the mode they have
     return new
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .evaluate import input_shape
 from .image_sources import SPLIT_NAMES, Folder, Zip, extensions, find_split, open_source
+from .training.stop_request import spare_worker
 
 
 class CorruptImageError(ValueError):
@@ -204,6 +205,7 @@ class ImageLoader:
             batch_sampler=own,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=spare_worker,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.
             generator=torch.Generator().manual_seed(int(rng.integers(2**32))),

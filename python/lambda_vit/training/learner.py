@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels import convert_vit
+from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
 
 from ..dilution import dilute, diluted_blocks, finish_dilution, set_lambda
 from ..placement import one_device, one_dtype
@@ -204,6 +204,9 @@ class Learner:
 
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         set_training_mode(self.model, self.recipe.freeze)
+        for module in self.model.modules():
+            if isinstance(module, (AttentionFreeBlock, FusedMlp)):
+                module.recompute = self.recipe.recompute
         self._local = torch.compile(self.model) if self.recipe.compile else self.model
         self.network = self._local
         if self.processes.size > 1:

@@ -27,6 +27,7 @@ from ..progress import track
 from .packages import optional
 from .recipe import Recipe
 from .seeds import mixed_seed
+from .stop_request import spare_worker
 from .stream import Answer, MicroBatch, TrainingStream, as_it_is, read_micro_batch
 
 BUFFER = 1024  # undecoded samples among which the next one is drawn
@@ -369,6 +370,7 @@ def _loading(workers: int, prefetch: int, pin_memory: bool) -> dict[str, Any]:
         "num_workers": workers,
         "prefetch_factor": prefetch if workers else None,
         "collate_fn": as_it_is,
+        "worker_init_fn": spare_worker,
         "pin_memory": pin_memory and torch.cuda.is_available(),
         "generator": torch.Generator(),  # of its own: the caller's is left alone
     }
