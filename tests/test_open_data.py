@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -15,9 +16,10 @@ from conftest import small_vit
 from PIL import Image
 from stream_support import SMALL, assert_same, collected, image_set, write_folder, write_zip
 
-from lambda_vit.data import CorruptImageError
+from lambda_vit.data import CorruptImageError, transforms_for
 from lambda_vit.evaluate import evaluate
 from lambda_vit.training.open_data import open_training_data, training_transform
+from lambda_vit.training.preparing import prepare_model
 from lambda_vit.training.recipe import Recipe, load_recipe
 from lambda_vit.training.seeds import preserved, seed_all
 from lambda_vit.training.shards import open_shards
@@ -54,6 +56,18 @@ def test_both_splits_are_opened_each_with_its_transform(images):
     assert all(torch.equal(one, two) for (one, _), (two, _) in zip(loader, loader, strict=True))
     assert evaluate(MODEL, loader).count == 6
     assert stream.fingerprint()["transform"] != repr(loader.dataset.transform)
+
+
+def test_validation_images_are_cropped_as_the_model_says_or_the_recipe(images):
+    model = small_vit(num_classes=2)
+    _, loader = open_training_data(images, model, RECIPE)
+    assert repr(loader.dataset.transform) == repr(transforms_for(model))
+    assert "Resize(size=35" in repr(loader.dataset.transform)  # of timm's 0.9
+    own = dataclasses.replace(RECIPE, crop_pct=1.0)
+    _, loader = open_training_data(images, model, own)
+    assert "Resize(size=32" in repr(loader.dataset.transform)
+    # Whoever loads the model afterwards measures it on the same crop.
+    assert repr(transforms_for(prepare_model(model, own))) == repr(loader.dataset.transform)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import random
+import signal
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,10 +25,12 @@ from stream_support import (
     write_zip,
 )
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.functional import to_tensor
 
-from lambda_vit.data import BadImage, CorruptImageError, digits, make_loader
+from lambda_vit.data import BadImage, CorruptImageError, digits, make_loader, open_images
 from lambda_vit.training.recipe import Recipe
 from lambda_vit.training.seeds import mixed_seed, preserved, seed_all
+from lambda_vit.training.stop_request import spare_worker
 from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream
 
 
@@ -109,6 +114,24 @@ def test_workers_leave_the_callers_generators_alone(images):
     collected(stream, steps=1)
     stream.close()
     assert (random.random(), np.random.rand(), torch.rand(1)) == untouched
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="signals are those of POSIX")
+def test_workers_outlast_the_signal_that_ends_a_job(images):
+    """Schedulers send theirs to every process; the run still has to finish its step and write a checkpoint."""
+
+    def struck(batches: Iterator) -> list:
+        found = [next(batches)]
+        workers = multiprocessing.active_children()
+        assert len(workers) == 1
+        os.kill(workers[0].pid, signal.SIGTERM)
+        return [*found, *batches]
+
+    stream = stream_of(images, workers=1)
+    assert len(struck(stream.steps(1))) == 5
+    stream.close()
+    loader = make_loader(open_images(images, "val", transform=to_tensor), 1, workers=1, worker_init=spare_worker)
+    assert len(struck(iter(loader))) == 6
 
 
 def test_generators_are_put_back_after_an_error_too():

@@ -15,7 +15,7 @@ from timm.layers import DropPath
 from torch import nn
 from training_support import Notes, largest_difference, plain, recipe, same_weights, tiny_vit, train_set, trainer
 
-from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
+from lambda_kernels import AttentionFreeBlock, FusedMlp, blocks, convert_vit
 from lambda_vit import dilute
 from lambda_vit.training.boundary import BoundaryError, remove_faded
 from lambda_vit.training.losses import Objective, label_loss
@@ -198,6 +198,23 @@ def test_overflow_in_fp16_is_skipped_and_a_run_of_it_is_an_error(monkeypatch):
         ValueError, match=r"gradient of 4 steps in a row was not finite in fp16 \(epoch 2, step 4, .*bf16"
     ):
         found.train()
+
+
+def test_fused_mlps_recompute_what_they_are_told_to(monkeypatch):
+    """Once the attention is gone; the average of the weights, which is not trained, may do as it likes."""
+    asked, whole = set(), blocks.ln_mlp
+
+    def noted(*arguments: object, **options: object) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            asked.add(options["recompute"])
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(blocks, "ln_mlp", noted)
+    own = trainer(recipe(recompute="act"), tiny_vit())
+    own.train()
+    assert asked == {"act"}
+    assert own.model.blocks[1].recompute == own.model.blocks[0].recompute == "act"
+    assert convert_vit(tiny_vit(), [1]).blocks[1].recompute == "auto"
 
 
 def test_compilation_follows_lambda_without_compiling_again():

@@ -265,6 +265,21 @@ def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
     assert newest.path.name in texts[0]
 
 
+def test_a_damaged_checkpoint_is_passed_over_where_it_knew_of_a_better_model(tmp_path):
+    """The one before calls another model the best, which has to be there still."""
+    own = recipe(epochs=5)
+    run(tmp_path / "whole", own)
+    history = json.loads((tmp_path / "whole" / "run.json").read_text())["history"]
+    assert [row["best"] for row in history[1:3]] == [True, True]
+    out = tmp_path / "run"
+    killed(out, killed_at(learner.Learner, "step", 10), own=own)
+    newest = Checkpoints(out / "checkpoints").newest()
+    assert newest.step == 9
+    os.truncate(newest.path, 100)
+    run(out, own)
+    check_same_end(out, tmp_path / "whole")
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, capfd):
     def work() -> FinetuningRun:
         step = learner.Learner.step

@@ -22,8 +22,9 @@ class Best:
     """Keeps the model with the highest top-1; of equals, the first.
 
     A model that is offered is written beside the folder and takes its place with the next `commit`, after the checkpoint
-    that knows of it. So a run that goes on from a checkpoint finds the model which that checkpoint calls the best, also
-    where a later one had been found before the run was killed.
+    that knows of it; the one before stays until the next. So a run that goes on from a checkpoint finds the model which that
+    checkpoint calls the best, also where a later one had been found before the run was killed, or the newest checkpoint was
+    damaged.
 
     Args:
         folder: Where `save_pretrained` writes it, with `score.json`; None: only the score is kept.
@@ -69,6 +70,12 @@ class Best:
             if self._folder is not None and self._processes.leads and self._is(self._next):
                 self._take(self._next)
 
+    def settle(self) -> None:
+        """Remove the one before: nothing will go back to it any more."""
+        with self._processes.together("Remove the model that was the best before"):
+            if self._folder is not None and self._processes.leads:
+                shutil.rmtree(self._old, ignore_errors=True)
+
     def to_dict(self) -> dict[str, Any] | None:
         """As plain JSON types: epoch, step, weights, and `Score.to_dict`; None before there is one."""
         if self.score is None:
@@ -105,7 +112,7 @@ class Best:
                     f"{self.score.top1:.2f} %). Put it back, or start over"
                 )
             self._take(found)
-        for place in places[self.score is not None :]:
+        for place in places if self.score is None else [self._next]:
             shutil.rmtree(place, ignore_errors=True)
 
     def _is(self, place: Path) -> bool:
@@ -125,4 +132,3 @@ class Best:
         else:
             shutil.rmtree(self._folder, ignore_errors=True)
         place.rename(self._folder)
-        shutil.rmtree(self._old, ignore_errors=True)

@@ -57,7 +57,9 @@ def open_training_data(
         ImportError: A package is missing; the message has the command that installs it.
     """
     shard = (0, 1) if processes is None else (processes.rank, processes.size)
-    train, val = training_transform(model, recipe), transforms_for(model, crop_pct=recipe.crop_pct)
+    # None, passed on, would stand for timm's default and not for the model's own.
+    cropped = {} if recipe.crop_pct is None else {"crop_pct": recipe.crop_pct}
+    train, val = training_transform(model, recipe), transforms_for(model, **cropped)
     num_classes = getattr(model, "num_classes", None)
     loading = {"workers": workers, "skip_bad": skip_bad, "shard": shard, "pin_memory": True}
     opened = _open(data, "train", train, num_classes, class_map)

@@ -16,7 +16,7 @@ EMBEDDING = (
 
 
 def prepare_model(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Give `model`, in place, the input size, stochastic depth and dropout that the recipe asks for.
+    """Give `model`, in place, the input size, validation crop, stochastic depth and dropout that the recipe asks for.
 
     To be called before the data are opened, whose images have the model's input size. Doing it again changes nothing.
 
@@ -29,6 +29,8 @@ def prepare_model(model: nn.Module, recipe: Recipe) -> nn.Module:
                 f"img_size={recipe.img_size}: {type(model).__name__} keeps the input size it was built for"
             )
         model.set_input_size(img_size=(recipe.img_size,) * 2)
+    if recipe.crop_pct is not None:  # kept with the model: whoever loads it has to crop as it was measured
+        model.pretrained_cfg = {**(model.pretrained_cfg or {}), "crop_pct": recipe.crop_pct}
     if recipe.drop_path is not None:
         _set_drop_path(model, recipe.drop_path)
     if recipe.drop is not None:

@@ -240,6 +240,7 @@ def _finish(out: Path, trainer: Trainer, processes: Processes) -> nn.Module:
             with atomic_writes([out / "model" / name for name in names]) as temporaries:
                 for name, temporary in zip(names, temporaries, strict=True):
                     shutil.copyfile(out / "best" / name, temporary)
+    trainer.best.settle()
     with processes.together("Load the model"):
         return from_pretrained(out / "model", device=one_device(trainer.model))
 
