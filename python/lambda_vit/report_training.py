@@ -280,7 +280,8 @@ def course(record: Mapping[str, Any]) -> Section | None:
             "the fading goes, not how good the smaller model is."
         )
     if not any(row.get("top1") is not None for row in run["history"]):
-        text.append("No accuracy was measured during training.")
+        over = run.get("status") == "finished"
+        text.append("No accuracy was measured during training." if over else "No accuracy was measured yet.")
     if run.get("memory_bytes") is not None:
         where = "main memory" if str(run.get("device") or "cpu").startswith("cpu") else "memory"
         text.append(f"Most {where} that a process had while training: {size(run['memory_bytes'])}.")
