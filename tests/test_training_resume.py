@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -25,15 +26,18 @@ from conftest import REPOSITORY
 from training_support import recipe, tiny_vit, train_set, validation
 
 from lambda_kernels import AttentionFreeBlock, CheckpointError, UnsupportedModelError, from_pretrained
+from lambda_vit.data import make_loader
 from lambda_vit.evaluate import evaluate
 from lambda_vit.training import best, checkpoint_file, engine, learner
 from lambda_vit.training.recipe import Recipe, load_recipe
 from lambda_vit.training.run import FinetuningRun, continued, run_finetuning
 from lambda_vit.training.run_log import read_log
 from lambda_vit.training.runstate import Checkpoints
-from lambda_vit.training.stream import TensorStream
+from lambda_vit.training.stream import DatasetStream, TensorStream
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+measuring = sys.modules["lambda_vit.evaluate"]
 
 # What a clock or the machine has a part in.
 OTHERWISE = ("time", "seconds", "images_per_second", "memory_bytes")
@@ -370,3 +374,29 @@ def test_the_model_that_was_given_stays_as_it_is(tmp_path):
     assert found.record["result"]["top1"] == evaluate(found.model, validation()).top1
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
+    """Batch systems send it to every process; with its workers dead, validation would fail before the checkpoint."""
+    own = recipe(checkpoint_every=2)
+    loaders = {
+        "stream": DatasetStream(train_set(), own, workers=1),
+        "val_loader": make_loader(validation().dataset, 30, workers=1),
+    }
+
+    def work() -> FinetuningRun:
+        check, count = measuring._check_labels, [0]
+
+        def counted(*args: Any) -> None:
+            count[0] += 1
+            if count[0] == 2:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            check(*args)
+
+        measuring._check_labels = counted
+        return run(tmp_path, own, **loaders)
+
+    assert forked(work) == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path / "checkpoints").newest().step == 3

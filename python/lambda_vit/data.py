@@ -192,6 +192,8 @@ class ImageLoader:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        from .training.stop_request import spare_worker
+
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
         starts = range(0, len(order) - (self.batch_size - 1 if self.drop_last else 0), self.batch_size)
@@ -203,6 +205,7 @@ class ImageLoader:
             dataclasses.replace(self.dataset, on_bad="mark") if marking else self.dataset,
             batch_sampler=own,
             num_workers=self.workers,
+            worker_init_fn=spare_worker,  # a signal is the run's, which ends its workers itself
             collate_fn=_collate,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.

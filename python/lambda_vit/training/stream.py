@@ -21,6 +21,7 @@ from ..data import BadImage, CorruptImageError, corrupt_message
 from ..selection_progress import data_fingerprint
 from .recipe import Recipe
 from .seeds import mixed_seed, preserved, seed_all
+from .stop_request import spare_worker
 
 T = TypeVar("T")
 
@@ -278,6 +279,7 @@ class DatasetStream(TrainingStream):
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
+            worker_init_fn=spare_worker,
             collate_fn=as_it_is,
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the caller's is left alone
