@@ -229,6 +229,11 @@ class Learner:
         images = batch.images.to(self.device, self.dtype, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
         if self._mixup is not None:
+            if len(images) % 2:
+                raise ValueError(
+                    f"mixup and cutmix pair images, and a batch has {len(images)}: make batches of an even number, or set both "
+                    "to 0"
+                )
             images = images.clone() if images is batch.images else images  # timm mixes in place
             with preserved():  # timm draws from NumPy's global generator, which is the caller's
                 np.random.seed(mixed_seed("mixup", *place) % 2**32)

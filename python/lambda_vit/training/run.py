@@ -26,6 +26,7 @@ run.json holds
     history         the rows of the epochs, as in the log
     boundary        {"step", "difference", "bound", "removed"} or null: what deleting the faded attention changed
     best            {"epoch", "step", "weights", "top1", "top1_interval", "top5", "images"} or null; accuracies in percent
+    unreadable      paths of training images that could not be read, others standing in for them
     result          with "finished": top1, top1_interval, top5, images of model/, loaded back and measured; "same" tells
                     whether it got as many images right as the best had
     files           name → what it is
@@ -58,7 +59,7 @@ from .engine import Trainer
 from .preparing import prepare_model
 from .recipe import Recipe, load_recipe
 from .run_log import RunLog
-from .runstate import Checkpoints
+from .runstate import Checkpoints, Found
 from .scoring import score
 from .stop_request import StopRequest
 
@@ -180,7 +181,7 @@ def run_finetuning(
         run = _Record(out, model, recipe, stream, trainer, processes)
         with log, run.kept():
             log.cut(0 if found is None else found.state["rows"])
-            for notice in (*(() if found is None else found.notices), *log.notices):
+            for notice in _notices(found, log, stream):
                 log.write("notice", text=notice)
             if found is not None:
                 log.write("resume", step=trainer.position, processes=processes.size)
@@ -193,6 +194,14 @@ def run_finetuning(
             result = score(network, val_loader, processes, description="Validate what was saved")
             run.finish(network, result)
     return FinetuningRun(out, run.record, network, 0)
+
+
+def _notices(found: Found | None, log: RunLog, stream: TrainingStream) -> list[str]:
+    """What to say before the run goes on."""
+    notices = [*(() if found is None else found.notices), *log.notices]
+    if found is not None and stream.exact is not None:
+        notices.append(f"the run goes on, but not exactly where it stopped: {stream.exact}")
+    return notices
 
 
 def _rehearse(model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path, saving: dict[str, Any]) -> None:
@@ -248,7 +257,7 @@ class _Record:
     ) -> None:
         self._out, self._trainer, self._processes = out, trainer, processes
         self._recipe = recipe
-        if stream.exact is None:
+        if stream.batch_size == recipe.batch_size:
             self._recipe = dataclasses.replace(recipe, micro_batch=stream.micro_batch_size)
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.record: dict[str, Any] = {
@@ -300,6 +309,7 @@ class _Record:
             "history": trainer.history,
             "boundary": trainer.boundary,
             "best": trainer.best.to_dict(),
+            "unreadable": trainer.stream.bad,
             **more,
         }
         with self._processes.together("Write run.json"):
