@@ -17,7 +17,10 @@ from lambda_vit.training.engine import Trainer
 from lambda_vit.training.recipe import Recipe
 from lambda_vit.training.stream import LoaderStream
 
-MODELS = {"digits": (ARCHITECTURE, MODEL_ARGS, (64, 1, 8, 8)), "deit_tiny": ("deit_tiny_patch16_224", {}, (8, 3, 224, 224))}
+MODELS = {
+    "digits": (ARCHITECTURE, MODEL_ARGS, (64, 1, 8, 8)),
+    "deit_tiny": ("deit_tiny_patch16_224", {}, (8, 3, 224, 224)),
+}
 
 
 class Endless:
