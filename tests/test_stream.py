@@ -31,7 +31,7 @@ from lambda_vit.data import BadImage, CorruptImageError, digits, make_loader, op
 from lambda_vit.training.recipe import Recipe
 from lambda_vit.training.seeds import mixed_seed, preserved, seed_all
 from lambda_vit.training.stop_request import spare_worker
-from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream
+from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream, read_micro_batch
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +333,7 @@ def test_more_unreadable_images_than_allowed_are_refused_by_path(damaged, worker
         collected(stream)
     assert sum(name in str(caught.value) for name in BAD) == allowed + 1
     stream.close()
+    assert not multiprocessing.active_children()  # though `caught` holds the frames of the pass
 
 
 def test_a_micro_batch_with_nothing_readable_is_refused(tmp_path):
@@ -350,6 +351,15 @@ def test_unreadable_images_of_other_processes_and_of_before_count_too(damaged):
     assert stream.bad == ["elsewhere.jpg"]
     with pytest.raises(CorruptImageError, match="cannot read 4 images, with 3 allowed"):
         collected(stream)
+
+
+def test_the_next_readable_image_stands_in_and_after_the_last_the_first():
+    def load(sample: int) -> tuple[torch.Tensor, int] | BadImage:
+        return (torch.tensor(float(sample)), sample) if sample < 10 else BadImage(str(sample), "")
+
+    answer = read_micro_batch([10, 1, 11, 12, 2, 13], load, 0, 0, 0)
+    assert answer.targets.tolist() == answer.images.tolist() == [1, 1, 2, 2, 2, 1]
+    assert [bad.path for bad in answer.bad] == ["10", "11", "12", "13"]
 
 
 def test_an_error_of_a_transform_is_no_unreadable_image(images):

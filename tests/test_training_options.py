@@ -340,6 +340,9 @@ def test_refusals():
         trainer(model=model)
     with pytest.raises(ValueError, match=r"micro_batch=3: expected an even number"):
         TensorStream(train_set(), recipe(batch_size=30, micro_batch=None), shard=(0, 10))
+    odd = [(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long))]
+    with pytest.raises(ValueError, match="a batch has 3: make batches of an even number, or set both to 0"):
+        trainer(recipe(), stream=LoaderStream(odd)).train()
     nan = [(torch.full((4, 1, 8, 8), math.nan), torch.zeros(4, dtype=torch.long))]
     with pytest.raises(ValueError, match=r"loss became nan in epoch 1, step 1 \(lr 1e-06, λ 1\). Lower lr"):
         trainer(plain(), stream=LoaderStream(nan)).train()

@@ -19,7 +19,7 @@ from test_selection_processes import launch
 from test_training_resume import check_same_end, run
 from training_support import Notes, largest_difference, recipe, same_weights, tiny_vit, train_set, trainer, validation
 
-from lambda_vit.processes import Processes
+from lambda_vit.processes import Processes, process_group
 from lambda_vit.training import learner
 from lambda_vit.training.run_log import read_log
 from lambda_vit.training.runstate import Checkpoints
@@ -90,6 +90,22 @@ def test_one_process_goes_on_where_two_were_stopped(folder, tmp_path):
     check_same_end(folder / "run", tmp_path)
     (resume,) = (row for row in read_log(folder / "run" / "log.jsonl")[0] if row["kind"] == "resume")
     assert (resume["step"], resume["processes"]) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "here", "expected"), [(0, "1", "gloo"), (2, "2", "cpu:gloo,cuda:nccl"), (2, "4", "gloo")]
+)
+def test_gpus_talk_directly_where_each_process_has_its_own(gpus, here, expected, monkeypatch):
+    opened = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: opened.append(backend))
+    for training in (True, False):
+        with process_group(training=training):
+            pass
+    assert opened == [expected, "gloo"]
 
 
 def stopped(folder: Path, rank: int) -> int:

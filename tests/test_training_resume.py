@@ -5,8 +5,8 @@ Runs to be killed are forked, which starts them at once, and killed for good.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -22,18 +22,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
-from training_support import recipe, tiny_vit, train_set, validation
+from training_support import plain, recipe, same_weights, tiny_vit, train_set, validation
 
 from lambda_kernels import AttentionFreeBlock, CheckpointError, UnsupportedModelError, from_pretrained
+from lambda_vit.data import make_loader
 from lambda_vit.evaluate import evaluate
 from lambda_vit.training import best, checkpoint_file, engine, learner
 from lambda_vit.training.recipe import Recipe, load_recipe
 from lambda_vit.training.run import FinetuningRun, continued, run_finetuning
 from lambda_vit.training.run_log import read_log
 from lambda_vit.training.runstate import Checkpoints
-from lambda_vit.training.stream import TensorStream
+from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+measuring = sys.modules["lambda_vit.evaluate"]
 
 # What a clock or the machine has a part in.
 OTHERWISE = ("time", "seconds", "images_per_second", "memory_bytes")
@@ -360,6 +363,18 @@ def test_the_best_of_a_checkpoint_is_found_wherever_the_run_was_killed(whole, tm
         run(out)
 
 
+def test_a_loader_of_ones_own_goes_on_and_says_what_that_means(tmp_path):
+    batches = list(make_loader(train_set(), 32))
+    own = plain(checkpoint_every=2)
+    stream = {"own": own, "stream": LoaderStream(batches)}
+    killed(tmp_path, killed_at(learner.Learner, "step", 6), **stream)
+    found = run(tmp_path, **stream)
+    (text,) = (row["text"] for row in read_log(tmp_path / "log.jsonl")[0] if row["kind"] == "notice")
+    assert "not exactly where it stopped: the batches come from a loader of your own" in text
+    whole = run(tmp_path / "whole", **stream)
+    assert same_weights(found.model, whole.model)  # a list gives the same batches again
+
+
 def test_what_cannot_be_saved_is_refused_before_training(tmp_path, monkeypatch):
     model = tiny_vit()
     model.pretrained_cfg = {}
@@ -383,5 +398,29 @@ def test_the_model_that_was_given_stays_as_it_is(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found.record["residual_scale"] == found.model.blocks[1].residual_scale == 1.0
     assert found.record["result"]["top1"] == evaluate(found.model, validation()).top1
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
+    """Batch systems send it to every process; with its workers dead, validation would fail before the checkpoint."""
+    own = recipe(checkpoint_every=2)
+    loaders = {
+        "stream": DatasetStream(train_set(), own, workers=1),
+        "val_loader": make_loader(validation().dataset, 30, workers=1),
+    }
+
+    def work() -> FinetuningRun:
+        check, count = measuring._check_labels, [0]
+
+        def counted(*args: Any) -> None:
+            count[0] += 1
+            if count[0] == 2:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            check(*args)
+
+        measuring._check_labels = counted
+        return run(tmp_path, own, **loaders)
+
+    assert forked(work) == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path / "checkpoints").newest().step == 3

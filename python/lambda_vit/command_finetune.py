@@ -108,7 +108,7 @@ def finetune(
     if tensorboard:
         check_tensorboard()
     console = make_console()
-    with process_group(device) as processes, contextlib.ExitStack() as stack:
+    with process_group(training=True) as processes, contextlib.ExitStack() as stack:
         if processes.leads:
             stack.enter_context(progress.shown())
         network, original = _open(model, weights, pretrained, local_device(device), recipe, num_classes)

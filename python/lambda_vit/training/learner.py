@@ -225,10 +225,17 @@ class Learner:
     def _loss(self, position: int, batch: MicroBatch) -> Tensor:
         # What is drawn depends on the step and the micro-batch alone: not on the process, nor on what was drawn before.
         place = (self.recipe.seed, position, batch.number)
-        torch.manual_seed(mixed_seed("step", *place))
+        seed = mixed_seed("step", *place)
+        # torch.manual_seed, of all devices, takes half a millisecond to find out that there are no others.
+        (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
         images = batch.images.to(self.device, self.dtype, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
         if self._mixup is not None:
+            if len(images) % 2:
+                raise ValueError(
+                    f"mixup and cutmix pair images, and a batch has {len(images)}: make batches of an even number, or set both "
+                    "to 0"
+                )
             images = images.clone() if images is batch.images else images  # timm mixes in place
             with preserved():  # timm draws from NumPy's global generator, which is the caller's
                 np.random.seed(mixed_seed("mixup", *place) % 2**32)

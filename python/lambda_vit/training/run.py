@@ -31,7 +31,7 @@ run.json holds
     variants        rows as `validation.variant` makes them: "full" and "untrained" from before the training, "model" once
                     finished; empty where the run was stopped before they were measured
     kernel_paths    once finished: how each block of the model runs here
-    skipped_images  paths of training images that could not be read
+    skipped_images  paths of training images that could not be read, others standing in for them
     files           name → what it is
 """
 
@@ -64,7 +64,7 @@ from .engine import Trainer
 from .live_log import LiveLog
 from .preparing import prepare_model
 from .recipe import Recipe, load_recipe
-from .runstate import Checkpoints
+from .runstate import Checkpoints, Found
 from .scoring import score
 from .stop_request import StopRequest
 
@@ -189,7 +189,7 @@ def run_finetuning(
         run = _Record(out, model, recipe, stream, trainer, processes)
         with log, run.kept():
             log.cut(0 if found is None else found.state["rows"])
-            for notice in (*(() if found is None else found.notices), *log.notices):
+            for notice in _notices(found, log, stream):
                 log.write("notice", text=notice)
             if found is not None:
                 log.write("resume", step=trainer.position, processes=processes.size)
@@ -203,6 +203,14 @@ def run_finetuning(
             result = score(network, val_loader, processes, reference=model, description="Validate what was saved")
             run.finish(network, result)
     return FinetuningRun(out, run.record, network, 0)
+
+
+def _notices(found: Found | None, log: LiveLog, stream: TrainingStream) -> list[str]:
+    """What to say before the run goes on."""
+    notices = [*(() if found is None else found.notices), *log.notices]
+    if found is not None and stream.exact is not None:
+        notices.append(f"the run goes on, but not exactly where it stopped: {stream.exact}")
+    return notices
 
 
 def _rehearse(model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path, saving: dict[str, Any]) -> None:
@@ -259,7 +267,7 @@ class _Record:
     ) -> None:
         self._out, self._trainer, self._processes, self._stream = out, trainer, processes, stream
         self._recipe = recipe
-        if stream.exact is None:
+        if stream.batch_size == recipe.batch_size:
             self._recipe = dataclasses.replace(recipe, micro_batch=stream.micro_batch_size)
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.record: dict[str, Any] = {

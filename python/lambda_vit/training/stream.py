@@ -279,10 +279,10 @@ class DatasetStream(TrainingStream):
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
+            worker_init_fn=spare_worker,
             collate_fn=as_it_is,
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the caller's is left alone
-            worker_init_fn=spare_worker,
         )
 
     def _steps(self, epoch: int, start: int) -> Iterator[list[MicroBatch]]:
