@@ -266,6 +266,10 @@ ERRORS = {
     "word": (["--remove", 1, "--dilution", "slow"], "one of linear, cosine, step, none"),
     "micro-batch": (["--remove", 1, "--micro-batch", 3], "micro_batch=3: expected a divisor of batch_size=10"),
     "too few": (["--remove", 1, "--batch-size", 64], "64"),
+    "empty teacher": (
+        ["--remove", 1, "--num-classes", 10, "--distillation", "soft"],
+        "a classifier that has learned nothing",
+    ),
     "hub": (["--remove", 1, "--data", "hfds/nobody/nothing"], "hfds/nobody/nothing"),
 }
 
@@ -279,6 +283,56 @@ def test_what_is_refused(case, finetune, tmp_path):
     assert words in err
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_new_classifier_follows_the_seed_alone(finetune, tmp_path):
+    """Else a run with one could not go on, and no two processes would begin alike."""
+    for place in ("one", "two"):
+        torch.manual_seed(len(place) + ord(place[0]))
+        code, _, err = finetune("--remove", 1, "--num-classes", 10, "--epochs", 2, out=tmp_path / place)
+        assert code == 0, err
+    first, second = (from_pretrained(tmp_path / place / "model").state_dict() for place in ("one", "two"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    report = (tmp_path / "two" / "report.md").read_text()
+    assert "before the training the classifier was new" in report
+    assert "Both models answered the same images" not in report
+
+
+def test_what_it_says_on_the_way(finetune, folder, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    code, printed, err = finetune("--remove", "1,2", "--val-data", folder, "--img-size", 48)
+    assert code == 0, err
+    said = [line for line in printed.splitlines() if line]
+    assert said[0] == "Train 12 steps (4 epochs of 3, batch 10); the attention of blocks 1, 2 goes"
+    assert [line[:8] for line in said[1:5]] == [f"Epoch {n}:" for n in (1, 2, 3, 4)]
+    assert "λ 0.67" in said[1]  # at its end
+    assert printed.count("the best so far") >= 1
+    # The original takes images of another size.
+    assert said[-1] == f"Next: lambda-vit validate --model {out / 'model'} --data {folder}"
+    code, printed, err = finetune("--remove", "1,2", "--val-data", folder, "--img-size", 48)
+    assert code == 0, err
+    assert printed.lstrip().startswith("Going on from step 12 of 12 steps")
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_again(finetune, tmp_path):
+    import shutil
+
+    out = tmp_path / "out"
+    assert finetune("--remove", 1, "--epochs", 2)[0] == 0
+    shutil.rmtree(out / "checkpoints")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, err = finetune("--remove", 1, "--epochs", 2)
+    assert code == 2
+    assert "holds a run that was finished, and its checkpoints are gone" in err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert finetune("--remove", 1, "--epochs", 2, "--restart")[0] == 0
+
+
+def test_the_folder_of_a_selection_is_refused(finetune, tmp_path):
+    write_json(tmp_path / "selection.json", {})
+    code, _, err = finetune("--remove", 1, out=tmp_path)
+    assert code == 2
+    assert f"--out {tmp_path} holds a selection" in err
 
 
 def test_unreadable_images(finetune, folder, tmp_path):  # noqa: F811

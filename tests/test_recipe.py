@@ -229,3 +229,9 @@ def test_the_papers_recipes_hold_its_figures(name):
     assert set(expected) - {"clip_grad"} <= set(given)  # spelt out, whatever becomes of the defaults
     lam = LambdaSchedule(recipe.dilution_length, recipe.dilution)
     assert [lam(epoch) for epoch in range(recipe.epochs)] == [max(0.0, 1 - epoch / 299) for epoch in range(400)]
+
+
+def test_dropping_at_once_forgets_how_long_a_recipe_fades():
+    assert load_recipe("deit-tiny", {"dilution": "none"}).dilution_length == 0
+    with pytest.raises(ValueError, match=r"dilution_epochs=3\.0: expected None or 0 with dilution='none'"):
+        load_recipe("deit-tiny", {"dilution": "none", "dilution_epochs": 3})

@@ -342,6 +342,8 @@ def test_micro_batches_of_a_run_that_goes_on(whole, tmp_path):
     loose = recipe(micro_batch=None)
     assert continued(loose, tmp_path) == loose
     assert continued(loose, whole).micro_batch == 16
+    shutil.copy(whole / "config.yaml", tmp_path)  # of a run that ended before its first checkpoint, out of memory say
+    assert continued(loose, tmp_path) == loose
     assert continued(recipe(micro_batch=8), whole).micro_batch == 8
     assert continued(recipe(micro_batch=None, batch_size=48), whole).micro_batch is None
 

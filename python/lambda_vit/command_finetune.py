@@ -102,7 +102,15 @@ def finetune(
     if full and (selection is not None or remove):
         raise ValueError("--full removes nothing: leave --selection and --remove away")
     chosen = () if full else chosen_layers(selection, remove)
-    recipe = continued(load_recipe(recipe, overrides(flags)), out)
+    recipe = load_recipe(recipe, overrides(flags))
+    recipe = recipe if restart else continued(recipe, out)
+    if num_classes is not None and recipe.distillation != "none":
+        raise ValueError(
+            f"--distillation {recipe.distillation} with --num-classes {num_classes}: the teacher would be the model with a "
+            "classifier that has learned nothing. Train that with --full first, and give the model it leaves to --model"
+        )
+    if (out / "selection.json").exists():
+        raise ValueError(f"--out {out} holds a selection, whose report would be lost: use another folder")
     mapping = None if class_map is None else read_class_map(class_map)
     check_writable(out / "run.json")
     if tensorboard:
@@ -122,7 +130,8 @@ def finetune(
             console.print(f"a resumed run will differ: {stream.exact}", style="yellow", soft_wrap=True)
         run = run_finetuning(
             network, recipe, stream, val_loader, layers=chosen, out=out, processes=processes, restart=restart, keep=keep,
-            log_every=log_every, tensorboard=tensorboard,
+            log_every=log_every, tensorboard=tensorboard, new_classifier=num_classes is not None,
+            tell=lambda line: console.print(line, soft_wrap=True),
         )  # fmt: skip
         bad = sorted({path for paths in processes.gather([*stream.bad, *val_loader.bad]) for path in paths})
         with processes.together("Write the report"):
@@ -131,7 +140,15 @@ def finetune(
     if processes.leads:
         for path in bad:
             console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
-        _tell(console, run, model, weights_options("--reference-", weights, pretrained), data, num_classes)
+        _tell(console, run, restart)
+        images = data if val_data is None else val_data
+        if not run.stopped and not images.startswith(("hfds/", "wds/")):
+            following = ["validate", "--model", out / "model"]
+            if num_classes is None and recipe.img_size is None:  # else it answers to other images, or in other classes
+                following += ["--reference", model, *weights_options("--reference-", weights, pretrained)]
+            print_next(
+                console, *following, "--data", images, *([] if class_map is None else ["--class-map", class_map])
+            )
     if run.stopped:
         raise typer.Exit(run.exit_code)
 
@@ -143,11 +160,14 @@ def _open(
     from .loading import open_model
     from .placement import one_device
     from .training.preparing import prepare_model
+    from .training.seeds import mixed_seed, preserved, seed_all
 
     network = open_model(model, weights=weights, pretrained=pretrained, device=device)
     if num_classes is not None:
         where = one_device(network)
-        network.reset_classifier(num_classes)
+        with preserved():  # a run that goes on has to begin with the same classifier, and so has every process
+            seed_all(mixed_seed("classifier", recipe.seed))
+            network.reset_classifier(num_classes)
         network = network.to(where)
     return prepare_model(network, recipe), network
 
@@ -163,14 +183,12 @@ def _open_data(*arguments: Any, **options: Any) -> tuple[Any, Any]:
         raise
 
 
-def _tell(
-    console: Any, run: FinetuningRun, model: str, reference: list[object], data: str, num_classes: int | None
-) -> None:
+def _tell(console: Any, run: FinetuningRun, restart: bool) -> None:
     record = run.record
     if run.stopped:
         console.print(
             f"Stopped by signal {run.stopped} after {record['position']:,} of {record['steps']:,} steps; the same command "
-            "goes on from there",
+            f"{'without --restart ' if restart else ''}goes on from there",
             soft_wrap=True,
         )
         return
@@ -190,7 +208,3 @@ def _tell(
         soft_wrap=True,
     )
     console.print(f"Model:   {run.folder / 'model'}/\nReport:  {run.folder / 'report.html'}", soft_wrap=True)
-    following = ["validate", "--model", run.folder / "model"]
-    if num_classes is None:
-        following += ["--reference", model, *reference]
-    print_next(console, *following, "--data", data)

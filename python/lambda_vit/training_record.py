@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -317,7 +318,7 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
     root = given.get("--val-data") or given.get("--data") or (run.get("data") or {}).get("root")
     words = ["lambda-vit", "validate", "--model", str(folder / "model")]
     what = "Measure it once more, with latency"
-    if "--model" in given and "--num-classes" not in given and "--img-size" not in given:
+    if "--model" in given and "--num-classes" not in given and run["recipe"].get("img_size") is None:
         what = "Compare with the original, with latency"
         words += ["--reference", given["--model"]]
         words += ["--reference-weights", given["--weights"]] if "--weights" in given else []
@@ -332,7 +333,8 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
 
 
 def _again(command: str, processes: int) -> str:
-    """The command of a run as a shell takes it, whichever way the program was started."""
+    """The command of a run as a shell takes it, whichever way the program was started, to go on with the run."""
+    command = re.sub(r" --restart(?!\S)", "", command)
     words = command.split(maxsplit=1)
     if not _options(command):
         return command

@@ -27,6 +27,7 @@ def rows_before(
     processes: Processes,
     *,
     asked: Callable[[], int] = lambda: 0,
+    trained: bool = True,
 ) -> list[dict[str, Any]]:
     """Accuracy and cost of `model` as it is ("full"), and with the attention of `layers` removed and nothing trained
     ("untrained"; left out where there are none).
@@ -37,9 +38,10 @@ def rows_before(
         loader: This process's share of the validation images.
         processes: All call this.
         asked: The number of a signal to stop on, or 0; what was not measured by then is left out.
+        trained: Whether `model` was, down to its classifier.
     """
     label = "Full model" if layers else "As it was"
-    own = {"trained": True, "note": ""}
+    own = {"trained": trained, "note": "" if trained else "new classifier"}
     found = score(model, loader, processes, asked=asked, description=label)
     if found is None:
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .run_log import RunLog
@@ -16,15 +17,19 @@ FIRST = 3.0
 class LiveLog(RunLog):
     """Writes the report of the folder that it is in after an epoch, where that costs next to nothing.
 
-    Runs with epochs of seconds have theirs from time to time, and in any case at the end, from whoever runs them.
+    Runs with epochs of seconds have theirs from time to time, and in any case at the end, from whoever runs them. `tell` gets
+    a line for each epoch and notice. Other arguments are those of `RunLog`.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, tell: Callable[[str], None] = lambda line: None, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._tell = tell
         self._reported, self._took = time.monotonic(), FIRST
 
     def write(self, kind: str, **fields: Any) -> None:
         super().write(kind, **fields)
+        if self._processes.leads and kind in ("epoch", "notice"):
+            self._tell(fields["text"] if kind == "notice" else _line(fields))
         now = time.monotonic()
         if kind != "epoch" or not self._processes.leads or self._took > SHARE * (now - self._reported):
             return
@@ -35,3 +40,17 @@ class LiveLog(RunLog):
             write_training_report(self.path.parent)
         self._reported = time.monotonic()
         self._took = self._reported - now
+
+
+def _line(row: dict[str, Any]) -> str:
+    """An epoch, for a reader."""
+    parts = [f"Epoch {row['epoch']}: loss {row['loss']:.3f}"]
+    if row["top1"] is not None:
+        parts.append(f"top-1 {row['top1']:.2f} %")
+    if row["top1_ema"] is not None:
+        parts.append(f"{row['top1_ema']:.2f} % of the average of the weights")
+    if row["attention"] == "diluting":
+        parts.append(f"λ {row['lambda']:.2f}")
+    if row["best"]:
+        parts.append("the best so far")
+    return ", ".join(parts)

@@ -206,7 +206,8 @@ def load_recipe(
 
     Args:
         name_or_path: A name that `shipped` lists, or a YAML file of fields of `Recipe`; None: the defaults.
-        overrides: Fields that win over the file. `base_lr` wins over an `lr` of the file too.
+        overrides: Fields that win over the file. `base_lr` wins over an `lr` of the file too, and a `dilution` of "none" over
+            its `dilution_epochs`.
 
     Raises:
         ValueError: No such recipe, a file that is not a recipe, unknown fields (the nearest name is suggested), or
@@ -222,6 +223,8 @@ def load_recipe(
     _check_keys(values, f"in {path}")
     if "base_lr" in overrides and "lr" not in overrides:
         values.pop("lr", None)  # else the rate given last would count for nothing
+    if overrides.get("dilution") == "none" and "dilution_epochs" not in overrides:
+        values.pop("dilution_epochs", None)
     try:
         return Recipe(**{**values, **overrides})
     except ValueError as error:

@@ -108,13 +108,14 @@ class FinetuningRun:
 
 
 def continued(recipe: Recipe, out: str | Path) -> Recipe:
-    """`recipe` with the micro-batch of the run in `out`, if there is one and the recipe leaves it open.
+    """`recipe` with the micro-batch of the run that can go on in `out`, if there is one and the recipe leaves it open.
 
     What a run computes depends on the size of a micro-batch, which else follows from the number of processes. To be called
     before the data are opened, so that a run goes on with another number of processes.
     """
     path = Path(out) / "config.yaml"
-    if recipe.micro_batch is not None or not path.is_file():
+    begun = any((Path(out) / "checkpoints").glob("step-*.pt"))  # else nothing was computed that has to be kept to
+    if recipe.micro_batch is not None or not begun or not path.is_file():
         return recipe
     before = load_recipe(path)
     if before.batch_size != recipe.batch_size:
@@ -137,7 +138,9 @@ def run_finetuning(
     log_every: int = 50,
     tensorboard: bool = False,
     saving: dict[str, Any] | None = None,
+    new_classifier: bool = False,
     description: str = "Fine-tune",
+    tell: Callable[[str], None] = lambda line: None,
 ) -> FinetuningRun:
     """Fine-tune `model` in the folder `out`, or go on with what is there.
 
@@ -159,12 +162,15 @@ def run_finetuning(
         log_every: Steps between two rows of the log.
         tensorboard: Write the log's figures for TensorBoard too.
         saving: Further arguments of `save_pretrained`, such as `model_args`.
+        new_classifier: `model` has one that was never trained: its accuracy is none to compare with.
         description: Of the progress bar.
+        tell: Called on rank 0 with a line for a reader: where the run begins, what is wrong there, and each epoch.
 
     Raises:
         ResumeMismatchError: `out` holds a run with another model, recipe or data; names what differs. `out` is untouched.
         CheckpointError: The model could not be saved at the end, or no checkpoint in `out` can be used.
         OSError: `out` cannot be written to, or is full; the last checkpoint is kept.
+        ValueError: `out` holds a run that was finished or stopped, and its checkpoints are gone.
         ValueError, UnsupportedModelError, BoundaryError, ProcessLostError: See `Trainer`.
     """
     out, processes, saving = Path(out), processes or Processes(), dict(saving or {})
@@ -174,11 +180,15 @@ def run_finetuning(
         with processes.together("Open the run"):
             if processes.leads:
                 check_writable(out / "run.json")
+                if not restart:
+                    _refuse_emptied(out, checkpoints)
                 _rehearse(model, recipe, getattr(layers, "layers", layers), out, saving)
         if restart:
             _forget(out, checkpoints, processes)
         found = checkpoints.newest()
-        log = LiveLog(out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None)
+        log = LiveLog(
+            out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None, tell=tell
+        )
         trainer = Trainer(
             model, recipe, stream, layers=layers, processes=processes, val_loader=val_loader, teacher=teacher,
             checkpoints=checkpoints, log=log, asked=lambda: stop.signal or 0, best=out / "best", saving=saving,
@@ -191,10 +201,12 @@ def run_finetuning(
             log.cut(0 if found is None else found.state["rows"])
             for notice in _notices(found, log, stream):
                 log.write("notice", text=notice)
+            if processes.leads:
+                tell(_beginning(trainer, found is not None))
             if found is not None:
                 log.write("resume", step=trainer.position, processes=processes.size)
             run.start()
-            run.compare(model, val_loader, lambda: stop.signal or 0)
+            run.compare(model, val_loader, lambda: stop.signal or 0, trained=not new_classifier)
             trainer.train()
             if trainer.stopped:
                 run.write("stopped")
@@ -211,6 +223,33 @@ def _notices(found: Found | None, log: LiveLog, stream: TrainingStream) -> list[
     if found is not None and stream.exact is not None:
         notices.append(f"the run goes on, but not exactly where it stopped: {stream.exact}")
     return notices
+
+
+def _beginning(trainer: Trainer, going_on: bool) -> str:
+    """Where a run stands when it starts."""
+    epochs, per_epoch = trainer.recipe.epochs, trainer.stream.steps_per_epoch
+    whole = f"{epochs * per_epoch:,} steps ({epochs} epochs of {per_epoch:,}, batch {trainer.stream.batch_size:,})"
+    if going_on:
+        return f"Going on from step {trainer.position:,} of {whole}"
+    blocks = ", ".join(map(str, trainer.layers))
+    return f"Train {whole}" + (
+        f"; the attention of blocks {blocks} goes" if blocks else ", with all the attention there is"
+    )
+
+
+def _refuse_emptied(out: Path, checkpoints: Checkpoints) -> None:
+    """Where there was a checkpoint and there is none, starting over would cost the user a run without a word."""
+    if checkpoints.steps():
+        return
+    try:
+        status = json.loads((out / "run.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if status in ("finished", "stopped"):
+        raise ValueError(
+            f"{out} holds a run that was {status}, and its checkpoints are gone: it cannot go on. Use another folder, or "
+            "replace it with --restart (restart=True)"
+        )
 
 
 def _rehearse(model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path, saving: dict[str, Any]) -> None:
@@ -313,12 +352,12 @@ class _Record:
                 self._recipe.write(self._out / "config.yaml")
         self.write("running")
 
-    def compare(self, model: nn.Module, loader: Iterable, asked: Callable[[], int]) -> None:
+    def compare(self, model: nn.Module, loader: Iterable, asked: Callable[[], int], *, trained: bool) -> None:
         """Measure what the training starts from, unless that was done before the run went on."""
         wanted = 1 + bool(self._trainer.layers)
         known = self._processes.share(self.record["variants"])
         if len(known) < wanted:
-            known = rows_before(model, self._trainer.layers, loader, self._processes, asked=asked)
+            known = rows_before(model, self._trainer.layers, loader, self._processes, asked=asked, trained=trained)
         self.record["variants"] = known
         self.write("running")
 
