@@ -190,9 +190,14 @@ def test_overflow_in_fp16_is_skipped_and_a_run_of_it_is_an_error(monkeypatch):
     found = trainer(plain(amp="fp16"))
     found.learner._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = copy.deepcopy(found.model)
+    start = copy.deepcopy(found.state())
     found.train(until=1)
     assert same_weights(found.model, before)
     assert found.learner._scaler.get_scale() == 2.0**39
+    assert found.state()["skips"] == 1
+    again = trainer(plain(amp="fp16"))
+    again.train(resume=start, until=2)
+    assert again.learner._scaler.get_scale() == 2.0**38
     monkeypatch.setattr(engine, "MOST_SKIPPED", 4)
     with pytest.raises(
         ValueError, match=r"gradient of 4 steps in a row was not finite in fp16 \(epoch 2, step 4, .*bf16"
@@ -334,6 +339,11 @@ def test_full_models_and_converted_ones_are_trained_as_they_are():
 def test_refusals():
     with pytest.raises(ValueError, match="layers holds 5"):
         trainer(layers=(5,))
+    past = trainer(plain())
+    before = copy.deepcopy(past.state())
+    past.train(until=6)
+    with pytest.raises(ValueError, match="lost its attention, and the state has it: make another Trainer"):
+        past.restore(before)
     model = tiny_vit()
     model.distilled_training = True
     with pytest.raises(ValueError, match=r"set_distilled_training\(False\)"):

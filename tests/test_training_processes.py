@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_selection_processes import launch
-from test_training_resume import check_same_end, run
+from test_training_resume import OWN, check_same_end, run
 from training_support import Notes, largest_difference, recipe, same_weights, tiny_vit, train_set, trainer, validation
 
 from lambda_vit.processes import Processes, process_group
@@ -118,8 +118,7 @@ def stopped(folder: Path, rank: int) -> int:
         return whole(self, position, *args, **kwargs)
 
     learner.Learner.step = asked
-    own = recipe(checkpoint_every=2)
-    found = run(folder / "run", own, stream=stream(own), val_loader=validation(shard=(rank, 2)))
+    found = run(folder / "run", stream=stream(OWN), val_loader=validation(shard=(rank, 2)))
     learner.Learner.step = whole
     return found.exit_code
 

@@ -277,7 +277,7 @@ class Trainer:
                 self._drain()
                 self._save()
         self._drain()
-        if not self._seen:
+        if not self._done:
             raise ValueError(
                 f"the training data gave nothing in epoch {epoch + 1}, though {self._per_epoch} steps were promised"
             )
@@ -348,9 +348,16 @@ class Trainer:
         number = self._epoch + 1
         last = number == self.recipe.epochs
         row: dict[str, Any] = {
-            "epoch": number, "step": self.position, "loss": self._loss / self._seen, "top1": None, "top5": None,
-            "top1_ema": None, "attention": self.attention, "lambda": self._lam, "best": False,
-        }  # fmt: skip
+            "epoch": number,
+            "step": self.position,
+            "loss": self._loss / self._seen if self._seen else None,  # fp16: every step of it may have overflowed
+            "top1": None,
+            "top5": None,
+            "top1_ema": None,
+            "attention": self.attention,
+            "lambda": self._lam,
+            "best": False,
+        }
         if self._val_loader is not None and (number % self.recipe.val_every == 0 or last):
             scores = self._validate()
             if scores is None:

@@ -80,7 +80,7 @@ class Learner:
                 "the model gives the logits of its two heads apart while it trains. Call set_distilled_training(False): "
                 "their mean is trained, which is what the model predicts"
             )
-        self.recipe, self.processes = recipe, processes
+        self.recipe, self.layers, self.processes = recipe, layers, processes
         self.device, self.dtype = one_device(model), one_dtype(model)
         if layers and recipe.dilution == "none":
             options = {"recompute": recipe.recompute or "auto", "inplace": True}
@@ -169,7 +169,13 @@ class Learner:
         }
 
     def load(self, state: dict[str, Any], position: int) -> None:
-        """Take over what `state` returned before step `position`."""
+        """Take over what `state` returned before step `position`.
+
+        Raises:
+            ValueError: The attention is gone here, and was not there.
+        """
+        if self.layers and not self.fading and not state["removed"]:
+            raise ValueError("this network has lost its attention, and the state has it: make another Trainer for it")
         if state["removed"] and self.fading:
             set_lambda(self.model, 0.0)
             finish_dilution(self.model)
