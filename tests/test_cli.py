@@ -151,7 +151,7 @@ def test_plan_with_recomputed_activations(run, saved, tmp_path):
         found[name] = json.loads((tmp_path / name).read_text())
         told = "of MLP halves alone: diluting: 'all' in 4 of 4 blocks; without: 'all' in 4 of 4 blocks. The time" in out
         assert told == (name == "all")
-        assert ("dilution_epochs=300, recompute='all')" in out) == told
+        assert ("--dilution-epochs 300 --batch-size 2 --recompute all --out" in out) == told
     assert (found["usual"]["recompute"], found["all"]["recompute"]) == (None, "all")
     assert found["all"]["networks"]["final"]["recomputed"] == ["all"] * 4
     assert found["all"]["networks"]["final"]["step_bytes"] < found["usual"]["networks"]["final"]["step_bytes"]

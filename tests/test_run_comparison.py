@@ -95,7 +95,7 @@ def test_the_report_grows_where_that_costs_little(tmp_path, monkeypatch):
         for epoch in range(1, 80):
             now[0] += 10.0
             log.write("step", step=epoch)
-            log.write("epoch", epoch=epoch)
+            log.write("epoch", epoch=epoch, loss=1.0, top1=None, top1_ema=None, attention="full", best=False)
     times = [at for _, at in written]
     assert times[0] == pytest.approx(150.0)  # 2 % of it are the 3 s that the first is taken to need
     assert {round(later - earlier - 5.0) for earlier, later in itertools.pairwise(times)} == {250}

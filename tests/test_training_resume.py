@@ -32,7 +32,7 @@ from lambda_vit.training import best, checkpoint_file, engine, learner
 from lambda_vit.training.recipe import Recipe, load_recipe
 from lambda_vit.training.run import FinetuningRun, continued, run_finetuning
 from lambda_vit.training.run_log import read_log
-from lambda_vit.training.runstate import Checkpoints
+from lambda_vit.training.runstate import Checkpoints, spare_worker
 from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -414,7 +414,7 @@ def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
     own = OWN
     loaders = {
         "stream": DatasetStream(train_set(), own, workers=1),
-        "val_loader": make_loader(validation().dataset, 30, workers=1),
+        "val_loader": make_loader(validation().dataset, 30, workers=1, worker_init=spare_worker),
     }
 
     def work() -> FinetuningRun:
