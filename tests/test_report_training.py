@@ -228,6 +228,9 @@ def test_next_commands_are_those_of_this_run(tmp_path):
     assert f'from_pretrained("{model}")' in second
     stopped = record_of(tmp_path / "b", **CASES["stopped"])
     assert [entry["command"] for entry in stopped["next_commands"]] == [COMMAND]
+    # Going on with what was started over must not start it over.
+    again = changed(tmp_path / "b", command=f"{COMMAND} --restart --tensorboard")
+    assert [entry["command"] for entry in again["next_commands"]] == [f"{COMMAND} --tensorboard"]
     several = changed(tmp_path / "b", processes=4, command=COMMAND.replace("lambda-vit", "__main__.py"))
     command = COMMAND.replace("lambda-vit", "torchrun --nproc-per-node 4 -m lambda_vit")
     assert [entry["command"] for entry in several["next_commands"]] == [command]

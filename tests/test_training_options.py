@@ -205,6 +205,20 @@ def test_overflow_in_fp16_is_skipped_and_a_run_of_it_is_an_error(monkeypatch):
         found.train()
 
 
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly"])
+def test_every_schedule_falls_from_its_peak_to_its_end(sched):
+    own = recipe(sched=sched, epochs=8)
+    learner = trainer(own).learner
+    rates = []
+    for step in range(24):
+        rates.append(learner.lr)
+        learner._scheduler.step_update(step + 1)
+    assert rates[0] == own.warmup_lr
+    assert max(rates) <= own.lr
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] < 0.1 * own.lr
+
+
 def test_fused_mlps_recompute_what_they_are_told_to(monkeypatch):
     """Once the attention is gone; the average of the weights, which is not trained, may do as it likes."""
     asked, whole = set(), blocks.ln_mlp

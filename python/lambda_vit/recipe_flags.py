@@ -31,7 +31,7 @@ _PANELS: dict[str, dict[str, str]] = {
         "lr": "Its peak.",
         "base_lr": "The peak for 512 images per step, where --lr does not say it.",
         "min_lr": "At the end.",
-        "sched": "cosine, tanh or poly.",
+        "sched": "cosine, tanh or poly (a straight line).",
         "warmup_epochs": "Of a linear rise.",
         "warmup_lr": "Where it begins.",
         "weight_decay": "Norms and biases have none.",

@@ -103,6 +103,7 @@ class Learner:
         self._scheduler, _ = create_scheduler_v2(
             self.optimizer, recipe.sched, num_epochs=recipe.epochs, min_lr=recipe.min_lr, warmup_lr=recipe.warmup_lr,
             warmup_epochs=recipe.warmup_length, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+            decay_rate=1.0,  # the power of "poly": a straight line, where timm's 0.1 would stay high to the last steps
         )  # fmt: skip
         self._scaler = torch.amp.GradScaler(self.device.type) if recipe.amp == "fp16" else None
         self.ema: nn.Module | None = None

@@ -92,7 +92,7 @@ class Recipe:
     betas: tuple[float, float] | None = None  # None: the optimizer's own, and so for eps
     eps: float | None = None
     layer_decay: float | None = None  # factor on the learning rate per layer from the head down
-    sched: str = "cosine"  # timm's name
+    sched: str = "cosine"  # timm's name; its "poly" is a straight line
     warmup_epochs: float | None = None  # None: five, but no more than a sixth of epochs
     warmup_lr: float = 1e-6
     clip_grad: float | None = None  # largest norm
