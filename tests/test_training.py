@@ -125,6 +125,26 @@ def test_history_and_log():
     assert [row["loss"] for row in bare.history] == pytest.approx([sum(part) / 3 for part in losses])
 
 
+class Saves:
+    """Stands in for checkpoints: when they are written, and whether the attention was gone."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[int, bool]] = []
+
+    def save(self, step: int, state: dict) -> None:
+        self.made.append((step, state["learner"]["removed"]))
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [3, 4, 6, 9, 12]), (5, [4, 5, 10, 12]), (100, [4, 12])])
+def test_when_checkpoints_are_written(every, steps):
+    """At the boundary and at the end in any case, and none twice."""
+    saves = Saves()
+    trainer(plain(dilution_epochs=4 / 3, checkpoint_every=every), checkpoints=saves).train()
+    assert saves.made == [(step, step > 3) for step in steps]
+    trainer(plain(dilution_epochs=2, checkpoint_every=6), checkpoints=(both := Saves())).train()
+    assert both.made == [(6, True), (12, True)]
+
+
 def test_nothing_is_the_best_before_the_attention_is_gone(tmp_path, monkeypatch):
     """Also where the network with the attention scores higher than ever after."""
     from lambda_vit.training import engine

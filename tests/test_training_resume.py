@@ -245,6 +245,7 @@ def send(number: int, owner: object, name: str, call: int) -> Callable[[], None]
     ("number", "owner", "name", "call", "step"),
     [
         (signal.SIGTERM, learner.Learner, "step", 5, 5),
+        (signal.SIGTERM, learner.Learner, "step", 3, 3),  # what goes on begins with validation, at the λ of then
         (signal.SIGUSR1, learner.Learner, "step", 9, 9),
         (signal.SIGINT, engine, "score", 3, 6),  # validation is given up
     ],
