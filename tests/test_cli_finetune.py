@@ -304,7 +304,7 @@ def test_what_it_says_on_the_way(finetune, folder, tmp_path):  # noqa: F811
     assert code == 0, err
     said = [line for line in printed.splitlines() if line]
     assert said[0] == "Train 12 steps (4 epochs of 3, batch 10); the attention of blocks 1, 2 goes"
-    assert [line[:8] for line in said[1:5]] == [f"Epoch {n}:" for n in (1, 2, 3, 4)]
+    assert [line[:8] for line in said[1:5]] == [f"Epoch {n}," for n in (1, 2, 3, 4)]
     assert "λ 0.67" in said[1]  # at its end
     assert printed.count("the best so far") >= 1
     # The original takes images of another size.

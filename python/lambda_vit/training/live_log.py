@@ -44,13 +44,12 @@ class LiveLog(RunLog):
 
 def _line(row: dict[str, Any]) -> str:
     """An epoch, for a reader."""
-    parts = [f"Epoch {row['epoch']}: loss {row['loss']:.3f}"]
-    if row["top1"] is not None:
-        parts.append(f"top-1 {row['top1']:.2f} %")
-    if row["top1_ema"] is not None:
-        parts.append(f"{row['top1_ema']:.2f} % of the average of the weights")
-    if row["attention"] == "diluting":
+    parts = [f"Epoch {row['epoch']}"]
+    for name, form in (("loss", "loss {:.3f}"), ("top1", "top-1 {:.2f} %"), ("top1_ema", "averaged {:.2f} %")):
+        if row.get(name) is not None:
+            parts.append(form.format(row[name]))
+    if row.get("attention") == "diluting":
         parts.append(f"λ {row['lambda']:.2f}")
-    if row["best"]:
+    if row.get("best"):
         parts.append("the best so far")
     return ", ".join(parts)
