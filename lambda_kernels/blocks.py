@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -10,9 +11,12 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from timm.layers.activations import GELU, GELUTanh
 from timm.models.vision_transformer import Block, LayerScale  # timm.layers has another LayerScale in some versions
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from .ops import recomputed
+from .ops.checks import check_choice
 from .ops.dispatch import Choice, choose
-from .ops.ln_mlp import compute_dtype, ln_mlp
+from .ops.ln_mlp import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
 
 # The submodules of timm's Block, in its order, and what its forward takes. Blocks that differ are left alone.
 _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
@@ -22,7 +26,7 @@ _UNKNOWN_ARGUMENTS = sorted(_ARGUMENTS - {"self", "x", "attn_mask", "is_causal"}
 _HAS_CAUSAL = "is_causal" in _ARGUMENTS  # seen in timm 1.0.26, not in 1.0.23
 
 _BARE = frozenset(vars(nn.Module()))
-_SETTINGS = frozenset(("residual_scale", "fuse", "backend"))
+_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute"))
 
 
 def gelu_form(act: nn.Module) -> str | None:
@@ -83,17 +87,27 @@ def replacement_obstacles(block: nn.Module) -> list[str]:
     return found
 
 
-class _MlpHalf(nn.Module):
-    """What both blocks share: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
+@dataclass(frozen=True)
+class Recompute:
+    """What a training step computes again in an MLP half instead of saving it, and the reason for that."""
+
+    level: str  # "none", "act" or "all", as for `ln_mlp`
+    reason: str
+
+
+class MlpHalf(nn.Module):
+    """What the blocks share: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
 
     Subclasses register `norm2`, `mlp`, `ls2` and `drop_path2`.
     """
 
-    def __init__(self, residual_scale: float, fuse: bool, backend: str) -> None:
+    def __init__(self, residual_scale: float, fuse: bool, backend: str, recompute: str) -> None:
         super().__init__()
+        check_choice("recompute", recompute, RECOMPUTE)
         self.residual_scale = float(residual_scale)
         self.fuse = fuse
         self.backend = backend
+        self.recompute = recompute
 
     def path(self, device: torch.device, dtype: torch.dtype, training: bool | None = None) -> Choice:
         """How the MLP half runs for tokens on `device` with `dtype`, and why.
@@ -105,6 +119,28 @@ class _MlpHalf(nn.Module):
         if obstacles:
             return Choice("modules", "; ".join(obstacles))
         return choose("ln_mlp", device, dtype, self.backend)
+
+    def recomputed(self, device: torch.device, dtype: torch.dtype, training: bool | None = True) -> Recompute:
+        """What a step on tokens on `device` with `dtype` computes again for its gradients, and why.
+
+        `training` is the mode that is asked about, None the present one of each submodule.
+        """
+        by = self.path(device, dtype, training).backend
+        if by == "modules":
+            level, obstacles = self._modules_recompute()
+        else:
+            channels = self.mlp.fc1.in_features
+            level, obstacles = resolve_recompute(self.recompute, channels, by), []
+            if by == "torch" and level != "none":
+                obstacles = recomputed.obstacles()
+        if obstacles:
+            return Recompute("none", f"{level!r} was asked for, but {'; '.join(obstacles)}")
+        if self.recompute != "auto":
+            how = {"modules": ", by running modules twice", "torch": ", by PyTorch's operators"}.get(by, "")
+            return Recompute(level, f"asked for by name{how}")
+        if by == "triton":
+            return Recompute(level, f"'auto' decides by width, {channels} here")
+        return Recompute(level, "'auto' leaves it to autograd where no kernel runs")
 
     def fusion_obstacles(self, training: bool | None = None) -> list[str]:
         """Why the submodules cannot run as one `ln_mlp` without changing what they compute; empty when they can.
@@ -150,11 +186,57 @@ class _MlpHalf(nn.Module):
                 found.append("mlp's weights are wrapped: quantized, or spread over devices")
         return found
 
+    def _modules_recompute(self) -> tuple[str, list[str]]:
+        """What is asked for where the modules run one by one, and why they must not run again, or not so."""
+        if self.recompute in ("auto", "none"):
+            return "none", []
+        parts = [module for part in (self.norm2, self.mlp, self.ls2, self.drop_path2) for module in part.modules()]
+        found = recomputed.obstacles()
+        if _global_hooks() or any(map(_is_altered, parts)):
+            found.append("a hook or a replaced forward inside the block would run twice")
+        if any(module.training and any(True for _ in module.buffers(recurse=False)) for module in parts):
+            found.append("what a module inside the block keeps in buffers would be updated twice")
+        if self.recompute == "act" and type(self.mlp) is not Mlp:
+            found.append(f"mlp is {type(self.mlp).__name__}, not Mlp, and may have no activation to stop at")
+        return self.recompute, found
+
+    def _by_modules(self, x: Tensor) -> Tensor:
+        """The half with its submodules called one by one; under `recompute` they are called again in the backward.
+
+        Random numbers are then drawn from the same state, and autocast is as it was. Of the products the first runs twice with
+        "all", the second where a dropout or LayerScale behind it asks for its result.
+        """
+        level, obstacles = self._modules_recompute() if torch.is_grad_enabled() else ("none", [])
+        if level == "none" or obstacles:
+            return self._after(x, self.mlp(self.norm2(self._scaled(x))))
+        if level == "all":
+            return checkpoint(lambda x: self._after(x, self.mlp(self.norm2(self._scaled(x)))), x, use_reentrant=False)
+        mlp = self.mlp
+
+        def normed(x: Tensor) -> Tensor:
+            return self.norm2(self._scaled(x))
+
+        def after(x: Tensor, pre: Tensor) -> Tensor:
+            return self._after(x, mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(mlp.act(pre))))))
+
+        # PyTorch stops a second run as soon as it has what was asked for: before the product, whose result is kept, and before
+        # the second one. Compilers keep no last result of what they compute again, so that for them the product is outside.
+        if torch.compiler.is_compiling():
+            pre = mlp.fc1(checkpoint(normed, x, use_reentrant=False))
+        else:
+            pre = checkpoint(lambda x: mlp.fc1(normed(x)), x, use_reentrant=False)
+        return checkpoint(after, x, pre, use_reentrant=False)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1.0 else self.residual_scale * x
+
+    def _after(self, x: Tensor, branch: Tensor) -> Tensor:
+        return self._scaled(x) + self.drop_path2(self.ls2(branch))
+
     def _mlp_half(self, x: Tensor) -> Tensor:
         norm2, mlp, ls2 = self.norm2, self.mlp, self.ls2
         if self.fusion_obstacles():
-            x = x if self.residual_scale == 1.0 else self.residual_scale * x
-            return x + self.drop_path2(ls2(mlp(norm2(x))))
+            return self._by_modules(x)
         fc1, fc2 = mlp.fc1, mlp.fc2
         gamma = None if type(ls2) is nn.Identity else ls2.gamma
         dtype = compute_dtype(x, fc2.weight)
@@ -172,6 +254,7 @@ class _MlpHalf(nn.Module):
             layer_scale=gamma,
             branch_scale=_stochastic_depth(self.drop_path2, x, dtype),
             approximate=gelu_form(mlp.act),
+            recompute=self.recompute,
             backend=self.backend,
         )
 
@@ -189,18 +272,19 @@ def _stochastic_depth(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Te
     return factor.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else factor
 
 
-_Half = TypeVar("_Half", bound=_MlpHalf)
+_Half = TypeVar("_Half", bound=MlpHalf)
 
 
 def _settle(new: _Half, block: nn.Module, options: dict) -> _Half:
     """Finish `new`, which took over parts of `block`: settings that `options` leave open and the mode are those of `block`."""
-    if isinstance(block, _MlpHalf):
-        new.fuse, new.backend = options.get("fuse", block.fuse), options.get("backend", block.backend)
+    if isinstance(block, MlpHalf):
+        for name in ("fuse", "backend", "recompute"):
+            setattr(new, name, options.get(name, getattr(block, name)))
     new.training = block.training  # of this block alone: its parts keep the mode they have
     return new
 
 
-class AttentionFreeBlock(_MlpHalf):
+class AttentionFreeBlock(MlpHalf):
     """A ViT block whose attention is gone: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`.
 
     Takes over the submodules of the block it replaces, under timm's names, so state-dict keys survive. `forward` has the
@@ -214,6 +298,8 @@ class AttentionFreeBlock(_MlpHalf):
         residual_scale: s; 1 where the attention was skipped, 2 where it was diluted into the identity.
         fuse: Compute through `ln_mlp` where that is possible.
         backend: Passed on to `ln_mlp`.
+        recompute: What a training step computes again instead of saving it: "auto", "none", "act" or "all", as for `ln_mlp`.
+            Where the submodules run one by one it is done by running them twice; `recomputed(...)` says whether they can.
     """
 
     def __init__(
@@ -226,8 +312,9 @@ class AttentionFreeBlock(_MlpHalf):
         residual_scale: float = 1.0,
         fuse: bool = True,
         backend: str = "auto",
+        recompute: str = "auto",
     ) -> None:
-        super().__init__(residual_scale, fuse, backend)
+        super().__init__(residual_scale, fuse, backend, recompute)
         self.norm2 = norm2
         self.mlp = mlp
         self.ls2 = ls2 if ls2 is not None else nn.Identity()
@@ -238,7 +325,7 @@ class AttentionFreeBlock(_MlpHalf):
     def from_block(cls, block: nn.Module, **options: object) -> AttentionFreeBlock:
         """Take over the MLP half of a timm `Block` or a `FusedMlp`; its parameters are shared, not copied.
 
-        `options` are the keyword arguments of the constructor; `fuse` and `backend` default to those of a `FusedMlp`.
+        `options` are the keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
         """
         return _settle(cls(block.norm2, block.mlp, block.ls2, block.drop_path2, **options), block, options)
 
@@ -249,7 +336,7 @@ class AttentionFreeBlock(_MlpHalf):
         return f"residual_scale={self.residual_scale:g}"
 
 
-class FusedMlp(_MlpHalf):
+class FusedMlp(MlpHalf):
     """A ViT block that keeps its attention and runs its MLP half through `ln_mlp`: the same function as timm's `Block`.
 
     Holds the submodules of the block it stands for, under timm's names and in timm's order, so that state-dict keys, the
@@ -267,6 +354,7 @@ class FusedMlp(_MlpHalf):
         drop_path2: Stochastic depth or an identity.
         fuse: Compute the MLP half through `ln_mlp` where that is possible.
         backend: Passed on to `ln_mlp`.
+        recompute: As for `AttentionFreeBlock`; of the MLP half alone. What the attention saves is not touched.
     """
 
     def __init__(
@@ -282,8 +370,9 @@ class FusedMlp(_MlpHalf):
         *,
         fuse: bool = True,
         backend: str = "auto",
+        recompute: str = "auto",
     ) -> None:
-        super().__init__(1.0, fuse, backend)
+        super().__init__(1.0, fuse, backend, recompute)
         for name, part in zip(_PARTS, (norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2), strict=True):
             self.add_module(name, part)
 

@@ -23,6 +23,7 @@ from .families import inspect_model
 from .files import atomic_write, remove_leftovers, sha256, write_json
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
+from .ops.ln_mlp import RECOMPUTE
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # The weights that an existing config.json belongs to, kept until the new one has replaced it.
@@ -128,7 +129,12 @@ def _weights_of(folder: Path) -> Path | None:
 
 
 def from_pretrained(
-    folder: str | Path, *, device: str | torch.device = "cpu", fuse: str | None = None, backend: str = "auto"
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    fuse: str | None = None,
+    backend: str = "auto",
+    recompute: str = "auto",
 ) -> nn.Module:
     """Build the model that `save_pretrained` wrote and load its weights, strictly; in eval mode.
 
@@ -137,12 +143,14 @@ def from_pretrained(
         device: Where the model goes.
         fuse: As for `convert_vit`; None keeps what was saved.
         backend: As for `convert_vit`.
+        recompute: As for `convert_vit`; it is not saved, since it belongs to a training and not to the model.
 
     Raises:
         CheckpointError: A file is missing or damaged, or weights and config do not belong together.
         BackendUnavailableError: `backend="triton"` cannot run on `device`.
     """
     check_choice("backend", backend, BACKENDS)
+    check_choice("recompute", recompute, RECOMPUTE)
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -164,7 +172,7 @@ def from_pretrained(
     model = model.to(device).eval()
     info = model.lambda_kernels_info
     # Not before the model is where it will run: there alone it shows whether a backend is available, and which one runs.
-    return remove_attention(model, info.removed, info.residual_scale, info.fuse, backend)
+    return remove_attention(model, info.removed, info.residual_scale, info.fuse, backend, recompute)
 
 
 _KINDS = {

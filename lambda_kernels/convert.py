@@ -12,12 +12,13 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .blocks import AttentionFreeBlock, FusedMlp, has_hooks, replacement_obstacles
+from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
 from .errors import AlreadyConvertedError, UnsupportedModelError
 from .families import Anatomy, inspect_model
 from .ops import tuning
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
+from .ops.ln_mlp import RECOMPUTE
 
 FUSE = ("all", "removed", "none")
 
@@ -33,20 +34,23 @@ class BlockInfo:
     attention: str  # "kept" or "removed"
     mlp: str  # "timm": the block is timm's own; "modules", "torch", "triton": see AttentionFreeBlock.path
     reason: str
+    recompute: str  # what a training step computes again in the MLP half: "none", "act" or "all"
+    recompute_reason: str
 
 
 @dataclass(frozen=True)
 class ConversionInfo:
     """What `convert_vit` did to a model; it hangs on the model as `lambda_kernels_info`.
 
-    `blocks` says how each block runs in eval mode on the device and with the dtype that the model had when it was
-    converted; `describe_blocks(model)` says it for the present ones.
+    `blocks` says how each block runs in eval mode, and what it computes again in training, on the device and with the dtype
+    that the model had when it was converted; `describe_blocks(model)` says it for the present ones.
     """
 
     removed: tuple[int, ...]
     residual_scale: float
     fuse: str
     backend: str  # as asked for
+    recompute: str  # as asked for
     blocks: tuple[BlockInfo, ...]
     widths: tuple[tuple[int, int], ...] = ()  # (channels, hidden) of the MLP halves that `ln_mlp` can serve
 
@@ -94,8 +98,12 @@ def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int
     return tuple(sorted(checked))
 
 
-def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, residual_scale: float) -> None:
+def check_removal(
+    model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, residual_scale: float, *, stacklevel: int = 3
+) -> None:
     """Refuse removals that would leave a model that cannot work; warn about those that look wrong.
+
+    `stacklevel` is that of `warnings.warn`, counted from within.
 
     Raises:
         ValueError: A class token would be cut off from the image.
@@ -113,7 +121,7 @@ def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, 
         warnings.warn(
             f"the last {trailing} block(s) would have no attention: nothing computed there for the image's patches reaches "
             "the class token, only its own MLP acts",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     if residual_scale == 1.0 or not removed:
         return
@@ -131,12 +139,17 @@ def check_removal(model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, 
         warnings.warn(
             f"blocks {small} have LayerScale gammas below {SMALL_GAMMA} on average: a residual scaled by "
             f"{residual_scale:g} dwarfs their MLP. Only right if the model was trained that way",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
 def remove_attention(
-    model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str = "all", backend: str = "auto"
+    model: nn.Module,
+    removed: tuple[int, ...],
+    residual_scale: float,
+    fuse: str = "all",
+    backend: str = "auto",
+    recompute: str = "auto",
 ) -> nn.Module:
     """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
@@ -144,29 +157,43 @@ def remove_attention(
     asks for.
 
     Raises:
-        ValueError: `fuse` or `backend` is none of the known ones.
+        ValueError: `fuse`, `backend` or `recompute` is none of the known ones.
         BackendUnavailableError: `backend` was asked for by name and cannot run; the model is untouched.
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
-    options = {"residual_scale": residual_scale, "fuse": fuse != "none", "backend": backend}
+    check_choice("recompute", recompute, RECOMPUTE)
+    options = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
     new = [
-        AttentionFreeBlock.from_block(block, **options) if i in removed else _keep(block, fuse, backend)
+        AttentionFreeBlock.from_block(block, residual_scale=residual_scale, **options)
+        if i in removed
+        else _keep(block, fuse, backend, recompute)
         for i, block in enumerate(model.blocks)
     ]
     rows = _describe(new, fuse, *_place(model))
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
+    _warn_of_saving(rows, fuse, recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
     model.lambda_kernels_info = ConversionInfo(
-        removed, float(residual_scale), fuse, backend, rows, _widths(model.blocks)
+        removed, float(residual_scale), fuse, backend, recompute, rows, _widths(model.blocks)
     )
     return model
 
 
-def _keep(block: nn.Module, fuse: str, backend: str) -> nn.Module:
+def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> None:
+    """Warn about blocks that were to compute something again and cannot; timm's own are meant to with `fuse="all"` alone."""
+    if recompute in ("auto", "none"):
+        return
+    asked = [row for row in rows if row.recompute == "none" and (row.mlp != "timm" or fuse == "all")]
+    for reason in dict.fromkeys(row.recompute_reason for row in asked):
+        blocks = [row.block for row in asked if row.recompute_reason == reason]
+        warnings.warn(f"blocks {blocks} save all that autograd saves: {reason}", stacklevel=4)
+
+
+def _keep(block: nn.Module, fuse: str, backend: str, recompute: str) -> nn.Module:
     """What a block with attention becomes; itself where it is that already, or where something would be lost.
 
     `block` is left as it is: the caller may find yet that the model cannot be converted.
@@ -175,23 +202,25 @@ def _keep(block: nn.Module, fuse: str, backend: str) -> nn.Module:
         return block
     stays = bool(replacement_obstacles(block))
     if type(block) is Block:
-        return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend)
+        return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend, recompute=recompute)
     if fuse != "all" and not stays:
         return block.to_timm()
-    if (block.fuse, block.backend) == (fuse == "all", backend):
+    if (block.fuse, block.backend, block.recompute) == (fuse == "all", backend, recompute):
         return block
     twin = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
-    twin.fuse, twin.backend = fuse == "all", backend
+    twin.fuse, twin.backend, twin.recompute = fuse == "all", backend, recompute
     return twin
 
 
-def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str, backend: str) -> bool:
+def _is_settled(
+    model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str, backend: str, recompute: str
+) -> bool:
     """Whether a model that has lost the attention of `removed` alone would come out of the conversion as it is."""
     info = getattr(model, "lambda_kernels_info", None)
-    asked = (removed, float(residual_scale), fuse, backend)
-    if info is None or (info.removed, info.residual_scale, info.fuse, info.backend) != asked:
+    asked = (removed, float(residual_scale), fuse, backend, recompute)
+    if info is None or (info.removed, info.residual_scale, info.fuse, info.backend, info.recompute) != asked:
         return False
-    return all(i in removed or _keep(block, fuse, backend) is block for i, block in enumerate(model.blocks))
+    return all(i in removed or _keep(block, fuse, backend, recompute) is block for i, block in enumerate(model.blocks))
 
 
 def convert_vit(
@@ -201,6 +230,7 @@ def convert_vit(
     residual_scale: float = 1.0,
     fuse: str = "all",
     backend: str = "auto",
+    recompute: str = "auto",
     inplace: bool = False,
 ) -> nn.Module:
     """Remove attention layers of a timm vision transformer, and run the MLP halves of its blocks through `ln_mlp`.
@@ -217,11 +247,14 @@ def convert_vit(
             blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
             anything else of its own stays, and `lambda_kernels_info` says so.
         backend: "auto", "triton" or "torch", passed on to `ln_mlp`.
+        recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
+            kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
+            It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
         The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that was converted by the same
-        arguments comes back as it is; another `fuse` or `backend` is applied.
+        arguments comes back as it is; another `fuse`, `backend` or `recompute` is applied.
 
     Raises:
         ValueError: Indices or options are wrong, or no attention would be left for a class token to read the image.
@@ -231,6 +264,7 @@ def convert_vit(
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
+    check_choice("recompute", recompute, RECOMPUTE)
     if isinstance(residual_scale, bool) or not isinstance(residual_scale, (int, float)) or not residual_scale > 0:
         raise ValueError(f"residual_scale must be a positive number; got {residual_scale!r}")
     if residual_scale == float("inf"):
@@ -243,15 +277,16 @@ def convert_vit(
             f"{anatomy.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
             "full model"
         )
-    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, fuse, backend):
+    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, fuse, backend, recompute):
         return model
     if not anatomy.removed:
         check_removal(model, removed, anatomy, residual_scale)
-    return remove_attention(model if inplace else copy.deepcopy(model), removed, residual_scale, fuse, backend)
+    model = model if inplace else copy.deepcopy(model)
+    return remove_attention(model, removed, residual_scale, fuse, backend, recompute)
 
 
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
-    """How each block of a converted model runs in eval mode, where the model is now, and why."""
+    """How each block of a converted model runs in eval mode, where the model is now, what it recomputes, and why."""
     return _describe(model.blocks, model.lambda_kernels_info.fuse, *_place(model))
 
 
@@ -272,17 +307,19 @@ def _describe(
 ) -> tuple[BlockInfo, ...]:
     rows = []
     for index, block in enumerate(blocks):
-        if isinstance(block, (AttentionFreeBlock, FusedMlp)):
-            choice = block.path(device, dtype, training=False)
-            attention = "kept" if isinstance(block, FusedMlp) else "removed"
-            rows.append(BlockInfo(index, attention, choice.backend, choice.reason))
+        if isinstance(block, MlpHalf):
+            choice, again = block.path(device, dtype, training=False), block.recomputed(device, dtype)
+            attention = "removed" if isinstance(block, AttentionFreeBlock) else "kept"
+            # A block that stands in for another one for a while says so.
+            reason = "; ".join(filter(None, (getattr(block, "why_not_convertible", None), choice.reason)))
+            rows.append(BlockInfo(index, attention, choice.backend, reason, again.level, again.reason))
         else:
-            rows.append(BlockInfo(index, "kept", "timm", _why_not_fused(block, fuse)))
+            why = _why_not_fused(block, fuse)
+            rows.append(BlockInfo(index, "kept", "timm", why, "none", f"the block is timm's own: {why}"))
     return tuple(rows)
 
 
 def _why_not_fused(block: nn.Module, fuse: str) -> str:
     if fuse != "all":
         return f"fuse={fuse!r}"
-    obstacles = getattr(block, "why_not_convertible", None) or "; ".join(replacement_obstacles(block))
-    return obstacles or "it was put there after the conversion"
+    return "; ".join(replacement_obstacles(block)) or "it was put there after the conversion"

@@ -200,12 +200,28 @@ def ln_mlp(
 
     The same calls in the same order as timm's `Block`, so that it rounds as timm does.
     """
-    if residual_scale != 1.0:
-        x = residual_scale * x
-    branch = F.layer_norm(x, (x.shape[-1],), ln_weight, ln_bias, eps)
-    branch = F.linear(F.gelu(F.linear(branch, w1, b1), approximate=approximate), w2, b2)
+    y = scaled(x, residual_scale)
+    pre = F.linear(normalized(y, ln_weight, ln_bias, eps), w1, b1)
+    return after_gelu(y, F.gelu(pre, approximate=approximate), w2, b2, layer_scale, branch_scale)
+
+
+def scaled(x: Tensor, by: float) -> Tensor:
+    """x times a number; x itself where that is 1."""
+    return x if by == 1.0 else by * x
+
+
+def normalized(y: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float) -> Tensor:
+    """LN(y) for y = s·x."""
+    return F.layer_norm(y, (y.shape[-1],), ln_weight, ln_bias, eps)
+
+
+def after_gelu(
+    y: Tensor, act: Tensor, w2: Tensor, b2: Tensor | None, layer_scale: Tensor | None, branch_scale: Tensor | None
+) -> Tensor:
+    """The output for y = s·x, and for what GELU gave, [..., H]."""
+    branch = F.linear(act, w2, b2)
     if layer_scale is not None:
         branch = branch * layer_scale
     if branch_scale is not None:
         branch = branch * branch_scale.to(branch.dtype).unsqueeze(-1)
-    return x + branch
+    return y + branch

@@ -130,16 +130,34 @@ def test_plan(run, folder, saved, tmp_path):
     assert (found["images"], found["phases"]["dilution"]["steps"]) == (30, 300 * 8)  # eight steps per epoch
     assert found["loading"]["images"] > 0
     for words in ("without the attention of blocks 1, 3 of 0–3", "memory of a step, batch 4", "300 epochs of 8 steps",
-                  "Loading: ", f"Next: lambda-vit convert --model {saved} --selection {place}", str(record)):  # fmt: skip
+                  "Loading: ", f"Next: lambda-vit finetune --model {saved} --selection {place}", str(record)):  # fmt: skip
         assert words in out
 
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(*arguments, "--remove", "0", "--images", 1281167, "--epochs", 8, "--devices", 3)
     assert code == 0, err
     for words in ("6 epochs of 106,764 steps", "2 epochs of 106,764 steps", "exactly 3 times as fast", "--data measures",
-                  "layers=[0], epochs=8, dilution_epochs=6", "--remove 0 --out"):  # fmt: skip
+                  "--remove 0 --data path/to/images --epochs 8 --dilution-epochs 6 --batch-size 12 --out"):  # fmt: skip
         assert words in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_with_recomputed_activations(run, saved, tmp_path):
+    arguments = ["plan", "--model", saved, "--remove", "1", "--images", 9, "--batch-size", 2, "--seconds", 0.01]
+    found = {}
+    for name, options in (("usual", []), ("all", ["--recompute", "all"])):
+        code, out, err = run(*arguments, "--device", "cpu", "--out", tmp_path / name, *options)
+        assert code == 0, err
+        found[name] = json.loads((tmp_path / name).read_text())
+        told = "of MLP halves alone: diluting: 'all' in 4 of 4 blocks; without: 'all' in 4 of 4 blocks. The time" in out
+        assert told == (name == "all")
+        assert ("--dilution-epochs 300 --batch-size 2 --recompute all --out" in out) == told
+    assert (found["usual"]["recompute"], found["all"]["recompute"]) == (None, "all")
+    assert found["all"]["networks"]["final"]["recomputed"] == ["all"] * 4
+    assert found["all"]["networks"]["final"]["step_bytes"] < found["usual"]["networks"]["final"]["step_bytes"]
+    code, _, err = run(*arguments, "--recompute", "most")
+    assert code == 2
+    assert "most" in err
 
 
 def test_plan_tells_the_measured_peak(saved):
@@ -397,7 +415,7 @@ def test_the_installed_command():
     assert command.exists(), "the package is not installed: pip install -e '.[test]'"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, env=environment)
-    names = ("demo", "profile", "select", "plan", "convert", "validate", "doctor")
+    names = ("demo", "profile", "select", "plan", "finetune", "report", "convert", "validate", "doctor")
     places = [done.stdout.index(f" {name} ") for name in names]
     assert places == sorted(places)  # in the order of the work
 

@@ -61,7 +61,7 @@ def _device_obstacles(device: torch.device) -> list[str]:
     return []
 
 
-def _transforms() -> list[str]:
+def transforms() -> list[str]:
     """Transforms of PyTorch in force that a custom operator cannot take part in, and some would silently leave out."""
     if torch.compiler.is_compiling():
         return []
@@ -86,7 +86,7 @@ def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
         obstacles += _device_obstacles(device)
     elif not (device.type == "cpu" and in_interpreter()):
         obstacles.append(f"the tensors are on {device.type}, not on a CUDA device")
-    obstacles += _transforms()
+    obstacles += transforms()
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         obstacles.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
     return obstacles

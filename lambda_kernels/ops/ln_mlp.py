@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import checks, dispatch, operators
+from . import checks, dispatch, operators, recomputed
 
 # At this width and below, products are cheaper than the memory traffic of saved activations.
 RECOMPUTE_ALL_BELOW = 256
@@ -52,8 +52,9 @@ def ln_mlp(
             stochastic depth of samples. It gets no gradient.
         approximate: "none" or "auto" for the exact erf GELU, "tanh" for the tanh form. The fused kernels compute the exact
             one in float32, and in bfloat16 and float16 a form that differs from it by at most 3.2e-5 before rounding.
-        recompute: What the backward recomputes instead of saving: "none", "act" (the activation), "all"; "auto"
-            decides by width. The PyTorch path saves what autograd saves, whatever is asked for.
+        recompute: What the backward computes again instead of saving it: "act" (LayerNorm and GELU), "all" (the first product
+            too), or "none". "auto" decides by width in the kernels, and is "none" on the PyTorch path, whose results are then
+            timm's to the last bit. A `torch.func` transform or forward-mode differentiation makes it "none" as well.
         backend: "auto", "triton" or "torch". "triton" raises where it cannot run.
 
     Returns:
@@ -82,22 +83,22 @@ def ln_mlp(
     compute = compute_dtype(x, w1)
     chosen = dispatch.choose("ln_mlp", x.device, compute, backend)
     form = "tanh" if approximate == "tanh" else "none"
+    tensors = (x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
+    saving = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # Of no tokens nothing is computed: the twin gives shape, dtype and zero gradients.
-    if chosen.backend == "torch" or x.numel() == 0 or hidden == 0:
-        return reference.ln_mlp(
-            x,
-            ln_weight,
-            ln_bias,
-            w1,
-            b1,
-            w2,
-            b2,
-            eps=eps,
-            residual_scale=residual_scale,
-            layer_scale=layer_scale,
-            branch_scale=branch_scale,
-            approximate=form,
-        )
+    empty = x.numel() == 0 or hidden == 0
+    if chosen.backend == "torch" or empty:
+        options = {
+            "eps": eps,
+            "residual_scale": residual_scale,
+            "layer_scale": layer_scale,
+            "branch_scale": branch_scale,
+            "approximate": form,
+        }
+        again = resolve_recompute(recompute, channels, "torch")
+        if again != "none" and saving and not empty and not recomputed.obstacles():
+            return recomputed.ln_mlp(*tensors[:7], **options, recompute=again, compute=compute)
+        return reference.ln_mlp(*tensors[:7], **options)
     tokens = x.reshape(-1, channels)
     if tokens.stride(1) != 1 or tokens.stride(0) < channels:  # a transposed or expanded view
         tokens = tokens.contiguous()
@@ -108,9 +109,7 @@ def ln_mlp(
     if branch_scale is not None:
         branch_scale = branch_scale.expand(x.shape[:-1]).reshape(-1).to(torch.float32).contiguous()
     tensors = (tokens, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
-    save = operators.SAVE_NOTHING
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        save = resolve_recompute(recompute, channels)
+    save = resolve_recompute(recompute, channels) if saving else operators.SAVE_NOTHING
     out, *_ = torch.ops.lambda_kernels.ln_mlp(*tensors, branch_scale, float(eps), float(residual_scale), form, save)
     return out.reshape(x.shape)
 
@@ -123,10 +122,12 @@ def compute_dtype(x: Tensor, w1: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if checks.autocast_enabled(device) else w1.dtype
 
 
-def resolve_recompute(recompute: str, channels: int) -> str:
-    """What "auto" means: everything is recomputed where the width makes that cheap, the activation alone above."""
+def resolve_recompute(recompute: str, channels: int, backend: str = "triton") -> str:
+    """What "auto" means: nothing on the PyTorch path; in the kernels all where the width makes that cheap, "act" above."""
     if recompute != "auto":
         return recompute
+    if backend != "triton":
+        return "none"
     return "all" if channels <= RECOMPUTE_ALL_BELOW else "act"
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import command_plan, command_select  # noqa: F401 (each registers its command)
+from . import command_finetune, command_plan, command_report, command_select  # noqa: F401 (each registers its command)
 from .command_options import (
     BatchSize,
     ClassMap,
@@ -36,6 +36,7 @@ from .command_options import (
     report_bad,
     weights_options,
 )
+from .packages import MissingPackageError
 
 
 @app.command()
@@ -250,10 +251,19 @@ def main() -> None:
     except FailureError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, RuntimeError, OSError) as error:  # a TypeError would be a fault of this program
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+        MissingPackageError,
+    ) as error:  # a TypeError would be a fault of this program
         if os.environ.get("LAMBDA_VIT_DEBUG", "0") != "0":
             raise
-        hint = "" if isinstance(error, (ValueError, OSError)) else " (LAMBDA_VIT_DEBUG=1 shows where it came from)"
+        hint = (
+            ""
+            if isinstance(error, (ValueError, OSError, ImportError))
+            else " (LAMBDA_VIT_DEBUG=1 shows where it came from)"
+        )
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
 

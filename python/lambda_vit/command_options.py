@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .selection import Selection
 
-ORDER = ("demo", "profile", "select", "plan", "convert", "validate", "doctor")
+ORDER = ("demo", "profile", "select", "plan", "finetune", "report", "convert", "validate", "doctor")
 
 
 class _InOrder(TyperGroup):
@@ -98,6 +98,15 @@ class Cache(str, enum.Enum):
     none = "none"
 
 
+class Recompute(str, enum.Enum):
+    """Of activations, in the MLP halves of the blocks."""
+
+    auto = "auto"
+    none = "none"
+    act = "act"
+    all = "all"
+
+
 class Score(str, enum.Enum):
     """Where the entropy is measured."""
 
@@ -129,14 +138,14 @@ def open_data(
     from .data import make_loader, open_images, subset, transforms_for
 
     classes = model.num_classes or None if labelled else None
-    mapping = None if class_map is None else _read_class_map(class_map)
+    mapping = None if class_map is None else read_class_map(class_map)
     dataset = open_images(data, split, transform=transforms_for(model), num_classes=classes, class_to_idx=mapping)
     if samples is not None and samples < len(dataset):
         dataset = subset(dataset, samples)
     return make_loader(dataset, batch_size, workers=workers, skip_bad=skip_bad, shard=shard)
 
 
-def _read_class_map(path: Path) -> dict[str, int]:
+def read_class_map(path: Path) -> dict[str, int]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

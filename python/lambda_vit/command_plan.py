@@ -12,6 +12,7 @@ from .command_options import (
     Device,
     Model,
     Pretrained,
+    Recompute,
     Remove,
     SelectionFile,
     SkipBad,
@@ -62,6 +63,12 @@ def plan(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per training step and device.")] = 64,
     devices: Annotated[int, typer.Option(min=1, help="That share the training; taken to scale linearly.")] = 1,
+    recompute: Annotated[
+        Optional[Recompute],  # noqa: UP045
+        typer.Option(
+            help="What steps compute again in MLP halves instead of saving it.", show_default="as the model is"
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.001, help="Budget for all timing.")] = 60.0,
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
     workers: Workers = 0,
@@ -98,6 +105,7 @@ def plan(
             seconds=seconds,
             device=where,
             loader=loader,
+            recompute=None if recompute is None else recompute.value,
         )
     console = make_console()
     removed = ", ".join(map(str, result.removed))
@@ -112,14 +120,11 @@ def plan(
         record = {"model": model, "command": environment.command_line(), "environment": versions, **result.to_dict()}
         write_json(out, record)
         console.print(f"Written: {out}", soft_wrap=True)
-    console.print(
-        f"Train: lambda_vit.finetune(model, train_loader, layers=[{removed}], epochs={dilution + recovery}, "
-        f"dilution_epochs={dilution})",
-        soft_wrap=True,
-    )
     layers = ["--remove", remove] if selection is None else ["--selection", selection]
-    following = ["convert", "--model", model, *weights_options("--", weights, pretrained), *layers]
-    print_next(console, *following, "--out", "smaller-model")
+    own = ["--model", model, *weights_options("--", weights, pretrained), *layers]
+    length = ["--epochs", dilution + recovery, "--dilution-epochs", dilution, "--batch-size", batch_size * devices]
+    length += [] if recompute is None else ["--recompute", recompute.value]
+    print_next(console, "finetune", *own, "--data", data or "path/to/images", *length, "--out", "runs/finetune")
 
 
 def _training_loader(
@@ -174,6 +179,21 @@ def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | N
     yield "  images per second", lambda n: n.step and 1000 * batch / n.step.median_ms, three
 
 
+def _recomputing(result: Plan) -> list[str]:
+    """What the networks compute again in the backward, where one does."""
+    parts = []
+    for name, title in (("full", "full"), ("diluting", "diluting"), ("final", "without")):
+        levels = [level for level in result.networks[name].recomputed if level != "none"]
+        for level in dict.fromkeys(levels):
+            parts.append(f"{title}: {level!r} in {levels.count(level)} of {result.depth} blocks")
+    if not parts:
+        return []
+    return [
+        f"- Computed again in the backward instead of saved, of MLP halves alone: {'; '.join(parts)}. The time of a step holds "
+        "it; what one block needs for it at a time is scratch memory."
+    ]
+
+
 def plan_notes(result: Plan) -> list[str]:
     """Hours of each phase, what limits them, and what the numbers rest on."""
     from .planning import COUNTED_AT
@@ -217,6 +237,7 @@ def plan_notes(result: Plan) -> list[str]:
         "once, weights left out.",
         "- Memory of a step: weights, gradients, AdamW's two float32 per trainable parameter, and what is saved. Scratch "
         "memory inside operators comes on top.",
+        *_recomputing(result),
     ]  # fmt: skip
     unsteady = max(n.step.high_ms / n.step.low_ms for n in result.networks.values() if n.step)
     if unsteady > 1.5:

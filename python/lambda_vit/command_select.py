@@ -311,6 +311,10 @@ def _next_commands(
     small = folder / "model"
     entries = [
         (f"What training without {which} takes", ["plan", *own, *chosen, *training]),
+        (
+            f"Fade {which} out, delete them, and train on",
+            ["finetune", *own, *chosen, *training, "--recipe", "short", "--out", folder / "finetune"],
+        ),
         (f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]),
     ]
     if checking is not None:

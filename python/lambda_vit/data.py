@@ -53,21 +53,8 @@ class ImageDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | BadImage:
-        from PIL import Image
-        from torchvision.transforms.functional import to_tensor
-
         path, label = self.samples[index]
-        try:
-            with Image.open(io.BytesIO(self.source.read(path))) as image:
-                image = image.convert("RGB")
-        except Exception as error:  # PIL and zipfile raise almost anything over damaged bytes
-            # PIL's own text for a file of another kind names a buffer in memory.
-            unknown = type(error).__name__ == "UnidentifiedImageError"
-            bad = BadImage(self.source.show(path), "not an image" if unknown else f"{error}" or type(error).__name__)
-            if self.on_bad == "mark":
-                return bad
-            raise CorruptImageError(_corrupt_message([bad], 0)) from error
-        return (self.transform or to_tensor)(image), label
+        return decoded_sample(self, lambda: self.source.read(path), self.source.show(path), label)
 
     @property
     def root(self) -> Path:
@@ -97,6 +84,24 @@ class ImageDataset(Dataset):
     def describe(self) -> dict[str, Any]:
         """What a report says about the data."""
         return _describe(self, str(self.root))
+
+
+def decoded_sample(dataset: Any, read: Callable[[], bytes], path: str, label: int) -> tuple[Tensor, int] | BadImage:
+    """One sample of a dataset with a `transform` and an `on_bad`, from the bytes of a file."""
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            image = image.convert("RGB")
+    except Exception as error:  # PIL and zipfile raise almost anything over damaged bytes
+        # PIL's own text for a file of another kind names a buffer in memory.
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        bad = BadImage(path, "not an image" if unknown else f"{error}" or type(error).__name__)
+        if dataset.on_bad == "mark":
+            return bad
+        raise CorruptImageError(corrupt_message([bad], 0)) from error
+    return (dataset.transform or to_tensor)(image), label
 
 
 def open_images(
@@ -170,6 +175,7 @@ class ImageLoader:
     drop_last: bool
     pin_memory: bool
     shard: tuple[int, int] = (0, 1)
+    worker_init: Callable[[int], None] | None = dataclasses.field(default=None, repr=False)
     epoch: int = 0
     _found: dict[str, BadImage] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -193,7 +199,7 @@ class ImageLoader:
         # Whole batches are shared out, so that each is the same whatever the number of processes.
         own = [order[start : start + self.batch_size].tolist() for start in starts][self.shard[0] :: self.shard[1]]
         # A worker that raised would bury the path in its own traceback, so unreadable images travel as marks.
-        marking = isinstance(self.dataset, ImageDataset)
+        marking = hasattr(self.dataset, "on_bad")
         batches = DataLoader(
             dataclasses.replace(self.dataset, on_bad="mark") if marking else self.dataset,
             batch_sampler=own,
@@ -202,11 +208,12 @@ class ImageLoader:
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.
             generator=torch.Generator().manual_seed(int(rng.integers(2**32))),
+            worker_init_fn=self.worker_init,
         )
         for images, targets, bad in batches:
             self._found.update((b.path, b) for b in bad)
             if len(self._found) > self.skip_bad:
-                raise CorruptImageError(_corrupt_message(list(self._found.values()), self.skip_bad))
+                raise CorruptImageError(corrupt_message(list(self._found.values()), self.skip_bad))
             if len(targets):
                 yield images, targets
 
@@ -222,6 +229,7 @@ def make_loader(
     drop_last: bool = False,
     pin_memory: bool = False,
     shard: tuple[int, int] = (0, 1),
+    worker_init: Callable[[int], None] | None = None,
 ) -> ImageLoader:
     """Batches of a dataset, in its own order or shuffled by `(seed, epoch)`.
 
@@ -235,6 +243,7 @@ def make_loader(
         drop_last: Leave out the last batch where it is shorter.
         pin_memory: Page-locked batches, where a CUDA device is there to use them.
         shard: (rank, size): of several processes that share the batches, the one with this rank gets every size-th.
+        worker_init: Called in each worker with its number, before it reads.
 
     Raises:
         ValueError: An empty dataset, or an argument out of range.
@@ -250,7 +259,7 @@ def make_loader(
         raise ValueError(f"batch_size={batch_size} with drop_last leaves nothing of {len(dataset)} images: lower it")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard={shard!r}: expected (rank, size) with 0 <= rank < size")
-    return ImageLoader(dataset, batch_size, workers, shuffle, seed, skip_bad, drop_last, pin_memory, shard)
+    return ImageLoader(dataset, batch_size, workers, shuffle, seed, skip_bad, drop_last, pin_memory, shard, worker_init)
 
 
 def subset(dataset: Any, samples: int, *, seed: int | None = None) -> Any:
@@ -374,11 +383,12 @@ def _describe(dataset: ImageDataset | Digits, root: str) -> dict[str, Any]:
     }
 
 
-def _corrupt_message(bad: list[BadImage], allowed: int) -> str:
+def corrupt_message(bad: list[BadImage], allowed: int) -> str:
+    """What a `CorruptImageError` says."""
     listed = "; ".join(f"{b.path} ({b.reason})" for b in bad[:10]) + ("; …" if len(bad) > 10 else "")
     return (
         f"cannot read {len(bad)} image{'s' * (len(bad) > 1)}, with {allowed} allowed: {listed}. "
-        "Replace or delete them, or leave out up to N unreadable images with --skip-bad N (skip_bad=N in make_loader)"
+        "Replace or delete them, or leave out up to N unreadable images with --skip-bad N (skip_bad=N in Python)"
     )
 
 

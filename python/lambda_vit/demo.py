@@ -342,14 +342,19 @@ def next_commands(folder: Path) -> list[dict[str, str]]:
             "--out runs/select",
         },
         {
-            "what": "Remove what was selected and save the model",
+            "what": "Fade what was selected out while training, delete it, save the model",
+            "command": "lambda-vit finetune --model deit_small_patch16_224 --pretrained --selection runs/select "
+            "--recipe short --data path/to/images --out runs/finetune",
+        },
+        {
+            "what": "Or remove it at once, with nothing trained",
             "command": "lambda-vit convert --model deit_small_patch16_224 --pretrained --selection runs/select "
             "--out smaller/",
         },
         {
             "what": "Check what it costs in accuracy and gains in size and speed",
-            "command": "lambda-vit validate --model smaller/ --reference deit_small_patch16_224 --reference-pretrained "
-            "--data path/to/images",
+            "command": "lambda-vit validate --model runs/finetune/model --reference deit_small_patch16_224 "
+            "--reference-pretrained --data path/to/images",
         },
         {"what": "Look at the model of this run", "command": f"ls {folder / 'model'}"},
     ]

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.convert import check_indices, check_removal, remove_attention
+from lambda_kernels.blocks import MlpHalf
+from lambda_kernels.convert import check_indices, check_removal, convert_vit, remove_attention
 from lambda_kernels.families import inspect_model
 from lambda_kernels.ops.checks import check_choice
 
@@ -28,18 +29,20 @@ SHAPES = ("linear", "cosine", "step")
 DILUTED_SCALE = 2.0
 
 
-class DilutedBlock(nn.Module):
+class DilutedBlock(MlpHalf):
     """A ViT block whose attention is being faded out. Shares the modules of the block it stands for, under their names.
 
     λ lives in a buffer, so that changing it does not recompile; at λ = 0 attention is not computed at all, since
-    0·∞ would be NaN.
+    0·∞ would be NaN. The MLP half runs as in an `AttentionFreeBlock`: of a `FusedMlp` it keeps `fuse`, `backend` and
+    `recompute`.
     """
 
     # Shown by convert_vit and save_pretrained, which must not take a network that is still fading.
     why_not_convertible = "its attention is still being diluted; call lambda_vit.finish_dilution first"
 
     def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
-        super().__init__()
+        own = {name: getattr(block, name) for name in ("fuse", "backend", "recompute") if isinstance(block, MlpHalf)}
+        super().__init__(1.0, **{"fuse": True, "backend": "auto", "recompute": "auto", **own})
         for name, module in block.named_children():
             self.add_module(name, module)
         reference = block.norm2.weight if getattr(block.norm2, "weight", None) is not None else torch.empty(0)
@@ -70,7 +73,7 @@ class DilutedBlock(nn.Module):
             x = (2 - self.lam) * x + self.lam * branch
         else:
             x = 2 * x
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self._mlp_half(x)
 
     def extra_repr(self) -> str:
         return f"lam={float(self.lam):.4g}"
@@ -80,7 +83,8 @@ def dilute(model: nn.Module, layers: Sequence[int], *, lam: float = 1.0, inplace
     """Put the blocks `layers` of a timm vision transformer under dilution.
 
     At λ = 1 the model computes what it did before. Lower λ with `set_lambda` while training, then call
-    `finish_dilution`; `finetune` does all of it.
+    `finish_dilution`; `finetune` does all of it. A model from `convert_vit(model, (), recompute=…)` goes on recomputing,
+    in the blocks under dilution too.
 
     Args:
         model: A timm vision transformer with all its attention.
@@ -92,15 +96,54 @@ def dilute(model: nn.Module, layers: Sequence[int], *, lam: float = 1.0, inplace
         ValueError: Wrong indices, or a class token would be cut off from the image.
         UnsupportedModelError: The model cannot be changed block by block.
     """
+    layers = _dilutable(model, layers)
+    return _put_under_dilution(model if inplace else copy.deepcopy(model), layers, lam)
+
+
+def _dilutable(model: nn.Module, layers: Sequence[int]) -> tuple[int, ...]:
+    """The indices of `layers`, checked."""
     anatomy = inspect_model(model)
     layers = check_indices(layers, anatomy.depth, "layers")
     if anatomy.removed:
         raise ValueError(f"the model has lost the attention of {list(anatomy.removed)} already; dilute the full model")
-    check_removal(model, layers, anatomy, DILUTED_SCALE)
-    model = model if inplace else copy.deepcopy(model)
+    check_removal(model, layers, anatomy, DILUTED_SCALE, stacklevel=4)
+    return layers
+
+
+def _put_under_dilution(
+    model: nn.Module, layers: tuple[int, ...], lam: float, recompute: str | None = None
+) -> nn.Module:
     for index in layers:
-        model.blocks[index] = DilutedBlock(model.blocks[index], lam)
+        block = DilutedBlock(model.blocks[index], lam)
+        block.recompute = block.recompute if recompute is None else recompute
+        model.blocks[index] = block
     return model
+
+
+def prepare(
+    model: nn.Module, layers: Sequence[int] = (), *, recompute: str | None = None, inplace: bool = False
+) -> nn.Module:
+    """The model as its training begins: `layers` under dilution at λ = 1, its MLP halves recomputing what they are asked to.
+
+    Args:
+        model: A timm vision transformer, converted or not.
+        layers: Blocks to dilute, or a `Selection`; empty dilutes none.
+        recompute: As for `convert_vit`, which is applied with `fuse="all"`, so that it reaches all blocks; None leaves the
+            model as it is.
+        inplace: Change `model` itself instead of a deep copy.
+
+    Raises:
+        ValueError: Indices or `recompute` are wrong, or a class token would be cut off from the image.
+        UnsupportedModelError: The model cannot be changed block by block.
+    """
+    layers = getattr(layers, "layers", layers)
+    layers = _dilutable(model, layers) if len(layers) else ()
+    model = model if inplace else copy.deepcopy(model)
+    if recompute is not None:
+        anatomy, info = inspect_model(model), getattr(model, "lambda_kernels_info", None)
+        scale, backend = anatomy.residual_scale or 1.0, "auto" if info is None else info.backend
+        convert_vit(model, anatomy.removed, residual_scale=scale, backend=backend, recompute=recompute, inplace=True)
+    return _put_under_dilution(model, layers, 1.0, recompute)
 
 
 def diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
@@ -121,11 +164,20 @@ def set_lambda(model: nn.Module, lam: float) -> None:
         block.set_lambda(lam)
 
 
-def finish_dilution(model: nn.Module, *, fuse: str = "all", backend: str = "auto") -> nn.Module:
+def finish_dilution(
+    model: nn.Module, *, fuse: str = "all", backend: str = "auto", recompute: str | None = None
+) -> nn.Module:
     """Delete the attention of every diluted block, in place: the model becomes what `convert_vit` gives with scale 2.
 
+    Args:
+        model: Under dilution, at λ = 0.
+        fuse: As for `convert_vit`.
+        backend: As for `convert_vit`.
+        recompute: As for `convert_vit`; None keeps what the model was converted with before it was diluted.
+
     Raises:
-        ValueError: λ is not 0 yet, or no block is under dilution.
+        ValueError: λ is not 0 yet, no block is under dilution, or an option is none of the known ones.
+        BackendUnavailableError: `backend` was asked for by name and cannot run.
     """
     blocks = diluted_blocks(model)
     if not blocks:
@@ -133,7 +185,10 @@ def finish_dilution(model: nn.Module, *, fuse: str = "all", backend: str = "auto
     fading = {i: float(block.lam) for i, block in blocks.items() if block.attention_on}
     if fading:
         raise ValueError(f"λ must reach 0 before attention is deleted; blocks at {fading}. Call set_lambda(model, 0)")
-    return remove_attention(model, tuple(blocks), DILUTED_SCALE, fuse, backend)
+    if recompute is None:
+        info = getattr(model, "lambda_kernels_info", None)
+        recompute = "auto" if info is None else info.recompute
+    return remove_attention(model, tuple(blocks), DILUTED_SCALE, fuse, backend, recompute)
 
 
 @dataclass(frozen=True)
@@ -141,11 +196,11 @@ class LambdaSchedule:
     """λ as a function of the optimizer step: from 1 at step 0 to 0 at `steps`, and 0 from there on.
 
     Attributes:
-        steps: Length of the dilution.
+        steps: Length of the dilution; need not be whole.
         shape: "linear" (the paper's), "cosine", or "step" (ten equal stairs).
     """
 
-    steps: int
+    steps: float
     shape: str = "linear"
 
     def __post_init__(self) -> None:

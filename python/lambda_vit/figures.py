@@ -11,7 +11,7 @@ import re
 import textwrap
 from typing import Any
 
-from . import profile_figures, selection_figures
+from . import profile_figures, selection_figures, training_figures
 from .figure_style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure, numbers
 
 # Runs share a schedule, so their curves lie on each other: dashes let the lower one show.
@@ -51,6 +51,7 @@ def plots(record: dict[str, Any]) -> list[Plot]:
         legend = 0.24 * sum(bool(run.get("epochs")) for run in record["training"])
         height = 0.55 + legend + 1.15 * sum(weight for _, _, weight in panels)
         found.append(Plot("training", "Training", height, _draw_training))
+    found += [plot] if (plot := training_figures.course_plot(record)) else []
     return found
 
 

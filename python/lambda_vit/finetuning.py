@@ -1,19 +1,11 @@
-"""A small training loop over timm's optimizers and schedulers: dilution, the swap at λ = 0, and what comes after."""
+"""Training in one call, on a loader and with few options; `lambda_vit.training` has the loop, and all that it can do."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import nn
-
-from .dilution import LambdaSchedule, dilute, diluted_blocks, finish_dilution, set_lambda
-from .evaluate import evaluate
-from .placement import one_device
-from .progress import task
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,7 @@ def finetune(
     label_smoothing: float = 0.0,
     clip_grad: float | None = 1.0,
     seed: int = 0,
+    recompute: str | None = None,
     description: str = "Train",
     inplace: bool = False,
 ) -> FinetuneResult:
@@ -78,6 +71,8 @@ def finetune(
         label_smoothing: Of the cross entropy.
         clip_grad: Largest gradient norm, or None.
         seed: For dropout, drop-path and a loader that takes one from `set_epoch`.
+        recompute: What a step computes again in the MLP halves of all blocks instead of saving it: "auto", "none", "act" or
+            "all", as for `convert_vit`; None leaves the model as it is.
         description: Of the progress bar.
         inplace: Train `model` itself instead of a deep copy.
 
@@ -85,87 +80,44 @@ def finetune(
         ValueError: Options or layers are wrong, the loader is empty, or the loss became NaN or infinite.
         UnsupportedModelError: Layers are to be diluted and the model cannot be changed block by block.
     """
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import CosineLRScheduler
+    from .training.engine import Trainer
+    from .training.recipe import Recipe
+    from .training.stream import LoaderStream
 
     layers = getattr(layers, "layers", layers)
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1; got {epochs}")
+    steps = len(train_loader)
+    if steps == 0:
+        raise ValueError("train_loader is empty: there is nothing to train on")
     if dilution_epochs is None:
         dilution_epochs = round(0.75 * epochs)
-    if len(layers) and not 0 <= dilution_epochs <= epochs:
-        raise ValueError(f"dilution_epochs must be from 0 to epochs={epochs}; got {dilution_epochs}")
-    steps_per_epoch = len(train_loader)
-    if steps_per_epoch == 0:
-        raise ValueError("train_loader is empty: there is nothing to train on")
-    if len(layers):
-        model = dilute(model, layers, inplace=inplace)
-    elif not inplace:
-        model = copy.deepcopy(model)
-    device = one_device(model)
-    optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay)
-    steps = epochs * steps_per_epoch
-    warmup = min(round(warmup_epochs * steps_per_epoch), steps // 2)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=steps, lr_min=lr / 100, warmup_t=warmup, warmup_lr_init=lr / 100, t_in_epochs=False
+    recipe = Recipe(
+        epochs=epochs,
+        dilution=schedule,
+        dilution_epochs=dilution_epochs if len(layers) else 0,
+        lr=lr,
+        min_lr=lr / 100,
+        weight_decay=weight_decay,
+        warmup_epochs=min(round(warmup_epochs * steps), epochs * steps // 2) / steps,
+        warmup_lr=lr / 100,
+        label_smoothing=label_smoothing,
+        clip_grad=clip_grad,
+        mixup=0,
+        cutmix=0,
+        recompute=recompute,
+        seed=seed,
     )
-    lam_at = LambdaSchedule(dilution_epochs * steps_per_epoch, schedule)
-    history: list[Epoch] = []
-    swap_difference = None
-    generators = [device] if device.type == "cuda" else []  # the caller's stay as they are
-    with torch.random.fork_rng(generators), task(description, steps) as advance:
-        torch.manual_seed(seed)
-        for epoch in range(1, epochs + 1):
-            model.train()
-            if hasattr(train_loader, "set_epoch"):
-                train_loader.set_epoch(epoch - 1)
-            total, seen, lam = 0.0, 0, None
-            # Counted from the epoch's beginning: a loader that leaves out bad batches must not stretch the schedules.
-            for step, (images, targets) in enumerate(train_loader, (epoch - 1) * steps_per_epoch):
-                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-                if diluted_blocks(model):
-                    lam = lam_at(step)
-                    set_lambda(model, lam)
-                    if lam == 0:
-                        swap_difference = _swap(model, optimizer, images)
-                loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"the loss became {loss.item()} in epoch {epoch}, step {step} (lr {lr:g}). Lower lr, or clip "
-                        "gradients"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if clip_grad is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-                optimizer.step()
-                scheduler.step_update(step + 1)
-                total, seen = total + float(loss.detach()) * len(images), seen + len(images)
-                advance(note=f"loss {total / seen:.3f}" + ("" if lam is None else f"  λ {lam:.2f}"))
-            if seen == 0:
-                raise ValueError(f"train_loader gave nothing in epoch {epoch}, though its length is {steps_per_epoch}")
-            if diluted_blocks(model) and epoch >= dilution_epochs:
-                set_lambda(model, 0.0)
-                swap_difference, lam = _swap(model, optimizer, images), 0.0
-            top1 = None if val_loader is None else evaluate(model, val_loader, description="Validate").top1
-            history.append(Epoch(epoch, total / seen, top1, lam))
-    return FinetuneResult(model.eval(), tuple(history), swap_difference)
-
-
-@torch.no_grad()
-def _swap(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> float:
-    """Delete the faded attention, from the optimizer too; returns the largest change of a logit on `images`."""
-    training = model.training
-    model.eval()
-    before = model(images)
-    finish_dilution(model)
-    model.eval()
-    difference = float((model(images) - before).abs().max())
-    model.train(training)
-    alive = {id(p) for p in model.parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in alive:
-                optimizer.state.pop(parameter, None)
-        group["params"] = [p for p in group["params"] if id(p) in alive]
-    return difference
+    trainer = Trainer(
+        model,
+        recipe,
+        LoaderStream(train_loader),
+        layers=layers,
+        val_loader=val_loader,
+        description=description,
+        inplace=inplace,
+    )
+    history, removed = [], not len(layers)
+    for row in trainer.train():
+        history.append(Epoch(row["epoch"], row["loss"], row["top1"], None if removed else row["lambda"]))
+        removed = row["attention"] != "diluting"
+    difference = None if trainer.boundary is None else trainer.boundary["difference"]
+    return FinetuneResult(trainer.model, tuple(history), difference)

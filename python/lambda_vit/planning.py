@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lambda_kernels.blocks import MlpHalf
 from lambda_kernels.convert import check_indices
 from lambda_kernels.families import inspect_model
 
-from .dilution import dilute, finish_dilution, set_lambda
+from .dilution import finish_dilution, prepare, set_lambda
 from .evaluate import cost, input_shape
 from .memory import free_memory
 from .placement import one_device, one_dtype
@@ -47,6 +48,9 @@ class NetworkPlan:
     gradient_bytes: int
     optimizer_bytes: int
     step_bytes: int  # weights, gradients, optimizer state and what is saved for `batch_size` images
+    recomputed: tuple[
+        str, ...
+    ] = ()  # by block, what the backward computes again of the MLP half: "none", "act" or "all"
     peak_bytes: int | None = None  # the same of a real step on CUDA, by PyTorch's own counter
     step: StepTime | None = None
 
@@ -75,6 +79,7 @@ class Plan:
     device: str
     dtype: str
     input_shape: tuple[int, int, int]
+    recompute: str | None  # as asked for
     networks: dict[str, NetworkPlan]
     phases: dict[str, Phase]
     loading: Loading | None = None
@@ -143,6 +148,7 @@ def plan_training(
     seconds: float = 60.0,
     device: torch.device | str | None = None,
     loader: Iterable | None = None,
+    recompute: str | None = None,
 ) -> Plan:
     """Measure what `finetune` with these layers will take: memory, step time, hours. Trains copies on random images only.
 
@@ -161,6 +167,7 @@ def plan_training(
         seconds: A budget for all timing, shared evenly; no measurement takes fewer than five steps.
         device: Where to measure; None is where the model is.
         loader: Yields batches (images, …), to measure how fast they can be loaded; None leaves that out.
+        recompute: As for `finetune`, for the two networks that are trained. The full one is looked at as it is.
 
     Raises:
         ValueError: An argument is out of range, the layers cannot be removed, or a batch does not fit into memory.
@@ -189,7 +196,8 @@ def plan_training(
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("every parameter of the model is frozen: set requires_grad on those that are to be trained")
-    fading = dilute(model, chosen, lam=0.5)  # refuses what cannot be removed, before anything is measured
+    fading = prepare(model, chosen, recompute=recompute)  # refuses what cannot be removed, before anything is measured
+    set_lambda(fading, 0.5)
     where = torch.empty(0, device=one_device(model) if device is None else device).device
     epochs = {"full": 0, "diluting": dilution_epochs, "final": recovery_epochs}
     timed = [name for name, count in epochs.items() if count]
@@ -221,6 +229,7 @@ def plan_training(
         device=str(where),
         dtype=str(dtype).removeprefix("torch."),
         input_shape=input_shape(model),
+        recompute=recompute,
         networks=plans,
         phases={
             phase: _phase(plans[name].step, epochs[name], steps, batch_size, loading)
@@ -249,6 +258,7 @@ def _count(name: str, network: nn.Module, device: torch.device, batch_size: int)
         with _memory_explained(batch_size, device, None):
             network.to(device).train()
             counts = [saved_bytes(network, random_images(network, number)) for number in COUNTED_AT]
+            recomputed = _recomputed(network, device)
         network.to("cpu")
         advance()
     few, more = COUNTED_AT
@@ -264,9 +274,17 @@ def _count(name: str, network: nn.Module, device: torch.device, batch_size: int)
         gradient_bytes=sum(p.numel() * p.element_size() for p in trainable),
         optimizer_bytes=sum(p.numel() for p in trainable) * _MOMENTS,
         step_bytes=0,
+        recomputed=recomputed,
     )
     saved = plan.saved_bytes_fixed + batch_size * per_image
     return dataclasses.replace(plan, step_bytes=_constant(plan) + saved)
+
+
+def _recomputed(network: nn.Module, device: torch.device) -> tuple[str, ...]:
+    dtype = one_dtype(network)
+    return tuple(
+        block.recomputed(device, dtype).level if isinstance(block, MlpHalf) else "none" for block in network.blocks
+    )
 
 
 def _time(

@@ -165,13 +165,25 @@ def local_device(device: str) -> str:
     return f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
+def _backend() -> str:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    direct = dist.is_nccl_available() and 0 < here <= torch.cuda.device_count()
+    return "cpu:gloo,cuda:nccl" if direct else "gloo"
+
+
 @contextlib.contextmanager
-def process_group() -> Iterator[Processes]:
-    """The processes that torchrun started with this one; a group of its own is opened and closed around them."""
+def process_group(*, training: bool = False) -> Iterator[Processes]:
+    """The processes that torchrun started with this one; a group of its own is opened and closed around them.
+
+    With `training`, tensors on GPUs go from one to another directly, where each process has a GPU of its own.
+    """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield Processes()
         return
-    dist.init_process_group(backend="gloo")
+    backend = _backend() if training else "gloo"
+    if "nccl" in backend:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL takes the present one
+    dist.init_process_group(backend=backend)
     try:
         yield Processes()
     finally:

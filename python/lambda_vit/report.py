@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lambda_kernels.files import atomic_writes
 
-from . import figures, report_sections, report_selection
+from . import figures, report_sections, report_selection, report_training
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -110,7 +110,7 @@ def console_summary(record: dict[str, Any]) -> RenderableType:
             drawn.add_row(*(Text(cell.text, style=style.get(cell.tone, "")) for cell in row))
         parts.append(drawn)
     for title, items in (
-        ("Not exercised", record.get("not_exercised")),
+        (f"Not {report_sections.tried(record)}", record.get("not_exercised")),
         ("Warnings", report_sections.warnings(record)),
     ):
         if items:
@@ -175,7 +175,7 @@ def _render(template: str, record: dict[str, Any]) -> str:
         text = {section.figure: f"{section.title}. {section.caption}" for section in sections if section.figure}
         drawn = {p.name: Markup(figures.to_svg(p, record, text[p.name])) for p in figures.plots(record)}
     return environment.get_template(template).render(
-        summary=record.get("summary") or report_selection.headline(record),
+        summary=record.get("summary") or report_training.headline(record) or report_selection.headline(record),
         title=record.get("title") or "Report",
         facts=report_sections.facts(record),
         status=report_sections.status(record),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import report_selection
+from . import report_selection, report_training
 from .figures import baseline, percent_digits, validation_images
 from .profile_figures import LAYER_NAMES, estimators, lowest, mean
 from .report_parts import Cell, Column, Section, Table, columns_of, filled, percent
@@ -40,7 +40,8 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
     before, after = subject
     digits = percent_digits(record)
     rows = []
-    if before.get("top1") is not None and after.get("top1") is not None:
+    # What a classifier guesses that was never trained is no accuracy to compare with.
+    if None not in (before.get("top1"), after.get("top1")) and before.get("trained") is not False:
         spans = [v.get("top1_interval") for v in subject]
         note = ""
         if all(spans):
@@ -100,6 +101,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     if data := record.get("data"):
         sizes = [f"{data[key]:,} {key}" for key in ("train", "validation", "calibration") if data.get(key) is not None]
         facts.append(("Data", " · ".join(filter(None, [data.get("description", ""), *sizes]))))
+    facts += report_training.facts(record)
     facts += [(name.capitalize(), str(record[name])) for name in ("command", "seed") if record.get(name) is not None]
     if record.get("created"):
         facts.append(("Created", record["created"].replace("T", " ", 1)))
@@ -108,14 +110,15 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(anchor, text, tone): what a sceptical reader wants to know before any number."""
-    status = []
+    status = report_training.status(record)
     if checks := record.get("checks"):
         failed = sum(not check["ok"] for check in checks)
-        text = f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
+        passed = f"all {len(checks)} checks passed" if len(checks) > 1 else "1 check passed"
+        text = f"{failed} of {len(checks)} checks failed" if failed else passed
         status.append(("checks", text, "bad" if failed else "good"))
     for anchor, items, noun in (
         ("warnings", warnings(record), "warning"),
-        ("not-exercised", record.get("not_exercised") or [], "thing not exercised"),
+        ("not-exercised", record.get("not_exercised") or [], f"thing not {tried(record)}"),
     ):
         if items:
             plural = noun.replace("thing", "things") if "thing" in noun else noun + "s"
@@ -123,17 +126,26 @@ def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     return status
 
 
+def tried(record: dict[str, Any]) -> str:
+    """What the things on the list `not_exercised` are not."""
+    return "measured" if record.get("finetuning") else "exercised"
+
+
 def sections(record: dict[str, Any]) -> list[Section]:
     makers = (
+        report_training.result,
         report_selection.recommendation,
         report_selection.steps,
         _profile,
         report_selection.selection,
         _variants,
         _training,
+        report_training.course,
         _costs,
         _checks,
         _paths,
+        report_training.events,
+        report_training.recipe,
     )
     sections = [section for maker in makers if (section := maker(record)) is not None]
     if environment := record.get("environment"):
@@ -141,7 +153,8 @@ def sections(record: dict[str, Any]) -> list[Section]:
         table = Table("Where it ran", [Column("Part"), Column("Version or name")], rows)
         sections.append(Section("environment", "Environment", tables=[table]))
     if items := record.get("not_exercised"):
-        sections.append(Section("not-exercised", "Not exercised", ["This run says nothing about:"], items=items))
+        title = f"Not {tried(record)}"
+        sections.append(Section("not-exercised", title, ["This run says nothing about:"], items=items))
     if items := warnings(record):
         sections.append(Section("warnings", "Warnings", items=items))
     if (commands := record.get("next_commands")) and not any(section.commands for section in sections):
@@ -186,8 +199,8 @@ def _profile(record: dict[str, Any]) -> Section | None:
 
 
 def _variants(record: dict[str, Any]) -> Section | None:
-    variants = record.get("variants")
-    if not variants:
+    variants = record.get("variants") or ()
+    if not variants or (record.get("finetuning") and not any(v.get("top1") is not None for v in variants)):
         return None
     digits = percent_digits(record)
     rows = []
@@ -205,8 +218,10 @@ def _variants(record: dict[str, Any]) -> Section | None:
     images = validation_images(record)
     text = "Accuracy on the validation set"
     text += f" of {images:,} images: one image is {100 / images:.2g} points." if images else "."
-    text += " Agreement is with the full model's answers. Identity is the factor on the skip path of a block whose"
-    text += " attention is removed."
+    if any(v.get("agreement") is not None for v in variants):
+        text += " Agreement is with the full model's answers."
+    if any(row[2].text != NONE for row in rows):
+        text += " Identity is the factor on the skip path of a block whose attention is removed."
     caption = (
         "Top-1 with its 95 % interval. Filled: trained as it stands; hollow: attention removed and nothing trained. "
         "Dashed line and band: the full model and its interval."
@@ -301,7 +316,7 @@ def _paths(record: dict[str, Any]) -> Section | None:
 
 def console_parts(record: dict[str, Any]) -> list[Table | str]:
     """What a terminal shows: narrow enough for 80 columns, wide matters turned into rows."""
-    tables: list[Table | str] = []
+    tables: list[Table | str] = [text] if (text := report_training.headline(record)) else []
     if (section := _profile(record)) is not None:
         first = next(iter((record.get("selection") or {}).get("rounds") or ()), {}).get("scores") or {}
         (table,) = section.tables

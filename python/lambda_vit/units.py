@@ -33,6 +33,11 @@ def fine(value: float | None) -> str:
     return f"{value:.{3 if abs(value) >= 0.00995 else 4}f}".replace("-", "−") if value else "0"
 
 
+def small(value: float) -> str:
+    """A rounding error: two digits and the power of ten, which no line break can part."""
+    return f"{value:.1e}".replace("-", "−") if value else "0"
+
+
 def bits3(value: float) -> str:
     """An entropy per channel where layers are to be told apart: three decimals."""
     return f"{value:.3f}".replace("-", "−")

@@ -1,0 +1,210 @@
+"""`lambda-vit finetune`: fades selected attention away while training, deletes it, trains on, and saves what is left."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from .command_options import (
+    ClassMap,
+    Device,
+    Model,
+    Pretrained,
+    Remove,
+    SelectionFile,
+    SkipBad,
+    Weights,
+    Workers,
+    app,
+    check_made_for,
+    chosen_layers,
+    make_console,
+    print_next,
+    read_class_map,
+    weights_options,
+)
+from .recipe_flags import overrides, with_recipe_flags
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .training.recipe import Recipe
+    from .training.run import FinetuningRun
+
+
+def _list_recipes(asked: bool) -> None:
+    if not asked:
+        return
+    from .training.recipe import shipped
+
+    for name, about in shipped().items():
+        typer.echo(f"{name:12} {about}")
+    raise typer.Exit
+
+
+@app.command()
+@with_recipe_flags
+def finetune(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder or zip with train/<class>/* and val/<class>/*; hfds/NAME, wds/PATH.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that is there goes on.", show_default=False)],
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    selection: SelectionFile = None,
+    remove: Remove = "",
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A shipped recipe or a YAML file; flags win over it.", show_default=False),
+    ] = None,
+    recipes: Annotated[
+        bool, typer.Option("--list-recipes", callback=_list_recipes, is_eager=True, help="List the shipped ones.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Remove nothing: the model with all its attention.")] = False,
+    num_classes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Put a new classifier with so many outputs in place.", show_default=False),
+    ] = None,
+    val_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where val/<class>/* is, if not in --data.", show_default=False),
+    ] = None,
+    class_map: ClassMap = None,
+    workers: Workers = 0,
+    skip_bad: SkipBad = 0,
+    device: Device = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Remove an earlier run in --out, and start over.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between two rows of log.jsonl.")] = 50,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write for TensorBoard too.")] = False,
+    **flags: Any,
+) -> None:
+    """Fade selected attention away while training, delete it, train on; leaves a smaller model, measured as it was saved.
+
+    The same command goes on where a run was stopped or killed. Under torchrun the steps are shared out.
+    """
+    from lambda_kernels.files import check_writable
+
+    from . import progress
+    from .processes import local_device, process_group
+    from .report_training import write_training_report
+    from .training.recipe import load_recipe
+    from .training.run import continued, run_finetuning
+    from .training.run_log import check_tensorboard
+
+    if full and (selection is not None or remove):
+        raise ValueError("--full removes nothing: leave --selection and --remove away")
+    chosen = () if full else chosen_layers(selection, remove)
+    recipe = load_recipe(recipe, overrides(flags))
+    recipe = recipe if restart else continued(recipe, out)
+    if num_classes is not None and recipe.distillation != "none":
+        raise ValueError(
+            f"--distillation {recipe.distillation} with --num-classes {num_classes}: the teacher would be the model with a "
+            "classifier that has learned nothing. Train that with --full first, and give the model it leaves to --model"
+        )
+    if (out / "selection.json").exists():
+        raise ValueError(f"--out {out} holds a selection, whose report would be lost: use another folder")
+    mapping = None if class_map is None else read_class_map(class_map)
+    check_writable(out / "run.json")
+    if tensorboard:
+        check_tensorboard()
+    console = make_console()
+    with process_group(training=True) as processes, contextlib.ExitStack() as stack:
+        if processes.leads:
+            stack.enter_context(progress.shown())
+        network, original = _open(model, weights, pretrained, local_device(device), recipe, num_classes)
+        if selection is not None:
+            check_made_for(chosen, selection, original, model)
+        stream, val_loader = _open_data(
+            data, network, recipe, val_data=val_data, class_map=mapping, workers=workers, skip_bad=skip_bad,
+            processes=processes,
+        )  # fmt: skip
+        if processes.leads and stream.exact is not None:
+            console.print(f"a resumed run will differ: {stream.exact}", style="yellow", soft_wrap=True)
+        run = run_finetuning(
+            network, recipe, stream, val_loader, layers=chosen, out=out, processes=processes, restart=restart, keep=keep,
+            log_every=log_every, tensorboard=tensorboard, new_classifier=num_classes is not None,
+            tell=lambda line: console.print(line, soft_wrap=True),
+        )  # fmt: skip
+        bad = sorted({path for paths in processes.gather([*stream.bad, *val_loader.bad]) for path in paths})
+        with processes.together("Write the report"):
+            if processes.leads:
+                write_training_report(out)
+    if processes.leads:
+        for path in bad:
+            console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
+        _tell(console, run, restart)
+        images = data if val_data is None else val_data
+        if not run.stopped and not images.startswith(("hfds/", "wds/")):
+            following = ["validate", "--model", out / "model"]
+            if num_classes is None and recipe.img_size is None:  # else it answers to other images, or in other classes
+                following += ["--reference", model, *weights_options("--reference-", weights, pretrained)]
+            print_next(
+                console, *following, "--data", images, *([] if class_map is None else ["--class-map", class_map])
+            )
+    if run.stopped:
+        raise typer.Exit(run.exit_code)
+
+
+def _open(
+    model: str, weights: Path | None, pretrained: bool, device: str, recipe: Recipe, num_classes: int | None
+) -> tuple[nn.Module, nn.Module]:
+    """The network to train, as the recipe wants it; and, for its name, the same before its classifier was replaced."""
+    from .loading import open_model
+    from .placement import one_device
+    from .training.preparing import prepare_model
+    from .training.seeds import mixed_seed, preserved, seed_all
+
+    network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+    if num_classes is not None:
+        where = one_device(network)
+        with preserved():  # a run that goes on has to begin with the same classifier, and so has every process
+            seed_all(mixed_seed("classifier", recipe.seed))
+            network.reset_classifier(num_classes)
+        network = network.to(where)
+    return prepare_model(network, recipe), network
+
+
+def _open_data(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+    from .training.open_data import open_training_data
+
+    try:
+        return open_training_data(*arguments, **options)
+    except ValueError as error:
+        if "num_classes" in str(error):
+            raise ValueError(f"{error}. --num-classes puts a new classifier in place") from error
+        raise
+
+
+def _tell(console: Any, run: FinetuningRun, restart: bool) -> None:
+    record = run.record
+    if run.stopped:
+        console.print(
+            f"Stopped by signal {run.stopped} after {record['position']:,} of {record['steps']:,} steps; the same command "
+            f"{'without --restart ' if restart else ''}goes on from there",
+            soft_wrap=True,
+        )
+        return
+    result, best, sizes = record["result"], record["best"], record["model"]["parameters"]
+    if record["boundary"] is not None:
+        boundary = record["boundary"]
+        console.print(
+            f"λ reached 0 after {boundary['step']:,} steps: deleting the attention changed no logit by more than "
+            f"{boundary['difference']:.1e} (bound {boundary['bound']:.1e})",
+            soft_wrap=True,
+        )
+    low, high = result["top1_interval"]
+    weights = {"model": "the weights", "ema": "the average of the weights"}[best["weights"]]
+    console.print(
+        f"{sizes['before']:,} → {sizes['after']:,} parameters. Top-1 {result['top1']:.2f} % ({low:.1f}–{high:.1f}) on "
+        f"{result['images']:,} images, measured on the model as it was saved: {weights} of epoch {best['epoch']}",
+        soft_wrap=True,
+    )
+    console.print(f"Model:   {run.folder / 'model'}/\nReport:  {run.folder / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,432 @@
+"""What the report says of a fine-tuning: what was removed, what it cost and gained, and how the training went."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report_parts import Cell, Column, Section, Table, filled, percent
+from .training_figures import course_plot, panels
+from .trajectory import paired_interval
+from .units import NONE, change_of, count, flops, hours, ranges, size, small, three
+
+
+def write_training_report(folder: str | Path) -> dict[str, Path]:
+    """Write report.html, .md, .json and .png of the fine-tuning in `folder` beside its run.json.
+
+    They are made from run.json and log.jsonl alone: it can be called while the run goes on, and of one that was killed.
+
+    Returns:
+        The path of each file, under "json", "md", "png" and "html".
+
+    Raises:
+        FileNotFoundError: `folder` has no run.json.
+        ValueError: run.json is not the record of a fine-tuning.
+        OSError: The folder cannot be written; what was there stays.
+    """
+    from .report import write_report
+    from .training_record import training_record
+
+    return write_report(training_record(folder), folder)
+
+
+def _run(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return record.get("finetuning") or {}
+
+
+def _row(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next((row for row in record.get("variants") or () if row["name"] == name), {})
+
+
+def _digits(record: Mapping[str, Any]) -> int:
+    """Decimals that the images can carry: one out of 10,000 is 0.01 %."""
+    return 2 if ((record.get("data") or {}).get("validation") or 0) >= 10_000 else 1
+
+
+def _accuracy(row: Mapping[str, Any], digits: int) -> str:
+    """79.1 % (78.4–79.8)."""
+    ends = row.get("top1_interval")
+    span = f" ({'–'.join(f'{end:.{digits}f}' for end in ends)})" if ends else ""
+    return f"{row['top1']:.{digits}f} %{span}"
+
+
+def _place(run: Mapping[str, Any], step: int) -> str:
+    """Where in the training a step is, in words."""
+    per_epoch = run.get("steps_per_epoch") or 1
+    epoch, rest = divmod(step, per_epoch)
+    if not step:
+        return "before the first step"
+    return f"in epoch {epoch + 1}, after step {step:,}" if rest else f"after epoch {epoch} (step {step:,})"
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """What was done and what came of it, for the head of the page; empty where there was no fine-tuning."""
+    run = _run(record)
+    if not run:
+        return ""
+    if run.get("result") or run.get("status") == "finished":
+        return " ".join((_removed(record), _sizes(record), _answers(record), _kept(record))).replace("  ", " ").strip()
+    return f"{_unfinished(run)} {_interim(record)}".strip()
+
+
+def _removed(record: Mapping[str, Any]) -> str:
+    run, blocks = _run(record), (record.get("model") or {}).get("blocks")
+    layers = run.get("layers") or ()
+    if not layers:
+        return "Nothing was removed: the model was trained as it is."
+    which = f"The attention of block{'s' * (len(layers) > 1)} {ranges(layers)}"
+    which += f" ({len(layers)} of {blocks})" if blocks else ""
+    boundary = run.get("boundary")
+    if boundary is None:
+        return f"{which} was dropped before the first step, and the rest was trained on."
+    return f"{which} was faded out and deleted: λ reached 0 {_place(run, boundary['step'])}."
+
+
+def _sizes(record: Mapping[str, Any]) -> str:
+    """Parameters and FLOPs before and after."""
+    before, after = _row(record, "full"), _row(record, "model")
+    parts = [
+        f"{name} {show(before[key])} → {show(after[key])} ({change_of(before[key], after[key])})"
+        for name, key, show in (("parameters", "parameters", count), ("FLOPs per image", "flops", flops))
+        if before.get(key) and after.get(key) and before[key] != after[key]
+    ]
+    text = ", ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _answers(record: Mapping[str, Any]) -> str:
+    before, after, digits = _row(record, "full"), _row(record, "model"), _digits(record)
+    if after.get("top1") is None:
+        return "Its accuracy was not measured."
+    images = after.get("images")
+    text = f"Top-1 is {_accuracy(after, digits)}"
+    text += f" on {images:,} images," if images else ","
+    text += " measured on the model loaded back from disk"
+    if before.get("top1") is None:
+        return text + "; before the training it was not measured."
+    if before.get("trained") is False:
+        return f"{text}; before the training the classifier was new. In brackets: the 95 % interval."
+    name = "the full model" if _run(record).get("layers") else "the model as it was"
+    return f"{text}; {name} has {_accuracy(before, digits)}. In brackets: 95 % intervals."
+
+
+def _weights(run: Mapping[str, Any]) -> str:
+    """Which weights the best are: "the averaged weights (EMA 0.9999)"."""
+    if run["best"].get("weights") != "ema":
+        return "the weights themselves, not their average," if (run.get("recipe") or {}).get("ema") else "the weights"
+    return f"the averaged weights (EMA, decay {run['recipe']['ema']:g})"
+
+
+def _kept(record: Mapping[str, Any]) -> str:
+    run = _run(record)
+    if not run.get("best"):
+        return ""
+    return f"Kept are {_weights(run)} of epoch {run['best']['epoch']}."
+
+
+def _unfinished(run: Mapping[str, Any]) -> str:
+    position, steps = run.get("position") or 0, run.get("steps") or 0
+    epochs = run["recipe"]["epochs"]
+    done = f"{len(run['history'])} of {epochs} epoch{'s' * (epochs != 1)} ({position:,} of {steps:,} steps)"
+    status = run.get("status")
+    if status == "failed":
+        return f"Failed after {done}: {run.get('error') or 'no reason was noted'}."
+    if status == "stopped":
+        return f"Stopped on a signal after {done}; the same command goes on from there."
+    return f"Not finished: {done} were done when this was written."
+
+
+def _interim(record: Mapping[str, Any]) -> str:
+    """How far the attention has gone, and the last accuracy."""
+    run, digits = _run(record), _digits(record)
+    text = ""
+    fading = run.get("layers") and run.get("boundary") is None and run["recipe"].get("dilution") != "none"
+    if fading:
+        lambdas = [row["lambda"] for row in (*run["history"], *run["course"]) if row.get("lambda") is not None]
+        which = f"he attention of block{'s' * (len(run['layers']) > 1)} {ranges(run['layers'])} is still there"
+        text = f"λ is {min(lambdas):.2f}: t{which} in part." if lambdas else f"T{which}."
+    elif run.get("layers"):
+        text = _removed(record)
+    if run.get("best"):
+        best = run["best"]
+        text += f" The best so far, after epoch {best['epoch']}: top-1 {_accuracy(best, digits)}"
+        full = _row(record, "full")
+        return text + (f"; the full model has {_accuracy(full, digits)}." if full.get("top1") is not None else ".")
+    measured = [row for row in run["history"] if row.get("top1") is not None]
+    if measured and fading:
+        last = measured[-1]
+        text += f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, not yet that of the smaller network."
+    return text
+
+
+def status(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(anchor, text, tone) for the head of the page."""
+    words = {"finished": ("finished", "good"), "failed": ("failed", "bad")}
+    run = _run(record)
+    if not run:
+        return []
+    resumed = sum(event["kind"] == "resume" for event in run["events"])
+    found = [("result", *words.get(run.get("status") or "", ("not finished", "pick")))]
+    found += [("events", f"went on after {resumed} stop{'s' * (resumed > 1)}", "")] if resumed else []
+    return found
+
+
+def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Length and size of the training."""
+    run = _run(record)
+    if not run:
+        return []
+    recipe = run["recipe"]
+    done = len(run["history"])
+    planned = f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] != 1)}"
+    parts = [planned if done == recipe["epochs"] else f"{done} of {planned}"]
+    parts += [f"{run['position']:,} steps"]
+    batch, micro = recipe["batch_size"], recipe.get("micro_batch")
+    parts.append(f"{batch} images each" + (f", {batch // micro} × {micro}" if micro and micro < batch else ""))
+    if (run.get("processes") or 1) > 1:
+        parts.append(f"{run['processes']} processes")
+    seconds = [row["seconds"] for row in run["history"] if row.get("seconds") is not None]
+    parts += [f"{hours(sum(seconds) / 3600)} in all" if len(seconds) == done else ""] if seconds else []
+    return [("Training", " · ".join(filter(None, parts)))]
+
+
+def result(record: Mapping[str, Any]) -> Section | None:
+    """What was kept, how it was measured, and what to type next."""
+    run = _run(record)
+    if not run:
+        return None
+    text = []
+    digits = _digits(record)
+    if run.get("status") == "finished":
+        text += [_choice(record)]
+        if run.get("result"):
+            text.append(
+                "Accuracy was counted on the folder model/ after training: written, loaded back with from_pretrained, and run "
+                "over the validation images."
+            )
+            text += _difference(record)
+    else:
+        text.append(f"{_unfinished(run)} Nothing here is a final figure.")
+    untrained = _row(record, "untrained")
+    if untrained.get("top1") is not None:
+        text.append(f"With the attention removed and nothing trained, top-1 is {_accuracy(untrained, digits)}.")
+    if boundary := run.get("boundary"):
+        bound = f" (allowed: {small(boundary['bound'])})" if boundary.get("bound") is not None else ""
+        moved = f"by more than {small(boundary['difference'])}" if boundary["difference"] else "at all"
+        text.append(
+            f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit {moved}{bound}."
+        )
+    return Section("result", "Result", text, commands=list(record.get("next_commands") or ()))
+
+
+def _difference(record: Mapping[str, Any]) -> list[str]:
+    """How far the final model is from the one before, where it is known on how many images they disagree."""
+    before, after, digits = _row(record, "full"), _row(record, "model"), _digits(record)
+    if None in (before.get("top1"), after.get("top1"), after.get("agreement")) or before.get("trained") is False:
+        return []
+    span = paired_interval(before, after, after["images"])
+    if not span or before["images"] != after["images"]:
+        return []
+    ends = " to ".join(f"{end:+.{digits}f}".replace("-", "−") for end in span)
+    change = f"{after['top1'] - before['top1']:+.{digits}f}".replace("-", "−")
+    verdict = "which chance alone could have made" if span[0] <= 0 <= span[1] else "more than chance"
+    return [
+        f"Both models answered the same images: the difference is {change} points (95 % interval {ends}), {verdict}. "
+        "The interval knows the images' chance, not that of the training."
+    ]
+
+
+def _choice(record: Mapping[str, Any]) -> str:
+    run = _run(record)
+    best = run.get("best")
+    if not best:
+        return "There were no validation images: the weights kept are those of the last step."
+    rated = [row for row in run["history"] if row.get("attention") != "diluting" and row.get("top1") is not None]
+    measured = sum(1 + (row.get("top1_ema") is not None) for row in rated)
+    text = f"Kept are {_weights(run)} of epoch {best['epoch']} (step {best['step']:,}): "
+    gone = " since the attention is gone" if run.get("layers") else ""
+    if measured < 2:
+        return f"{text}the only ones that were measured{gone}."
+    text += (
+        f"the highest top-1 of {measured} measurements{gone}. The choice was made on the same images, which flatters the "
+        "figure a little"
+    )
+    return text + ("; accuracies from before, with λ above 0, never count." if run.get("boundary") else ".")
+
+
+_SHOWN = {
+    "top1": "top-1 on the validation images",
+    "loss": "the loss",
+    "lambda": "λ, the share of attention that is left",
+    "lr": "the highest learning rate of any parameter",
+}
+
+
+def course(record: Mapping[str, Any]) -> Section | None:
+    """Accuracy, loss, λ and learning rate; a row per phase; the epochs, folded."""
+    run = _run(record)
+    if not run:
+        return None
+    if course_plot(dict(record)) is None:
+        return Section("training", "Training", ["Nothing was logged yet."])
+    tables = [table for table in (_phases(record), _epochs(record)) if table is not None]
+    text = []
+    if any(row.get("attention") == "diluting" and row.get("top1") is not None for row in run["history"]):
+        text.append(
+            "Accuracies with λ above 0 (hollow) are those of a network that still has part of the attention: they say how "
+            "the fading goes, not how good the smaller model is."
+        )
+    if not any(row.get("top1") is not None for row in run["history"]):
+        over = run.get("status") == "finished"
+        text.append("No accuracy was measured during training." if over else "No accuracy was measured yet.")
+    if run.get("memory_bytes") is not None:
+        where = "main memory" if str(run.get("device") or "cpu").startswith("cpu") else "memory"
+        text.append(f"Most {where} that a process had while training: {size(run['memory_bytes'])}.")
+    caption = f"From the top: {'; '.join(_SHOWN[name] for name in panels(run))}."
+    if any("loss_low" in point for point in run["course"]):
+        caption += (
+            " Each point of the loss stands for several logged steps; the band spans the lowest and highest of them."
+        )
+    if run.get("recipe", {}).get("mixup") or run.get("recipe", {}).get("cutmix"):
+        caption += " The loss is that of mixed images, hence high however good the model is."
+    return Section("training", "Training", text, tables, "course", caption)
+
+
+def _phases(record: Mapping[str, Any]) -> Table | None:
+    run, digits = _run(record), _digits(record)
+    names = {"diluting": "Attention fading", "removed": "Attention gone", "full": "Training"}
+    rows = []
+    for key, label in names.items():
+        epochs = [row for row in run["history"] if (row.get("attention") or "full") == key]
+        if not epochs:
+            continue
+        seconds = [row.get("seconds") for row in epochs]
+        speed = run["speed"].get("diluting" if key == "diluting" else "after") or {}
+        rate = (
+            Cell(_rate(speed["median"]), f"{_rate(speed['low'])}–{_rate(speed['high'])}" if "low" in speed else "")
+            if speed
+            else Cell(NONE)
+        )
+        scores = [row[k] for row in epochs for k in ("top1", "top1_ema") if row.get(k) is not None]
+        rows.append(
+            [Cell(label), Cell(f"{epochs[0]['epoch']}–{epochs[-1]['epoch']}" if len(epochs) > 1 else str(epochs[0]["epoch"])),
+             Cell(NONE if None in seconds else hours(sum(seconds) / 3600)), rate,
+             Cell(NONE if epochs[-1].get("loss") is None else three(epochs[-1]["loss"])),
+             Cell(percent(max(scores, default=None), digits))]
+        )  # fmt: skip
+    if not rows:
+        return None
+    columns = [
+        Column("Phase"),
+        *(Column(n, True) for n in ("Epochs", "Time", "Images per s", "Last loss", "Highest top-1, %")),
+    ]
+    return filled("Phases of the training", columns, rows)
+
+
+def _rate(value: float) -> str:
+    return three(value) if value < 999.5 else f"{value:,.0f}"
+
+
+# Rows of epochs that a page can bear, printed too.
+_MOST_EPOCHS = 50
+
+
+def _epochs(record: Mapping[str, Any]) -> Table | None:
+    run, digits = _run(record), _digits(record)
+    best = run.get("best") or {}
+    words = {"diluting": "fading", "removed": "gone", "full": "all there"}
+    rows = []
+    every = -(-len(run["history"]) // _MOST_EPOCHS)
+    for row in _some(run, every):
+        kept = row["epoch"] == best.get("epoch")
+        cells = [
+            Cell(percent(row.get(key), digits), tone="pick" if kept and best.get("weights") == name else "")
+            for key, name in (("top1", "model"), ("top1_ema", "ema"))
+        ]
+        lam = row.get("lambda")
+        rows.append(
+            [Cell(str(row["epoch"])), Cell(f"{row['step']:,}" if row.get("step") is not None else NONE),
+             Cell(NONE if row.get("loss") is None else f"{row['loss']:.3f}"), *cells,
+             Cell(words.get(row.get("attention") or "", "")),
+             Cell(NONE if lam is None else f"{lam:.3f}"),
+             Cell(NONE if row.get("seconds") is None else hours(row["seconds"] / 3600))]
+        )  # fmt: skip
+    names = ("Epoch", "Step", "Loss", "Top-1, %", "Top-1 averaged, %")
+    columns = [*(Column(name, True) for name in names), Column("Attention"), Column("λ", True), Column("Time", True)]
+    name = "Every epoch" if every < 2 else f"One epoch in {every}, and those that matter (log.jsonl has all)"
+    return dataclasses.replace(filled(name, columns, rows), folded=True) if rows else None
+
+
+def _some(run: Mapping[str, Any], every: int) -> list[Mapping[str, Any]]:
+    """Each `every`th epoch, the first, the last, the best, and those on both sides of the end of the attention."""
+    history, best = run["history"], (run.get("best") or {}).get("epoch")
+    kept = []
+    for n, row in enumerate(history):
+        turns = any(
+            history[m].get("attention") != row.get("attention") for m in (n - 1, n + 1) if 0 <= m < len(history)
+        )
+        if n in (0, len(history) - 1) or row["epoch"] % every == 0 or row["epoch"] == best or turns:
+            kept.append(row)
+    return kept
+
+
+_KINDS = {
+    "resume": "went on", "boundary": "attention deleted", "notice": "notice", "start": "started", "stop": "stopped",
+}  # fmt: skip
+
+
+def events(record: Mapping[str, Any]) -> Section | None:
+    """Starts, resumes, the boundary and notices, in the order in which they came."""
+    run = _run(record)
+    if not run or not run["events"]:
+        return None
+    rows = []
+    for event in run["events"]:
+        step = event.get("step")
+        rows.append(
+            [Cell(NONE if step is None else f"{step:,}"), Cell(_KINDS.get(event["kind"], event["kind"])),
+             Cell(event.get("text") or ""), Cell(_time(event.get("time")))]
+        )  # fmt: skip
+    columns = [Column("Step", True), Column("What"), Column("Detail"), Column("Time, UTC", True)]
+    return Section("events", "Events", tables=[filled("Events", columns, rows)])
+
+
+def _time(value: Any) -> str:
+    """ISO text as it is but for the T; seconds since 1970 in the same form."""
+    if isinstance(value, int | float):
+        value = datetime.datetime.fromtimestamp(value, datetime.timezone.utc).isoformat(timespec="seconds")
+    return str(value or "").replace("T", " ", 1).removesuffix("+00:00")
+
+
+def recipe(record: Mapping[str, Any]) -> Section | None:
+    """All fields as they were used; those that are not the defaults in a sentence."""
+    run = _run(record)
+    if not run:
+        return None
+    from .training.recipe import Recipe
+
+    defaults, used = Recipe().to_dict(), run["recipe"]
+    changed = [name for name, value in used.items() if name not in defaults or defaults[name] != value]
+    text = "All defaults." if not changed else "Not the defaults: "
+    text += ", ".join(f"{name} {_value(used[name])}" for name in changed) + "." * bool(changed)
+    rows = [
+        [Cell(name, tone="pick" if name in changed else ""), Cell(_value(value), tone="pick" if name in changed else ""),
+         Cell(_value(defaults[name]) if name in changed and name in defaults else "")]
+        for name, value in used.items()
+    ]  # fmt: skip
+    columns = [Column("Field"), Column("Value"), Column("Default")]
+    table = dataclasses.replace(filled("The whole recipe", columns, rows), folded=True)
+    return Section("recipe", "Recipe", [text], [table])
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_value, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

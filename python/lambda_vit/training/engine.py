@@ -1,0 +1,447 @@
+"""The training loop: dilution, the boundary at λ = 0, what comes after, and a resume that nothing shows.
+
+There is one loop in the library. `finetune` runs it on a loader, `run_finetuning` in a folder, with everything kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lambda_kernels.convert import check_indices
+
+from ..dilution import LambdaSchedule
+from ..placement import one_device
+from ..processes import Processes, ProcessLostError
+from ..progress import task
+from ..selection_progress import data_fingerprint, model_fingerprint
+from .best import Best
+from .learner import Learner
+from .pulse import Beat, Pulse
+from .recipe import Recipe
+from .scoring import Score, score
+
+if TYPE_CHECKING:
+    from .run_log import RunLog
+    from .runstate import Checkpoints
+    from .stream import TrainingStream
+
+# fp16: so many steps in a row whose gradient overflows are no search for the right scale any more.
+MOST_SKIPPED = 25
+
+# Recipe fields that a run may change when it goes on: the one changes nothing it ends with, the data tell of the other.
+_FREE = ("checkpoint_every", "micro_batch")
+
+
+class ResumeMismatchError(ValueError):
+    """A checkpoint was written with another model, other data or another recipe."""
+
+
+class Trainer:
+    """Trains a model by a recipe, fading the attention of `layers` out on the way.
+
+    λ goes from 1 to 0 over `recipe.dilution_length` epochs. As soon as the next step would run at λ = 0, the attention is
+    deleted: from the network, from the optimizer, and the average of the weights starts anew. Accuracy measured before
+    that never counts for the best.
+
+    Args:
+        model: A timm vision transformer with its attention, or without some of it and no `layers`. It is trained itself
+            with `inplace`, else a copy.
+        recipe: How to train.
+        stream: Where each step's micro-batches come from.
+        layers: Blocks whose attention goes, or a `Selection`; empty trains the model as it is.
+        processes: Of the run; None: those of the default process group.
+        device: Where to train; None: where the model is.
+        val_loader: This process's share of the validation images; None: nothing is measured.
+        teacher: For distillation; None: the model as it was given.
+        checkpoints: Where to keep the state; None: nowhere.
+        log: Where each step and epoch is noted; None: nowhere.
+        asked: Gives the number of a signal on which to stop, or 0; read after every step and while validating.
+        best: A folder for the best model, by `save_pretrained`; None: it is only remembered when and how good it was.
+        saving: Further arguments of `save_pretrained` for it.
+        log_every: Steps between two rows of the log.
+        description: Of the progress bar.
+        inplace: Train `model` itself.
+
+    Attributes:
+        model: What is trained.
+        learner: It, with optimizer and average.
+        position: Optimizer steps done.
+        history: A dict per epoch; see `run_log` for the fields.
+        boundary: What the log says of λ = 0, or None before it and where there is none.
+        best: The best epoch so far.
+        stopped: Number of the signal that `train` ended on; 0 for none.
+
+    Raises:
+        ValueError: Options, layers or processes do not fit together.
+        UnsupportedModelError: Layers are to be diluted and the model cannot be changed block by block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        stream: TrainingStream,
+        *,
+        layers: Sequence[int] = (),
+        processes: Processes | None = None,
+        device: torch.device | str | None = None,
+        val_loader: Iterable | None = None,
+        teacher: nn.Module | None = None,
+        checkpoints: Checkpoints | None = None,
+        log: RunLog | None = None,
+        asked: Callable[[], int] = lambda: 0,
+        best: Path | None = None,
+        saving: dict[str, Any] | None = None,
+        log_every: int = 50,
+        description: str = "Train",
+        inplace: bool = False,
+    ) -> None:
+        self.recipe, self.stream, self.processes = recipe, stream, processes or Processes()
+        layers = getattr(layers, "layers", layers)
+        self.layers = check_indices(layers, len(model.blocks), "layers") if len(layers) else ()
+        self.fingerprint = {
+            "model": model_fingerprint(model),
+            "layers": list(self.layers),
+            **{f"recipe.{k}": v for k, v in recipe.to_dict().items() if k not in _FREE},
+            **{f"data.{k}": v for k, v in stream.fingerprint().items()},
+        }
+        if val_loader is not None:
+            found = data_fingerprint(val_loader, labelled=True)
+            self.fingerprint |= {f"validation.{name}": value for name, value in found.items()}
+        if recipe.distillation != "none" and teacher is not None:
+            self.fingerprint["teacher"] = model_fingerprint(teacher)
+        self.processes.agree(self.fingerprint, "Fine-tune")
+        if recipe.distillation != "none" and teacher is None:
+            teacher = copy.deepcopy(model)
+        model = model if inplace else copy.deepcopy(model)
+        if device is not None:
+            model = model.to(device)
+        if teacher is not None:
+            teacher = teacher.to(one_device(model))
+        per_epoch = stream.steps_per_epoch
+        self.learner = Learner(model, recipe, self.layers, per_epoch, self.processes, teacher)
+        self.model = self.learner.model
+        self._per_epoch = per_epoch
+        in_steps = recipe.dilution_per == "step"
+        length = round(recipe.dilution_length * per_epoch) if in_steps else recipe.dilution_length
+        shape = "linear" if recipe.dilution == "none" else recipe.dilution
+        self._schedule, self._unit = LambdaSchedule(length, shape), 1 if in_steps else per_epoch
+        self._val_loader, self._checkpoints, self._log, self._asked = val_loader, checkpoints, log, asked
+        self._log_every, self._description = log_every, description
+        self._pulse: Pulse = Pulse(self.processes, self.learner.device)
+        self.best = Best(best, self.processes, saving or {})
+        self.history: list[dict[str, Any]] = []
+        self.boundary: dict[str, Any] | None = None
+        self.stopped = 0
+        self._epoch, self._done = 0, 0  # epochs finished, and steps of the present one
+        self._loss, self._seen = 0.0, 0  # sum over the images of the epoch, and how many
+        self._skips = 0  # in a row
+        self._lam: float | None = None
+        self._images: torch.Tensor | None = None  # of the last step, to compare on at the boundary
+        self._saved: tuple[int, int, bool] | None = None
+        self._began = self._clock = time.perf_counter()
+        self._timed = 0  # images since the clock was read
+        self._advance: Callable[..., None] = lambda *_, **__: None
+
+    @property
+    def position(self) -> int:
+        """Optimizer steps done."""
+        return self._epoch * self._per_epoch + self._done
+
+    @property
+    def attention(self) -> str:
+        """What became of the attention of `layers`: "full" (there are none), "diluting" or "removed"."""
+        return "diluting" if self.learner.fading else "removed" if self.layers else "full"
+
+    def train(self, resume: dict[str, Any] | None = None, until: int | None = None) -> list[dict[str, Any]]:
+        """Train to the end of the recipe, a signal, or `until` steps are done; a further call goes on from there.
+
+        Args:
+            resume: As for `restore`, which is called with it.
+            until: Optimizer steps in all.
+
+        Returns:
+            `history`.
+
+        Raises:
+            ValueError: The loss is not finite, or there is nothing to train on.
+            BoundaryError: The network without the attention is not what was trained.
+            ProcessLostError: Another process is gone.
+            OSError: A checkpoint cannot be written; the last one is kept.
+        """
+        if resume is not None:
+            self.restore(resume)
+        device = self.learner.device
+        self.stopped = 0
+        total = self.recipe.epochs * self._per_epoch
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            task(self._description, total) as advance,
+        ):
+            self._advance = advance
+            advance(self.position)
+            with _lost_processes_named(self.processes):
+                self._pass_boundary(self.position)
+                while self._epoch < self.recipe.epochs and not self.stopped:
+                    if not (self._train_epoch(until) and self._finish_epoch()):
+                        break
+        self.learner.model.eval()
+        return self.history
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, for `train(resume=…)`: tensors and plain types."""
+        return {
+            "epoch": self._epoch,
+            "done": self._done,
+            "loss": self._loss,
+            "seen": self._seen,
+            "skips": self._skips,
+            "lambda": self._lam,
+            "history": copy.deepcopy(self.history),
+            "boundary": self.boundary,
+            "best": self.best.state(),
+            "fingerprint": self.fingerprint,
+            "world": self.processes.size,
+            "bad": self._gather_bad(),
+            "rows": None if self._log is None else self._log.rows,
+            "learner": self.learner.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, here or in another process.
+
+        Raises:
+            ResumeMismatchError: It belongs to another run; names what differs.
+            CheckpointError: The best model it knows of is gone.
+        """
+        before = state["fingerprint"]
+        different = [k for k in {**before, **self.fingerprint} if before.get(k) != self.fingerprint.get(k)]
+        if different:
+            listed = "; ".join(f"{k} was {before.get(k)!r}, is {self.fingerprint.get(k)!r}" for k in different)
+            raise ResumeMismatchError(
+                f"the run that is to go on was started differently: {listed}. Use what it was started with, or start "
+                "another one"
+            )
+        self._epoch, self._done = state["epoch"], state["done"]
+        self._loss, self._seen, self._skips = state["loss"], state["seen"], state["skips"]
+        self.stream.add_bad(state["bad"])
+        self._lam, self.boundary = state["lambda"], state["boundary"]
+        self.history = copy.deepcopy(state["history"])
+        self.best.load(state["best"])
+        self.learner.load(state["learner"], self.position)
+        if self.learner.fading and self._lam is not None:
+            self.learner.set_lambda(self._lam)  # validation may come before the next step does
+        self._saved = (self._epoch, self._done, self.learner.fading)
+
+    def _train_epoch(self, until: int | None) -> bool:
+        """The rest of the present epoch's steps; whether all were made."""
+        self.learner.begin_epoch(self._epoch)
+        self._began = self._clock = time.perf_counter()
+        self._timed = 0
+        epoch, start = self._epoch, self._done
+        if start >= self._per_epoch:
+            return True  # it ended where the run was stopped: only what comes after is left to do
+        first = epoch * self._per_epoch
+        for position, batches in enumerate(self.stream.steps(epoch, start), first + start):
+            if self.learner.fading:
+                self._lam = self._schedule(position // self._unit)
+                self.learner.set_lambda(self._lam)
+            lr = self.learner.lr
+            noted = (position + 1) % self._log_every == 0
+            outcome = self.learner.step(position, batches, norm=noted and self._log is not None)
+            self._images = batches[0].images if self.learner.fading else None
+            self._done += 1
+            item = {
+                "step": position + 1, "epoch": epoch + 1, "lr": lr, "lambda": self._lam if self.learner.fading else None,
+                "outcome": outcome,
+            }  # fmt: skip
+            for beat in self._pulse.beat(item, outcome.loss, outcome.norm, self._asked()):
+                self._take(beat)
+            self._pass_boundary(position + 1)
+            every = self.recipe.checkpoint_every
+            if self.stopped or (until is not None and position + 1 >= until):
+                self._drain()
+                self._save()
+                return False
+            if every and (position + 1) % every == 0:
+                self._drain()
+                self._save()
+        self._drain()
+        if not self._done:
+            raise ValueError(
+                f"the training data gave nothing in epoch {epoch + 1}, though {self._per_epoch} steps were promised"
+            )
+        self._done = self._per_epoch
+        self._pass_boundary(self.position)
+        return True
+
+    def _take(self, beat: Beat) -> None:
+        """What a finished step says, once it is known."""
+        item, outcome = beat.item, beat.item["outcome"]
+        step, epoch, lam = item["step"], item["epoch"], item["lambda"]
+        if outcome.skipped:
+            self._skips += 1
+            if self._skips >= MOST_SKIPPED:
+                raise ValueError(
+                    f"the gradient of {self._skips} steps in a row was not finite in fp16 (epoch {epoch}, step {step}, lr "
+                    f"{item['lr']:g}{_lam_text(lam)}). Use bf16, or lower lr"
+                )
+        elif not math.isfinite(beat.loss):
+            raise ValueError(
+                f"the loss became {beat.loss} in epoch {epoch}, step {step} (lr {item['lr']:g}{_lam_text(lam)}). Lower lr, "
+                "or clip gradients"
+            )
+        else:
+            self._skips = 0
+        images = outcome.images * self.processes.size
+        if math.isfinite(beat.loss):
+            self._loss, self._seen = self._loss + beat.loss * images, self._seen + images
+        self._timed += images
+        self.stopped = max(self.stopped, beat.stop)
+        note = f"loss {self._loss / max(1, self._seen):.3f}"
+        self._advance(note=note if lam is None else f"{note}  λ {lam:.2f}")
+        if self._log is not None and step % self._log_every == 0:
+            self._write_step(beat, lam)
+
+    def _write_step(self, beat: Beat, lam: float | None) -> None:
+        now = time.perf_counter()
+        rate, self._clock, self._timed = self._timed / (now - self._clock), now, 0
+        self._write(
+            "step",
+            step=beat.item["step"],
+            epoch=beat.item["epoch"],
+            loss=beat.loss,
+            grad_norm=beat.norm,
+            lr=beat.item["lr"],
+            **{"lambda": lam},
+            images_per_second=rate,
+            memory_bytes=_memory(self.learner.device),
+        )
+
+    def _drain(self) -> None:
+        for beat in self._pulse.drain(self._asked()):
+            self._take(beat)
+
+    def _pass_boundary(self, position: int) -> None:
+        """Delete the attention if the step after `position` steps would run at λ = 0."""
+        if not self.learner.fading or self._schedule(position // self._unit) > 0:
+            return
+        self._drain()
+        difference, bound = self.learner.remove(self._images)
+        self._lam, self._images = 0.0, None
+        self.boundary = {"step": position, "difference": difference, "bound": bound, "removed": list(self.layers)}
+        self._write("boundary", **self.boundary)
+        self._save()
+
+    def _finish_epoch(self) -> bool:
+        """Validation, history, log and checkpoint; whether the run goes on."""
+        number = self._epoch + 1
+        last = number == self.recipe.epochs
+        row: dict[str, Any] = {
+            "epoch": number,
+            "step": self.position,
+            "loss": self._loss / self._seen if self._seen else None,  # fp16: every step of it may have overflowed
+            "top1": None,
+            "top5": None,
+            "top1_ema": None,
+            "attention": self.attention,
+            "lambda": self._lam,
+            "best": False,
+        }
+        if self._val_loader is not None and (number % self.recipe.val_every == 0 or last):
+            scores = self._validate()
+            if scores is None:
+                self.stopped = max(self.processes.gather(self._asked()))
+                self._save()
+                return False
+            row |= {"top1": scores["model"].top1, "top5": scores["model"].top5}
+            if "ema" in scores:
+                row["top1_ema"] = scores["ema"].top1
+            if self.attention != "diluting":
+                row["best"] = self._offer(scores)
+        self.history.append(row)
+        self._write("epoch", **row, seconds=time.perf_counter() - self._began)
+        self._epoch, self._done, self._loss, self._seen = number, 0, 0.0, 0
+        if last or self.recipe.checkpoint_every is None:
+            self._save()
+        return True
+
+    def _validate(self) -> dict[str, Score] | None:
+        """Of the weights and of their average; None where the run was asked to stop meanwhile."""
+        networks = {"model": self.model}
+        if self.learner.ema is not None:
+            networks["ema"] = self.learner.ema.module
+        found = {}
+        for name, network in networks.items():
+            result = score(network, self._val_loader, self.processes, asked=self._asked)
+            if result is None:
+                return None
+            found[name] = result
+        return found
+
+    def _offer(self, scores: dict[str, Score]) -> bool:
+        # A network that still has the attention it is to lose is another one than what will be shipped.
+        better = False
+        for name, found in scores.items():
+            network = self.model if name == "model" else self.learner.ema.module
+            better |= self.best.offer(network, found, name, self._epoch + 1, self.position)
+        return better
+
+    def _save(self) -> None:
+        place = (self._epoch, self._done, self.learner.fading)
+        if self._checkpoints is not None and place != self._saved:
+            self._checkpoints.save(self.position, self.state())
+            self._saved = place
+        self.best.commit()  # not before the checkpoint that knows of it
+
+    def _gather_bad(self) -> list[list[str]]:
+        """Unreadable images that any process met: all count together."""
+        with self.processes.together("Read the training images"):
+            for found in self.processes.gather(self.stream.bad_images):
+                self.stream.add_bad(found)
+        return [[image.path, image.reason] for image in self.stream.bad_images]
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        if self._log is not None:
+            self._log.write(kind, **fields)
+
+
+def _lam_text(lam: float | None) -> str:
+    return "" if lam is None else f", λ {lam:.3g}"
+
+
+def _memory(device: torch.device) -> int | None:
+    """The most bytes that PyTorch's allocator had on a GPU, else that this process had in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextlib.contextmanager
+def _lost_processes_named(processes: Processes) -> Iterator[None]:
+    """What DDP raises where a process is gone is a RuntimeError like any other, but for its text."""
+    try:
+        yield
+    except ProcessLostError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if processes.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection closed by peer")):
+            with processes.reaching():
+                raise
+        raise

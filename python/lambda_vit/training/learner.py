@@ -1,0 +1,288 @@
+"""The network and all that an optimizer step changes: weights, optimizer, learning rate, average, scaler."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lambda_kernels import convert_vit
+
+from ..dilution import diluted_blocks, finish_dilution, prepare, set_lambda
+from ..placement import one_device, one_dtype
+from ..processes import Processes
+from .boundary import forget_removed, remove_faded
+from .losses import Objective, label_loss
+from .preparing import frozen_parts, set_training_mode
+from .recipe import Recipe
+from .seeds import mixed_seed, preserved
+
+if TYPE_CHECKING:
+    from .stream import MicroBatch
+
+# λ is the only buffer, and each process sets its own; newer PyTorch has another name for leaving them alone.
+_DDP = nn.parallel.DistributedDataParallel
+_NO_BUFFERS = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(_DDP).parameters
+    else "broadcast_buffers": False
+}
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One optimizer step: tensors on the device, so that nobody waits for it."""
+
+    loss: Tensor  # mean over this process's images
+    norm: Tensor | None  # of the gradient before clipping; None where nobody asked
+    images: int  # of this process
+    skipped: bool  # fp16: the gradient overflowed, and nothing was changed
+
+
+class Learner:
+    """Trains a network by one optimizer step after the other.
+
+    Args:
+        model: The full network, on its device. Changed in place.
+        recipe: How.
+        layers: Blocks whose attention goes; empty for none.
+        steps_per_epoch: Optimizer steps.
+        processes: Among which each step's micro-batches are shared out.
+        teacher: For distillation.
+
+    Raises:
+        ValueError: Options that do not fit the model.
+        UnsupportedModelError: Its attention cannot be removed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        layers: Sequence[int],
+        steps_per_epoch: int,
+        processes: Processes,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import create_scheduler_v2
+
+        if getattr(model, "distilled_training", False):
+            raise ValueError(
+                "the model gives the logits of its two heads apart while it trains. Call set_distilled_training(False): "
+                "their mean is trained, which is what the model predicts"
+            )
+        self.recipe, self.layers, self.processes = recipe, layers, processes
+        self.device, self.dtype = one_device(model), one_dtype(model)
+        if layers and recipe.dilution == "none":
+            options = {"recompute": recipe.recompute or "auto", "inplace": True}
+            model = convert_vit(model, layers, residual_scale=1.0, **options)
+        else:
+            model = prepare(model, layers, recompute=recipe.recompute, inplace=True)
+        self.model = model
+        for part in frozen_parts(model, recipe.freeze):
+            part.requires_grad_(False)
+        self._mixup = _mixup(recipe, model.num_classes) if recipe.mixes else None
+        self._objective = Objective(
+            label_loss(recipe.mixes, recipe.label_smoothing), recipe.distillation, recipe.distillation_alpha,
+            recipe.distillation_tau, teacher,
+        )  # fmt: skip
+        own = {"betas": recipe.betas, "eps": recipe.eps}
+        self.optimizer = create_optimizer_v2(
+            model, recipe.opt, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+            **{name: value for name, value in own.items() if value is not None},
+        )  # fmt: skip
+        self._scheduler, _ = create_scheduler_v2(
+            self.optimizer, recipe.sched, num_epochs=recipe.epochs, min_lr=recipe.min_lr, warmup_lr=recipe.warmup_lr,
+            warmup_epochs=recipe.warmup_length, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+            decay_rate=1.0,  # the power of "poly": a straight line, where timm's 0.1 would stay high to the last steps
+        )  # fmt: skip
+        self._scaler = torch.amp.GradScaler(self.device.type) if recipe.amp == "fp16" else None
+        self.ema: nn.Module | None = None
+        self._ema_steps = 0
+        self._wrap()
+
+    @property
+    def fading(self) -> bool:
+        """Whether attention is under dilution."""
+        return bool(diluted_blocks(self.model))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, of the parameters that have the highest."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def set_lambda(self, lam: float) -> None:
+        """λ of the network and of its average."""
+        set_lambda(self.model, lam)
+        if self.ema is not None:
+            set_lambda(self.ema.module, lam)
+
+    def step(self, position: int, batches: Sequence[MicroBatch], *, norm: bool = False) -> Outcome:
+        """One optimizer step on this process's micro-batches of step `position`; `norm` asks for the gradient's."""
+        total: Tensor | None = None
+        images = 0
+        # So that the mean does not show in which order processes add it up. Apple's GPUs have no float64.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        for number, batch in enumerate(batches, 1):
+            more = number < len(batches) and self.network is not self._local
+            with self.network.no_sync() if more else contextlib.nullcontext():
+                loss = self._loss(position, batch)
+                # DDP takes the mean over the processes, each of which has as many micro-batches.
+                share = loss if len(batches) == 1 else loss / len(batches)
+                (share if self._scaler is None else self._scaler.scale(share)).backward()
+            loss = loss.detach().to(exact)
+            total = loss if total is None else total + loss
+            images += len(batch.images)
+        found = self._clip(norm)
+        skipped = self._update(position)
+        return Outcome(total / len(batches), found, images, skipped)
+
+    def remove(self, images: Tensor | None) -> tuple[float, float]:
+        """Delete the faded attention everywhere; see `remove_faded` for arguments, result and errors.
+
+        What the optimizer knows of the other parameters stays, the average starts anew from the weights.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.processes.together("Remove the faded attention"):
+            found = remove_faded(self.model, images)
+        self._rebuild()
+        return self.processes.share(found)
+
+    def state(self) -> dict[str, Any]:
+        """All that changes, as tensors and plain types; the random state is none: it follows from the step."""
+        return {
+            "removed": not self.fading,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema_steps": self._ema_steps,
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "rounding": self._rounding.get_state() if self._rounding is not None else None,
+        }
+
+    def load(self, state: dict[str, Any], position: int) -> None:
+        """Take over what `state` returned before step `position`.
+
+        Raises:
+            ValueError: The attention is gone here, and was not there.
+        """
+        if self.layers and not self.fading and not state["removed"]:
+            raise ValueError("this network has lost its attention, and the state has it: make another Trainer for it")
+        if state["removed"] and self.fading:
+            set_lambda(self.model, 0.0)
+            finish_dilution(self.model)
+            self._rebuild()
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self._rounding is not None:
+            self._rounding.set_state(state["rounding"])
+        self._ema_steps = state["ema_steps"]
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        if self._scheduler is not None:
+            self._scheduler.step_update(position)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """What changes with the epoch, counted from 0; and modes, which a call from outside may have changed."""
+        set_training_mode(self.model, self.recipe.freeze)
+        if self._mixup is not None:
+            off = self.recipe.mixup_off_epoch
+            self._mixup.mixup_enabled = not off or epoch < off
+
+    def _rebuild(self) -> None:
+        """After the surgery: what held on to the network as it was."""
+        forget_removed(self.optimizer, self.model)
+        self._ema_steps = 0
+        self._wrap()
+
+    def _wrap(self) -> None:
+        """What computes the forward: compiled and shared out as asked; and the average."""
+        from timm.utils import ModelEmaV3
+
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        set_training_mode(self.model, self.recipe.freeze)
+        self._local = torch.compile(self.model) if self.recipe.compile else self.model
+        self.network = self._local
+        if self.processes.size > 1:
+            self.network = _DDP(
+                self._local,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **_NO_BUFFERS,
+            )
+        if self.recipe.ema is not None:
+            self.ema = ModelEmaV3(self.model, decay=self.recipe.ema, use_warmup=self.recipe.ema_warmup)
+
+    @property
+    def _rounding(self) -> torch.Generator | None:
+        """What rounds an average in bfloat16; older timm has none."""
+        return getattr(self.ema, "_sr_generator", None)
+
+    def _loss(self, position: int, batch: MicroBatch) -> Tensor:
+        # What is drawn depends on the step and the micro-batch alone: not on the process, nor on what was drawn before.
+        place = (self.recipe.seed, position, batch.number)
+        seed = mixed_seed("step", *place)
+        # torch.manual_seed, of all devices, takes half a millisecond to find out that there are no others.
+        (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
+        images = batch.images.to(self.device, self.dtype, non_blocking=True)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        if self._mixup is not None:
+            if len(images) % 2:
+                raise ValueError(
+                    f"mixup and cutmix pair images, and a batch has {len(images)}: make batches of an even number, or set both "
+                    "to 0"
+                )
+            images = images.clone() if images is batch.images else images  # timm mixes in place
+            with preserved():  # timm draws from NumPy's global generator, which is the caller's
+                np.random.seed(mixed_seed("mixup", *place) % 2**32)
+                images, targets = self._mixup(images, targets)
+        dtype = AMP.get(self.recipe.amp)
+        with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            return self._objective(self.network(images), images, targets)
+
+    def _clip(self, wanted: bool) -> Tensor | None:
+        if self._scaler is not None and (wanted or self.recipe.clip_grad is not None):
+            self._scaler.unscale_(self.optimizer)
+        if self.recipe.clip_grad is not None:
+            return nn.utils.clip_grad_norm_(self._parameters, self.recipe.clip_grad)
+        if not wanted:
+            return None
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+
+    def _update(self, position: int) -> bool:
+        skipped = False
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            before = self._scaler.get_scale()
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            skipped = self._scaler.get_scale() < before
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._scheduler is not None:
+            self._scheduler.step_update(position + 1)
+        if self.ema is not None:
+            self._ema_steps += 1
+            self.ema.update(self.model, step=self._ema_steps)
+        return skipped
+
+
+def _mixup(recipe: Recipe, classes: int) -> Any:
+    from timm.data import Mixup
+
+    return Mixup(
+        mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, prob=recipe.mixup_prob,
+        switch_prob=recipe.mixup_switch_prob, mode=recipe.mixup_mode, label_smoothing=recipe.label_smoothing,
+        num_classes=classes,
+    )  # fmt: skip

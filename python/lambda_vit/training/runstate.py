@@ -1,0 +1,305 @@
+"""What a training run needs to go on after whatever stopped it: which checkpoints there are, and which one counts."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lambda_kernels.errors import CheckpointError
+from lambda_kernels.files import remove_leftovers
+
+from ..processes import Processes
+from ..units import size as readable
+from . import checkpoint_file
+from .checkpoint_file import FILE, LEFTOVER, Manifest, UnusableError, manifest_path, wrong_size
+from .stop_request import StopRequest, spare_worker
+
+__all__ = ["Checkpoints", "Found", "StopRequest", "spare_worker"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was read.
+
+    Attributes:
+        step: How many optimizer steps had been made.
+        state: What `Checkpoints.save` was given, with the tensors on the CPU, detached.
+        notices: What was passed over on the way to it: a line each, with file and reason.
+        path: Of the file with the state.
+    """
+
+    step: int
+    state: Any
+    notices: tuple[str, ...]
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What lies in the folder for one step: its files, and their manifest, or why there is none to go by.
+
+    Attributes:
+        removable: Whether the files are of no use to anyone: not where the manifest just cannot be read now.
+    """
+
+    step: int
+    files: tuple[str, ...]
+    manifest: Manifest | None = None
+    reason: str = ""
+    removable: bool = True
+
+
+class Checkpoints:
+    """The checkpoints of one training run, in a folder of their own.
+
+    For each step that was saved the folder holds
+
+    - `step-000000300.pt`, the state: a file of `torch.save` that is read without running pickled code. When a step is saved
+      again, its new state goes to `step-000000300-2.pt`, so that the first one lasts until the second is whole;
+    - `step-000000300.json`, its manifest: step, name, size and SHA-256 of that file, when and by which versions it was written.
+
+    Only what has a manifest counts. Other files, `.step-….tmp` and a `.pt` that no manifest names, were left by a process that
+    was killed while it wrote or removed a checkpoint; the next `save` removes them.
+
+    A run may go back to an older step: by `newest(upto=…)`, by hand (remove the files of later steps), or because a newer file
+    was damaged. With the first `save` after that, the checkpoints of later steps that were written before belong to a course
+    that was given up: they are not picked any more, and removed. Until then they stay.
+
+    All ranks call `save`, `newest` and `clear` alike; rank 0 decides and writes, and where it fails all fail.
+
+    Args:
+        folder: Created with the first checkpoint. All processes must see it.
+        keep: How many checkpoints stay.
+        processes: Of the run; None: those of the default process group, if there is one.
+
+    Raises:
+        ValueError: `keep` is not a whole number from 1.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, *, processes: Processes | None = None) -> None:
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep must be a whole number from 1; got {keep!r}")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.processes = processes or Processes()
+        self._ours = False  # whether this run goes on from what lies in the folder
+
+    def save(self, step: int, state: Any) -> Path:
+        """Write a checkpoint, flush it to disk, and only then remove the oldest beyond `keep`.
+
+        Args:
+            step: How many optimizer steps were made.
+            state: Dicts, lists and tuples of dense tensors on any device, numbers, strings, bools and None, nested. Looked at
+                on rank 0 alone.
+
+        Returns:
+            The path of the file with the state.
+
+        Raises:
+            ValueError: `step` is not a whole number from 0.
+            TypeError: `state` holds something that could not be read back; says where.
+            CheckpointError: The folder holds checkpoints of this step or of later ones, which would be given up, and this
+                object neither wrote them nor looked for them with `newest`.
+            OSError: There is no room, or writing failed. Nothing is left behind, and the last checkpoint is kept.
+            RuntimeError: On other ranks than 0, where rank 0 failed; says how.
+        """
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step must be a whole number from 0; got {step!r}")
+        path = None
+        with self.processes.together(f"writing the checkpoint of step {step}"):
+            if self.processes.leads:
+                path = self._write(step, state)
+        return self.processes.share(path)
+
+    def newest(self, *, upto: int | None = None) -> Found | None:
+        """Read the newest checkpoint that is whole: its size and SHA-256 match, and it loads with `weights_only=True`.
+
+        Args:
+            upto: To go back: leave out later steps.
+
+        Returns:
+            The same on every rank. None: there are no checkpoints; one that was never finished is none.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none can be used; lists them with their reasons.
+            OSError: The folder cannot be listed.
+        """
+        found = told = None
+        with self.processes.together("choosing the checkpoint to resume from"):
+            if self.processes.leads:
+                manifest, found = self._choose(upto)
+                told = found and (manifest, found.notices)
+                self._ours = True
+        told = self.processes.share(told)
+        if told is None:
+            return None
+        with self.processes.together("reading the checkpoint to resume from"):
+            if found is None:
+                found = self._read_alike(*told)
+        return found
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps of which anything lies in the folder, whole or not, in order. Asks no other rank."""
+        return tuple(entry.step for entry in reversed(self._entries()))
+
+    def clear(self) -> None:
+        """Remove all checkpoints, to start over."""
+        with self.processes.together("removing checkpoints"):
+            if self.processes.leads:
+                self._remove_leftovers()
+                for entry in reversed(self._entries()):
+                    self._remove(entry.files)
+                self._ours = True
+
+    def describe(self) -> str:
+        """What lies in the folder: a line for each step, the newest first, with its size and age, or with what is wrong.
+
+        Looks at names, sizes and manifests alone, and asks no other rank.
+        """
+        entries = self._entries()
+        lines = [f"{self.folder}: {len(entries) or 'no'} checkpoint{'' if len(entries) == 1 else 's'}"]
+        for entry in entries:
+            problem = self._problem(entry, entries)
+            if problem:
+                lines.append(f"step {entry.step}: not usable: {problem}")
+            else:
+                lines.append(f"step {entry.step}: {readable(entry.manifest.bytes)}, written {entry.manifest.created}")
+        return "\n".join(lines)
+
+    def _choose(self, upto: int | None) -> tuple[Manifest | None, Found | None]:
+        entries = self._entries()
+        if not entries:
+            return None, None
+        allowed = [entry for entry in entries if upto is None or entry.step <= upto]
+        if not allowed:
+            listed = ", ".join(str(entry.step) for entry in reversed(entries))
+            raise CheckpointError(f"{self.folder} has no checkpoint up to step {upto}; it has those of steps {listed}")
+        notices = []
+        for entry in allowed:
+            try:
+                if problem := self._problem(entry, entries):
+                    raise UnusableError(problem)
+                state = checkpoint_file.read(self.folder, entry.manifest)
+            except UnusableError as error:
+                notices.append(f"the checkpoint of step {entry.step} in {self.folder} cannot be used: {error}")
+                continue
+            return entry.manifest, Found(entry.step, state, tuple(notices), self.folder / entry.manifest.file)
+        raise CheckpointError(
+            f"{'; '.join(notices)}. None is left to resume from: put back a copy of one, or remove these files to start over"
+        )
+
+    def _read_alike(self, manifest: Manifest, notices: tuple[str, ...]) -> Found:
+        try:
+            state = checkpoint_file.read(self.folder, manifest)
+        except UnusableError as error:
+            raise CheckpointError(
+                f"{error}, though rank 0 could read it. All processes must see the same folder ({self.folder})"
+            ) from error
+        return Found(manifest.step, state, notices, self.folder / manifest.file)
+
+    def _problem(self, entry: _Entry, entries: list[_Entry]) -> str:
+        """Why an entry cannot be used, as far as that is seen without reading the state; empty: nothing is seen."""
+        if entry.manifest is None:
+            return entry.reason
+        for other in entries:
+            if other.manifest and other.step < entry.step and other.manifest.order > entry.manifest.order:
+                return f"{entry.manifest.file} was given up when the run went back and wrote step {other.step}"
+        return wrong_size(self.folder, entry.manifest)
+
+    def _entries(self) -> list[_Entry]:
+        """One for each step of which there are files, the newest first."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        files: dict[int, list[str]] = {}
+        for name in sorted(names):
+            if named := FILE.fullmatch(name):
+                files.setdefault(int(named[1]), []).append(name)
+        return [self._entry(step, tuple(files[step])) for step in sorted(files, reverse=True)]
+
+    def _entry(self, step: int, files: tuple[str, ...]) -> _Entry:
+        path = manifest_path(self.folder, step)
+        try:
+            return _Entry(step, files, checkpoint_file.read_manifest(path, step))
+        except FileNotFoundError:
+            return _Entry(step, files, reason=f"{', '.join(files)} has no {path.name}, so it was not finished")
+        except OSError as error:
+            return _Entry(step, files, reason=f"{path.name} cannot be read ({error.strerror})", removable=False)
+        except ValueError as error:
+            return _Entry(step, files, reason=f"{path.name} is damaged ({error})")
+
+    def _write(self, step: int, state: Any) -> Path:
+        plain, needed = checkpoint_file.prepare(state)
+        self._remove_leftovers()
+        entries = self._entries()
+        given_up = [str(entry.step) for entry in reversed(entries) if entry.step >= step]
+        if given_up and not self._ours:
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints of steps {', '.join(given_up)}, which would be lost if step {step} were "
+                "saved there. Resume from them, use another folder, or remove them"
+            )
+        whole = [entry for entry in entries if not self._problem(entry, entries)]
+        kept = f"the checkpoint of step {whole[0].step} is kept" if whole else "there is no earlier checkpoint"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"the checkpoint of step {step} takes about {readable(needed)}, {self.folder} has {readable(free)} free; "
+                f"{kept}. Make room, then resume",
+            )
+        path = checkpoint_file.free_path(self.folder, step)
+        # The clock stands for what cannot be read just now; a clock that was put back is outdone by what can.
+        order = max([time.time_ns(), *(1 + entry.manifest.order for entry in entries if entry.manifest)])
+        try:
+            checkpoint_file.write(path, step, plain, order)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}); {kept}. "
+                "Make room there, or see to the disk, then resume",
+            ) from error
+        self._ours = True
+        try:
+            self._prune()
+        except OSError as error:
+            message = f"step {step} is saved, but an older checkpoint cannot be removed from {self.folder} ({error})"
+            warnings.warn(message, stacklevel=3)
+        return path
+
+    def _prune(self) -> None:
+        """Leave the newest `keep` checkpoints that look whole, and nothing else, but what others are writing or own."""
+        written = self._remove_leftovers()
+        entries = self._entries()
+        left = self.keep
+        for entry in entries:
+            if entry.step in written or not entry.removable:
+                continue
+            stays: tuple[str, ...] = ()
+            if left and not self._problem(entry, entries):
+                left -= 1
+                stays = (entry.manifest.file, manifest_path(self.folder, entry.step).name)
+            self._remove(tuple(name for name in entry.files if name not in stays))
+
+    def _remove(self, files: tuple[str, ...]) -> None:
+        for name in sorted(files, key=lambda name: name.endswith(".pt")):  # a manifest before what it stands for
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> set[int]:
+        """Remove temporary files of processes that were killed.
+
+        Returns:
+            The steps that processes which live are writing just now.
+        """
+        if not self.folder.is_dir():
+            return set()
+        for named in filter(None, map(LEFTOVER.fullmatch, os.listdir(self.folder))):
+            remove_leftovers(self.folder / named[1])
+        return {int(named[2]) for named in filter(None, map(LEFTOVER.fullmatch, os.listdir(self.folder)))}
