@@ -119,10 +119,17 @@ def test_what_is_not_there_is_refused(tmp_path):
 
 def test_the_transform_is_timms_with_the_figures_of_the_recipe():
     recipe = Recipe(
-        scale=(0.5, 0.9), ratio=(0.8, 1.2), reprob=0.4, remode="const", recount=2, hflip=0.25, aa="rand-m3-n4"
+        scale=(0.5, 0.9),
+        ratio=(0.8, 1.2),
+        reprob=0.4,
+        remode="const",
+        recount=2,
+        hflip=0.25,
+        aa="rand-m3-n4",
+        train_interpolation="box",
     )
     text = repr(training_transform(MODEL, recipe))
-    for piece in ("scale=(0.5, 0.9)", "ratio=(0.8, 1.2)", "p=0.25", "RandAugment(n=4", "bicubic"):
+    for piece in ("scale=(0.5, 0.9)", "ratio=(0.8, 1.2)", "p=0.25", "RandAugment(n=4", "interpolation=box"):
         assert piece in text
     assert "RandomErasing(p=0.4, mode=const, count=(1, 2))" in text
     assert "ColorJitter" not in text
