@@ -66,15 +66,18 @@ def test_a_block_that_cannot_is_warned_of():
     with pytest.warns(UserWarning, match=r"blocks \[2\] save all that autograd saves: 'all' was asked for, but a hook"):
         converted = convert_vit(model, (1,), recompute="all")
     assert [row.recompute for row in converted.lambda_kernels_info.blocks] == ["all", "all", "none", "all"]
-    model.blocks[0].register_forward_hook(lambda module, args, output: None)
-    with pytest.warns(UserWarning, match=r"blocks \[0\] save all that autograd saves: the block is timm's own: a hook"):
-        convert_vit(model, (1,), recompute="act")
-    assert prepare(model, (0,), recompute="all").blocks[0].recompute == "all"
+    hooked = small_vit()
+    hooked.blocks[0].register_forward_hook(lambda module, args, output: None)
+    words = r"blocks \[0\] save all that autograd saves: the block is timm's own: a hook on the block itself"
+    with pytest.warns(UserWarning, match=words):
+        convert_vit(hooked, (1,), recompute="act")
+    with pytest.warns(UserWarning, match=words):
+        assert prepare(hooked, (0,), recompute="all").blocks[0].recompute == "all"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        convert_vit(small_vit(), (1,), recompute="all", fuse="removed")
-        convert_vit(model, (1,), recompute="none")
-        convert_vit(model, (1,))
+        convert_vit(hooked, (1,), recompute="all", fuse="removed")
+        convert_vit(hooked, (1,), recompute="none")
+        convert_vit(hooked, (1,))
 
 
 def test_saving_and_loading(tmp_path):
