@@ -145,6 +145,22 @@ def test_when_checkpoints_are_written(every, steps):
     assert both.made == [(6, True), (12, True), (12, True)]  # before the last validation, and after it
 
 
+def test_a_run_that_starts_without_attention_goes_on_from_its_first_checkpoint():
+    """Its first step has the learning rate that it would have had."""
+    own, states = recipe(dilution_epochs=0, sched="tanh", warmup_epochs=0), []
+
+    class Kept(Saves):
+        def save(self, step: int, state: dict) -> None:
+            states.append(copy.deepcopy(state))
+
+    whole = trainer(own, checkpoints=Kept())
+    whole.train()
+    again = trainer(own)
+    again.train(resume=states[0])
+    assert again.boundary["step"] == 0
+    assert same_weights(again.model, whole.model)
+
+
 def test_nothing_is_the_best_before_the_attention_is_gone(tmp_path, monkeypatch):
     """Also where the network with the attention scores higher than ever after."""
     from lambda_vit.training import engine
