@@ -24,6 +24,7 @@ from training_support import (
 
 from lambda_kernels import AttentionFreeBlock, from_pretrained
 from lambda_vit import dilute, finish_dilution, set_lambda
+from lambda_vit.dilution import diluted_blocks
 from lambda_vit.evaluate import evaluate
 from lambda_vit.training.scoring import Score
 from lambda_vit.training.stream import TensorStream
@@ -123,6 +124,20 @@ def test_history_and_log():
     for epoch in range(4):
         losses.append([row["loss"] for row in single.of("step") if row["epoch"] == epoch + 1])
     assert [row["loss"] for row in bare.history] == pytest.approx([sum(part) / 3 for part in losses])
+
+
+def test_weights_and_average_are_validated_at_the_lambda_of_the_moment(monkeypatch):
+    from lambda_vit.training import engine
+
+    seen = []
+
+    def noted(model, *args, **kwargs):
+        seen.append({index: float(block.lam) for index, block in diluted_blocks(model).items()})
+        return Score(1, 2, 3)
+
+    monkeypatch.setattr(engine, "score", noted)
+    trainer(recipe(dilution_epochs=3)).train()
+    assert seen == [{1: pytest.approx(lam)} for lam in (7 / 9, 7 / 9, 4 / 9, 4 / 9)] + [{}] * 4
 
 
 class Saves:
