@@ -243,10 +243,10 @@ def test_resumes_notices_and_skipped_images_are_told(tmp_path):
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"kind": "notice", "text": "checkpoint 7 is <damaged>", "time": "2025-03-04T10:12:44.001+00:00"}\n')
         log.write('{"kind": "unheard", "step": 3, "what": "of"}\nnot json\n{"kind": "step", "step": 99999')
-    record = changed(folder, skipped_images=["a/1.png", "a/2.png"])
+    record = changed(folder, unreadable=["a/1.png", "a/2.png"])
     whole = plain(record)
     for words in ("| 4,000 | went on | 4 processes |", "| 13,000 | went on", "checkpoint 7 is <damaged", "| what of |",
-                  "2 unreadable training images left out: a/1.png; a/2.png", "1 line of log.jsonl could not be read",
+                  "2 unreadable images left out: a/1.png; a/2.png", "1 line of log.jsonl could not be read",
                   "attention deleted | of blocks 3, 5–7; largest difference of a logit 3.1e−06",
                   "2025-03-04 10:12:44.001"):  # fmt: skip
         assert words in whole

@@ -46,7 +46,7 @@ def test_the_report_of_a_real_run(tmp_path):
         assert rows[name]["flops"] == price.flops
         assert rows[name]["peak_memory_bytes"] == price.peak_memory_bytes
     assert [row["attention"] for row in record["kernel_paths"]] == ["kept", "removed", "kept"]
-    assert record["skipped_images"] == []
+    assert record["unreadable"] == []
     for words in ("λ reached 0 after epoch 2 (step 6)", f"Top-1 is {found.top1:.1f} %", "on 90 images", "loaded back from disk",
                   f"the full model has {before.top1:.1f} %", "all 2 checks passed", "Kernel path per block"):  # fmt: skip
         assert words in page

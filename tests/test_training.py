@@ -24,6 +24,7 @@ from training_support import (
 
 from lambda_kernels import AttentionFreeBlock, from_pretrained
 from lambda_vit import dilute, finish_dilution, set_lambda
+from lambda_vit.dilution import diluted_blocks
 from lambda_vit.evaluate import evaluate
 from lambda_vit.training.scoring import Score
 from lambda_vit.training.stream import TensorStream
@@ -125,6 +126,20 @@ def test_history_and_log():
     assert [row["loss"] for row in bare.history] == pytest.approx([sum(part) / 3 for part in losses])
 
 
+def test_weights_and_average_are_validated_at_the_lambda_of_the_moment(monkeypatch):
+    from lambda_vit.training import engine
+
+    seen = []
+
+    def noted(model, *args, **kwargs):
+        seen.append({index: float(block.lam) for index, block in diluted_blocks(model).items()})
+        return Score(1, 2, 3)
+
+    monkeypatch.setattr(engine, "score", noted)
+    trainer(recipe(dilution_epochs=3)).train()
+    assert seen == [{1: pytest.approx(lam)} for lam in (7 / 9, 7 / 9, 4 / 9, 4 / 9)] + [{}] * 4
+
+
 class Saves:
     """Stands in for checkpoints: when they are written, and whether the attention was gone."""
 
@@ -137,12 +152,28 @@ class Saves:
 
 @pytest.mark.parametrize(("every", "steps"), [(None, [3, 4, 6, 9, 12]), (5, [4, 5, 10, 12]), (100, [4, 12])])
 def test_when_checkpoints_are_written(every, steps):
-    """At the boundary and at the end in any case, and none twice."""
+    """At the boundary and at the end in any case; once, also where a step's turn comes with the boundary."""
     saves = Saves()
     trainer(plain(dilution_epochs=4 / 3, checkpoint_every=every), checkpoints=saves).train()
     assert saves.made == [(step, step > 3) for step in steps]
     trainer(plain(dilution_epochs=2, checkpoint_every=6), checkpoints=(both := Saves())).train()
-    assert both.made == [(6, True), (12, True)]
+    assert both.made == [(6, True), (12, True), (12, True)]  # before the last validation, and after it
+
+
+def test_a_run_that_starts_without_attention_goes_on_from_its_first_checkpoint():
+    """Its first step has the learning rate that it would have had."""
+    own, states = recipe(dilution_epochs=0, sched="tanh", warmup_epochs=0), []
+
+    class Kept(Saves):
+        def save(self, step: int, state: dict) -> None:
+            states.append(copy.deepcopy(state))
+
+    whole = trainer(own, checkpoints=Kept())
+    whole.train()
+    again = trainer(own)
+    again.train(resume=states[0])
+    assert again.boundary["step"] == 0
+    assert same_weights(again.model, whole.model)
 
 
 def test_nothing_is_the_best_before_the_attention_is_gone(tmp_path, monkeypatch):

@@ -41,9 +41,10 @@ def fine_tune(images: Path, out: Path, recipe: Recipe = RECIPE, workers: int = 1
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """One of them is no image."""
+    """One of each split is no image."""
     folder = make_images(tmp_path_factory.mktemp("images"))
-    (folder / "train" / "class3" / "1.png").write_bytes(b"no image")
+    for path in ("train/class3/1.png", "val/class4/0.png"):
+        (folder / path).write_bytes(b"no image")
     return folder
 
 
@@ -58,15 +59,18 @@ def test_from_end_to_end(images, tmp_path):
     again = fine_tune(images, tmp_path / "killed")
     check_same_end(tmp_path / "killed", tmp_path / "whole")
     for run in (whole, again):
-        assert [Path(path).name for path in run.record["unreadable"]] == ["1.png"]
+        assert [str(Path(path).relative_to(images)) for path in run.record["unreadable"]] == [
+            "train/class3/1.png",
+            "val/class4/0.png",
+        ]
         assert run.record["data"]["images"] == 30
         assert run.record["model"]["input"] == [3, 48, 48]
-        assert run.record["validation"] == {"images": 20}
+        assert run.record["validation"] == {"images": 19}
     loaded = from_pretrained(tmp_path / "whole" / "model")
     assert loaded.lambda_kernels_info.removed == (0, 2)
     assert loaded.blocks[3].drop_path2.drop_prob == pytest.approx(0.2)
     assert loaded(torch.zeros(1, 3, 48, 48)).shape == (1, 10)
-    _, val_loader = open_training_data(images, loaded, dataclasses.replace(RECIPE, seed=0))
+    _, val_loader = open_training_data(images, loaded, dataclasses.replace(RECIPE, seed=0), skip_bad=1)
     assert evaluate(loaded, val_loader).top1 == whole.record["result"]["top1"]
 
 

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -35,13 +34,13 @@ from lambda_vit.training.run_log import read_log
 from lambda_vit.training.runstate import Checkpoints, spare_worker
 from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 measuring = sys.modules["lambda_vit.evaluate"]
 
 # What a clock or the machine has a part in.
 OTHERWISE = ("time", "seconds", "images_per_second", "memory_bytes")
-
 
 # Nine steps; λ reaches 0 after six.
 OWN = recipe(epochs=3, checkpoint_every=2)

@@ -291,10 +291,10 @@ def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder:
     found = []
     if run.get("status") == "failed":
         found.append(f"The run failed: {run.get('error') or 'no reason was noted'}")
-    bad = run.get("skipped_images") or []
+    bad = run.get("unreadable") or []
     if bad:
         listed = "; ".join(map(str, bad[:10])) + (" …" if len(bad) > 10 else "")
-        found.append(f"{len(bad)} unreadable training image{'s' * (len(bad) > 1)} left out: {listed}")
+        found.append(f"{len(bad)} unreadable image{'s' * (len(bad) > 1)} left out: {listed}")
     if not rows and not (folder / "log.jsonl").is_file():
         found.append("log.jsonl is missing: what happened between epochs is not known")
     if damaged:

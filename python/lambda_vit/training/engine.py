@@ -199,7 +199,7 @@ class Trainer:
         return self.history
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, for `train(resume=…)`: tensors and plain types."""
+        """All that the rest of the run depends on, for `train(resume=…)`: tensors, which are those in use, and plain types."""
         return {
             "epoch": self._epoch,
             "done": self._done,
@@ -238,7 +238,7 @@ class Trainer:
         self._lam, self.boundary = state["lambda"], state["boundary"]
         self.history = copy.deepcopy(state["history"])
         self.best.load(state["best"])
-        self.learner.load(state["learner"], self.position)
+        self.learner.load(state["learner"])
         if self.learner.fading and self._lam is not None:
             self.learner.set_lambda(self._lam)  # validation may come before the next step does
         self._saved = (self._epoch, self._done, self.learner.fading)

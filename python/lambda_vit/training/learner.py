@@ -158,7 +158,10 @@ class Learner:
         return self.processes.share(found)
 
     def state(self) -> dict[str, Any]:
-        """All that changes, as tensors and plain types; the random state is none: it follows from the step."""
+        """All that changes, as tensors and plain types. The tensors are those in use: copy them before training on.
+
+        There is no random state, which follows from the step; the learning rate is the optimizer's.
+        """
         return {
             "removed": not self.fading,
             "model": self.model.state_dict(),
@@ -169,8 +172,8 @@ class Learner:
             "rounding": self._rounding.get_state() if self._rounding is not None else None,
         }
 
-    def load(self, state: dict[str, Any], position: int) -> None:
-        """Take over what `state` returned before step `position`.
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned.
 
         Raises:
             ValueError: The attention is gone here, and was not there.
@@ -190,8 +193,6 @@ class Learner:
         self._ema_steps = state["ema_steps"]
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
-        if self._scheduler is not None:
-            self._scheduler.step_update(position)
 
     def begin_epoch(self, epoch: int) -> None:
         """What changes with the epoch, counted from 0; and modes, which a call from outside may have changed."""

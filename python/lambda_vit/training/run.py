@@ -26,12 +26,12 @@ run.json holds
     history         the rows of the epochs, as in the log
     boundary        {"step", "difference", "bound", "removed"} or null: what deleting the faded attention changed
     best            {"epoch", "step", "weights", "top1", "top1_interval", "top5", "images"} or null; accuracies in percent
+    unreadable      paths of images that could not be read: in training others stood in for them, in validation none did
     result          with "finished": top1, top1_interval, top5, images of model/, loaded back and measured; "same" tells
                     whether it got as many images right as the best had
     variants        rows as `validation.variant` makes them: "full" and "untrained" from before the training, "model" once
                     finished; empty where the run was stopped before they were measured
     kernel_paths    once finished: how each block of the model runs here
-    skipped_images  paths of training images that could not be read, others standing in for them
     files           name → what it is
 """
 
@@ -196,7 +196,7 @@ def run_finetuning(
         )  # fmt: skip
         if found is not None:
             trainer.restore(found.state)
-        run = _Record(out, model, recipe, stream, trainer, processes)
+        run = _Record(out, model, recipe, stream, val_loader, trainer, processes)
         with log, run.kept():
             log.cut(0 if found is None else found.state["rows"])
             for notice in _notices(found, log, stream):
@@ -301,10 +301,11 @@ class _Record:
         model: nn.Module,
         recipe: Recipe,
         stream: TrainingStream,
+        val_loader: Iterable,
         trainer: Trainer,
         processes: Processes,
     ) -> None:
-        self._out, self._trainer, self._processes, self._stream = out, trainer, processes, stream
+        self._out, self._trainer, self._processes, self._val_loader = out, trainer, processes, val_loader
         self._recipe = recipe
         if stream.batch_size == recipe.batch_size:
             self._recipe = dataclasses.replace(recipe, micro_batch=stream.micro_batch_size)
@@ -370,12 +371,16 @@ class _Record:
             "history": trainer.history,
             "boundary": trainer.boundary,
             "best": trainer.best.to_dict(),
-            "skipped_images": sorted({path for paths in self._processes.gather(self._stream.bad) for path in paths}),
+            "unreadable": self._unreadable(),
             **more,
         }
         with self._processes.together("Write run.json"):
             if self._processes.leads:
                 write_json(self._out / "run.json", self.record)
+
+    def _unreadable(self) -> list[str]:
+        own = [*self._trainer.stream.bad, *getattr(self._val_loader, "bad", ())]
+        return sorted({path for paths in self._processes.gather(own) for path in paths})
 
     def finish(self, network: nn.Module, result: Any) -> None:
         """What the saved model reached."""
