@@ -176,7 +176,7 @@ def test_prepare_model():
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_lower_precision(amp):
-    found, full = trainer(plain(amp=amp)), trainer(plain())
+    found, full = trainer(plain(amp=amp, clip_grad=0.2)), trainer(plain(clip_grad=0.2))
     found.train()
     full.train()
     assert all(p.dtype == torch.float32 for p in found.model.parameters())

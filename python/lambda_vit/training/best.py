@@ -58,8 +58,6 @@ class Best:
         self.score, self.weights, self.epoch, self.step = score, weights, epoch, step
         with self._processes.together("Write the best model"):
             if self._folder is not None and self._processes.leads:
-                # Without its score nobody takes what is there for a model, whenever this is killed.
-                (self._next / SCORE).unlink(missing_ok=True)
                 save_pretrained(model, self._next, **self._saving)
                 write_json(self._next / SCORE, self.to_dict())
         return True
