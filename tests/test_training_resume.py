@@ -37,6 +37,7 @@ from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
+running = sys.modules["lambda_vit.training.run"]
 measuring = sys.modules["lambda_vit.evaluate"]
 
 # What a clock or the machine has a part in.
@@ -195,7 +196,7 @@ KILLS = {
     "after the boundary's checkpoint": killed_at(engine.Trainer, "_finish_epoch", 2),
     "having found the best": killed_at(best.Best, "offer", 3, after=True),
     "putting the best in its place": killed_at(Path, "rename", 1),
-    "loading the model": killed_at(sys.modules["lambda_vit.training.run"], "from_pretrained", 1),
+    "loading the model": killed_at(running, "from_pretrained", 1),
 }
 
 
@@ -396,6 +397,22 @@ def test_what_cannot_be_saved_is_refused_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         run(tmp_path / "file" / "run")
+
+
+def test_what_is_claimed_is_measured_on_what_was_saved(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(running, "from_pretrained", damaged)
+    record = run(tmp_path / "run").record
+    assert record["best"] == json.loads((whole / "run.json").read_text())["best"]
+    assert record["result"]["same"] is False
+    assert record["result"]["top1"] == evaluate(damaged(whole / "model"), validation()).top1
+
+
+def damaged(folder: Path, **options: Any) -> torch.nn.Module:
+    model = from_pretrained(folder, **options)
+    with torch.no_grad():
+        model.head.bias[3] += 100
+    return model
 
 
 def test_the_model_that_was_given_stays_as_it_is(tmp_path):
