@@ -96,8 +96,10 @@ def test_one_process_goes_on_where_two_were_stopped(folder, tmp_path):
     ("gpus", "here", "expected"), [(0, "1", "gloo"), (2, "2", "cpu:gloo,cuda:nccl"), (2, "4", "gloo")]
 )
 def test_gpus_talk_directly_where_each_process_has_its_own(gpus, here, expected, monkeypatch):
-    opened = []
+    opened, chosen = [], []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
@@ -106,6 +108,7 @@ def test_gpus_talk_directly_where_each_process_has_its_own(gpus, here, expected,
         with process_group(training=training):
             pass
     assert opened == [expected, "gloo"]
+    assert chosen == ([1] if "nccl" in expected else [])
 
 
 def stopped(folder: Path, rank: int) -> int:

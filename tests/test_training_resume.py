@@ -95,6 +95,19 @@ def killed_at(owner: object, name: str, call: int, *, after: bool = False) -> Ca
     return prepare
 
 
+def killed_before_a_manifest() -> None:
+    """The data of the second checkpoint is in its place, and what tells that it is whole is not."""
+    whole, count = os.replace, [0]
+
+    def counted(source: Any, target: Any) -> None:
+        count[0] += Path(target).parent.name == "checkpoints" and Path(target).suffix == ".json"
+        if count[0] == 2:
+            die()
+        whole(source, target)
+
+    os.replace = counted
+
+
 def killed(out: Path, prepare: Callable[[], None], **options: Any) -> None:
     def work() -> FinetuningRun:
         prepare()
@@ -189,7 +202,7 @@ KILLS = {
     "before its first checkpoint": killed_at(learner.Learner, "step", 2),
     "writing a checkpoint": killed_at(checkpoint_file._Recorder, "write", 500),
     "having written a checkpoint": killed_at(torch, "save", 3, after=True),
-    "between a checkpoint's two files": killed_at(os, "replace", 8),
+    "between a checkpoint's two files": killed_before_a_manifest,
     "before the boundary": killed_at(learner.Learner, "remove", 1),
     "in the boundary": killed_at(learner, "forget_removed", 1),
     "after the boundary": killed_at(learner.Learner, "remove", 1, after=True),

@@ -309,14 +309,12 @@ def _next_commands(
         chosen = ["--remove", ",".join(map(str, selection.layers[:step]))]
         which = "the recommended layers"
     small = folder / "model"
-    entries = [
-        (f"What training without {which} takes", ["plan", *own, *chosen, *training]),
-        (
-            f"Fade {which} out, delete them, and train on",
-            ["finetune", *own, *chosen, *training, "--recipe", "short", "--out", folder / "finetune"],
-        ),
-        (f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]),
-    ]
+    entries = [(f"What training without {which} takes", ["plan", *own, *chosen, *training])]
+    if checking is not None:
+        at = checking.index("--class-map") if "--class-map" in checking else len(checking)
+        run = [*checking[at : at + 2], "--recipe", "short", "--out", folder / "finetune"]
+        entries.append((f"Fade {which} out, delete them, and train on", ["finetune", *own, *chosen, *training, *run]))
+    entries.append((f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]))
     if checking is not None:
         entries.append(("Compare with the full model", ["validate", "--model", small, *reference, *checking]))
     return [{"what": what, "command": f"lambda-vit {shlex.join(map(str, words))}"} for what, words in entries]
