@@ -1,8 +1,7 @@
 """Memory of training twelve attention-free blocks: ours with `recompute` against timm's own half of a block.
 
-Three figures, each in the same process for both but the last: bytes that autograd keeps from the forward to the backward; the
-most that is allocated at once in a step, by the allocator's own record; and by how much a process of its own grows. Time is
-beside them.
+Three figures: bytes that autograd keeps from the forward to the backward; the most that is allocated at once in a step, by the
+allocator's own record; and by how much a process of its own grows. The time of one block is beside them.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ class TimmHalf(nn.Module):
 
 
 class Training:
-    """Twelve blocks of timm's ("timm") or of ours with `recompute`, on the same parameters, and a batch for them."""
+    """Blocks of timm's ("timm") or of ours with `recompute`, on the same parameters, and a batch for them."""
 
-    def __init__(self, width: str, place: str) -> None:
+    def __init__(self, width: str, place: str, depth: int = DEPTH) -> None:
         torch.manual_seed(0)
         self.channels = WIDTHS[width]
         dtype = torch.float32 if place == "cpu" else torch.bfloat16
-        blocks = [timm.models.vision_transformer.Block(self.channels, 3).to(place, dtype) for _ in range(DEPTH)]
+        blocks = [timm.models.vision_transformer.Block(self.channels, 3).to(place, dtype) for _ in range(depth)]
         self.networks = {"timm": nn.Sequential(*map(TimmHalf, blocks))}
         for level in ("none", *TARGETS):
             self.networks[level] = nn.Sequential(*(AttentionFreeBlock.from_block(b, recompute=level) for b in blocks))
@@ -142,8 +141,8 @@ def test_memory(benchmark, place, width, recompute):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("place", PLACES)
 def test_time(against, place, width, recompute):
-    """Forward and backward; "none" runs the same calls as timm's on a CPU."""
-    training = Training(width, place)
+    """Forward and backward of one block; "none" runs the same calls as timm's on a CPU."""
+    training = Training(width, place, depth=1)
 
     def timed(name: str):
         def step() -> None:
@@ -153,7 +152,7 @@ def test_time(against, place, width, recompute):
 
         return step
 
-    against(timed(recompute), timed("timm"), rounds=7)
+    against(timed(recompute), timed("timm"), rounds=11)
 
 
 if __name__ == "__main__":

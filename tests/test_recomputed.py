@@ -146,6 +146,34 @@ def test_autocast(recompute, dtype, tokens, absent):
             out = ln_mlp(**args, eps=1e-5, recompute=level)
             found[level] += torch.autograd.grad(out, wanted(args), grad)
     assert_alike(found[recompute], found["none"], dtype)
+    # Rounded where autocast rounds, and LayerNorm nowhere: outputs differ by the order of sums alone.
+    ours, theirs = (found[level][0].detach() for level in (recompute, "none"))
+    assert float((ours - theirs).norm() / theirs.norm()) < TOLERANCES[dtype] / 30
+
+
+def test_a_backward_inside_autocast_is_as_wide_as_the_forward():
+    args = problem(3, 11, channels=40, hidden=72, dtype=F32)
+    expected = torch.autograd.grad(ln_mlp(**args, eps=1e-5).sum(), wanted(args))
+    for recompute in ("act", "all"):
+        out = ln_mlp(**args, eps=1e-5, recompute=recompute)
+        with torch.autocast("cpu", BF16):
+            found = torch.autograd.grad(out.sum(), wanted(args))
+        assert_alike(list(found), list(expected), F32)
+
+
+def test_second_derivatives_of_a_narrow_forward():
+    """A penalty on the gradient, taken outside the region that the forward ran in."""
+    args = problem(3, 11, channels=40, hidden=72, dtype=F32)
+    found = []
+    for level in ("none", "all"):
+        args["x"] = args["x"].detach().bfloat16().requires_grad_()
+        with torch.autocast("cpu", BF16):
+            out = ln_mlp(**args, eps=1e-5, recompute=level)
+        first = torch.autograd.grad(out.square().sum(), wanted(args), create_graph=True)
+        found.append([*first, *torch.autograd.grad(first[0].float().square().sum(), wanted(args), allow_unused=True)])
+    for ours, theirs in zip(*found, strict=True):
+        if theirs is not None:
+            assert_alike([ours], [theirs], BF16)
 
 
 def test_a_weight_used_twice_under_autocast():

@@ -98,8 +98,7 @@ class _LnMlp(torch.autograd.Function):
     def forward(ctx: Any, options: _Options, x: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.options = options
         ctx.set_materialize_grads(False)
-        with _autocast(x.device, None):
-            out, pre = _forward(options, x, *parameters)
+        out, pre = _forward(options, x, *parameters)
         ctx.save_for_backward(x, *parameters, pre)
         return out
 
