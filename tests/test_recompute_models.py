@@ -53,6 +53,8 @@ def test_converting(calls):
     part = convert_vit(model, (1,), fuse="removed", recompute="all")
     assert [row.recompute for row in part.lambda_kernels_info.blocks] == ["none", "all", "none", "none"]
     assert part.lambda_kernels_info.blocks[0].recompute_reason == "the block is timm's own: fuse='removed'"
+    assert convert_vit(part, (1,), fuse="removed", recompute="all") is part
+    assert convert_vit(part, (1,), fuse="removed", recompute="act").blocks[1].recompute == "act"
     plain = convert_vit(model, (1,), fuse="none", recompute="all")
     assert plain.lambda_kernels_info.blocks[1].recompute_reason == "asked for by name, by running modules twice"
     with pytest.raises(ValueError, match="recompute must be one of"):
