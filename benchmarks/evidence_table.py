@@ -80,7 +80,7 @@ def table(record: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Top-1 against the number of layers removed: NOSE's picks as lines, all others as points."""
-    with new_figure(3.6) as figure:
+    with new_figure(4.4) as figure:
         axes = figure.subplots()
         for row in record["arms"]:
             if not row["count"]:
@@ -99,8 +99,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 _points(axes, own, shift * 3, colour, marker, "", f"{name}, {word}")
         axes.set_xlabel("attention layers removed")
         axes.set_ylabel("top-1, %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(loc="outside right upper", fontsize=8)
+        counts = sorted({row["count"] for row in record["arms"] if row["count"]})
+        if counts:
+            axes.set_xticks(counts)
+            axes.set_xlim(counts[0] - 0.5, counts[-1] + 0.5)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=160, facecolor="white")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from test_report import Page, assert_tables_are_whole, printed
 from training_records import COMMAND, LAYERS, variants, write_run
 
 import lambda_vit.cli as cli
-from lambda_vit import report, report_training, training_record
+from lambda_vit import environment, report, report_training, training_record
 from lambda_vit.evaluate import wilson_interval
 from lambda_vit.figure_style import new_figure
 from lambda_vit.report_training import write_training_report
@@ -315,3 +316,14 @@ def test_command_writes_the_report_again(tmp_path, capsys, monkeypatch):
     assert not ended.value.code
     assert "Stopped on a signal after 26 of 30 epochs" in " ".join(capsys.readouterr().out.split())
     assert (folder / "report.html").exists()
+
+
+def test_paths_with_spaces_can_be_typed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/lambda-vit", "finetune", "--model", "m", "--data", "/my images"])
+    command = environment.command_line()
+    assert command == "lambda-vit finetune --model m --data '/my images'"
+    record_of(tmp_path / "a")
+    (compare, _) = changed(tmp_path / "a", command=command)["next_commands"]
+    assert shlex.split(compare["command"])[-2:] == ["--data", "/my images"]
+    (again,) = changed(tmp_path / "a", command=command, status="stopped")["next_commands"]
+    assert again["command"] == command

@@ -119,9 +119,9 @@ def finetune(
     with process_group(training=True) as processes, contextlib.ExitStack() as stack:
         if processes.leads:
             stack.enter_context(progress.shown())
-        network, original = _open(model, weights, pretrained, local_device(device), recipe, num_classes)
+        network = _open(model, weights, pretrained, local_device(device), recipe, num_classes)
         if selection is not None:
-            check_made_for(chosen, selection, original, model)
+            check_made_for(chosen, selection, network, model)
         stream, val_loader = _open_data(
             data, network, recipe, val_data=val_data, class_map=mapping, workers=workers, skip_bad=skip_bad,
             processes=processes,
@@ -155,8 +155,8 @@ def finetune(
 
 def _open(
     model: str, weights: Path | None, pretrained: bool, device: str, recipe: Recipe, num_classes: int | None
-) -> tuple[nn.Module, nn.Module]:
-    """The network to train, as the recipe wants it; and, for its name, the same before its classifier was replaced."""
+) -> nn.Module:
+    """The network to train, as the recipe wants it, with a new classifier where one is asked for."""
     from .loading import open_model
     from .placement import one_device
     from .training.preparing import prepare_model
@@ -169,7 +169,7 @@ def _open(
             seed_all(mixed_seed("classifier", recipe.seed))
             network.reset_classifier(num_classes)
         network = network.to(where)
-    return prepare_model(network, recipe), network
+    return prepare_model(network, recipe)
 
 
 def _open_data(*arguments: Any, **options: Any) -> tuple[Any, Any]:

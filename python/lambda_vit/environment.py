@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 
 import torch
@@ -110,5 +111,5 @@ def _version(name: str) -> str:
 
 
 def command_line() -> str:
-    """The command this process was started with, for a report."""
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    """The command this process was started with, as a shell takes it, for a report."""
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

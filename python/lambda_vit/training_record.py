@@ -349,7 +349,7 @@ _VALUES = ("--model", "--weights", "--data", "--val-data", "--class-map", "--num
 
 def _options(command: str) -> dict[str, str]:
     """The options of a `lambda-vit finetune` that say which model and which images; empty for another command."""
-    words = command.split()
+    words = shlex.split(command)
     if words[1:2] != ["finetune"]:
         return {}
     found = {}
