@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,11 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -105,6 +111,27 @@ def check_writable(path: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"cannot write to {folder} ({error.strerror}); choose another place than {path}") from error
+
+
+@contextlib.contextmanager
+def alone(path: str | Path, remedy: str) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is created and stays; the system lets go of it when the process dies.
+
+    Nobody is kept out where the system or the file system has no locks. A process never keeps itself out.
+
+    Raises:
+        BlockingIOError: Another process holds it; the message ends with `remedy`.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            file = stack.enter_context(open(path, "a", encoding="utf-8"))
+            try:
+                # Of the process, not of the open file: a worker that outlives a killed parent does not hold it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise BlockingIOError(error.errno, f"another process holds {path}: {remedy}") from None
+        yield
 
 
 def sha256(path: str | Path) -> str:

@@ -359,6 +359,26 @@ def test_another_run_is_refused_by_name(whole, tmp_path):
     assert not same(last(out), last(whole))
 
 
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = listing(out)
+    code = "import sys, time; from lambda_kernels.files import alone\n"
+    code += "with alone(sys.argv[1], ''): print(flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code, out / "checkpoints" / "lock"], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(
+            BlockingIOError, match=r"another process holds .*lock: wait for its end, or take another folder"
+        ):
+            run(out)
+        assert listing(out) == before
+    finally:
+        other.kill()
+        other.wait()
+    run(out)
+
+
 def test_micro_batches_of_a_run_that_goes_on(whole, tmp_path):
     loose = recipe(micro_batch=None)
     assert continued(loose, tmp_path) == loose

@@ -51,7 +51,7 @@ from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.checkpoint import CONFIG, WEIGHTS
-from lambda_kernels.files import atomic_writes, check_writable, write_json
+from lambda_kernels.files import alone, atomic_writes, check_writable, write_json
 
 from .. import environment
 from ..dilution import DILUTED_SCALE
@@ -169,6 +169,7 @@ def run_finetuning(
     Raises:
         ResumeMismatchError: `out` holds a run with another model, recipe or data; names what differs. `out` is untouched.
         CheckpointError: The model could not be saved at the end, or no checkpoint in `out` can be used.
+        BlockingIOError: Another process trains in `out` now.
         OSError: `out` cannot be written to, or is full; the last checkpoint is kept.
         ValueError: `out` holds a run that was finished or stopped, and its checkpoints are gone.
         ValueError, UnsupportedModelError, BoundaryError, ProcessLostError: See `Trainer`.
@@ -176,13 +177,17 @@ def run_finetuning(
     out, processes, saving = Path(out), processes or Processes(), dict(saving or {})
     prepare_model(model, recipe)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.ExitStack() as held:
         with processes.together("Open the run"):
             if processes.leads:
                 check_writable(out / "run.json")
                 if not restart:
                     _refuse_emptied(out, checkpoints)
                 _rehearse(model, recipe, getattr(layers, "layers", layers), out, saving)
+                (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+                held.enter_context(
+                    alone(out / "checkpoints" / "lock", "wait for its end, or take another folder (--out)")
+                )
         if restart:
             _forget(out, checkpoints, processes)
         found = checkpoints.newest()
