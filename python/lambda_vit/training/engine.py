@@ -62,7 +62,7 @@ class Trainer:
         processes: Of the run; None: those of the default process group.
         device: Where to train; None: where the model is.
         val_loader: This process's share of the validation images; None: nothing is measured.
-        teacher: For distillation; None: the model as it was given.
+        teacher: For distillation. It is moved to the model's device, put into eval mode and frozen; None: `model` as given.
         checkpoints: Where to keep the state; None: nowhere.
         log: Where each step and epoch is noted; None: nowhere.
         asked: Gives the number of a signal on which to stop, or 0; read after every step and while validating.

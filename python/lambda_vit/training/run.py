@@ -156,7 +156,7 @@ def run_finetuning(
         layers: Blocks whose attention goes, or a `Selection`; empty trains the model as it is.
         out: The folder; see this module for what is in it.
         processes: Of the run; None: those of the default process group. All must see the same folder.
-        teacher: For distillation; None: `model`.
+        teacher: For distillation. It is moved to the model's device, put into eval mode and frozen; None: `model`.
         restart: Remove what an earlier run left in `out`, and start over.
         keep: Checkpoints that stay.
         log_every: Steps between two rows of the log.
