@@ -117,6 +117,8 @@ def work(folder: Path, rank: int) -> None:
         assert processes.gather(step) == [3, 3]
         assert stop.signal == signal.SIGTERM
     print("stopped", flush=True)
+    processes.gather(None)
+    torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which aborts the process
     raise SystemExit(stop.exit_code)
 
 
