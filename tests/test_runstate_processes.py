@@ -118,7 +118,7 @@ def work(folder: Path, rank: int) -> None:
         assert stop.signal == signal.SIGTERM
     print("stopped", flush=True)
     processes.gather(None)
-    torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which aborts the process
+    dist.destroy_process_group()  # else its threads may outlive the interpreter, which aborts the process
     raise SystemExit(stop.exit_code)
 
 
