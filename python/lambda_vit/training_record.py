@@ -209,11 +209,6 @@ def _variants(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers = run.get("layers") or []
     rows = {row["name"]: dict(row) for row in run.get("variants") or ()}
     counted = (run.get("model") or {}).get("parameters") or {}
-    if "--num-classes" in _options(run.get("command") or ""):
-        for row in rows.values():
-            row |= (
-                {"trained": False, "note": "with a new classifier, not trained yet"} if row["name"] != "model" else {}
-            )
     rows.setdefault(
         "full", {"name": "full", "label": "Full model" if layers else "As it was", "removed": [], "trained": None,
                  "parameters": counted.get("before")}
