@@ -273,7 +273,8 @@ class _Meter:
                 f"{self._label}the forward of this {type(self._model).__name__} does not run its blocks once, one after the "
                 f"other: {self.depth} blocks ran as {list(indices)}"
             )
-        self._check_finite(torch.stack(bad).tolist(), len(images))
+        tokens = self._prefix + self.grid[0] * self.grid[1]
+        self._check_finite(torch.stack(bad).tolist(), len(images) * tokens * self._seen[0])
         means = torch.stack(means, 1).cpu()
         self._floored += torch.stack(floored).cpu()
         self._spectra.update(means)
@@ -307,13 +308,13 @@ class _Meter:
             )
         return output[:, self._prefix :].unflatten(1, grid)
 
-    def _check_finite(self, bad: list[int], images: int) -> None:
+    def _check_finite(self, bad: list[int], values: int) -> None:
         for index, number in enumerate(bad):
             if number:
                 dtype = self._seen[1]
                 raise NonFiniteActivationError(
-                    f"{self._label}blocks[{index}]: {number} values are NaN or infinite in batch {self._batches} of {images} "
-                    f"images ({dtype}). "
+                    f"{self._label}blocks[{index}]: {number} of {values} values are NaN or infinite in batch {self._batches} "
+                    f"({dtype}). "
                     + ("Try bfloat16 or float32" if dtype == "float16" else "Check the weights and the input")
                 )
 

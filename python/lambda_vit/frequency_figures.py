@@ -6,6 +6,7 @@ Drawn from a record as `frequency_table` shows it.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def render(record: Mapping[str, Any], kind: str) -> bytes:
     heights = [0.62, *(height for _, _, height in parts), 0.2 + 0.16 * len(notes)]
     with new_figure(sum(heights)) as figure:
         head, *middle, foot = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        title = f"Features by frequency: {shortened(str(record['model']))}"
+        title = f"Features by frequency: {shortened(str(record['model']), 40)}"
         head.text(0.015, 0.68, title, fontsize=13, fontweight="bold", va="center")
         head.text(0.015, 0.22, _facts(record), color=MUTED, va="center")
         for part, (title, draw, _) in zip(middle, parts, strict=True):
@@ -187,5 +188,5 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         f"{'Dashed: attention removed. ' if gone else ''}Bars: ± {CLEAR:g} standard errors over the images.",
     ]
     if record.get("after"):
-        notes.append(verdict(record))
+        notes += textwrap.wrap(verdict(record), 118)
     return notes

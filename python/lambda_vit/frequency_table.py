@@ -41,12 +41,12 @@ def frequency_table(record: Mapping[str, Any]) -> Table:
 
     table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     before, after, highest = record["before"], record.get("after"), record["before"]["highest"]
-    place = at(record)
+    place = "at π" if at(record) == "π" else "near π"  # and no wider than a number
     if after:
-        titles = ["block", f"at {place}\nbefore", "\nafter", "\nchange", "mean\nbefore", "\nafter", "\nchange"]
-        titles += ["factor\nat 0", f"\nat {place}"]
+        titles = ["block", f"{place}\nbefore", "\nafter", "\nchange", "mean\nbefore", "\nafter", "\nchange"]
+        titles += ["factor\nat 0", f"\n{place}"]
     else:
-        titles = ["block", f"Δ at {place}", "mean Δ", "amplitude at 0", f"at {place}"]
+        titles = ["block", f"Δ {place}", "mean Δ", "amplitude at 0", place]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for index, row in enumerate(before["blocks"]):
@@ -82,8 +82,8 @@ def frequency_notes(record: Mapping[str, Any]) -> list[str]:
     notes = [
         "Δ log amplitude: mean ln |F| of the map's Fourier transform, less that at frequency 0. 'mean' is over the "
         f"{before['highest']} bins above 0 up to {at(record)}.",
-        f"{rows} × {columns} tokens of {before['channels']} channels per image, prefix tokens ({before['prefix_tokens']}) left out; "
-        f"features {before['dtype']}, transforms float64.",
+        f"{rows} × {columns} tokens of {before['channels']} channels per image, prefix tokens ({before['prefix_tokens']}) left "
+        f"out; features {before['dtype']}, transforms float64.",
     ]
     if after:
         highest = before["highest"]

@@ -125,9 +125,12 @@ def radial_spectra(maps: Tensor) -> RadialSpectra:
     bins = radial_bins(*maps.shape[1:3])
     if maps.device.type == "mps":  # has no float64
         maps = maps.cpu()
+    if len(maps) == 0:  # which the transform would refuse
+        none = maps.new_zeros((0, len(bins.frequencies)), dtype=torch.float64)
+        return RadialSpectra(none, none, none, torch.zeros(0, dtype=torch.int64, device=maps.device))
     averaging = bins.averaging(maps.device)
     multiplicities = torch.tensor(bins.multiplicities, device=maps.device)
-    at_once = max(1, BYTES_AT_ONCE // (8 * maps[0].numel())) if len(maps) else 1
+    at_once = max(1, BYTES_AT_ONCE // (8 * maps[0].numel()))
     parts = [_spectra(part.double(), averaging, multiplicities) for part in maps.split(at_once)]
     return RadialSpectra(*map(torch.cat, zip(*parts, strict=True)))
 
