@@ -52,7 +52,7 @@ MODELS = {
     "registers": (lambda: vit("vit_small_patch14_reg4_dinov2", patch_size=16), 5, (4, 4)),
     "attention pooling": (lambda: vit("vit_base_patch16_siglip_224"), 0, (4, 4)),
     "layer scale": (lambda: vit("deit3_small_patch16_224"), 1, (4, 4)),
-    "removed": (lambda: convert_vit(vit(), remove=(0, 2), residual_scale=2.0), 1, (4, 4)),
+    "removed": (lambda: convert_vit(vit(), remove=(0, 2), residual_scale=2.0, fuse="removed"), 1, (4, 4)),
     "not square": (lambda: vit(img_size=(32, 80)), 1, (2, 5)),
     "dynamic": (lambda: vit(img_size=64, dynamic_img_size=True), 1, (3, 6)),
     "padded": (lambda: vit(img_size=64, dynamic_img_size=True, dynamic_img_pad=True), 1, (4, 3)),
@@ -161,7 +161,7 @@ def test_a_common_factor_cancels_in_what_is_relative():
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.zero_()
                 layer.bias.zero_()
-    comparison = compare_frequencies(model, convert_vit(model, (0, 2), residual_scale=2.0), loader())
+    comparison = compare_frequencies(model, convert_vit(model, (0, 2), residual_scale=2.0, fuse="removed"), loader())
     for k, before, after, change in zip(
         (1, 1, 2, 2), comparison.before.blocks, comparison.after.blocks, comparison.changes, strict=True
     ):
@@ -207,7 +207,7 @@ def test_a_comparison_is_two_measurements_and_their_paired_difference():
 
 
 def test_records_are_plain_json_and_pickle():
-    found = compare_frequencies(vit(), convert_vit(vit(), (1,)), loader())
+    found = compare_frequencies(vit(), convert_vit(vit(), (1,), fuse="removed"), loader())
     record = found.to_dict()
     assert json.loads(json.dumps(record)) == record
     assert set(record) == {"before", "after", "changes"}

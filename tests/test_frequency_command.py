@@ -77,7 +77,7 @@ def test_table_shows_both_and_what_changed():
     lines = printed(made_up())
     assert lines[0] == ["at", "π", "mean", "factor"]
     assert lines[1] == ["block", "before", "after", "change", "before", "after", "change", "at", "0", "at", "π"]
-    assert lines[2] == ["0", "−2.00", "−2.00", "0", "−1.40", "−1.40", "0", "1.000", "1.000"]
+    assert lines[2] == ["0", "−2.00", "−2.00", "0", "−1.46", "−1.46", "0", "1.000", "1.000"]
     assert lines[3][:5] == ["removed", "1", "−2.05", "−1.75", "+0.300↑"]
     assert lines[3][-2:] == [f"{math.exp(0.3):.3f}", f"{math.exp(0.6):.3f}"]
     assert lines[4][:4] == ["2", "−2.10", "−2.30", "−0.200↓"]
@@ -86,7 +86,7 @@ def test_table_shows_both_and_what_changed():
     assert len(printed(made_up(24, 37, tuple(range(10, 20))))) == 26
     alone = printed({"model": "m", "before": made_up()["before"]})
     assert alone[0] == ["block", "Δ", "at", "π", "mean", "Δ", "amplitude", "at", "0", "at", "π"]
-    assert alone[2] == ["1", "−2.050", "−1.436", f"{math.exp(-1):.3f}", f"{math.exp(-3.05):.3g}"]
+    assert alone[2] == ["1", "−2.050", "−1.492", f"{math.exp(-1):.3f}", f"{math.exp(-3.05):.3g}"]
 
 
 def test_notes_say_what_happened():
@@ -234,7 +234,7 @@ def test_command_prints_and_writes_everything(command, saved, tmp_path):
 def test_command_compares_with_a_selection_and_with_a_saved_model(command, saved, tmp_path):
     """Skipping layers and the model that convert saves without them are the same network."""
     Selection((2, 1), depth=4).to_json(tmp_path / "selection.json")
-    small = save_pretrained(convert_vit(small_vit(img_size=64), (1, 2)), tmp_path / "small")
+    small = save_pretrained(convert_vit(small_vit(img_size=64), (1, 2), fuse="removed"), tmp_path / "small")
     records = []
     for options in (["--remove", "1,2"], ["--selection", tmp_path], ["--compare", small]):
         done = command(*options, "--out", tmp_path / "f.json")
