@@ -15,6 +15,7 @@ from conftest import images, small_vit
 from test_radial import spectra_by_loops
 
 from lambda_kernels import NonFiniteActivationError, UnsupportedModelError, convert_vit
+from lambda_kernels.families import inspect_model
 from lambda_vit import compare_frequencies, feature_frequencies, skip_attention
 from lambda_vit.frequency import BlockFrequencies
 
@@ -88,6 +89,29 @@ def test_every_block_is_what_hooks_and_loops_give(kind):
         # Parseval, from the record alone
         total = np.dot(found.coefficients, row.power)
         assert total == pytest.approx(np.square(output[:, prefix:]).mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("eva02_tiny_patch14_224", 1), ("vit_small_patch16_dinov3", 5), ("beit_base_patch16_224", 1)]
+)
+def test_other_families_where_they_are_supported(name, prefix):
+    import timm
+
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    torch.manual_seed(0)
+    size = 56 if "patch14" in name else SIZE
+    model = timm.create_model(name, img_size=size, embed_dim=48, depth=2, num_heads=4).eval()
+    try:
+        inspect_model(model)
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
+    data = loader(3, 2, size)
+    found = feature_frequencies(model, data)
+    assert (found.grid, found.prefix_tokens) == ((4, 4), prefix)
+    for row, output in zip(found.blocks, features(model, data), strict=True):
+        expected = spectra_by_loops(output[:, prefix:].reshape(3, 4, 4, 48))["log_amplitude"].mean(0)
+        np.testing.assert_allclose(row.log_amplitude, expected, rtol=1e-9, atol=1e-12)
 
 
 def numbers(row: BlockFrequencies) -> list[float]:
@@ -279,7 +303,7 @@ def test_models_that_say_too_little_are_refused():
     with pytest.raises(UnsupportedModelError, match="SwinTransformer is not supported"):
         feature_frequencies(timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2), loader())
     if timm.is_model("naflexvit_base_patch16_gap"):  # timm has it since 1.0.16
-        with pytest.raises(UnsupportedModelError, match=r"NaFlexVit is not supported.*padding"):
+        with pytest.raises(UnsupportedModelError, match=r"NaFlexVit.*not supported: its batches hold padding"):
             feature_frequencies(
                 timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=2, num_heads=3), loader()
             )

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
-from lambda_kernels.families import inspect_model
+from lambda_kernels.families import inspect_model, qualified_name
 
 from .placement import eval_mode, one_device, one_dtype
 from .progress import track
 from .radial import radial_bins, radial_spectra
+
+_PADDED = "timm.models.naflexvit.NaFlexVit"  # by name: not every timm has it
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,11 @@ class _Meter:
     """Runs one model on batches and keeps what is measured of its blocks' outputs."""
 
     def __init__(self, model: nn.Module, label: str = "") -> None:
+        if qualified_name(model) == _PADDED:
+            raise UnsupportedModelError(
+                f"{label}frequencies of NaFlexVit are not supported: its batches hold padding, and images whose token maps "
+                "differ. Use a model of one image size"
+            )
         self._anatomy = inspect_model(model)
         self._device, self._dtype = one_device(model), one_dtype(model)
         if self._device.type == "meta":
