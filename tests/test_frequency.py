@@ -172,7 +172,8 @@ def test_modes_come_back():
     assert feature_frequencies(model, loader()) == expected
     assert model.training
     assert not model.blocks[1].training
-    compare_frequencies(model, skip_attention(model, (1,)), loader())
+    compared = compare_frequencies(model, skip_attention(model, (1,)), loader())
+    assert compared.before == expected
     assert model.training
     assert not model.blocks[1].training
 

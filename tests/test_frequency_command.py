@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from lambda_kernels import UnsupportedModelError, convert_vit, save_pretrained
 from lambda_vit import Selection, cli, frequency_figures
-from lambda_vit.figure_style import new_figure
-from lambda_vit.frequency_table import frequency_notes, frequency_table, verdict
+from lambda_vit.figure_style import new_figure, shortened
+from lambda_vit.frequency_table import direction, frequency_notes, frequency_table, verdict
 from lambda_vit.radial import radial_bins
 
 
@@ -106,6 +106,17 @@ def test_notes_say_what_happened():
     alone = " ".join(frequency_notes({"model": "m", "before": record["before"]}))
     assert "standard errors" not in alone
     assert "below" not in alone
+
+
+def test_a_change_is_called_one_beyond_two_standard_errors():
+    assert [direction(change, 0.1) for change in (-0.21, -0.19, 0.0, 0.19, 0.21)] == ["↓", "", "", "", "↑"]
+    assert direction(0.0, 0.0) == ""
+
+
+def test_long_names_keep_both_ends():
+    assert shortened("a" * 40, 40) == "a" * 40
+    text = shortened("".join(map(chr, range(65, 65 + 50))), 40)
+    assert (len(text), text[:2], text[-2:]) == (40, "AB", "qr")
 
 
 def test_spectra_are_drawn_on_one_scale():
