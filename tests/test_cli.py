@@ -415,7 +415,7 @@ def test_the_installed_command():
     assert command.exists(), "the package is not installed: pip install -e '.[test]'"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, env=environment)
-    names = ("demo", "profile", "select", "plan", "finetune", "report", "convert", "validate", "doctor")
+    names = ("demo", "profile", "frequency", "select", "plan", "finetune", "report", "convert", "validate", "doctor")
     places = [done.stdout.index(f" {name} ") for name in names]
     assert places == sorted(places)  # in the order of the work
 

@@ -21,6 +21,7 @@ from lambda_kernels import NonFiniteActivationError, convert_vit, save_pretraine
 from lambda_kernels.ops import histogram as histogram_ops
 from lambda_vit import cli, layer_profile, profile_figures, profile_layers
 from lambda_vit.figure_style import new_figure
+from lambda_vit.plot_files import PLOT_SUFFIXES
 from lambda_vit.profile_table import profile_notes, profile_table
 from lambda_vit.report import write_report
 
@@ -306,7 +307,7 @@ def test_ranking_goes_from_the_lowest_attention_to_the_highest(record):
 
 
 @pytest.mark.parametrize("blocks", [1, 6, 40])
-@pytest.mark.parametrize("suffix", profile_figures.PLOT_SUFFIXES)
+@pytest.mark.parametrize("suffix", PLOT_SUFFIXES)
 def test_plots_of_all_kinds_are_written(record, suffix, blocks, tmp_path):
     rows = [{**record["blocks"][b % 4], "block": b} for b in range(blocks)]
     bare = [{**row, "attn": None} for row in rows]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 _PUBLIC = {
     "Selection": "selection",
+    "compare_frequencies": "frequency",
     "dilute": "dilution",
+    "feature_frequencies": "frequency",
     "finetune": "finetuning",
     "finish_dilution": "dilution",
     "plan_training": "planning",
@@ -23,7 +25,9 @@ _PUBLIC = {
 
 __all__ = [
     "Selection",
+    "compare_frequencies",
     "dilute",
+    "feature_frequencies",
     "finetune",
     "finish_dilution",
     "plan_training",
@@ -37,6 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .dilution import dilute, finish_dilution, set_lambda
     from .finetuning import finetune
+    from .frequency import compare_frequencies, feature_frequencies
     from .layer_profile import profile_layers
     from .planning import plan_training
     from .selection import Selection, select_layers

@@ -11,7 +11,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import command_finetune, command_plan, command_report, command_select  # noqa: F401 (each registers its command)
+from . import (  # noqa: F401 (each registers its command)
+    command_finetune,
+    command_frequency,
+    command_plan,
+    command_report,
+    command_select,
+)
 from .command_options import (
     BatchSize,
     ClassMap,
@@ -91,9 +97,10 @@ def profile(
     from . import profile_figures, progress
     from .layer_profile import profile_layers
     from .loading import open_model
+    from .plot_files import check_outputs
     from .profile_table import profile_notes, profile_table
 
-    profile_figures.check_outputs(out, plot)
+    check_outputs(out, plot)
     with progress.shown():
         network = open_model(model, weights=weights, pretrained=pretrained, device=device)
         loader = open_data(network, data, split, samples, batch_size, workers, skip_bad)

@@ -86,3 +86,9 @@ def new_figure(height: float) -> Iterator[Any]:
 def numbers(values: list[float | None]) -> list[float]:
     """NaN where there is none: matplotlib leaves a gap."""
     return [math.nan if v is None else v for v in values]
+
+
+def shortened(name: str, most: int = 44) -> str:
+    """`name` in at most `most` characters: of a path the end tells, of a name the beginning."""
+    half = (most - 2) // 2
+    return name if len(name) <= most else f"{name[:half]} … {name[1 - half :]}"

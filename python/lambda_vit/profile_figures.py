@@ -6,19 +6,17 @@ its mean: then there are no quartiles to draw.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lambda_kernels.files import atomic_write, check_writable
+from lambda_kernels.files import atomic_write
 
-from .figure_style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, new_figure, numbers
+from .figure_style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, new_figure, numbers, shortened
+from .plot_files import encode, plot_format
 from .units import listed
-
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 LAYER_NAMES = {"attn": "attention", "mlp": "MLP"}
 # Filled against hollow and solid against dashed: the two stay apart without colour.
@@ -177,30 +175,6 @@ def draw_ranking(figure: Any, profile: Mapping[str, Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
-def check_outputs(out: Path | None, plot: Path | None) -> None:
-    """Raise before the work whose results could not be written: a record to `out`, a figure to `plot`.
-
-    Raises:
-        ValueError: A suffix does not fit, or a path is a folder.
-        OSError: A place cannot be written to.
-    """
-    if plot is not None:
-        _format(plot)
-    if out is not None and out.suffix.lower() in PLOT_SUFFIXES:
-        raise ValueError(f"--out writes JSON; got {str(out)!r}. A figure is drawn with --plot")
-    for path in filter(None, (out, plot)):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; name a file in it")
-        check_writable(path)
-
-
-def _format(path: str | Path) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in PLOT_SUFFIXES:
-        raise ValueError(f"a plot is a file that ends in {', '.join(PLOT_SUFFIXES)}; got {str(path)!r}")
-    return suffix[1:]
-
-
 def save_plot(path: str | Path, profile: Mapping[str, Any]) -> None:
     """Write both figures of a profile on one page, atomically, for paper: light, 7.6 inches wide.
 
@@ -212,17 +186,14 @@ def save_plot(path: str | Path, profile: Mapping[str, Any]) -> None:
         ValueError: The suffix is another one.
         OSError: It cannot be written.
     """
-    content = render(profile, _format(path))
+    content = render(profile, plot_format(path))
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
 def render(profile: Mapping[str, Any], kind: str) -> bytes:
     """Both figures on one page as "png", "svg" or "pdf"."""
-    name = str(profile.get("model") or "model")
-    name = (
-        name if len(name) <= 44 else f"{name[:21]} … {name[-20:]}"
-    )  # of a path the end tells, of a name the beginning
+    name = shortened(str(profile.get("model") or "model"))
     height = by_block_height(profile) + 0.35
     any_attention = any(
         mean(row, "attn", name) is not None for name in estimators(profile) for row in profile["blocks"]
@@ -240,10 +211,7 @@ def render(profile: Mapping[str, Any], kind: str) -> bytes:
             part.suptitle(title, x=0.015, ha="left", fontsize=10.5, fontweight="bold")
             draw(part, profile, {}) if draw is draw_by_block else draw(part, profile)
         foot.text(0.015, 0.95, "\n".join(notes), color=MUTED, fontsize=8, va="top", linespacing=1.35)
-        target = io.BytesIO()
-        stamp = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}[kind]
-        figure.savefig(target, format=kind, dpi=200, facecolor="white", metadata=stamp)
-    return target.getvalue()
+        return encode(figure, kind)
 
 
 def _facts(profile: Mapping[str, Any]) -> str:

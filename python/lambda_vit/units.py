@@ -43,6 +43,11 @@ def bits3(value: float) -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
+def signed3(value: float) -> str:
+    """A difference: its sign, and three decimals; 0 where nothing differs."""
+    return f"{value:+.3f}".replace("-", "−") if value else "0"
+
+
 def spread(low: float, high: float) -> str:
     return f"{three(low)}–{three(high)}"
 

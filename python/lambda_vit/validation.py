@@ -75,7 +75,12 @@ def kernel_paths(model: nn.Module) -> list[dict]:
     return [asdict(row) for row in describe_blocks(model)] if hasattr(model, "lambda_kernels_info") else []
 
 
-def _check_preparation(models: Mapping[str, nn.Module]) -> None:
+def check_preparation(models: Mapping[str, nn.Module], remedy: str) -> None:
+    """Refuse models, by name, that were made for images that are prepared differently.
+
+    Raises:
+        ValueError: What differs, and `remedy`.
+    """
     from timm.data import resolve_model_data_config
 
     wanted = {}
@@ -89,7 +94,7 @@ def _check_preparation(models: Mapping[str, nn.Module]) -> None:
             listed = "; ".join(f"{key} {wanted[first][key]} and {wanted[other].get(key)}" for key in keys)
             raise ValueError(
                 f"{first} and {other} want their images prepared differently ({listed}): they cannot be compared on one "
-                "data set. Validate each alone"
+                f"data set. {remedy}"
             )
 
 
@@ -124,7 +129,7 @@ def compare(
     Raises:
         ValueError: The models were made for images that are prepared differently: one loader cannot serve them all.
     """
-    _check_preparation(models)
+    check_preparation(models, "Validate each alone")
     sizes = tuple(dict.fromkeys(batch_sizes))
     times = compare_latency(models, sizes, seconds=30) if sizes else {}
     reference = models.get("reference")

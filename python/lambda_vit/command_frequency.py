@@ -1,0 +1,125 @@
+"""`lambda-vit frequency`: the features' amplitude by frequency, before and after attention layers are removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from .command_options import (
+    BatchSize,
+    Data,
+    Device,
+    Model,
+    Pretrained,
+    Remove,
+    Samples,
+    SelectionFile,
+    SkipBad,
+    Weights,
+    Workers,
+    app,
+    check_made_for,
+    chosen_layers,
+    make_console,
+    open_data,
+    report_bad,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .selection import Selection
+
+
+@app.command()
+def frequency(
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    selection: SelectionFile = None,
+    remove: Remove = "",
+    compare: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A folder saved by convert instead: the model after removal.", show_default=False),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    samples: Samples = 256,
+    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,  # noqa: UP045
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    skip_bad: SkipBad = 0,
+    device: Device = "auto",
+) -> None:
+    """Print the amplitude of features by frequency, block by block, before and after attention is removed."""
+    from lambda_kernels.files import write_json
+
+    from . import environment, frequency_figures, progress
+    from .frequency import compare_frequencies, feature_frequencies
+    from .frequency_table import frequency_notes, frequency_table, subject
+    from .loading import open_model
+    from .plot_files import check_outputs
+
+    chosen = _chosen(selection, remove, compare)
+    check_outputs(out, plot)
+    with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        if selection is not None:
+            check_made_for(chosen, selection, network, model)
+        other = _other(network, chosen, compare, device)
+        loader = open_data(network, data, split, samples, batch_size, workers, skip_bad)
+        if other is None:
+            found = {"before": feature_frequencies(network, loader).to_dict()}
+        else:
+            found = compare_frequencies(network, other, loader).to_dict()
+    record = {
+        "model": model,
+        "compared": None if compare is None else str(compare),
+        "command": environment.command_line(),
+        "environment": environment.versions(),
+        "unit": "natural logarithm",
+        **found,
+    }
+    console = make_console()
+    console.print(
+        f"{subject(record)}: Δ log amplitude of the blocks' outputs ({record['before']['samples']} images)",
+        soft_wrap=True,
+    )
+    console.print(frequency_table(record))
+    for line in frequency_notes(record):
+        console.print(line, soft_wrap=True)
+    report_bad(console, loader)
+    if out is not None:
+        write_json(out, record)
+    if plot is not None:
+        frequency_figures.save_plot(plot, record)
+    for written in filter(None, (out, plot)):
+        console.print(f"Written: {written}", soft_wrap=True)
+
+
+def _chosen(selection: Path | None, remove: str, compare: Path | None) -> Selection | tuple[int, ...] | None:
+    """The layers to skip; None where there is nothing to compare with, or a saved model."""
+    if sum((selection is not None, bool(remove), compare is not None)) > 1:
+        raise ValueError("pass one of --remove 1,5,4,11, --selection FILE and --compare FOLDER, or none of them")
+    if compare is not None and not compare.is_dir():
+        raise ValueError(f"--compare {compare} is no folder saved by convert")
+    return None if selection is None and not remove else chosen_layers(selection, remove)
+
+
+def _other(
+    network: nn.Module, chosen: Selection | tuple[int, ...] | None, compare: Path | None, device: str
+) -> nn.Module | None:
+    from .loading import open_model
+    from .paths import skip_attention
+    from .validation import check_preparation
+
+    if chosen is not None:
+        return skip_attention(network, chosen)
+    if compare is None:
+        return None
+    other = open_model(str(compare), device=device, option="--compare")
+    check_preparation({"--model": network, "--compare": other}, "Measure each alone")
+    return other

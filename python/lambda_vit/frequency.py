@@ -1,0 +1,381 @@
+"""The amplitude of a vision transformer's features by the radial frequency of the token map, block by block.
+
+After "How Do Vision Transformers Work?" (arXiv 2202.06709, figures 2 and 8: the log amplitude of Fourier transformed
+feature maps, relative to frequency zero) and the frequency analysis of arXiv 2404.05657, which compares features before
+and after attention layers are removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
+from lambda_kernels.families import inspect_model, qualified_name
+
+from .placement import eval_mode, one_device, one_dtype
+from .progress import track
+from .radial import radial_bins, radial_spectra
+
+_PADDED = "timm.models.naflexvit.NaFlexVit"  # by name: not every timm has it
+
+
+@dataclass(frozen=True)
+class BlockFrequencies:
+    """What comes out of one block, by radial frequency: an entry per bin in each tuple.
+
+    Attributes:
+        block: Its index.
+        attention: Whether it has its attention.
+        log_amplitude: Mean over images, channels and the bin's coefficients of ln A; see `radial.RadialSpectra`.
+        amplitude: Mean of A, as arXiv 2404.05657 has it.
+        power: Mean of A².
+        relative: Δ log amplitude, that is `log_amplitude` less its first entry. A factor on all features leaves it as it is.
+        relative_error: Its standard error over the images.
+        mean: Mean of `relative` over the bins above zero up to the highest one.
+        mean_error: Its standard error over the images.
+        floored: How many of the images' amplitudes were below 2^-24 and counted as that in logarithms.
+    """
+
+    block: int
+    attention: bool
+    log_amplitude: tuple[float, ...]
+    amplitude: tuple[float, ...]
+    power: tuple[float, ...]
+    relative: tuple[float, ...]
+    relative_error: tuple[float, ...]
+    mean: float
+    mean_error: float
+    floored: int
+
+
+@dataclass(frozen=True)
+class FeatureFrequencies:
+    """The spectra of the features of a model.
+
+    Attributes:
+        samples: Images.
+        grid: Rows and columns of the token map.
+        prefix_tokens: Class, distillation and register tokens, which have no place in the map and are left out.
+        channels: Of the features.
+        dtype: Of the features, such as "float32". Spectra are taken in float64.
+        removed: Blocks without attention.
+        residual_scale: Of those blocks; None where there are none.
+        frequencies: Middle of each bin, in units of π.
+        coefficients: How many of the coefficients of a map each bin holds.
+        highest: The bin at π, or next below it where the shorter side of the map is odd.
+        blocks: One entry per block, in order.
+    """
+
+    samples: int
+    grid: tuple[int, int]
+    prefix_tokens: int
+    channels: int
+    dtype: str
+    removed: tuple[int, ...]
+    residual_scale: float | None
+    frequencies: tuple[float, ...]
+    coefficients: tuple[int, ...]
+    highest: int
+    blocks: tuple[BlockFrequencies, ...]
+
+    def to_dict(self) -> dict:
+        """As plain JSON types."""
+        return _plain(asdict(self))
+
+
+@dataclass(frozen=True)
+class BlockChange:
+    """What the features of one block have in the second model less what they have in the first.
+
+    Attributes:
+        block: Its index.
+        relative: Change of Δ log amplitude in each bin.
+        relative_error: Its standard error over the images, each compared with itself.
+        mean: Change of the mean of Δ log amplitude over the bins above zero up to the highest one.
+        mean_error: Its standard error over the images.
+    """
+
+    block: int
+    relative: tuple[float, ...]
+    relative_error: tuple[float, ...]
+    mean: float
+    mean_error: float
+
+
+@dataclass(frozen=True)
+class FrequencyComparison:
+    """Two models on the same images.
+
+    Attributes:
+        before: The first one.
+        after: The second one.
+        changes: One entry per block, in order.
+    """
+
+    before: FeatureFrequencies
+    after: FeatureFrequencies
+    changes: tuple[BlockChange, ...]
+
+    def to_dict(self) -> dict:
+        """As plain JSON types."""
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "changes": [_plain(asdict(change)) for change in self.changes],
+        }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+
+@torch.inference_mode()
+def feature_frequencies(model: nn.Module, loader: Iterable) -> FeatureFrequencies:
+    """Measure the amplitude of the output of every block of `model` by radial frequency, in one pass over the data.
+
+    Of a batch its sums alone are kept, in float64.
+
+    Args:
+        model: A timm vision transformer, converted or not.
+        loader: Yields images, or tuples whose first item is images, all of one size; iterated once.
+
+    Raises:
+        ValueError: Fewer than two images, or the weights are on the meta device.
+        UnsupportedModelError: The model's blocks are not known, or their tokens are no map: some were dropped or merged.
+        NonFiniteActivationError: NaN or infinity; names block, batch and dtype.
+    """
+    meter = _Meter(model)
+    with eval_mode(model):
+        for batch in track(loader, "Frequencies"):
+            meter.update(_images(batch))
+    return meter.result()
+
+
+@torch.inference_mode()
+def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) -> FrequencyComparison:
+    """Measure two models, such as one before and after attention layers were removed, in one pass over the data.
+
+    Args:
+        model: A timm vision transformer, converted or not: "before".
+        other: One with as many blocks: "after". It may share modules with `model`, as `skip_attention(model, layers)` does.
+        loader: As for `feature_frequencies`.
+
+    Raises:
+        ValueError: As for `feature_frequencies`, or the models differ in depth or in the size of their token maps.
+        UnsupportedModelError: As for `feature_frequencies`.
+        NonFiniteActivationError: NaN or infinity; names model, block, batch and dtype.
+    """
+    before, after = meters = _Meter(model, "before: "), _Meter(other, "after: ")
+    if before.depth != after.depth:
+        raise ValueError(
+            f"the models have {before.depth} and {after.depth} blocks: they can only be compared block by block"
+        )
+    changes = _Moments()
+    with eval_mode(model, other):
+        for batch in track(loader, "Frequencies"):
+            first, second = (meter.update(_images(batch)) for meter in meters)
+            if before.grid != after.grid:
+                raise ValueError(
+                    f"the models have token maps of {_times(before.grid)} and {_times(after.grid)}: their frequencies are "
+                    "not the same ones"
+                )
+            changes.update(second - first)
+    results = [meter.result() for meter in meters]
+    means, errors = changes.mean.tolist(), changes.error().tolist()
+    rows = (
+        BlockChange(index, tuple(mean[:-1]), tuple(error[:-1]), mean[-1], error[-1])
+        for index, (mean, error) in enumerate(zip(means, errors, strict=True))
+    )
+    return FrequencyComparison(*results, tuple(rows))
+
+
+def _images(batch: Tensor | Sequence) -> Tensor:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _times(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} × {grid[1]}"
+
+
+class _Moments:
+    """Mean and squared deviations over the first dimension of what it is given, merged as by Chan et al. (1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Take in float64 `[N, …]`; N may be 0."""
+        number = len(values)
+        if number == 0:
+            return
+        mean = values.mean(0)
+        shift = mean - self.mean
+        total = self.count + number
+        self._squares = self._squares + (values - mean).square().sum(0) + shift.square() * (self.count * number / total)
+        self.mean = self.mean + shift * (number / total)
+        self.count = total
+
+    def error(self) -> Tensor:
+        """Standard error of the mean; there have to be two values or more."""
+        return (self._squares / (self.count - 1) / self.count).sqrt()
+
+
+class _Meter:
+    """Runs one model on batches and keeps what is measured of its blocks' outputs."""
+
+    def __init__(self, model: nn.Module, label: str = "") -> None:
+        if qualified_name(model) == _PADDED:
+            raise UnsupportedModelError(
+                f"{label}frequencies of NaFlexVit are not supported: its batches hold padding, and images whose token maps "
+                "differ. Use a model of one image size"
+            )
+        self._anatomy = inspect_model(model)
+        self._device, self._dtype = one_device(model), one_dtype(model)
+        if self._device.type == "meta":
+            raise ValueError(f"{label}the weights are on the meta device, where nothing is computed: load them first")
+        self.depth = self._anatomy.depth
+        self.grid: tuple[int, int] | None = None
+        self._model, self._label = model, label
+        self._prefix = _prefix_tokens(model)
+        self._batches = 0
+        self._seen = (0, "")  # channels and dtype
+        self._spectra = _Moments()  # [N, depth, 3, bins]
+        self._relative = _Moments()  # [N, depth, bins + 1]
+        self._floored = torch.zeros(self.depth, dtype=torch.int64)
+
+    def update(self, images: Tensor) -> Tensor:
+        """Measure a batch: Δ log amplitude, and its mean behind the bins; float64 `[N, depth, bins + 1]` on the CPU."""
+        self._batches += 1
+        found: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        shape = images.shape[-2:]
+
+        def hook(index: int, output: Tensor) -> None:
+            bad = output.numel() - torch.isfinite(output).sum()
+            spectra = radial_spectra(self._token_map(index, output, shape))
+            means = torch.stack((spectra.log_amplitude, spectra.amplitude, spectra.power), 1)
+            self._seen = (output.shape[-1], str(output.dtype).removeprefix("torch."))
+            found.append((index, bad, means, spectra.floored.sum()))
+
+        # For this forward alone: the other model of a comparison may run the same modules.
+        handles = [
+            block.register_forward_hook(lambda module, arguments, output, index=index: hook(index, output))
+            for index, block in enumerate(self._model.blocks)
+        ]
+        try:
+            self._model(images.to(self._device, self._dtype, non_blocking=True))
+        finally:
+            for handle in handles:
+                handle.remove()
+        indices, bad, means, floored = zip(*found, strict=True) if found else ((), (), (), ())
+        if indices != tuple(range(self.depth)):
+            raise UnsupportedModelError(
+                f"{self._label}the forward of this {type(self._model).__name__} does not run its blocks once, one after the "
+                f"other: {self.depth} blocks ran as {list(indices)}"
+            )
+        tokens = self._prefix + self.grid[0] * self.grid[1]
+        self._check_finite(torch.stack(bad).tolist(), len(images) * tokens * self._seen[0])
+        means = torch.stack(means, 1).cpu()
+        self._floored += torch.stack(floored).cpu()
+        self._spectra.update(means)
+        logarithms = means[:, :, 0]
+        relative = logarithms - logarithms[..., :1]
+        up_to = radial_bins(*self.grid).highest + 1
+        relative = torch.cat((relative, relative[..., 1:up_to].mean(-1, keepdim=True)), -1)
+        self._relative.update(relative)
+        return relative
+
+    def _token_map(self, index: int, output: Tensor, shape: Sequence[int]) -> Tensor:
+        """The tokens of the image in their places, [N, H, W, C]."""
+        if output.dim() != 3:
+            raise UnsupportedModelError(
+                f"{self._label}blocks[{index}] gives a tensor of shape {tuple(output.shape)}, not [N, T, C]"
+            )
+        tokens = output.shape[1] - self._prefix
+        grid = next((g for g in _grids(self._model, shape) if g[0] * g[1] == tokens), None)
+        if grid is None:
+            raise UnsupportedModelError(
+                f"{self._label}blocks[{index}] gives {tokens} tokens of the image and {self._prefix} others, which is no map "
+                f"of {' or '.join(map(_times, _grids(self._model, shape))) or 'a known size'}: frequencies need every "
+                "token in its place. Measure without patch dropout and token merging"
+            )
+        if self.grid is None:
+            self.grid = grid
+        if grid != self.grid:
+            raise ValueError(
+                f"{self._label}batch {self._batches} has token maps of {_times(grid)}, those before it {_times(self.grid)}: "
+                "measure images of one size"
+            )
+        return output[:, self._prefix :].unflatten(1, grid)
+
+    def _check_finite(self, bad: list[int], values: int) -> None:
+        for index, number in enumerate(bad):
+            if number:
+                dtype = self._seen[1]
+                raise NonFiniteActivationError(
+                    f"{self._label}blocks[{index}]: {number} of {values} values are NaN or infinite in batch {self._batches} "
+                    f"({dtype}). "
+                    + ("Try bfloat16 or float32" if dtype == "float16" else "Check the weights and the input")
+                )
+
+    def result(self) -> FeatureFrequencies:
+        samples = self._spectra.count
+        if samples < 2:
+            got = "no images" if samples == 0 else "one image"
+            raise ValueError(f"loader gave {got}: a mean over images and its standard error need two or more")
+        bins = radial_bins(*self.grid)
+        spectra = self._spectra.mean.tolist()
+        relative, errors = self._relative.mean.tolist(), self._relative.error().tolist()
+        blocks = (
+            BlockFrequencies(
+                index,
+                index not in self._anatomy.removed,
+                *map(tuple, spectra[index]),
+                tuple(relative[index][:-1]),
+                tuple(errors[index][:-1]),
+                relative[index][-1],
+                errors[index][-1],
+                int(self._floored[index]),
+            )
+            for index in range(self.depth)
+        )
+        return FeatureFrequencies(
+            samples,
+            self.grid,
+            self._prefix,
+            *self._seen,
+            self._anatomy.removed,
+            self._anatomy.residual_scale,
+            bins.frequencies,
+            bins.coefficients,
+            bins.highest,
+            tuple(blocks),
+        )
+
+
+def _prefix_tokens(model: nn.Module) -> int:
+    """How many tokens come before those of the image."""
+    number = getattr(model, "num_prefix_tokens", None)
+    if type(number) is not int:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not say how many of its tokens are none of the image (num_prefix_tokens is "
+            f"{number!r}): the token map cannot be told from the rest"
+        )
+    return number
+
+
+def _grids(model: nn.Module, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows and columns of the token map that the embedding may have made of images of `shape` (H, W), the likeliest first."""
+    embedding = getattr(model, "patch_embed", None)
+    found = []
+    if hasattr(embedding, "dynamic_feat_size"):
+        found.append(embedding.dynamic_feat_size(tuple(shape)))
+    found.append(getattr(embedding, "grid_size", None))  # where a convolutional stem rounds otherwise
+    return list(dict.fromkeys(tuple(map(int, grid)) for grid in found if grid is not None))
