@@ -401,6 +401,18 @@ class FusedMlp(MlpHalf):
             masks["is_causal"] = is_causal
         return self._mlp_half(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks))))
 
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
+        # No hook, which would stay behind where the submodules move to another block.
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        here = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if strict and here and not any(key.startswith("attn.") for key in here):
+            errors.append(
+                f"{prefix.rstrip('.')} has attention, but the checkpoint holds none for it: it was saved from a converted "
+                "model. Load it with from_pretrained, or into a model converted with the same `remove`"
+            )
+
 
 def _explain_attention_keys(
     module: AttentionFreeBlock, state_dict: dict, prefix: str, metadata: dict, strict: bool, *rest: list
