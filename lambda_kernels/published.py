@@ -131,7 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
 def _find_architecture(path: Path, state: dict[str, Tensor], size: str | None, given: str | None) -> tuple[str, str]:
     width = state["patch_embed.proj.weight"].shape[0]
     if given is not None:
-        return given, "asked for"
+        return given, "the argument"
     by_width = _WIDTHS.get(width)
     if by_width is None:
         raise CheckpointError(
@@ -152,7 +152,7 @@ def _find_removed(
     absent = tuple(sorted(set(range(depth)) - blocks_with_attention(state)))
     said, by = None, ""
     if given is not None:
-        said, by = check_indices(given, depth), "asked for"
+        said, by = check_indices(given, depth), "the argument"
     elif digits is not None:
         # The released names hold one digit for each block, in rising order.
         said, by = tuple(map(int, digits)), f"the file's name, {path.name}"

@@ -81,8 +81,8 @@ def visible_args(model: nn.Module) -> dict:
     proj = getattr(patch, "proj", None)
     if isinstance(proj, nn.Conv2d):
         args |= {"in_chans": proj.in_channels, "patch_size": list(proj.kernel_size)}
-    elif getattr(embeds, "patch_size", None) is not None:
-        args["patch_size"] = list(embeds.patch_size)
+    elif embeds is not model:
+        args |= {"patch_size": list(embeds.patch_size), "pos_embed_grid_size": _sides(embeds.pos_embed_grid_size)}
     if getattr(patch, "img_size", None) is not None:
         args["img_size"] = list(patch.img_size)
     args["depth"] = len(model.blocks)
@@ -91,6 +91,8 @@ def visible_args(model: nn.Module) -> dict:
     args["reg_tokens"] = args["num_reg_tokens"] = 0 if registers is None else registers.shape[1]
     args["num_classes"] = model.num_classes
     args |= _args_of_blocks(model.blocks)
+    if "mlp_ratio" in args and _doubles_glu(model):
+        args["mlp_ratio"] /= 2
     args |= {
         "drop_rate": _rate(getattr(model, "head_drop", None)),
         "pos_drop_rate": _rate(getattr(embeds, "pos_drop", None)),
@@ -108,6 +110,14 @@ def _argument_names(model: nn.Module) -> set[str]:
         if isinstance(model, naflexvit.NaFlexVit):
             names |= set(naflexvit.NaFlexVitCfg.__dataclass_fields__)
     return names
+
+
+def _doubles_glu(model: nn.Module) -> bool:
+    # Eva asks its gated MLPs for twice the width that mlp_ratio says, a ViT for just that.
+    from timm.layers import GluMlp
+    from timm.models.eva import Eva
+
+    return isinstance(model, Eva) and isinstance(model.blocks[-1].mlp, GluMlp)
 
 
 def _args_of_blocks(blocks: nn.Module) -> dict:
@@ -136,6 +146,10 @@ def ratio_for(channels: int, hidden: int) -> float:
     """The float that `int(channels * ratio)` makes `hidden` of again; the quotient can fall short of it by one."""
     ratio = hidden / channels
     return ratio if int(channels * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _sides(size: object) -> list[int] | None:
+    return None if size is None else list(size)
 
 
 def _rate(dropout: nn.Module | None) -> float:
