@@ -135,6 +135,43 @@ def test_checkpoints_of_timm(tmp_path):
     assert read_weights(path).keys() == model.state_dict().keys()
 
 
+def test_what_the_scripts_of_timm_call(tmp_path):
+    """Newer ones resolve the arguments of create_model first, and hand it the config of the name in full."""
+    model = small(removed=(0, 2))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pth")
+    args = {**SMALL, "removed": (0, 2), "global_pool": None, "scriptable": False}
+    if hasattr(timm.models, "resolve_model_input_args"):
+        args = timm.models.resolve_model_input_args("lambda_deit_tiny_patch16_224", {}, **args)
+        assert args["pretrained_cfg"]["architecture"] == "lambda_deit_tiny_patch16_224"
+    else:
+        args["model_name"] = "lambda_deit_tiny_patch16_224"
+    validated = timm.create_model(**args, pretrained=False)
+    load_checkpoint(validated, str(tmp_path / "w.pth"))
+    assert torch.equal(validated.eval()(images()), model(images()))
+    assert validated.to(torch.bfloat16)(images().bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(
+        ValueError, match=r"residual_scale=1\.0"
+    ):  # validate.py without --checkpoint asks for pretrained
+        timm.create_model(**args, pretrained=True)
+
+
+@pytest.mark.parametrize("how", ["overlay", "config"])
+def test_weights_that_a_config_names_are_those_of_the_small_model(how, tmp_path):
+    """The way in which timm loads from the hub: pretrained=True, and a config that says where the weights are."""
+    model = small(removed=(0, 2))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    source = {"file": str(tmp_path / "w.pth"), "num_classes": 10}
+    options = {"pretrained_cfg_overlay": source}
+    if how == "config":
+        cfg = timm.models.get_pretrained_cfg("lambda_deit_tiny_patch16_224").to_dict()
+        options = {"pretrained_cfg": {**cfg, **source}}
+    loaded = small(removed=(0, 2), seed=1, pretrained=True, **options)
+    assert torch.equal(loaded(images()), model(images()))
+    with pytest.raises(RuntimeError, match=r"blocks\.1 has no attention any more"):
+        small(removed=(0, 1), pretrained=True, **options)
+    assert small(removed=(0, 1), **options).lambda_kernels_info.removed == (0, 1)  # not asked to load them
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model = small(removed=(0, 2)).train()
     gradients = []
