@@ -41,8 +41,7 @@ def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
     elif not isinstance(ours["removed"], list) or not isinstance(ours["residual_scale"], (int, float)):
         raise CheckpointError(
             f"{path} does not say what was removed: model_args has removed={ours['removed']!r}, residual_scale="
-            f"{ours['residual_scale']!r}. Save it with model_args=lambda_kernels.timm_models.model_args(model), or from "
-            "this folder's weights by save_pretrained"
+            f"{ours['residual_scale']!r}. Save it with model_args=lambda_kernels.timm_models.model_args(model)"
         )
     if isinstance(config.get("num_classes"), int):
         args.setdefault("num_classes", config["num_classes"])

@@ -156,7 +156,7 @@ def _check_full_weights(name: str, base: str, residual_scale: float) -> None:
     warnings.warn(
         f"{name}: the pretrained weights are those of {base}, trained with all its attention; expect less accuracy until it is "
         "trained without",
-        stacklevel=6,
+        stacklevel=5,
     )
 
 

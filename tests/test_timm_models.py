@@ -103,8 +103,11 @@ def test_pretrained_weights_are_those_of_the_full_model_and_said_to_be(monkeypat
     local = dataclasses.replace(names["deit_tiny_patch16_224"], url=None, hf_hub_id=None, file=str(real_data / WEIGHTS))
     monkeypatch.setitem(names, "deit_tiny_patch16_224", local)
     full = timm.create_model("deit_tiny_patch16_224", pretrained=True)
-    with pytest.warns(UserWarning, match="weights are those of deit_tiny_patch16_224, trained with all its attention"):
+    with pytest.warns(
+        UserWarning, match="weights are those of deit_tiny_patch16_224, trained with all its attention"
+    ) as warned:
         model = timm.create_model("lambda_deit_tiny_patch16_224", pretrained=True, removed=[1, 5], residual_scale=1.0)
+    assert warned[0].filename == __file__
     expected = convert_vit(full, (1, 5)).state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
