@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def read_file(path: str | Path) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_plain_data()):
+        with _plain_data_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and pickle each have their own kinds
         refused = _refused_globals(path)
@@ -58,6 +59,12 @@ def read_file(path: str | Path) -> object:
                 "you trust it, load it where it was written and save its state dict alone"
             ) from error
         raise CheckpointError(f"{path} cannot be read as weights ({type(error).__name__}: {error})") from error
+
+
+def _plain_data_allowed() -> AbstractContextManager:
+    # On leaving, PyTorch would also forbid what the caller had allowed before.
+    already = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([kind for kind in _plain_data() if kind not in already])
 
 
 def _plain_data() -> list:
@@ -77,7 +84,7 @@ def _plain_data() -> list:
 def _refused_globals(path: Path) -> list[str]:
     """Names of what a pickled file would call or build beyond plain data; empty where that cannot be told."""
     try:
-        with torch.serialization.safe_globals(_plain_data()):
+        with _plain_data_allowed():
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # no such file at all, or one in PyTorch's format of before 1.6
         return []
