@@ -23,6 +23,7 @@ _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_pat
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 _ARGUMENTS = frozenset(inspect.signature(Block.forward).parameters)
 _UNKNOWN_ARGUMENTS = sorted(_ARGUMENTS - {"self", "x", "attn_mask", "is_causal"})
+_HAS_MASK = "attn_mask" in _ARGUMENTS  # not in timm 1.0.15
 _HAS_CAUSAL = "is_causal" in _ARGUMENTS  # seen in timm 1.0.26, not in 1.0.23
 
 _BARE = frozenset(vars(nn.Module()))
@@ -396,19 +397,34 @@ class FusedMlp(MlpHalf):
         return block
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        masks = {"attn_mask": attn_mask}
-        if _HAS_CAUSAL or is_causal:  # an attention that knows no is_causal refuses it, as it does under timm's Block
+        masks = {}  # an attention that knows none of them refuses one that is given, as it does under timm's Block
+        if _HAS_MASK or attn_mask is not None:
+            masks["attn_mask"] = attn_mask
+        if _HAS_CAUSAL or is_causal:
             masks["is_causal"] = is_causal
         return self._mlp_half(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks))))
 
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
+        # No hook, which would stay behind where the submodules move to another block.
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        here = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if here and not any(key.startswith("attn.") for key in here):
+            missing.append(
+                f"{prefix.rstrip('.')} has attention, but the checkpoint holds none for it: it was saved from a converted "
+                "model. Load it with from_pretrained, or into a model converted with the same `remove`"
+            )
+
 
 def _explain_attention_keys(
-    module: AttentionFreeBlock, state_dict: dict, prefix: str, metadata: dict, strict: bool, *rest: list
+    module: AttentionFreeBlock, state_dict: dict, prefix: str, metadata: dict, strict: bool, *lists: list
 ) -> None:
-    # A checkpoint of the full model would otherwise only give a list of unexpected keys.
-    error_msgs = rest[-1]
-    if strict and any(key.startswith((f"{prefix}attn.", f"{prefix}norm1.")) for key in state_dict):
-        error_msgs.append(
+    # A checkpoint of the full model would otherwise only give a list of unexpected keys. The reason goes among them: PyTorch
+    # always calls this with strict=True, and an error of its own would be raised with strict=False too.
+    _, unexpected, _ = lists
+    if any(key.startswith((f"{prefix}attn.", f"{prefix}norm1.")) for key in state_dict):
+        unexpected.append(
             f"{prefix.rstrip('.')} has no attention any more, but the checkpoint holds some for it. Load a full checkpoint "
             "into the full model first and convert that"
         )

@@ -5,37 +5,61 @@ Strict both ways: a model that the config cannot rebuild is refused when it is s
 
 from __future__ import annotations
 
-import inspect
 import json
+import math
 import os
 import shutil
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .blocks import AttentionFreeBlock, FusedMlp
-from .convert import check_indices, remove_attention
+from .convert import FUSE, remove_attention
 from .errors import CheckpointError
 from .families import inspect_model
 from .files import atomic_write, remove_leftovers, sha256, write_json
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
 from .ops.ln_mlp import RECOMPUTE
+from .rebuilding import build, build_skeleton, find_model_args, first_difference, is_json
+from .weights import load_state_dict, read_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # The weights that an existing config.json belongs to, kept until the new one has replaced it.
 PREVIOUS = "model.previous.safetensors"
+# Goes up when a reader that passes over what it does not know would build another model. Fields that only tell more
+# (versions, selection) came within format 1; folders without them load.
 FORMAT = 1
 
-# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
-_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing")
+# Names that start so are this library's own entry points in timm; see `timm_models`.
+PREFIX = "lambda_"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a saved folder says of its model beyond what it is; hangs on a loaded one as `lambda_kernels_provenance`.
+
+    Attributes:
+        architecture: timm's name of the model that attention was removed from.
+        versions: Of "torch", "timm" and "lambda_kernels", when it was saved; empty where the folder does not say.
+        selection: How the removed layers were chosen, with all scores, as `Selection.to_dict` gives it; None: unknown.
+    """
+
+    architecture: str
+    versions: dict[str, str] = field(default_factory=dict)
+    selection: dict | None = None
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | Path, *, architecture: str | None = None, model_args: dict | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    architecture: str | None = None,
+    model_args: dict | None = None,
+    selection: object = None,
 ) -> Path:
     """Write `folder/config.json` and `folder/model.safetensors`.
 
@@ -47,26 +71,32 @@ def save_pretrained(
         architecture: timm's name of the model; None reads it from the model.
         model_args: Arguments for `timm.create_model` that cannot be seen on the model. Sizes, classes, pooling and rates
             are found by themselves.
+        selection: How the removed layers were chosen: a `Selection`, or a dict as its `to_dict` gives it. It goes into the
+            config with all its scores. None keeps the one that the model was loaded with.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: timm would build another model from the config; the first difference is named.
-        UnsupportedModelError: The model is wrapped or of an unknown kind.
+        CheckpointError: timm would build another model from the config; the first difference is named. Or `selection` is of
+            other layers than those that were removed.
+        UnsupportedModelError: The model is wrapped, of an unknown kind, or its attention is still being diluted.
         OSError: No room on the disk; nothing was written.
     """
     folder = Path(folder)
     anatomy = inspect_model(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    architecture = architecture or cfg.get("architecture")
+    architecture = (architecture or cfg.get("architecture") or "").removeprefix(PREFIX)
     if not architecture:
         raise CheckpointError(
             f"{type(model).__name__} does not say which timm model it is. Build it with timm.create_model, or pass "
             "architecture='…' (and model_args)"
         )
-    cfg = {key: value for key, value in cfg.items() if _is_json(value)}
-    model_args = _find_model_args(model, architecture, cfg, dict(model_args or {}))
+    cfg = {key: value for key, value in cfg.items() if is_json(value)}
+    if "architecture" in cfg:
+        cfg["architecture"] = cfg["architecture"].removeprefix(PREFIX)
+    chosen = _selection_record(model, selection, anatomy.removed)
+    model_args = find_model_args(model, architecture, cfg, dict(model_args or {}))
     info = getattr(model, "lambda_kernels_info", None)
     config = {
         "architecture": architecture,
@@ -80,9 +110,11 @@ def save_pretrained(
             "residual_scale": anatomy.residual_scale or 1.0,
             # "removed" leaves a model that was never converted as it is
             "fuse": info.fuse if info else "removed",
+            "versions": _versions(),
+            "selection": chosen,
         },
     }
-    difference = _first_difference(_build_skeleton(config), model)
+    difference = first_difference(build_skeleton(config), model)
     if difference:
         raise CheckpointError(
             f"timm.create_model({architecture!r}, **{model_args}) would not rebuild this model: {difference}. Pass what it "
@@ -109,6 +141,30 @@ def save_pretrained(
     write_json(folder / CONFIG, config)
     (folder / PREVIOUS).unlink(missing_ok=True)
     return folder
+
+
+def _versions() -> dict[str, str]:
+    import timm
+
+    return {"torch": str(torch.__version__), "timm": timm.__version__, "lambda_kernels": __version__}
+
+
+def _selection_record(model: nn.Module, selection: object, removed: tuple[int, ...]) -> dict | None:
+    """`selection` as plain JSON types; None where there is none."""
+    if selection is None:
+        known = getattr(getattr(model, "lambda_kernels_provenance", None), "selection", None)
+        return known if known is not None and sorted(known["layers"]) == list(removed) else None
+    record = selection.to_dict() if hasattr(selection, "to_dict") else selection
+    layers = record.get("layers") if isinstance(record, dict) else None
+    if not isinstance(layers, list) or not is_json(record):
+        raise CheckpointError(
+            f"selection must be a Selection, or a dict as its to_dict() gives it; got {type(selection).__name__}"
+        )
+    if sorted(layers) != list(removed):
+        raise CheckpointError(
+            f"selection is of blocks {sorted(layers)}, but the model has lost those of {list(removed)}"
+        )
+    return record
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -138,6 +194,8 @@ def from_pretrained(
 ) -> nn.Module:
     """Build the model that `save_pretrained` wrote and load its weights, strictly; in eval mode.
 
+    A folder that timm's `save_for_hf` wrote is read too, if its architecture is plain or one of `timm_models`.
+
     Args:
         folder: What was given to `save_pretrained`.
         device: Where the model goes.
@@ -145,17 +203,58 @@ def from_pretrained(
         backend: As for `convert_vit`.
         recompute: As for `convert_vit`; it is not saved, since it belongs to a training and not to the model.
 
+    Returns:
+        The model, with `lambda_kernels_info` and `lambda_kernels_provenance` (a `Provenance`).
+
     Raises:
         CheckpointError: A file is missing or damaged, or weights and config do not belong together.
         BackendUnavailableError: `backend="triton"` cannot run on `device`.
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("recompute", recompute, RECOMPUTE)
+    if fuse is not None:
+        check_choice("fuse", fuse, FUSE)
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; expected a folder written by save_pretrained")
-    config = _read_config(folder / CONFIG)
+    config, weights = _read_folder(folder)
+    ours = config["lambda_kernels"]
+    scale = ours["residual_scale"]
+    if not (scale > 0 and math.isfinite(scale)):
+        raise CheckpointError(f"{folder / CONFIG}: residual_scale is {scale}, expected a positive number")
+    if fuse is not None:
+        ours["fuse"] = fuse
+    try:
+        model = build(config, "cpu")
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
+    state = read_weights(weights)
+    try:
+        load_state_dict(model, state, assign=True, source=weights.name)  # assign keeps the dtypes of the file
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} describes another model than {weights.name} holds, as if one of them had been changed: {error}"
+        ) from error
+    model = model.to(device).eval()
+    info = model.lambda_kernels_info
+    # Not before the model is where it will run: there alone it shows whether a backend is available, and which one runs.
+    model = remove_attention(model, info.removed, info.residual_scale, info.fuse, backend, recompute)
+    model.lambda_kernels_provenance = Provenance(
+        config["architecture"], ours.get("versions") or {}, ours.get("selection")
+    )
+    return model
+
+
+def _read_folder(folder: Path) -> tuple[dict, Path]:
+    """The config in `folder`, checked, and the file of weights that belongs to it."""
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG}; expected a folder written by save_pretrained")
+    config = _read_json(folder / CONFIG)
+    if isinstance(config, dict) and "lambda_kernels" not in config:
+        from .hub_folder import read_hub_folder
+
+        return read_hub_folder(config, folder)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}; expected a folder written by save_pretrained")
+    _check_config(config, folder / CONFIG)
     weights = _weights_of(folder)
     if weights is None:
         raise CheckpointError(
@@ -163,16 +262,8 @@ def from_pretrained(
             "model again"
         )
     if weights.name == PREVIOUS:
-        warnings.warn(f"the last save to {folder} was interrupted; this is the model saved before it", stacklevel=2)
-    if fuse is not None:
-        config["lambda_kernels"]["fuse"] = fuse
-    model = _build(config, "cpu")
-    # assign keeps the dtypes of the file, so a bf16 model comes back as one
-    load_state_dict(model, read_weights(weights), assign=True, source=str(weights))
-    model = model.to(device).eval()
-    info = model.lambda_kernels_info
-    # Not before the model is where it will run: there alone it shows whether a backend is available, and which one runs.
-    return remove_attention(model, info.removed, info.residual_scale, info.fuse, backend, recompute)
+        warnings.warn(f"the last save to {folder} was interrupted; this is the model saved before it", stacklevel=3)
+    return config, weights
 
 
 _KINDS = {
@@ -186,202 +277,29 @@ _KINDS = {
     "lambda_kernels.fuse": str,
     "lambda_kernels.sha256": str,
 }
+# Newer than the first folders of format 1.
+_OPTIONAL = {"lambda_kernels.versions": dict, "lambda_kernels.selection": dict}
 
 
-def _read_config(path: Path) -> dict:
+def _read_json(path: Path) -> object:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not a config written by save_pretrained: {error}") from error
-    for name, kind in _KINDS.items():
+
+
+def _check_config(config: object, path: Path) -> None:
+    for name, kind in {**_KINDS, **_OPTIONAL}.items():
         value = config
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
+        if value is None and name in _OPTIONAL:
+            continue
         if not isinstance(value, kind) or isinstance(value, bool):
             raise CheckpointError(f"{path} is not a config written by save_pretrained: {name} is {value!r}")
-    if config["lambda_kernels"]["format"] > FORMAT:
-        found = config["lambda_kernels"]["format"]
+    found = config["lambda_kernels"]["format"]
+    if found > FORMAT:
         raise CheckpointError(f"{path} has format {found}, this version reads up to {FORMAT}; update lambda-kernels")
-    return config
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from .safetensors, or from .pth/.pt/.bin without running pickled code.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or holds no state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and pickle each have their own kinds
-        raise CheckpointError(f"{path} cannot be read as weights ({type(error).__name__}: {error})") from error
-    for key in ("state_dict", "model", "net"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{path} holds no state dict")
-    return loaded
-
-
-def load_state_dict(
-    model: nn.Module, state: dict[str, Tensor], *, assign: bool = False, source: str = "the checkpoint"
-) -> None:
-    """Load strictly, and explain what does not fit. Unlike plain `load_state_dict`, nothing is loaded in that case.
-
-    Raises:
-        CheckpointError: Keys or shapes differ; says so where the one model has attention layers that the other lost.
-    """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if not (missing or unexpected or shapes):
-        model.load_state_dict(state, strict=True, assign=assign)
-        return
-    lost, extra = _attention_blocks(missing), _attention_blocks(unexpected)
-    if missing and not unexpected and not shapes and lost is not None:
-        raise CheckpointError(
-            f"{source} has no attention for blocks {lost}: it was saved from a converted model. Load it with "
-            f"from_pretrained, or into convert_vit(model, remove={lost})"
-        )
-    if unexpected and not missing and not shapes and extra is not None:
-        raise CheckpointError(
-            f"{source} has attention for blocks {extra}, which this model lost. Load it into the full model first, and "
-            "convert that"
-        )
-    parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
-             for what, keys in (("missing keys", missing), ("unexpected keys", unexpected)) if keys]  # fmt: skip
-    for key in sorted(shapes)[:3]:
-        parts.append(f"{key} is {list(state[key].shape)}, the model has {list(own[key].shape)}")
-    raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}")
-
-
-def _attention_blocks(keys: list[str]) -> list[int] | None:
-    blocks = set()
-    for key in keys:
-        parts = key.split(".")
-        if len(parts) < 4 or parts[0] != "blocks" or parts[2] not in ("attn", "norm1", "ls1"):
-            return None
-        blocks.add(int(parts[1]))
-    return sorted(blocks)
-
-
-def _build(config: dict, device: str) -> nn.Module:
-    import timm
-
-    ours = config["lambda_kernels"]
-    # JSON made lists of timm's tuples.
-    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
-    try:
-        with torch.device(device):
-            model = timm.create_model(
-                config["architecture"],
-                pretrained=False,
-                # the mean, standard deviation and crop that the weights were trained with come back with them
-                pretrained_cfg=cfg or None,
-                **config["model_args"],
-            )
-    except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError …
-        raise CheckpointError(
-            f"timm cannot build {config['architecture']!r} with {config['model_args']} ({type(error).__name__}: {error})"
-        ) from error
-    # The warnings of convert_vit were given when the model was converted.
-    removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
-    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"])
-
-
-def _build_skeleton(config: dict) -> nn.Module:
-    """The model for its structure alone: without memory for weights where timm can build it so."""
-    try:
-        return _build(config, "meta")
-    except CheckpointError as error:
-        # Older timm (seen in 1.0.20) reads its drop-path rates off a tensor, which a meta tensor does not have.
-        if "meta" not in str(error):
-            raise
-        return _build(config, "cpu")
-
-
-def _find_model_args(model: nn.Module, architecture: str, cfg: dict, given: dict) -> dict:
-    """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
-    ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
-    plain = {"architecture": architecture, "model_args": given, "pretrained_cfg": cfg, "lambda_kernels": ours}
-    default = _visible_args(_build_skeleton(plain))
-    found = {k: v for k, v in _visible_args(model).items() if k not in given and v != default.get(k)}
-    return {**found, **given}
-
-
-def _visible_args(model: nn.Module) -> dict:
-    """Constructor arguments that can be read off a built model."""
-    # Over all base classes: a distilled model passes *args and **kwargs on.
-    names = {name for cls in type(model).__mro__ for name in inspect.signature(cls.__init__).parameters}
-    args = {
-        k: v
-        for k, v in vars(model).items()
-        if k in names and k not in _NO_EFFECT and isinstance(v, (bool, int, float, str))
-    }
-    patch = model.patch_embed
-    proj = getattr(patch, "proj", None)
-    if isinstance(proj, nn.Conv2d):
-        args |= {"in_chans": proj.in_channels, "patch_size": list(proj.kernel_size)}
-    if getattr(patch, "img_size", None) is not None:
-        args["img_size"] = list(patch.img_size)
-    args["depth"] = len(model.blocks)
-    args["class_token"] = getattr(model, "cls_token", None) is not None
-    args["reg_tokens"] = getattr(model, "num_reg_tokens", 0)
-    args["num_classes"] = model.num_classes
-    last = model.blocks[-1]  # the highest drop-path rate
-    args["drop_path_rate"] = float(getattr(last.drop_path2, "drop_prob", 0.0) or 0.0)
-    # Any value makes a LayerScale; its gamma comes from the weights. Not every timm keeps the one it was built with.
-    args["init_values"] = getattr(last.ls2, "init_values", 1e-5 if hasattr(last.ls2, "gamma") else None)
-    if isinstance(getattr(last.mlp, "fc1", None), nn.Linear):
-        args["mlp_ratio"] = last.mlp.fc1.out_features / last.mlp.fc1.in_features
-        args["proj_drop_rate"] = last.mlp.drop2.p
-    for block in model.blocks:
-        if not isinstance(block, AttentionFreeBlock):
-            attn = block.attn
-            args |= {"num_heads": attn.num_heads, "attn_drop_rate": attn.attn_drop.p}
-            if isinstance(getattr(attn, "qkv", None), nn.Linear):
-                args["qkv_bias"] = attn.qkv.bias is not None
-            args["qk_norm"] = not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity)
-            break
-    for name, dropout in (("drop_rate", "head_drop"), ("pos_drop_rate", "pos_drop"), ("patch_drop_rate", "patch_drop")):
-        module = getattr(model, dropout, None)
-        args[name] = float(getattr(module, "p", getattr(module, "prob", 0.0)))
-    return {k: v for k, v in args.items() if k in names}
-
-
-def _first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
-    if type(rebuilt) is not type(model):
-        return f"the class is {type(model).__name__}, timm builds {type(rebuilt).__name__}"
-    new, old = dict(rebuilt.named_modules()), dict(model.named_modules())
-    for name in sorted(new.keys() | old.keys()):
-        if name not in new or name not in old:
-            return f"{name} exists only in {'the model' if name in old else 'what timm builds'}"
-        ours, theirs = (f"{_class_name(m)}({m.extra_repr()})" for m in (old[name], new[name]))
-        if ours != theirs:
-            return f"{name or 'the model'} is {ours}, timm builds {theirs}"
-    new_state, old_state = rebuilt.state_dict(), model.state_dict()
-    for name in sorted(new_state.keys() | old_state.keys()):
-        ours, theirs = (list(s[name].shape) if name in s else None for s in (old_state, new_state))
-        if ours != theirs:
-            return f"{name} has shape {ours}, timm builds {theirs}"
-    plain = (bool, int, float, str, type(None))
-    for name, value in vars(model).items():
-        other = vars(rebuilt).get(name)
-        if name not in _NO_EFFECT and isinstance(value, plain) and isinstance(other, plain) and value != other:
-            return f"model.{name} is {value!r}, timm builds {other!r}"
-    return None
-
-
-def _class_name(module: nn.Module) -> str:
-    # A FusedMlp computes what timm's Block does, and which of the two a block is says nothing about the weights.
-    return "Block" if type(module) is FusedMlp else type(module).__name__
 
 
 def _check_room(folder: Path, state: dict[str, Tensor]) -> None:
@@ -390,11 +308,3 @@ def _check_room(folder: Path, state: dict[str, Tensor]) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OSError(f"saving to {folder} needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -77,6 +77,7 @@ def test_select_convert_validate_profile(run, folder, saved, tmp_path):
     assert "parameters" in out
     loaded = from_pretrained(small)
     assert loaded.lambda_kernels_info.removed == tuple(sorted(picks.layers))
+    assert Selection.from_dict(loaded.lambda_kernels_provenance.selection) == picks  # with all its scores
     expected = convert_vit(from_pretrained(saved), picks)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), expected(x))

@@ -173,6 +173,11 @@ def test_a_selection(finetune, saved, tmp_path):  # noqa: F811
     assert code == 2
     assert err.strip().startswith("error: ")
     assert not (tmp_path / "out").exists()
+    write_json(tmp_path / "selection.json", {"format": 1, "layers": [3], "depth": 4, "entropy_full": 2.5})
+    code, _, err = finetune("--selection", tmp_path)
+    assert code == 0, err
+    kept = from_pretrained(tmp_path / "out" / "model").lambda_kernels_provenance.selection
+    assert (kept["layers"], kept["entropy_full"]) == ([3], 2.5)
 
 
 def test_another_classifier_and_size(finetune, folder, tmp_path):  # noqa: F811

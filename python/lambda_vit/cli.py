@@ -14,6 +14,7 @@ import typer
 from . import (  # noqa: F401 (each registers its command)
     command_finetune,
     command_frequency,
+    command_import,
     command_plan,
     command_report,
     command_select,
@@ -147,7 +148,7 @@ def convert(
     before = sum(p.numel() for p in network.parameters())
     network = convert_vit(network, chosen, residual_scale=residual_scale, inplace=True)
     after = sum(p.numel() for p in network.parameters())
-    save_pretrained(network, out)
+    save_pretrained(network, out, selection=chosen if selection is not None else None)
     console = make_console()
     console.print(
         f"Removed the attention of blocks {', '.join(map(str, network.lambda_kernels_info.removed))}: "

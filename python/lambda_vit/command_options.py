@@ -17,7 +17,20 @@ if TYPE_CHECKING:
 
     from .selection import Selection
 
-ORDER = ("demo", "profile", "frequency", "select", "plan", "finetune", "report", "convert", "validate", "doctor")
+ORDER = (
+    "demo",
+    "profile",
+    "frequency",
+    "select",
+    "plan",
+    "finetune",
+    "report",
+    "convert",
+    "validate",
+    "export",
+    "import-ref",
+    "doctor",
+)
 
 
 class _InOrder(TyperGroup):

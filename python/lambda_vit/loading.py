@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lambda_kernels.checkpoint import CONFIG, from_pretrained, load_state_dict, read_weights
+from lambda_kernels.checkpoint import CONFIG, PREFIX, from_pretrained
 from lambda_kernels.families import inspect_model
+from lambda_kernels.weights import blocks_with_attention, load_state_dict, read_weights
 
 from .progress import task
 
@@ -26,7 +28,8 @@ def open_model(
     """Build the model `name` and load its weights; in eval mode, on `device`.
 
     Args:
-        name: A timm model name, or a folder written by `save_pretrained` (which brings its own weights).
+        name: A timm model name, also one of `lambda_kernels.timm_models`, or a folder written by `save_pretrained` or by
+            timm's `save_for_hf` (which brings its own weights).
         weights: A state dict in .safetensors or .pth; cast to float32.
         pretrained: Take timm's own weights from the hub (or its cache).
         device: Where the model goes.
@@ -55,6 +58,9 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
                 f"{option} {name} is a folder with weights of its own; leave {prefix}weights/pretrained out"
             )
         return from_pretrained(name, device=check_device(device), backend=backend)
+    ours = name.startswith(PREFIX)
+    if ours:
+        import lambda_kernels.timm_models  # noqa: F401 (registers them)
     if not timm.is_model(name):
         close = _close_names(name, timm.list_models())
         hint = f"Did you mean {', '.join(close)}?" if close else "See timm.list_models()"
@@ -62,6 +68,11 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
     if (weights is None) != pretrained:
         what = "both were given" if pretrained else "random weights say nothing about attention"
         raise ValueError(f"{option} {name} needs either {prefix}weights FILE or {prefix}pretrained: {what}")
+    if ours and pretrained:
+        raise ValueError(
+            f"{option} {name}: there are no pretrained weights without attention. Pass {prefix}weights FILE, or the full "
+            f"model {name.removeprefix(PREFIX)} with {prefix}pretrained"
+        )
     place = check_device(device)
     if pretrained:
         inspect_model(timm.create_model(name, pretrained=False))  # refused before anything is downloaded
@@ -74,14 +85,23 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
             ) from error
     else:
         state = read_weights(weights)
-        classes = state["head.weight"].shape[0] if "head.weight" in state else None
-        model = timm.create_model(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
+        args = {"num_classes": state["head.weight"].shape[0]} if "head.weight" in state else {}
+        if ours:
+            args |= _removed_from(state)
+        model = timm.create_model(name, pretrained=False, **args)
         inspect_model(model)
         load_state_dict(model, state, source=str(weights))
         if "." not in name:
             # timm fills in the tag of its own default weights, which these are not.
             model.pretrained_cfg = {**model.pretrained_cfg, "tag": ""}
     return model.to(place).eval()
+
+
+def _removed_from(state: dict[str, Tensor]) -> dict[str, list[int]]:
+    """`removed` for a model that these weights fit; nothing where they have all attention, so that a default stands."""
+    blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
+    removed = sorted(blocks - blocks_with_attention(state))
+    return {"removed": removed} if removed else {}
 
 
 def _close_names(name: str, names: list[str]) -> list[str]:

@@ -58,6 +58,7 @@ from ..dilution import DILUTED_SCALE
 from ..evaluate import input_shape
 from ..placement import one_device
 from ..processes import Processes
+from ..selection import Selection
 from ..validation import kernel_paths
 from .comparison import row_of, rows_before
 from .engine import Trainer
@@ -175,6 +176,8 @@ def run_finetuning(
         ValueError, UnsupportedModelError, BoundaryError, ProcessLostError: See `Trainer`.
     """
     out, processes, saving = Path(out), processes or Processes(), dict(saving or {})
+    if isinstance(layers, Selection):
+        saving.setdefault("selection", layers)
     prepare_model(model, recipe)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)
     with StopRequest() as stop, contextlib.ExitStack() as held:

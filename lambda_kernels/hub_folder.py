@@ -1,0 +1,67 @@
+"""Folders in timm's own form, as `timm.models.save_for_hf` and `push_to_hf_hub` write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoint import CONFIG, PREFIX, WEIGHTS
+from .errors import CheckpointError
+from .weights import blocks_with_attention, read_weights
+
+# In the order in which timm looks for them.
+_FILES = (WEIGHTS, "pytorch_model.bin")
+
+
+def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
+    """What `save_pretrained` would have written for the model in `folder`, and the file of its weights.
+
+    Args:
+        config: What config.json holds.
+        folder: Where it stands.
+
+    Raises:
+        CheckpointError: The folder is none of timm's, holds no weights, or does not say what was removed and how.
+    """
+    path, name, cfg = folder / CONFIG, config.get("architecture"), config.get("pretrained_cfg")
+    args = config.get("model_args", {})
+    for key, value, kind in (("architecture", name, str), ("pretrained_cfg", cfg, dict), ("model_args", args, dict)):
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"{path} is neither a config of save_pretrained (lambda_kernels is None) nor one of timm's save_for_hf: "
+                f"{key} is {value!r}"
+            )
+    weights = next((folder / file for file in _FILES if (folder / file).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder} has neither {' nor '.join(_FILES)}")
+    args = dict(args)
+    ours = {key: args.pop(key, None) for key in ("removed", "residual_scale", "fuse", "backend", "recompute")}
+    if not name.startswith(PREFIX):
+        ours |= {"removed": [], "residual_scale": 1.0}
+        _refuse_converted(path, name, weights)
+    elif not isinstance(ours["removed"], list) or not isinstance(ours["residual_scale"], (int, float)):
+        raise CheckpointError(
+            f"{path} does not say what was removed: model_args has removed={ours['removed']!r}, residual_scale="
+            f"{ours['residual_scale']!r}. Save it with model_args=lambda_kernels.timm_models.model_args(model)"
+        )
+    if isinstance(config.get("num_classes"), int):
+        args.setdefault("num_classes", config["num_classes"])
+    name = name.removeprefix(PREFIX)
+    found = {**ours, "fuse": ours["fuse"] or "all"}
+    return {
+        "architecture": name,
+        "model_args": args,
+        "pretrained_cfg": {**cfg, "architecture": name},
+        "lambda_kernels": found,
+    }, weights
+
+
+def _refuse_converted(path: Path, name: str, weights: Path) -> None:
+    state = read_weights(weights)
+    blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
+    gone = sorted(blocks - blocks_with_attention(state))
+    if gone:
+        raise CheckpointError(
+            f"{path}: lambda_kernels is None, so that it was read as a folder of timm's, of a {name} with all its attention; "
+            f"but {weights.name} has none for blocks {gone}. Build it by its name in timm, {PREFIX}{name.partition('.')[0]} "
+            f"with removed={gone} and the residual_scale it was trained with, and load {weights.name} into that"
+        )

@@ -1,0 +1,197 @@
+"""The published networks (arXiv 2404.05657): what was removed from which, and a reader for the released checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .convert import check_indices, convert_vit
+from .errors import CheckpointError
+from .weights import (
+    ATTENTION_PARTS,
+    WRAPPERS,
+    blocks_with_attention,
+    check_state_dict,
+    load_state_dict,
+    read_file,
+    without_wrappers,
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network of the paper. `top1` is its accuracy on ImageNet-1k in %, under torch 1.7.1 and under 1.12.1."""
+
+    architecture: str
+    removed: tuple[int, ...]
+    top1: tuple[float, float]
+
+
+# By the name of the released file, without .pth.
+PUBLISHED = {
+    "base_01346": Published("deit_base_patch16_224", (0, 1, 3, 4, 6), (81.83, 81.77)),
+    "base_013469": Published("deit_base_patch16_224", (0, 1, 3, 4, 6, 9), (81.33, 81.46)),
+    "small_024": Published("deit_small_patch16_224", (0, 2, 4), (80.31, 80.33)),
+    "small_0246": Published("deit_small_patch16_224", (0, 2, 4, 6), (79.90, 79.89)),
+    "tiny_024": Published("deit_tiny_patch16_224", (0, 2, 4), (72.94, 72.79)),
+    "tiny_0246": Published("deit_tiny_patch16_224", (0, 2, 4, 6), (71.90, 71.88)),
+}
+
+# All of them were diluted, which leaves a factor of 2 on the residual.
+RESIDUAL_SCALE = 2.0
+
+# The share of the image that is kept when they are evaluated, as DeiT's own script does it; timm's configs say 0.9.
+CROP = 0.875
+
+_WIDTHS = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
+# The shortest released name has three digits; fewer may well be the number of an epoch.
+_NAME = re.compile(r"(tiny|small|base)_(\d{3,})")
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released checkpoint as a model, and how what it is was found out.
+
+    Attributes:
+        model: Converted, in eval mode, on the CPU, with the weights of the file.
+        architecture: timm's name of the model that attention was removed from.
+        architecture_from: What said so.
+        removed: Blocks without attention.
+        removed_from: What said so.
+        dropped: Keys of the attention of removed blocks that were still in the file.
+        others: Names of what else the file holds, such as "optimizer"; not read.
+        published: The entry of `PUBLISHED` that it is; None where it is none of them.
+    """
+
+    model: nn.Module
+    architecture: str
+    architecture_from: str
+    removed: tuple[int, ...]
+    removed_from: str
+    dropped: tuple[str, ...]
+    others: tuple[str, ...]
+    published: Published | None
+
+
+def load_released(
+    path: str | Path, *, remove: Iterable[int] | None = None, architecture: str | None = None
+) -> Released:
+    """Read a checkpoint as the paper's training script writes it, for example `base_01346.pth`.
+
+    It is a dict with the state dict under `model` (or `net`). What was removed is said by the file's name (its digits), by
+    the attention that is absent from its keys, or by `remove`.
+
+    Args:
+        path: The file. No code that is pickled in it is run; see `weights.read_file`.
+        remove: Block indices; None takes them from the name or the keys. They overrule the name.
+        architecture: timm's name of the full model; None takes it from the name and the width. It overrules the name.
+
+    Raises:
+        CheckpointError: The file cannot be read or holds no such model, name, keys and arguments contradict each other, or
+            none of them says what was removed.
+        ValueError: `remove` holds something that is no block index.
+    """
+    path = Path(path)
+    state, others, crop = _read(path)
+    name = _NAME.fullmatch(path.name.split(".")[0])
+    depth = 1 + max((int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)), default=-1)
+    if depth == 0 or "patch_embed.proj.weight" not in state:
+        raise CheckpointError(f"{path} holds no vision transformer under timm's names: {', '.join(list(state)[:3])} …")
+    architecture, architecture_from = _find_architecture(path, state, name and name[1], architecture)
+    removed, removed_from = _find_removed(path, state, depth, name and name[2], remove)
+    parts = tuple(f"blocks.{index}.{part}" for index in removed for part in ATTENTION_PARTS)
+    dropped = tuple(key for key in state if key.startswith(tuple(f"{part}." for part in parts)) or key in parts)
+    model = _build(path, {key: value for key, value in state.items() if key not in dropped}, architecture, removed)
+    model.pretrained_cfg = {**model.pretrained_cfg, "tag": "", "crop_pct": crop}
+    entry = PUBLISHED.get(path.name.split(".")[0])
+    if entry is not None and (entry.architecture, entry.removed) != (architecture, removed):
+        entry = None
+    return Released(model, architecture, architecture_from, removed, removed_from, dropped, others, entry)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
+    """The state dict, the names of what else there is, and the crop that the file's options name."""
+    loaded = read_file(path)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds no state dict, but a {type(loaded).__name__}")
+    key = next((key for key in (*WRAPPERS[1:], WRAPPERS[0]) if isinstance(loaded.get(key), dict)), None)
+    state = without_wrappers(check_state_dict(loaded if key is None else loaded[key], path))
+    others = () if key is None else tuple(str(other) for other in loaded if other != key)
+    options = {} if key is None else loaded.get("args")
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    crop = options.get("eval_crop_ratio") if isinstance(options, dict) else None
+    return state, others, float(crop) if isinstance(crop, (int, float)) and 0 < crop <= 1 else CROP
+
+
+def _find_architecture(path: Path, state: dict[str, Tensor], size: str | None, given: str | None) -> tuple[str, str]:
+    width = state["patch_embed.proj.weight"].shape[0]
+    if given is not None:
+        return given, "the argument"
+    by_width = _WIDTHS.get(width)
+    if by_width is None:
+        raise CheckpointError(
+            f"{path} is {width} channels wide, which is no DeiT ({', '.join(map(str, _WIDTHS))}); name the model with "
+            "architecture (--architecture)"
+        )
+    if size is not None and f"deit_{size}_patch16_224" != by_width:
+        raise CheckpointError(
+            f"{path} is called {size}, but its {width} channels are those of {by_width}; name the model with architecture "
+            "(--architecture)"
+        )
+    return by_width, f"{'the name and ' if size else ''}its {width} channels"
+
+
+def _find_removed(
+    path: Path, state: dict[str, Tensor], depth: int, digits: str | None, given: Iterable[int] | None
+) -> tuple[tuple[int, ...], str]:
+    absent = tuple(sorted(set(range(depth)) - blocks_with_attention(state)))
+    said, by = None, ""
+    if given is not None:
+        said, by = check_indices(given, depth), "the argument"
+    elif digits is not None:
+        # The released names hold one digit for each block, in rising order.
+        said, by = tuple(map(int, digits)), f"the file's name, {path.name}"
+        if list(said) != sorted(set(said)) or said[-1] >= depth:
+            said = None
+    if said is not None and absent and said != absent:
+        raise CheckpointError(
+            f"{path}: blocks {list(said)} lost their attention according to {'remove' if given is not None else 'its name'}, "
+            f"but its keys have none for blocks {list(absent)}. "
+            + (
+                f"Leave remove (--remove) out, or pass {','.join(map(str, absent))}; convert can remove more afterwards"
+                if given is not None
+                else f"Pass remove (--remove) {','.join(map(str, absent))} if the keys are right"
+            )
+        )
+    if said is not None:
+        return said, by
+    if absent:
+        return absent, "the attention that its keys lack"
+    raise CheckpointError(
+        f"{path} does not say what was removed: it has attention for all {depth} blocks, and its name is not of the form "
+        "base_01346.pth, with a digit for each block in rising order. Pass remove (--remove), for example 0,1,3,4,6"
+    )
+
+
+def _build(path: Path, state: dict[str, Tensor], architecture: str, removed: tuple[int, ...]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(architecture):
+        raise CheckpointError(
+            f"architecture (--architecture) {architecture!r} is no timm model; see timm.list_models()"
+        )
+    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    model = timm.create_model(architecture, pretrained=False, num_classes=classes)
+    model = convert_vit(model, removed, residual_scale=RESIDUAL_SCALE, inplace=True)
+    try:
+        load_state_dict(model, state, source=path.name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} is no {architecture} without the attention of {list(removed)}: {error}"
+        ) from error
+    return model.eval()

@@ -1,0 +1,210 @@
+"""What a saved config builds: the arguments that timm needs for it, and whether the result is the model that was saved."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+
+import torch
+from torch import nn
+
+from .blocks import AttentionFreeBlock, MlpHalf
+from .convert import check_indices, remove_attention
+from .errors import CheckpointError
+from .families import inspect_model
+
+# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
+_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing")
+
+
+def build(config: dict, device: str) -> nn.Module:
+    """The model that `config` describes (see `checkpoint`), with the weights that timm starts from.
+
+    Raises:
+        CheckpointError: timm cannot build it.
+        ValueError: The config removes the attention of blocks that the model does not have.
+    """
+    import timm
+
+    ours = config["lambda_kernels"]
+    # JSON made lists of timm's tuples.
+    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
+    try:
+        with torch.device(device):
+            model = timm.create_model(
+                config["architecture"],
+                pretrained=False,
+                # the mean, standard deviation and crop that the weights were trained with come back with them
+                pretrained_cfg=cfg or None,
+                **config["model_args"],
+            )
+    except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError …
+        raise CheckpointError(
+            f"timm cannot build {config['architecture']!r} with {config['model_args']} ({type(error).__name__}: {error})"
+        ) from error
+    # The warnings of convert_vit were given when the model was converted.
+    removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
+    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"])
+
+
+def build_skeleton(config: dict) -> nn.Module:
+    """The model for its structure alone: without memory for weights where timm can build it so."""
+    try:
+        return build(config, "meta")
+    except CheckpointError as error:
+        # Older timm (seen in 1.0.20) reads its drop-path rates off a tensor, which a meta tensor does not have.
+        if "meta" not in str(error):
+            raise
+        return build(config, "cpu")
+
+
+def find_model_args(model: nn.Module, architecture: str, cfg: dict, given: dict) -> dict:
+    """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
+    ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
+    plain = {"architecture": architecture, "model_args": given, "pretrained_cfg": cfg, "lambda_kernels": ours}
+    default = visible_args(build_skeleton(plain))
+    found = {k: v for k, v in visible_args(model).items() if k not in given and v != default.get(k)}
+    return {**found, **given}
+
+
+def visible_args(model: nn.Module) -> dict:
+    """Constructor arguments that can be read off a built model; those of ViT, DeiT, Eva, BEiT and NaFlexViT."""
+    names = _argument_names(model)
+    args = {
+        k: v
+        for k, v in vars(model).items()
+        if k in names and k not in _NO_EFFECT and isinstance(v, (bool, int, float, str))
+    }
+    patch = getattr(model, "patch_embed", None)
+    embeds = getattr(model, "embeds", model)  # of NaFlexViT, which keeps there what others have on the model
+    proj = getattr(patch, "proj", None)
+    if isinstance(proj, nn.Conv2d):
+        args |= {"in_chans": proj.in_channels, "patch_size": list(proj.kernel_size)}
+    elif embeds is not model:
+        args |= {"patch_size": list(embeds.patch_size), "pos_embed_grid_size": _sides(embeds.pos_embed_grid_size)}
+    if getattr(patch, "img_size", None) is not None:
+        args["img_size"] = list(patch.img_size)
+    args["depth"] = len(model.blocks)
+    args["class_token"] = getattr(embeds, "cls_token", None) is not None
+    registers = getattr(embeds, "reg_token", None)
+    args["reg_tokens"] = args["num_reg_tokens"] = 0 if registers is None else registers.shape[1]
+    args["num_classes"] = model.num_classes
+    args |= _args_of_blocks(model.blocks)
+    if "mlp_ratio" in args and _doubles_glu(model):
+        args["mlp_ratio"] /= 2
+    args |= {
+        "drop_rate": _rate(getattr(model, "head_drop", None)),
+        "pos_drop_rate": _rate(getattr(embeds, "pos_drop", None)),
+        "patch_drop_rate": _rate(getattr(model, "patch_drop", None)),
+    }
+    return {k: v for k, v in args.items() if k in names}
+
+
+def _argument_names(model: nn.Module) -> set[str]:
+    # Over all base classes: a distilled model passes *args and **kwargs on.
+    names = {name for cls in type(model).__mro__ for name in inspect.signature(cls.__init__).parameters}
+    if "cfg" in names:
+        from timm.models import naflexvit
+
+        if isinstance(model, naflexvit.NaFlexVit):
+            names |= set(naflexvit.NaFlexVitCfg.__dataclass_fields__)
+    return names
+
+
+def _doubles_glu(model: nn.Module) -> bool:
+    # Eva asks its gated MLPs for twice the width that mlp_ratio says, a ViT for just that.
+    from timm.layers import GluMlp
+    from timm.models.eva import Eva
+
+    return isinstance(model, Eva) and isinstance(model.blocks[-1].mlp, GluMlp)
+
+
+def _args_of_blocks(blocks: nn.Module) -> dict:
+    last = blocks[-1]  # the highest drop-path rate
+    args = {"drop_path_rate": _rate(last.drop_path2), "init_values": _init_values(last)}
+    first = next(
+        (layer for name in ("fc1", "fc1_g") if isinstance(layer := getattr(last.mlp, name, None), nn.Linear)), None
+    )
+    if first is not None:
+        args["mlp_ratio"] = ratio_for(first.in_features, first.out_features)
+        args["proj_drop_rate"] = _rate(getattr(last.mlp, "drop2", getattr(last.mlp, "drop", None)))
+    attention = next((block.attn for block in blocks if hasattr(block, "attn")), None)
+    if attention is None:
+        return args
+    args |= {"num_heads": attention.num_heads, "attn_drop_rate": _rate(getattr(attention, "attn_drop", None))}
+    query = getattr(attention, "qkv", None)
+    query = getattr(attention, "q_proj", None) if query is None else query
+    if isinstance(query, nn.Linear):
+        # Eva and BEiT keep the bias beside the layer.
+        args["qkv_bias"] = query.bias is not None or getattr(attention, "q_bias", None) is not None
+    args["qk_norm"] = not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity)
+    return args
+
+
+def ratio_for(channels: int, hidden: int) -> float:
+    """The float that `int(channels * ratio)` makes `hidden` of again; the quotient can fall short of it by one."""
+    ratio = hidden / channels
+    return ratio if int(channels * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _sides(size: object) -> list[int] | None:
+    return None if size is None else list(size)
+
+
+def _rate(dropout: nn.Module | None) -> float:
+    """Of a dropout, a DropPath or a PatchDropout."""
+    for name in ("p", "prob", "drop_prob"):
+        value = getattr(dropout, name, None)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return 0.0
+
+
+def _init_values(block: nn.Module) -> float | None:
+    """Any value makes a LayerScale; its gamma comes from the weights. Not every timm keeps the one it was built with."""
+    scale = getattr(block, "ls2", None)
+    found = getattr(scale, "init_values", None)
+    if isinstance(found, (int, float)):
+        return found
+    bare = [getattr(block, name, None) for name in ("gamma_2", "gamma_1")]
+    return 1e-5 if hasattr(scale, "gamma") or any(gamma is not None for gamma in bare) else None
+
+
+def first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
+    """What distinguishes `model` from the one that its config builds; None if nothing does that weights cannot mend."""
+    if type(rebuilt) is not type(model):
+        return f"the class is {type(model).__name__}, timm builds {type(rebuilt).__name__}"
+    new, old = dict(rebuilt.named_modules()), dict(model.named_modules())
+    for name in sorted(new.keys() | old.keys()):
+        if name not in new or name not in old:
+            return f"{name} exists only in {'the model' if name in old else 'what timm builds'}"
+        ours, theirs = (f"{_class_name(m)}({m.extra_repr()})" for m in (old[name], new[name]))
+        if ours != theirs:
+            return f"{name or 'the model'} is {ours}, timm builds {theirs}"
+    new_state, old_state = rebuilt.state_dict(), model.state_dict()
+    for name in sorted(new_state.keys() | old_state.keys()):
+        ours, theirs = (list(s[name].shape) if name in s else None for s in (old_state, new_state))
+        if ours != theirs:
+            return f"{name} has shape {ours}, timm builds {theirs}"
+    plain = (bool, int, float, str, type(None))
+    for name, value in vars(model).items():
+        other = vars(rebuilt).get(name)
+        if name not in _NO_EFFECT and isinstance(value, plain) and isinstance(other, plain) and value != other:
+            return f"model.{name} is {value!r}, timm builds {other!r}"
+    return None
+
+
+def _class_name(module: nn.Module) -> str:
+    # A FusedMlp computes what timm's Block does, and which of the two a block is says nothing about the weights.
+    kept = isinstance(module, MlpHalf) and not isinstance(module, AttentionFreeBlock)
+    return "Block" if kept else type(module).__name__
+
+
+def is_json(value: object) -> bool:
+    """Whether strict JSON can hold `value`."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True

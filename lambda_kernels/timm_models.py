@@ -1,0 +1,225 @@
+"""Models without some of their attention under names of timm: importing this module registers them.
+
+    import lambda_kernels.timm_models
+    model = timm.create_model("lambda_deit_base_patch16_224", removed=[0, 1, 3, 4, 6], residual_scale=2.0)
+
+`lambda_<name>` is there for every model of the modules of timm whose blocks can lose their attention. As a program it
+registers them and then runs a script of timm's:
+
+    python -m lambda_kernels.timm_models validate.py --model lambda_deit_base_patch16_224 --checkpoint base.pth …
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import runpy
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable
+
+import timm
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    load_pretrained,
+    model_entrypoint,
+    register_model,
+)
+from torch import nn
+
+from .checkpoint import PREFIX
+from .convert import convert_vit
+from .errors import UnsupportedModelError
+from .families import inspect_model
+from .published import RESIDUAL_SCALE
+from .rebuilding import find_model_args, is_json
+
+# Modules of timm with models whose blocks can lose their attention. Where a version lacks one, its models are not there;
+# a model among them whose own blocks are of another kind is refused when it is built.
+MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "eva", "beit", "naflexvit")
+
+# What was removed where the paper's networks lost no accuracy by it; see `published.PUBLISHED`.
+DEFAULT_REMOVED = {
+    "deit_tiny_patch16_224": (0, 2, 4),
+    "deit_small_patch16_224": (0, 2, 4),
+    "deit_base_patch16_224": (0, 1, 3, 4, 6),
+}
+
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+_NO_SOURCE = dict.fromkeys((*_SOURCES, "hf_hub_filename", "source"))
+
+__all__: list[str] = []  # timm adds every name that it registers
+
+# Read by timm's register_model: mean, standard deviation, crop and classifier of each model, without its weights.
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def model_args(model: nn.Module) -> dict:
+    """What `timm.create_model("lambda_…", **model_args(model))` needs to build `model` again: plain JSON types.
+
+    As the `model_args` of timm's `save_for_hf` and `push_to_hf_hub`, where timm does not find them by itself (1.0.15).
+
+    Raises:
+        UnsupportedModelError: The model is none that can be converted.
+        ValueError: It does not say which timm model it was.
+    """
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    base = (cfg.get("architecture") or "").removeprefix(PREFIX)
+    if not timm.is_model(f"{PREFIX}{base}"):
+        raise ValueError(
+            f"{type(model).__name__} was no model that has a name here: there is no {PREFIX}{base} in timm"
+        )
+    sizes = find_model_args(model, base, {key: value for key, value in cfg.items() if is_json(value)}, {})
+    return {**sizes, **_removal(model)}
+
+
+def _removal(model: nn.Module) -> dict:
+    anatomy = inspect_model(model)
+    return {"removed": list(anatomy.removed), "residual_scale": anatomy.residual_scale or 1.0}
+
+
+def name_for_timm(model: nn.Module) -> nn.Module:
+    """Give a converted model the name under which timm builds it, in place, so that `save_for_hf` writes what it is.
+
+    Models built by such a name have it. `convert_vit` and `from_pretrained` leave the name of the full model.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: The model does not say which timm model it was, or has no name here.
+    """
+    args = model_args(model)
+    _take_name(model, model.pretrained_cfg["architecture"].removeprefix(PREFIX), args)
+    return model
+
+
+def _take_name(model: nn.Module, base: str, args: dict) -> None:
+    # The weights that timm has for `base` are none of this model.
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _NO_SOURCE}
+    model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": f"{PREFIX}{base}"}
+    # Kept by newer timm (seen in 1.0.31) for what it saves; it adds what create_model was called with, not defaults.
+    model._model_args = {**(getattr(model, "_model_args", None) or {}), **args}
+
+
+def _build(
+    base: str, pretrained: bool, removed: object, residual_scale: float, options: dict, kwargs: dict
+) -> nn.Module:
+    name = f"{PREFIX}{base}"
+    if removed is None:
+        raise ValueError(f"{name} needs removed=[…], the blocks without attention: nothing was published for {base}")
+    if kwargs.get("features_only"):
+        raise UnsupportedModelError(
+            f"{name} has no features_only=True: build the model, and call forward_intermediates"
+        )
+    given, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    if isinstance(given, PretrainedCfg):
+        given = given.to_dict()
+    if isinstance(given, dict):
+        given = {key: value for key, value in given.items() if key != "architecture"}
+    sources = [cfg for cfg in (given, overlay) if isinstance(cfg, dict) and any(cfg.get(key) for key in _SOURCES)]
+    if pretrained and not sources:
+        _check_full_weights(name, base, residual_scale)
+        # A config that tells mean and crop alone must not hide where timm's own weights are.
+        given = given.get("tag") if isinstance(given, dict) else given
+    create = model_entrypoint(base)
+    model = create(
+        pretrained=pretrained and not sources, pretrained_cfg=given, pretrained_cfg_overlay=overlay, **kwargs
+    )
+    model = convert_vit(model, removed, residual_scale=residual_scale, inplace=True, **options)
+    if pretrained and sources:
+        # They are weights of the model that this has become, not of the full one.
+        load_pretrained(
+            model,
+            pretrained_cfg=model.pretrained_cfg,
+            num_classes=model.num_classes,
+            in_chans=kwargs.get("in_chans", 3),
+            filter_fn=importlib.import_module(create.__module__).checkpoint_filter_fn,
+            cache_dir=kwargs.get("cache_dir"),
+        )
+    _take_name(model, base, _removal(model))
+    return model
+
+
+def _check_full_weights(name: str, base: str, residual_scale: float) -> None:
+    if residual_scale != 1.0:
+        raise ValueError(
+            f"{name}: there are no pretrained weights without attention. pretrained=True takes those of {base}, which fit a "
+            f"skipped attention: pass residual_scale=1.0 (got {residual_scale:g}), and train. To load a checkpoint of this "
+            "model, pass pretrained=False and checkpoint_path, or call timm.models.load_checkpoint"
+        )
+    warnings.warn(
+        f"{name}: the pretrained weights are those of {base}, trained with all its attention; expect less accuracy until it is "
+        "trained without",
+        stacklevel=5,
+    )
+
+
+def _entry_point(base: str) -> Callable[..., nn.Module]:
+    default = DEFAULT_REMOVED.get(base)
+
+    def create(
+        pretrained: bool = False,
+        *,
+        removed: object = default,
+        residual_scale: float = RESIDUAL_SCALE,
+        fuse: str = "all",
+        backend: str = "auto",
+        recompute: str = "auto",
+        **kwargs: object,
+    ) -> nn.Module:
+        options = {"fuse": fuse, "backend": backend, "recompute": recompute}
+        return _build(base, pretrained, removed, residual_scale, options, kwargs)
+
+    create.__name__ = create.__qualname__ = f"{PREFIX}{base}"
+    create.__doc__ = (
+        f"timm's {base} without the attention of the blocks `removed`; the other arguments are those of `convert_vit`, then "
+        f"those of {base}. `pretrained=True` takes timm's weights of the full model and needs `residual_scale=1.0`."
+    )
+    return create
+
+
+def _without_source(base: str) -> DefaultCfg | None:
+    """The configs of `base` by tag, its default first, none of them with weights."""
+    tagged = {key.partition(".")[2]: cfg for key, cfg in get_arch_pretrained_cfgs(base).items()}
+    default = get_pretrained_cfg(base, allow_unregistered=True)
+    if default is None:
+        return None
+    first = default.tag or ""
+    tagged = {first: default, **tagged}
+    cfgs = {tag: dataclasses.replace(cfg, architecture=None, **_NO_SOURCE) for tag, cfg in tagged.items()}
+    return DefaultCfg(tags=deque(cfgs), cfgs=cfgs)
+
+
+def _register() -> None:
+    for module in MODULES:
+        for base in timm.list_models(module=module):
+            entry = _entry_point(base)
+            cfg = _without_source(base)
+            if cfg is not None:
+                default_cfgs[entry.__name__] = cfg
+            globals()[entry.__name__] = register_model(entry)
+
+
+def main(arguments: list[str]) -> None:
+    """Run a script with the models of this module registered, as `python SCRIPT …` would."""
+    if not arguments or not os.path.isfile(arguments[0]):
+        what = f"there is no script {arguments[0]}" if arguments else "no script was named"
+        print(f"error: {what}. Usage: python -m lambda_kernels.timm_models SCRIPT.py …", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = arguments
+    sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    # Under its own name, which is where timm looks for the configs.
+    importlib.import_module("lambda_kernels.timm_models")
+    main(sys.argv[1:])
+else:
+    _register()

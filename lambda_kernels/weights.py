@@ -1,0 +1,172 @@
+"""State dicts: read from files without running what is pickled in them, and loaded strictly with reasons."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+
+# Under these names the files of training scripts keep the state dict.
+WRAPPERS = ("state_dict", "model", "net")
+
+# What a block loses with its attention, as its keys are called: `ls1` in timm's Block, `gamma_1` in Eva's and BEiT's.
+ATTENTION_PARTS = ("norm1", "attn", "ls1", "gamma_1")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors, or from .pth/.pt/.bin/.tar without running pickled code.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds no state dict.
+    """
+    path = Path(path)
+    loaded = read_file(path)
+    for key in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    return without_wrappers(check_state_dict(loaded, path))
+
+
+def read_file(path: str | Path) -> object:
+    """What a .safetensors or a pickled file holds, on the CPU.
+
+    Of a pickled file only data is built: what `torch.load(weights_only=True)` knows, `argparse.Namespace` (training scripts
+    keep their options in one) and NumPy's scalars (their metrics).
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or asks for anything else; what it asks for is named and not run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with _plain_data_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and pickle each have their own kinds
+        refused = _refused_globals(path)
+        if refused:
+            raise CheckpointError(
+                f"{path} cannot be read as weights: it asks for {', '.join(refused)}, and code out of a file is never run. If "
+                "you trust it, load it where it was written and save its state dict alone"
+            ) from error
+        raise CheckpointError(f"{path} cannot be read as weights ({type(error).__name__}: {error})") from error
+
+
+def _plain_data_allowed() -> AbstractContextManager:
+    # On leaving, PyTorch would also forbid what the caller had allowed before.
+    already = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([kind for kind in _plain_data() if kind not in already])
+
+
+def _plain_data() -> list:
+    allowed: list = [argparse.Namespace]
+    try:
+        import numpy as np
+    except ImportError:  # then no tensor here came from it either
+        return allowed
+    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]
+    # The function moved in NumPy 2; files name it by the place that it had when they were written.
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed.append(np.dtype)
+    allowed += [type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")]
+    return allowed
+
+
+def _refused_globals(path: Path) -> list[str]:
+    """Names of what a pickled file would call or build beyond plain data; empty where that cannot be told."""
+    try:
+        with _plain_data_allowed():
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # no such file at all, or one in PyTorch's format of before 1.6
+        return []
+
+
+def check_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
+    """`loaded`, if it is a state dict.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
+        raise CheckpointError(f"{path} holds no state dict")
+    return loaded
+
+
+def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the prefixes gone that DistributedDataParallel and torch.compile put before every key."""
+    while state:
+        prefix = next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def load_state_dict(
+    model: nn.Module, state: dict[str, Tensor], *, assign: bool = False, source: str = "the checkpoint"
+) -> None:
+    """Load strictly, and explain what does not fit. Unlike plain `load_state_dict`, nothing is loaded in that case.
+
+    Raises:
+        CheckpointError: Keys or shapes differ; says so where the one model has attention layers that the other lost.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if not (missing or unexpected or shapes):
+        model.load_state_dict(state, strict=True, assign=assign)
+        return
+    lost, extra = _attention_blocks(missing), _attention_blocks(unexpected)
+    if not shapes and lost is not None and extra is not None:
+        raise CheckpointError(f"{source} {_explain_attention(model, lost, extra)}")
+    parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
+             for what, keys in (("missing keys", missing), ("unexpected keys", unexpected)) if keys]  # fmt: skip
+    for key in sorted(shapes)[:3]:
+        parts.append(f"{key} is {list(state[key].shape)}, the model has {list(own[key].shape)}")
+    raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}")
+
+
+def _explain_attention(model: nn.Module, lost: list[int], extra: list[int]) -> str:
+    """What differs and what to do: the model has attention in `lost` that the checkpoint lacks, and none in `extra`."""
+    if not lost:
+        return f"has attention for blocks {extra}, which this model lost. Load it into the full model first, and convert that"
+    # Blocks that neither of them has attention in are gone from the checkpoint as well.
+    gone = sorted((set(range(len(model.blocks))) - blocks_with_attention(model.state_dict())) - set(extra) | set(lost))
+    if not extra:
+        return (
+            f"has no attention for blocks {lost}: it was saved from a converted model. Load it with from_pretrained, or "
+            f"into convert_vit(model, remove={gone})"
+        )
+    removed = sorted(set(gone) - set(lost) | set(extra))
+    return (
+        f"was saved from a model that had lost the attention of blocks {gone}, this one lost that of blocks {removed}. Load "
+        f"it with from_pretrained, or into convert_vit(model, remove={gone}) of the full model"
+    )
+
+
+def blocks_with_attention(state: dict[str, Tensor]) -> set[int]:
+    """Indices of the blocks that have keys `blocks.<i>.attn.…` in `state`."""
+    parts = (key.split(".") for key in state)
+    return {int(p[1]) for p in parts if len(p) > 3 and p[0] == "blocks" and p[1].isdigit() and p[2] == "attn"}
+
+
+def _attention_blocks(keys: list[str]) -> list[int] | None:
+    """The blocks that `keys` belong to; None where one of them is not of the attention of a block."""
+    blocks = set()
+    for key in keys:
+        parts = key.split(".")
+        if len(parts) < 3 or parts[0] != "blocks" or parts[2] not in ATTENTION_PARTS:
+            return None
+        blocks.add(int(parts[1]))
+    return sorted(blocks)
