@@ -11,7 +11,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import command_finetune, command_plan, command_report, command_select  # noqa: F401 (each registers its command)
+from . import (  # noqa: F401 (each registers its command)
+    command_export,
+    command_finetune,
+    command_plan,
+    command_report,
+    command_select,
+)
 from .command_options import (
     BatchSize,
     ClassMap,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .selection import Selection
 
-ORDER = ("demo", "profile", "select", "plan", "finetune", "report", "convert", "validate", "doctor")
+ORDER = ("demo", "profile", "select", "plan", "finetune", "report", "convert", "validate", "export", "doctor")
 
 
 class _InOrder(TyperGroup):
