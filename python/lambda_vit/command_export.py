@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .command_options import (
-    ClassMap,
     Device,
     FailureError,
     Model,
@@ -63,7 +62,10 @@ def export(
         Optional[int],  # noqa: UP045
         typer.Option(min=18, help="Of ONNX.", show_default="PyTorch's choice"),
     ] = None,
-    class_map: ClassMap = None,
+    class_map: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="JSON: name of a class → output of the model, to write into the files.", show_default=False),
+    ] = None,
     latency: Annotated[bool, typer.Option(help="Take times against the model in PyTorch.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
@@ -123,7 +125,7 @@ def export(
     for file in files.values():
         for line in describe(file):
             console.print(line, soft_wrap=True)
-    for line in describe_times(times, environment.devices()):
+    for line in describe_times(times, environment.versions()):
         console.print(line, soft_wrap=True)
     if out is not None:
         write_json(out, record(model, traced, files, times))
@@ -160,7 +162,7 @@ def describe(file: Exported) -> list[str]:
     return [*lines, f"  largest difference from the model, run by {checked.by}: {found}"]
 
 
-def describe_times(times: dict[str, dict[int, Latency]], devices: list[str]) -> list[str]:
+def describe_times(times: dict[str, dict[int, Latency]], versions: dict[str, str]) -> list[str]:
     """Ratios to the model in PyTorch, as medians of calls that took turns."""
     from .units import milliseconds, three
 
@@ -175,7 +177,8 @@ def describe_times(times: dict[str, dict[int, Latency]], devices: list[str]) -> 
             )
         lines.append(f"Time of a call by {name}, as a part of eager PyTorch's: {'; '.join(parts)}")
     if lines:
-        lines.append(f"  on this machine ({devices[-1]}) while it did what else it did")
+        where = ", ".join(f"{name} {versions[name]}" for name in ("device", "threads", "torch"))
+        lines.append(f"  of this machine, beside whatever else it did: {where}")
     return lines
 
 

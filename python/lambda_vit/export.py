@@ -122,7 +122,8 @@ def trace_model(
         UnsupportedModelError: The model is wrapped, of an unknown kind, or its attention is still being diluted (λ > 0, or
             not finished).
         BackendUnavailableError: Blocks insist on `backend="triton"`.
-        ValueError: An argument is out of range, or parameters have several dtypes or devices.
+        ValueError: An argument is out of range, parameters have several dtypes or devices, or the model calls operators
+            that are not PyTorch's own.
     """
     core = model.model if isinstance(model, FeatureGetterNet) else model
     anatomy = inspect_model(core)
@@ -374,16 +375,19 @@ def _check_image_size(core: nn.Module, image_size: object) -> None:
 
 
 def _check_operators(program: torch.export.ExportedProgram) -> None:
-    """A guard of this module's promise: nothing is in the program that a plain PyTorch does not have."""
-    own = {
+    """Refuse what a plain PyTorch could not run, and no exporter translate: operators that some library registered."""
+    foreign = {
         str(node.target)
         for module in program.graph_module.modules()
         if isinstance(module, torch.fx.GraphModule)
         for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lambda_kernels"
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prim", "prims")
     }
-    if own:
-        raise RuntimeError(f"the traced model holds {', '.join(sorted(own))}: please report this")
+    if foreign:
+        raise ValueError(
+            f"the model calls {', '.join(sorted(foreign))}, which only the library that registered it can run; replace it by "
+            "PyTorch's own operators"
+        )
 
 
 def _metadata(
