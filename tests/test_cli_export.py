@@ -38,7 +38,7 @@ def test_onnx_and_a_program(run, saved, tmp_path):  # noqa: F811
     record = json.loads(out.read_text())
     assert "images [batch, 3, 32, 32] float32; attention removed from blocks 0" in printed
     assert f"Written: {onnx} (ONNX, opset 20, " in printed
-    assert "largest difference from the model, run by onnxruntime: " in printed
+    assert "largest difference from the model, run by onnxruntime " in printed
     assert "run by torch.export.load: " in printed
     assert "Time of a call by onnx, as a part of eager PyTorch's: " in printed
     assert f"of this machine, beside whatever else it did: device {record['environment']['device']}" in printed
@@ -78,6 +78,7 @@ def test_what_is_refused_before_work(run, saved, tmp_path, monkeypatch):  # noqa
         (["--onnx", tmp_path / "folder.onnx"], "folder.onnx is a folder; name a file in it"),
         (["--aoti", program, "--torch-export", program], "two forms cannot be written to one file"),
         (["--torch-export", program, "--opset", 20], "--opset 20 is for --onnx, which was not asked for"),
+        (["--onnx", onnx, "--opset", 17], "opset must lie between 18"),
         (["--onnx", "/proc/none/m.onnx"], "cannot write to /proc"),
         (["--onnx", onnx, "--class-map", tmp_path / "classes.json"], "must hold an object"),
     ):

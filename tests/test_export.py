@@ -16,12 +16,20 @@ from runstate_support import in_a_child
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from lambda_kernels import AttentionFreeBlock, BackendUnavailableError, FusedMlp, UnsupportedModelError, convert_vit
+from lambda_kernels import (
+    AttentionFreeBlock,
+    BackendUnavailableError,
+    FusedMlp,
+    NonFiniteActivationError,
+    UnsupportedModelError,
+    convert_vit,
+)
 from lambda_kernels.features import feature_model
 from lambda_vit import dilute, export, export_check, set_lambda
 from lambda_vit.evaluate import Latency
-from lambda_vit.export import Traced, export_aoti, export_onnx, export_program, trace_model
+from lambda_vit.export import export_aoti, export_onnx, export_program
 from lambda_vit.export_check import ExportMismatchError
+from lambda_vit.export_trace import Traced, trace_model
 from lambda_vit.packages import MissingPackageError
 
 
@@ -242,7 +250,7 @@ def test_a_file_that_computes_something_else_is_not_kept(wrong, one_block, tmp_p
     ):
         export_program(one_block, path, overwrite=True)
     assert path.read_text() == "what was there"
-    with pytest.raises(ExportMismatchError, match="onnxruntime is off by"):
+    with pytest.raises(ExportMismatchError, match=r"onnxruntime \S+ is off by"):
         export_onnx(one_block, tmp_path / "small.onnx")
     monkeypatch.setattr(export_check, "open_file", lambda *_: lambda x: (one_block.model(x), one_block.model(x)))
     with pytest.raises(
@@ -319,8 +327,29 @@ def test_wrong_models(traced, tmp_path):
         trace_model(nn.DataParallel(small()))
     with pytest.raises(ValueError, match="dtype: a model that is traced already"):
         export_program(traced, tmp_path / "a.pt2", dtype="float16")
-    with pytest.raises(ValueError, match=r"opset must be at least 18.* got 17"):
-        export_onnx(traced, tmp_path / "a.onnx", opset=17)
+    for opset in (17, 1000, True):
+        with pytest.raises(ValueError, match=rf"opset must lie between 18, .* knows; got {opset}"):
+            export_onnx(traced, tmp_path / "a.onnx", opset=opset)
+
+
+def test_overflow_is_told_before_anything_is_written():
+    model = smaller()
+    with torch.no_grad():
+        model.head.bias.fill_(1e6)  # float16 ends at 65504
+    with pytest.raises(NonFiniteActivationError, match=r"NaN or infinity in float16.*Export it in bfloat16 or float32"):
+        trace_model(model, dtype="float16")
+    assert trace_model(model, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_surroundings_leave_no_trace():
+    """Of autocast and gradients around the call nothing is in the program."""
+    model = smaller()
+    expected = operators(trace_model(model).program)
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        found = trace_model(model)
+    assert operators(found.program) == expected
+    assert torch.allclose(found.program.module()(images()), model(images()), atol=1e-5)
 
 
 @torch.library.custom_op("export_tests::shifted", mutates_args=())

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 _PUBLIC = {
     "Selection": "selection",
     "dilute": "dilution",
+    "export_aoti": "export",
+    "export_onnx": "export",
+    "export_program": "export",
     "finetune": "finetuning",
     "finish_dilution": "dilution",
     "plan_training": "planning",
@@ -24,6 +27,9 @@ _PUBLIC = {
 __all__ = [
     "Selection",
     "dilute",
+    "export_aoti",
+    "export_onnx",
+    "export_program",
     "finetune",
     "finish_dilution",
     "plan_training",
@@ -36,6 +42,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .dilution import dilute, finish_dilution, set_lambda
+    from .export import export_aoti, export_onnx, export_program
     from .finetuning import finetune
     from .layer_profile import profile_layers
     from .planning import plan_training

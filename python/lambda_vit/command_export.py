@@ -21,7 +21,8 @@ from .command_options import (
 
 if TYPE_CHECKING:
     from .evaluate import Latency
-    from .export import Exported, Traced
+    from .export import Exported
+    from .export_trace import Traced
 
 
 class Dtype(str, enum.Enum):
@@ -60,7 +61,7 @@ def export(
     ] = None,
     opset: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=18, help="Of ONNX.", show_default="PyTorch's choice"),
+        typer.Option(help="Of ONNX.", show_default="PyTorch's choice"),
     ] = None,
     class_map: Annotated[
         Optional[Path],  # noqa: UP045
@@ -75,8 +76,9 @@ def export(
     from lambda_kernels.files import check_writable, write_json
 
     from . import environment, progress
-    from .export import WRITERS, check_target, require_compiler, require_packages, trace_model
+    from .export import WRITERS, check_opset, check_target, require_compiler, require_packages
     from .export_check import ExportMismatchError, measure_latency
+    from .export_trace import trace_model
     from .loading import open_model
 
     given = {"onnx": onnx, "torch-export": torch_export, "aoti": aoti}
@@ -90,6 +92,7 @@ def export(
     _check_targets(targets, overwrite, check_target)
     for form in targets:
         require_packages(form)
+    check_opset(opset)
     if aoti is not None:
         require_compiler()
     if out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from .evaluate import Latency, compare_latency
 from .placement import eval_mode, one_device
 
 if TYPE_CHECKING:
-    from .export import Exported, Traced
+    from .export import Exported
+    from .export_trace import Traced
 
 # Of the largest difference, relative to the largest output, or to 1 where that is smaller. float32: hundreds of sums in
 # another order leave some 1e-6. float16 and bfloat16: some units in the last place (2⁻¹¹, 2⁻⁸) after a dozen blocks.
@@ -55,11 +57,12 @@ def check_file(form: str, path: Path, traced: Traced) -> Checked:
         why_not = why_not_onnxruntime(traced)
         if why_not is not None:
             return Checked({}, by, why_not)
+        by = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
     run = open_file(form, path, traced)
     differences = {}
     for count in [traced.batch_size] if traced.batch_size else BATCHES:
         images = traced.images(count)
-        found, expected = run(images), _outputs(traced.model, images)
+        found, expected = run(images), run_eagerly(traced.model, images)
         shapes = [[list(t.shape) for t in outputs] for outputs in (found, expected)]
         if shapes[0] != shapes[1]:
             raise ExportMismatchError(f"of {count} image(s) {by} gives outputs of {shapes[0]}, the model {shapes[1]}")
@@ -113,9 +116,15 @@ def _as_runner(run: Callable[[Tensor], Any]) -> Runner:
     return runner
 
 
-def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    with eval_mode(model):
+def run_eagerly(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of a model in eval mode, without autocast."""
+    with eval_mode(model), torch.autocast(images.device.type, enabled=False):
         return _as_runner(model)(images)
+
+
+def random_images(count: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`count` images [count, channels, height, width], the same each time."""
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(count)).to(device, dtype)
 
 
 def measure_latency(
