@@ -109,7 +109,7 @@ def open_file(form: str, path: Path, traced: Traced) -> Runner:
 
 def _as_runner(run: Callable[[Tensor], Any]) -> Runner:
     def runner(images: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             found = run(images)
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
@@ -118,7 +118,7 @@ def _as_runner(run: Callable[[Tensor], Any]) -> Runner:
 
 def run_eagerly(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """The outputs of a model in eval mode, without autocast."""
-    with eval_mode(model), torch.autocast(images.device.type, enabled=False):
+    with eval_mode(model):
         return _as_runner(model)(images)
 
 

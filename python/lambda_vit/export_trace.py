@@ -118,7 +118,7 @@ def trace_model(
             f"{'bfloat16 or float32' if kind == torch.float16 else 'another dtype'}, or look at its weights"
         )
     dynamic = None if batch_size else ({0: torch.export.Dim("batch", min=1)},)
-    with eval_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False), quiet():
+    with eval_mode(model), torch.no_grad(), quiet():
         program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
     _check_operators(program)
     features = isinstance(model, FeatureGetterNet)
