@@ -22,8 +22,9 @@ from torch import nn
 from lambda_kernels.files import atomic_write, check_writable
 
 from .export_check import Checked, check_file
-from .export_trace import Traced, quiet, trace_model
+from .export_trace import Traced, trace_model, undisturbed
 from .packages import optional
+from .placement import one_device
 
 # A protobuf file ends at 2 GiB, and what is not a weight needs room in it too.
 EXTERNAL_ABOVE = 3 << 29
@@ -67,7 +68,8 @@ def export_onnx(
     overwrite: bool = False,
     **options: Any,
 ) -> Exported:
-    """Write an ONNX file: input `images`, output `logits` (of a feature model `features_<block>`).
+    """Write an ONNX file: input `images`, output `logits`; without a classifier `embedding`, of a feature
+    model `features_<block>`.
 
     Where onnxruntime is installed its results are compared with the model's before the file is put in its place. In
     bfloat16, which onnxruntime does not compute on CPUs, they are not.
@@ -92,7 +94,7 @@ def export_onnx(
     traced = _traced(model, options)
     import onnx_ir
 
-    with torch.no_grad(), quiet():
+    with undisturbed(one_device(traced.model)):
         made = torch.onnx.export(
             traced.program,
             (),
@@ -170,7 +172,7 @@ def export_aoti(model: nn.Module | Traced, path: str | Path, *, overwrite: bool 
     from torch._inductor import aoti_compile_and_package
 
     with atomic_write(path) as temporary:
-        with open(temporary, "wb") as file, torch.no_grad():
+        with open(temporary, "wb") as file, undisturbed(one_device(traced.model)):
             configs = {"aot_inductor.metadata": dict(traced.metadata)}
             aoti_compile_and_package(traced.program, package_path=file, inductor_configs=configs)
         checked = check_file("aoti", temporary, traced)

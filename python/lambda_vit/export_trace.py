@@ -90,6 +90,9 @@ def trace_model(
     _refuse_kernels_by_name(core)
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a number of images, or None for any; got {batch_size!r}")
+    features = isinstance(model, FeatureGetterNet)
+    if features and class_names is not None:
+        raise ValueError("class_names are for classifiers; a feature model gives maps")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     kind = one_dtype(model) if dtype is None else DTYPES[dtype]
@@ -118,11 +121,12 @@ def trace_model(
             f"{'bfloat16 or float32' if kind == torch.float16 else 'another dtype'}, or look at its weights"
         )
     dynamic = None if batch_size else ({0: torch.export.Dim("batch", min=1)},)
-    with eval_mode(model), torch.no_grad(), quiet():
+    with eval_mode(model), undisturbed(device):
         program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
     _check_operators(program)
-    features = isinstance(model, FeatureGetterNet)
-    outputs = tuple(f"features_{index}" for index in model.out_indices) if features else ("logits",)
+    outputs = ("logits",) if core.num_classes else ("embedding",)
+    if features:
+        outputs = tuple(f"features_{index}" for index in model.out_indices)
     return Traced(
         program=program,
         model=model,
@@ -242,9 +246,9 @@ def _class_names(
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without PyTorch's warnings."""
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Without gradients, without a caller's autocast, and without PyTorch's warnings."""
     # What the exporters warn of is of their own insides.
-    with warnings.catch_warnings():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
