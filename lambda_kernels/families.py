@@ -14,6 +14,7 @@ from .blocks import AttentionFreeBlock, FusedMlp
 from .errors import UnsupportedModelError
 
 _ADVICE = "Use a model whose blocks are timm.models.vision_transformer.Block (ViT, DeiT, DeiT-III, DINOv2, SigLIP …)"
+_FEATURES = "convert the whole model first, then wrap it: lambda_kernels.features.feature_model(converted, out_indices)"
 
 # Qualified block or model class → why removing its attention would change more than the attention.
 _REFUSED = {
@@ -113,7 +114,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
         "FullyShardedDataParallel": ("module", "convert before wrapping"),
         "DataParallel": ("module", "convert before wrapping, or pass model.module and wrap again"),
         "OptimizedModule": ("_orig_mod", "convert before torch.compile, or pass model._orig_mod and compile again"),
-        "FeatureGetterNet": ("model", "convert before features_only wrapping, or pass model.model"),
+        "FeatureGetterNet": ("model", _FEATURES),
+        "FeatureModel": ("model", _FEATURES),
     }
     wrapper = type(model).__name__
     if wrapper in remedies:

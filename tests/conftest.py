@@ -26,6 +26,11 @@ IMAGES = "imagenette_224.zip"
 # The models are tiny: a second thread gains nothing, and waiting for it costs a factor of ten where a core is busy.
 torch.set_num_threads(1)
 
+# Autograd starts a thread for every GPU at the first backward of a process, whose forked children cannot train any more. Once
+# torch.compile or torch.export has traced anything it finds GPUs where there are none (FakeTensorMode makes them up). What
+# the first backward finds is final, so it comes before them.
+torch.ones((), requires_grad=True).backward()
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

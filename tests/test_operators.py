@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, 
 from torch.utils.flop_counter import FlopCounterMode
 
 from lambda_kernels import BackendUnavailableError, ln_mlp, reference
-from lambda_kernels.ops import tracing, tuning
+from lambda_kernels.ops import dispatch, tracing, tuning
 from lambda_kernels.ops.operators import SAVE_NOTHING
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -102,17 +103,48 @@ def test_compiled_for_any_number_of_tokens():
     assert any("ln_mlp" in str(node.target) for node in graphs[0].graph.nodes)
 
 
-def test_exported():
-    args = {k: v.detach() for k, v in problem(20, 48, 80).items()}
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict):
+    """The operator is in no exported graph: by name it is refused, and "auto" takes PyTorch's operators for a GPU too."""
 
     class Model(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return ln_mlp(**args | {"x": x}, eps=1e-5, backend="triton")
+        def __init__(self, device: str, backend: str) -> None:
+            super().__init__()
+            self.backend = backend
+            shapes = {"ln_weight": (48,), "ln_bias": (48,), "w1": (80, 48), "b1": (80,), "w2": (48, 80), "b2": (48,)}
+            for name, shape in shapes.items():
+                self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, device=device)))
 
-    program = torch.export.export(Model(), (args["x"],), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
-    assert any("ln_mlp" in str(node.target) for node in program.graph.nodes)
-    x = problem(33, 48, 80, seed=3)["x"].detach()
-    assert relative_error(program.module()(x), Model()(x).double()) < 1e-6
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ln_mlp(x, **dict(self.named_parameters()), eps=1e-5, backend=self.backend)
+
+    # A GPU need not be there: nothing is computed.
+    with torch._subclasses.FakeTensorMode():
+        model, x = Model("cuda", "auto"), torch.empty(20, 48, device="cuda")
+    assert dispatch.choose("ln_mlp", x.device, x.dtype).backend == "triton"
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},), strict=strict)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "aten.gelu.default" in calls
+    assert all(target.startswith("aten.") for target in calls)
+    with pytest.raises(Exception, match="the model is being exported") as refused:
+        torch.export.export(Model("cpu", "triton"), (torch.zeros(20, 48),), strict=strict)
+    assert strict or refused.type is BackendUnavailableError
+    assert not dispatch.exporting()
+
+
+def test_traced_for_torchscript():
+    args = {k: v.detach() for k, v in problem(20, 48, 80).items()}
+    chosen = []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        chosen.append(dispatch.choose("ln_mlp", torch.device("cuda"), x.dtype))
+        return ln_mlp(**args | {"x": x}, eps=1e-5)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(watched, (args["x"],), check_trace=False)
+    assert [choice.backend for choice in chosen] == ["torch"]
+    assert "being exported" in chosen[0].reason
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])

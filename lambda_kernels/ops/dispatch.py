@@ -75,6 +75,16 @@ def transforms() -> list[str]:
     return found
 
 
+@torch.compiler.assume_constant_result
+def exporting() -> bool:
+    """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records what is being computed.
+
+    What they record must run where this library is not installed.
+    """
+    # Asked here and not by the traced code, for which some versions of dynamo say yes in a torch.compile too.
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Everything that keeps `operator` from running as a Triton kernel on `device` with `dtype`; empty when it can."""
     obstacles = []
@@ -86,6 +96,8 @@ def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
         obstacles += _device_obstacles(device)
     elif not (device.type == "cpu" and in_interpreter()):
         obstacles.append(f"the tensors are on {device.type}, not on a CUDA device")
+    if exporting():
+        obstacles.append("the model is being exported, and what is exported has to run without this library")
     obstacles += transforms()
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         obstacles.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")

@@ -1,7 +1,7 @@
 """`torch.ops.lambda_kernels.ln_mlp` and its backward: schemas, shapes without data, autograd, FLOP counts.
 
 Importing this registers them and does not import triton; the kernels are imported at the first call. Inside
-`torch.compile` and `torch.export` the two operators are opaque.
+`torch.compile` the two operators are opaque; what is exported does without them.
 """
 
 from __future__ import annotations

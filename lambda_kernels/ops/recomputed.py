@@ -71,7 +71,7 @@ def ln_mlp(
 def obstacles() -> list[str]:
     """Why nothing can be computed again just now, whatever is asked for."""
     if torch.compiler.is_compiling():
-        return ["the model is being exported"] if torch.compiler.is_exporting() else []
+        return ["the model is being exported"] if dispatch.exporting() else []
     return dispatch.transforms()
 
 

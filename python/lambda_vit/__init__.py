@@ -12,6 +12,9 @@ _PUBLIC = {
     "Selection": "selection",
     "compare_frequencies": "frequency",
     "dilute": "dilution",
+    "export_aoti": "export",
+    "export_onnx": "export",
+    "export_program": "export",
     "feature_frequencies": "frequency",
     "finetune": "finetuning",
     "finish_dilution": "dilution",
@@ -27,6 +30,9 @@ __all__ = [
     "Selection",
     "compare_frequencies",
     "dilute",
+    "export_aoti",
+    "export_onnx",
+    "export_program",
     "feature_frequencies",
     "finetune",
     "finish_dilution",
@@ -40,6 +46,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .dilution import dilute, finish_dilution, set_lambda
+    from .export import export_aoti, export_onnx, export_program
     from .finetuning import finetune
     from .frequency import compare_frequencies, feature_frequencies
     from .layer_profile import profile_layers

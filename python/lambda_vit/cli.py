@@ -12,6 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import (  # noqa: F401 (each registers its command)
+    command_export,
     command_finetune,
     command_frequency,
     command_import,

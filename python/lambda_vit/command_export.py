@@ -1,0 +1,224 @@
+"""`lambda-vit export`: a model as a file that runs without this library, compared with the model before it is kept."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from .command_options import (
+    Device,
+    FailureError,
+    Model,
+    Pretrained,
+    Weights,
+    app,
+    make_console,
+    read_class_map,
+)
+
+if TYPE_CHECKING:
+    from .evaluate import Latency
+    from .export import Exported
+    from .export_trace import Traced
+
+
+class Dtype(str, enum.Enum):
+    """Of weights, images and outputs."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def export(
+    model: Model,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    onnx: Annotated[Optional[Path], typer.Option(help="Write ONNX: FILE.onnx.", show_default=False)] = None,  # noqa: UP045
+    torch_export: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write a program of torch.export: FILE.pt2.", show_default=False),
+    ] = None,
+    aoti: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Compile with AOTInductor (needs a C++ compiler): FILE.pt2.", show_default=False),
+    ] = None,
+    image_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Pixels a side.", show_default="the model's"),
+    ] = None,
+    dtype: Annotated[
+        Optional[Dtype],  # noqa: UP045
+        typer.Option(help="Of weights, images and outputs.", show_default="the model's"),
+    ] = None,
+    fixed_batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Images of every call.", show_default="any number"),
+    ] = None,
+    opset: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of ONNX.", show_default="PyTorch's choice"),
+    ] = None,
+    class_map: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="JSON: name of a class → output of the model, to write into the files.", show_default=False),
+    ] = None,
+    latency: Annotated[bool, typer.Option(help="Take times against the model in PyTorch.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    device: Device = "cpu",
+) -> None:
+    """Write a model as ONNX, as a program of torch.export or compiled, and check that the file computes the same."""
+    from lambda_kernels.files import check_writable, write_json
+
+    from . import environment, progress
+    from .export import WRITERS, check_opset, check_target, require_compiler, require_packages
+    from .export_check import ExportMismatchError, measure_latency
+    from .export_trace import trace_model
+    from .loading import open_model
+
+    given = {"onnx": onnx, "torch-export": torch_export, "aoti": aoti}
+    targets = {form: path for form, path in given.items() if path is not None}
+    if not targets:
+        raise ValueError(
+            "say what to write: --onnx FILE.onnx, --torch-export FILE.pt2, --aoti FILE.pt2, or several of them"
+        )
+    if opset is not None and onnx is None:
+        raise ValueError(f"--opset {opset} is for --onnx, which was not asked for")
+    _check_targets(targets, overwrite, check_target)
+    for form in targets:
+        require_packages(form)
+    check_opset(opset)
+    if aoti is not None:
+        require_compiler()
+    if out is not None:
+        check_writable(out)
+    names = None if class_map is None else read_class_map(class_map)
+    console = make_console()
+    files: dict[str, Exported] = {}
+    with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        with progress.task("Trace", 1) as advance:
+            traced = trace_model(
+                network,
+                image_size=image_size,
+                dtype=None if dtype is None else dtype.value,
+                batch_size=fixed_batch,
+                class_names=names,
+            )
+            advance()
+        try:
+            for form, path in targets.items():
+                with progress.task(f"Write {path.name}", 1) as advance:
+                    own = {"opset": opset} if form == "onnx" else {}
+                    files[form] = WRITERS[form](traced, path, overwrite=overwrite, **own)
+                    advance()
+        except ExportMismatchError as error:
+            raise FailureError(f"{path}: {error}") from error
+        times = measure_latency(traced, files) if latency else {}
+    removed = traced.metadata["removed_attention"]
+    console.print(
+        f"{model}: {traced.metadata['input']}; attention removed from blocks {removed.strip('[]') or 'none'}",
+        soft_wrap=True,
+    )
+    for file in files.values():
+        for line in describe(file):
+            console.print(line, soft_wrap=True)
+    for line in describe_times(times, environment.versions()):
+        console.print(line, soft_wrap=True)
+    if out is not None:
+        write_json(out, record(model, traced, files, times))
+        console.print(f"Written: {out}", soft_wrap=True)
+    for file in files.values():
+        console.print(f"Next: {next_step(file)}", soft_wrap=True)
+
+
+def _check_targets(targets: dict[str, Path], overwrite: bool, check: object) -> None:
+    for form, path in targets.items():
+        try:
+            check(path, form, overwrite)
+        except FileExistsError:
+            raise FileExistsError(
+                f"--{form} {path} is there already: choose another name, or pass --overwrite"
+            ) from None
+        except (ValueError, IsADirectoryError) as error:
+            raise ValueError(f"--{form}: {error}") from error
+    if len({path.absolute() for path in targets.values()}) < len(targets):
+        raise ValueError(f"two forms cannot be written to one file: {', '.join(map(str, targets.values()))}")
+
+
+def describe(file: Exported) -> list[str]:
+    """What was written, and how far it is from the model."""
+    from .units import size, small
+
+    form = {"onnx": f"ONNX, opset {file.opset}", "torch-export": "torch.export", "aoti": "AOTInductor"}[file.form]
+    beside = "" if file.data is None else f" with its weights in {file.data.name}"
+    lines = [f"Written: {file.path}{beside} ({form}, {size(file.size_bytes)})"]
+    checked = file.checked
+    if checked.why_not is not None:
+        return [*lines, f"  not compared with the model: {checked.why_not}"]
+    found = ", ".join(f"{small(value)} at batch {count}" for count, value in checked.differences.items())
+    return [*lines, f"  largest difference from the model, run by {checked.by}: {found}"]
+
+
+def describe_times(times: dict[str, dict[int, Latency]], versions: dict[str, str]) -> list[str]:
+    """Ratios to the model in PyTorch, as medians of calls that took turns."""
+    from .units import milliseconds, three
+
+    lines = []
+    for name in [name for name in times if name != "eager"]:
+        parts = []
+        for batch, taken in times[name].items():
+            eager = times["eager"][batch]
+            parts.append(
+                f"{three(taken.median_ms / eager.median_ms)} at batch {batch} ({milliseconds(taken.median_ms)}, quartiles "
+                f"{three(taken.low_ms)}–{three(taken.high_ms)}, against {milliseconds(eager.median_ms)})"
+            )
+        lines.append(f"Time of a call by {name}, as a part of eager PyTorch's: {'; '.join(parts)}")
+    if lines:
+        where = ", ".join(f"{name} {versions[name]}" for name in ("device", "threads", "torch"))
+        lines.append(f"  of this machine, beside whatever else it did: {where}")
+    return lines
+
+
+def next_step(file: Exported) -> str:
+    """The line of Python that runs the file."""
+    path = repr(str(file.path))
+    return {
+        "onnx": f"onnxruntime.InferenceSession({path}).run(None, {{'images': images}})",
+        "torch-export": f"torch.export.load({path}).module()(images)",
+        "aoti": f"torch._inductor.aoti_load_package({path})(images)",
+    }[file.form]
+
+
+def record(
+    model: str, traced: Traced, files: dict[str, Exported], times: dict[str, dict[int, Latency]]
+) -> dict[str, object]:
+    """All of it, in plain JSON types."""
+    from . import environment
+
+    return {
+        "model": model,
+        "command": environment.command_line(),
+        "environment": environment.versions(),
+        "metadata": traced.metadata,
+        "files": {
+            form: {
+                "path": str(file.path),
+                "data": None if file.data is None else str(file.data),
+                "bytes": file.size_bytes,
+                "opset": file.opset,
+                "largest_difference": {str(batch): value for batch, value in file.checked.differences.items()},
+                "compared_by": file.checked.by,
+                "not_compared": file.checked.why_not,
+            }
+            for form, file in files.items()
+        },
+        "latency_ms": {
+            name: {str(batch): taken.to_dict() for batch, taken in batches.items()} for name, batches in times.items()
+        },
+    }

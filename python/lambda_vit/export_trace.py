@@ -1,0 +1,254 @@
+"""A model as torch.export sees it: checked, of the size and the dtype that were asked for, with what a deployer has to know."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from lambda_kernels import __version__
+from lambda_kernels.blocks import MlpHalf
+from lambda_kernels.errors import BackendUnavailableError, NonFiniteActivationError
+from lambda_kernels.families import inspect_model
+from lambda_kernels.features import FeatureModel
+
+from . import environment
+from .data import data_config
+from .evaluate import input_shape
+from .export_check import random_images, run_eagerly
+from .placement import eval_mode, one_device, one_dtype
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# What torch.export is shown where the batch is left open: of one image it would conclude that there is always one.
+_EXAMPLE_BATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A model as torch.export sees it, with the model that it is to be compared with.
+
+    Attributes:
+        program: By PyTorch's own operators.
+        model: In eval mode, of the size and the dtype that were asked for.
+        shape: (channels, height, width) of an image.
+        dtype: Of images, weights and outputs.
+        batch_size: None where it is left open.
+        outputs: Names, in order.
+        metadata: What a deployer has to know, by name, as text; JSON where it is no plain word.
+    """
+
+    program: torch.export.ExportedProgram
+    model: nn.Module
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    batch_size: int | None
+    outputs: tuple[str, ...]
+    metadata: dict[str, str]
+
+    def images(self, count: int) -> Tensor:
+        """Random ones."""
+        return random_images(count, self.shape, one_device(self.model), self.dtype)
+
+
+def trace_model(
+    model: nn.Module,
+    *,
+    image_size: int | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    class_names: Mapping[str, int] | None = None,
+) -> Traced:
+    """Trace a model for export. The model itself is left as it is.
+
+    Args:
+        model: A timm vision transformer, converted or not, or what `feature_model` made of one. Its parameters stay where
+            they are: a package of AOTInductor runs on that kind of device alone.
+        image_size: Pixels a side, where it is not what the model was built for: position embeddings are resampled.
+        dtype: "float32", "float16" or "bfloat16", of weights, images and outputs. None keeps the model's.
+        batch_size: Of every call; None leaves it open, from one image on.
+        class_names: Name → output of the model, for the metadata.
+
+    Raises:
+        NonFiniteActivationError: The model overflows in `dtype`.
+        UnsupportedModelError: The model is wrapped, of an unknown kind, or its attention is still being diluted (λ > 0, or
+            not finished).
+        BackendUnavailableError: Blocks insist on `backend="triton"`.
+        ValueError: An argument is out of range, parameters have several dtypes or devices, or the model calls operators
+            that are not PyTorch's own.
+    """
+    core = model.model if isinstance(model, FeatureGetterNet) else model
+    anatomy = inspect_model(core)
+    _refuse_kernels_by_name(core)
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a number of images, or None for any; got {batch_size!r}")
+    features = isinstance(model, FeatureGetterNet)
+    if features and class_names is not None:
+        raise ValueError("class_names are for classifiers; a feature model gives maps")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    kind = one_dtype(model) if dtype is None else DTYPES[dtype]
+    if kind not in DTYPES.values():
+        raise ValueError(f"the model has dtype {kind}, which deployments do not know; pass dtype='float32'")
+    device = one_device(model)
+    if device.type == "meta":
+        raise ValueError("the model is on the meta device and has no weights to export; load it on a real one")
+    own = input_shape(core)
+    resized = image_size is not None and (image_size, image_size) != own[1:]
+    if resized:
+        _check_image_size(core, image_size)
+    if resized or any(p.is_floating_point() and p.dtype != kind for p in model.parameters()):
+        model = copy.deepcopy(model)
+        core = model.model if isinstance(model, FeatureGetterNet) else model
+        model.to(kind)
+    if resized:
+        core.set_input_size(img_size=(image_size, image_size))
+    shape = input_shape(core)
+    images = random_images(batch_size or _EXAMPLE_BATCH, shape, device, kind)
+    made = run_eagerly(model, images)
+    if not all(bool(output.isfinite().all()) for output in made):
+        name = str(kind).removeprefix("torch.")
+        raise NonFiniteActivationError(
+            f"the model gives NaN or infinity in {name}, of random images already. Export it in "
+            f"{'bfloat16 or float32' if kind == torch.float16 else 'another dtype'}, or look at its weights"
+        )
+    dynamic = None if batch_size else ({0: torch.export.Dim("batch", min=1)},)
+    with eval_mode(model), undisturbed(device):
+        program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
+    _check_operators(program)
+    outputs = ("logits",) if core.num_classes else ("embedding",)
+    if features:
+        outputs = tuple(f"features_{index}" for index in model.out_indices)
+    return Traced(
+        program=program,
+        model=model,
+        shape=shape,
+        dtype=kind,
+        batch_size=batch_size,
+        outputs=outputs,
+        metadata=_metadata(model, core, anatomy, shape, kind, batch_size, class_names),
+    )
+
+
+def _refuse_kernels_by_name(core: nn.Module) -> None:
+    insisting = [
+        index for index, block in enumerate(core.blocks) if isinstance(block, MlpHalf) and block.backend == "triton"
+    ]
+    if insisting:
+        raise BackendUnavailableError(
+            f"blocks {insisting} were converted with backend='triton', whose kernels no exported model can hold. Convert the "
+            "model again with backend='auto' (the same layers and residual_scale), which takes PyTorch's operators here"
+        )
+
+
+def _check_image_size(core: nn.Module, image_size: object) -> None:
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size must be a number of pixels; got {image_size!r}")
+    patch = core.patch_embed.patch_size
+    if any(image_size % side for side in patch):
+        raise ValueError(
+            f"image_size={image_size} is no multiple of the model's patches of {patch[0]}×{patch[1]} pixels"
+        )
+    if not hasattr(core, "set_input_size"):
+        raise ValueError(
+            f"image_size={image_size}: {type(core).__name__} takes {input_shape(core)[1]} pixels and cannot be resized in "
+            "this version of timm. Build it with timm.create_model(…, img_size=…) before its weights are loaded"
+        )
+
+
+def _check_operators(program: torch.export.ExportedProgram) -> None:
+    """Refuse what a plain PyTorch could not run, and no exporter translate: operators that some library registered."""
+    foreign = {
+        str(node.target)
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prim", "prims")
+    }
+    if foreign:
+        raise ValueError(
+            f"the model calls {', '.join(sorted(foreign))}, which only the library that registered it can run; replace it by "
+            "PyTorch's own operators"
+        )
+
+
+def _metadata(
+    model: nn.Module,
+    core: nn.Module,
+    anatomy: Any,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    batch_size: int | None,
+    class_names: Mapping[str, int] | None,
+) -> dict[str, str]:
+    cfg = getattr(core, "pretrained_cfg", None) or {}
+    versions = environment.versions()
+    kind = str(dtype).removeprefix("torch.")
+    entries: dict[str, Any] = {
+        "lambda_kernels": __version__,
+        "torch": torch.__version__,
+        "timm": versions["timm"],
+        "architecture": cfg.get("architecture") or type(core).__name__,
+        "removed_attention": list(anatomy.removed),
+        "residual_scale": anatomy.residual_scale or 1.0,
+        "dtype": kind,
+        "input": f"images [{batch_size or 'batch'}, {', '.join(map(str, shape))}] {kind}",
+        "input_size": list(shape),
+    }
+    if isinstance(model, FeatureGetterNet):
+        entries["feature_blocks"] = list(model.out_indices)
+        entries["feature_norm"] = model.norm
+        if isinstance(model, FeatureModel):
+            entries["feature_scales"] = list(model.scales)
+            entries["feature_rescaled"] = model.rescale
+    else:
+        entries["num_classes"] = core.num_classes
+        names = _class_names(core.num_classes, cfg, class_names)
+        if names:
+            entries["class_names"] = names
+    if cfg.get("mean") and cfg.get("std") and shape[0] in (1, 3):
+        config = data_config(core)
+        colours = "grey" if shape[0] == 1 else "RGB"
+        entries["preprocessing"] = (
+            f"resize so that the crop is crop_pct of it, crop, {colours} / 255, then (value − mean) / std"
+        )
+        for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
+            value = config[key]
+            entries[key] = list(value) if isinstance(value, tuple) else value
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in entries.items()
+    }
+
+
+def _class_names(
+    count: int, cfg: Mapping[str, Any], class_names: Mapping[str, int] | None
+) -> Collection[str | None] | None:
+    """By output; None for outputs without a name, or for all where nobody knows them."""
+    if class_names is not None:
+        outside = {name: index for name, index in class_names.items() if not 0 <= index < count}
+        if outside:
+            raise ValueError(f"class_names has outputs outside 0…{count - 1}: {outside}")
+        if len(set(class_names.values())) != len(class_names):
+            raise ValueError("class_names gives two names to one output")
+        by_output = {index: name for name, index in class_names.items()}
+        return [by_output.get(index) for index in range(count)]
+    known = cfg.get("label_names")
+    return list(known) if known and len(known) == count else None
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Without gradients, without a caller's autocast, and without PyTorch's warnings."""
+    # What the exporters warn of is of their own insides.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
