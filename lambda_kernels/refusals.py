@@ -97,7 +97,7 @@ _BY_CLASS: dict[str, Refusal] = {
             "mobilenetv3.MobileNetV3": f"{_CONVOLUTIONAL}, or none does",
             "mobilenetv5.MobileNetV5": _CONVOLUTIONAL,
             "mobilenetv5.MobileNetV5Encoder": _CONVOLUTIONAL,
-            "resnet.ResNet": "a convolutional network: what it calls attention weighs channels",
+            "resnet.ResNet": "a convolutional network: what some variants call attention weighs channels",
             "mlp_mixer.MlpMixer": "it mixes tokens by MLPs, and has no attention to remove",
             "convmixer.ConvMixer": "it mixes tokens by convolutions, and has no attention to remove",
             "efficientnet.EfficientNet": "a convolutional network: its blocks have no attention but that of channels",

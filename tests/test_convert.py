@@ -294,7 +294,7 @@ REFUSED = {
     "samvit_base_patch16": ["timm.models.vision_transformer_sam.Block", "windows"],
     "vit_base_patch16_18x2_224": ["ParallelThingsBlock", "several"],
     "volo_d1_224": ["VOLO", "outlook"],
-    "resnet18": ["ResNet", "blocks"],
+    "resnet18": ["ResNet", "convolutional"],
 }
 
 

@@ -45,8 +45,8 @@ class DilutedBlock(MlpHalf):
         own = {name: getattr(block, name) for name in ("fuse", "backend", "recompute") if isinstance(block, MlpHalf)}
         super().__init__(1.0, **{"fuse": True, "backend": "auto", "recompute": "auto", **own}, family=family.name)
         # All that is on the block, parts that somebody added to it too; a scale that is not there is None, as timm has it.
-        held = dict.fromkeys(family.scales) | dict(block.named_parameters(recurse=False)) | dict(block.named_children())
-        for name, part in held.items():
+        held = dict(block.named_parameters(recurse=False)) | dict(block.named_children())
+        for name, part in (held | {name: None for name in family.scales if name not in held}).items():
             setattr(self, name, part)
         reference = block.norm2.weight if getattr(block.norm2, "weight", None) is not None else torch.empty(0)
         self.register_buffer("lam", torch.ones((), device=reference.device), persistent=False)
