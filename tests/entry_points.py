@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import timm
 import torch
@@ -49,7 +51,23 @@ def options(name: str, module: str) -> dict:
 
 def build(name: str, module: str) -> nn.Module:
     """The entry point `name`, small, with random weights, in eval mode."""
-    return small_vit(name, **options(name, module))
+    with small_backbones() if module == "vision_transformer_hybrid" else contextlib.nullcontext():
+        return small_vit(name, **options(name, module))
+
+
+@contextlib.contextmanager
+def small_backbones() -> Iterator[None]:
+    """timm's hybrids take narrow ResNets of as many stages in place of ResNet-26 and ResNet-50."""
+    from timm.models import vision_transformer_hybrid as hybrid
+
+    whole = hybrid.ResNetV2
+
+    def narrow(layers: tuple[int, ...], **given: object) -> nn.Module:
+        return whole(layers=(1,) * len(layers), channels=(128,) * 4, **given)
+
+    tiny = functools.partial(timm.create_model, "test_resnet")
+    with mock.patch.multiple(hybrid, ResNetV2=narrow, resnet26d=tiny, resnet50d=tiny):
+        yield
 
 
 def signature(model: nn.Module) -> str:
