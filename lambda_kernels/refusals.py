@@ -21,7 +21,7 @@ _CLASSIC = "Use a model with plain self-attention in every block, such as deit3_
 _PRE_NORM = "Use a model whose norms come before the branches, such as vit_base_patch16_224"
 _SEQUENTIAL = "Use a model whose blocks run attention and MLP one after the other, such as vit_base_patch16_224"
 _TOWER = "Use a model with a classifier around the blocks, such as vit_base_patch16_siglip_gap_224 or naflexvit_base_patch16_gap"
-_ROTARY = "Use a model whose blocks are timm.models.eva.EvaBlock, such as vit_small_patch16_rope_224, or a plain ViT"
+_ROTARY = "Use a model whose blocks are timm.models.eva.EvaBlock, such as vit_medium_patch16_rope_reg1_gap_256, or a plain ViT"
 _WINDOWS = "Use a model with global attention, such as vit_base_patch16_224 or vit_base_patch14_dinov2"
 
 _STAGES = "its attention stands in stages of different widths, between layers that merge tokens"
