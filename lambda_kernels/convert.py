@@ -129,6 +129,13 @@ def check_removal(
             f"{type(model).__name__} has no norm after its last block, so its features would grow "
             f"{residual_scale ** len(removed):g}-fold with residual_scale={residual_scale:g}. Use residual_scale=1.0"
         )
+    if residual_scale > 1.0 and _place(model)[1] is torch.float16:
+        warnings.warn(
+            f"the model is in float16, which ends at 65504, and residual_scale={residual_scale:g} makes its features up to "
+            f"{residual_scale ** len(removed):g} times larger. lambda_vit.half_range.check_float16 tells by a batch whether "
+            "they fit; bfloat16 holds them",
+            stacklevel=stacklevel,
+        )
     small = []
     for index in removed:
         gamma = layer_scale(model.blocks[index], family_of(model.blocks[index]).scales[1])

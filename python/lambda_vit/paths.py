@@ -43,7 +43,7 @@ def skip_attention(model: nn.Module, skip: Sequence[int]) -> nn.Module:
     """
     skip = check_indices(skip, inspect_model(model).depth, "skip")
     blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
-    return _with_blocks(model, blocks)
+    return with_blocks(model, blocks)
 
 
 # What a block is given beyond its tokens: rotary embeddings, position biases, a mask.
@@ -97,7 +97,7 @@ class PathRunner:
         self._blocks = list(model.blocks)
         self._free: dict[int, nn.Module] = {}
         self._seen: list[tuple[Tensor, Given]] = []
-        self._front = _with_blocks(model, [_Tap(self._seen) for _ in self._blocks])
+        self._front = with_blocks(model, [_Tap(self._seen) for _ in self._blocks])
         self._back: nn.Module | None = None
         self._given: list[Given] = []
 
@@ -197,18 +197,19 @@ class PathRunner:
         self._front(images)
         seen = self._seen[:]
         self._seen.clear()
-        if len(seen) != self.depth:
+        if len(seen) < self.depth:
             raise UnsupportedModelError(
                 f"the forward of this {type(self._model).__name__} does not run the blocks of the model that it is called "
                 "on: was it replaced on the instance? Measure the model as timm made it"
             )
+        seen = seen[-self.depth :]  # a forward that runs its blocks more than once is found out when it is split
         return seen[0][0], [given for _, given in seen]
 
     def _finish(self, x: Tensor, images: Images | None) -> Outputs:
         if images is None:
             back, given = self._back, x
         else:
-            back, given = _with_blocks(self._model, [_Inject(x)]), images
+            back, given = with_blocks(self._model, [_Inject(x)]), images
         if self.score == "logits":
             logits = back(given)
             return Outputs(logits, logits)
@@ -233,7 +234,7 @@ class PathRunner:
             if _same_numbers(found, wanted):
                 return
             self.why_images = "its forward does more than embedding, blocks, norm and head one after the other"
-        if not _same_numbers(_with_blocks(self._model, [_Inject(x)])(few), wanted):
+        if not _same_numbers(with_blocks(self._model, [_Inject(x)])(few), wanted):
             raise UnsupportedModelError(
                 f"the forward of this {type(self._model).__name__} does not run its blocks once, one after the other, on "
                 "what goes into the first: paths through them cannot be measured"
@@ -298,7 +299,7 @@ def _without_attention(block: nn.Module) -> nn.Module:
     return block if isinstance(block, AttentionFreeBlock) else AttentionFreeBlock.from_block(block)
 
 
-def _with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
     """A shallow copy of `model` around other blocks; everything else is shared, and `model` keeps its own."""
     view = copy.copy(model)
     view._modules = dict(model._modules)
@@ -308,7 +309,7 @@ def _with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
 
 def _without_front(model: nn.Module) -> nn.Module:
     """A shallow copy of a timm model that takes what comes out of the last block for images."""
-    view, front = _with_blocks(model, ()), front_of(model)
+    view, front = with_blocks(model, ()), front_of(model)
     view._parameters = dict(model._parameters)
     for name in front.identities:
         if name in view._modules:
