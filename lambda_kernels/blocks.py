@@ -76,8 +76,7 @@ def replacement_obstacles(block: nn.Module) -> list[str]:
     own = [
         name
         for name, value in vars(block).items()
-        if name not in usual
-        or (name not in ("_modules", "_parameters") and isinstance(value, (dict, set)) and value)
+        if name not in usual or (name not in ("_modules", "_parameters") and isinstance(value, (dict, set)) and value)
     ]
     if any("hooks" in name for name in own):
         found.append("a hook on the block itself would be lost")
@@ -354,7 +353,9 @@ class AttentionFreeBlock(MlpHalf):
         """
         family = _family(block)
         scale = getattr(block, family.scales[1])
-        return _settle(cls(block.norm2, block.mlp, scale, block.drop_path2, family=family.name, **options), block, options)
+        return _settle(
+            cls(block.norm2, block.mlp, scale, block.drop_path2, family=family.name, **options), block, options
+        )
 
     def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
         FAMILIES[self.family].for_attention(arguments, named)  # refuses what timm's block refuses

@@ -66,7 +66,7 @@ class Family:
         names = tuple(self.arguments)
         if len(positional) > len(names):
             raise TypeError(f"forward() takes tokens and {len(names)} more arguments; got {len(positional)} more")
-        given = dict(zip(names, positional))
+        given = dict(zip(names, positional, strict=False))
         for name, value in named.items():
             if name not in names:
                 raise TypeError(f"forward() got an unexpected argument {name!r}; it takes {', '.join(names)}")

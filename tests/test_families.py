@@ -1,4 +1,4 @@
-"""EvaBlock and beit.Block: their own signatures, bare scales, rotary embeddings and position biases, through the whole method."""
+"""EvaBlock and beit.Block: signatures of their own, bare scales, rotary embeddings and position biases, all the way through."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def build(name: str, **options: object) -> nn.Module:
 
 def data(model: nn.Module, batches: int = 3) -> list:
     generator = torch.Generator().manual_seed(3)
-    return [
-        (picture(model, 8) + torch.randn(8, 3, 1, 1, generator=generator), torch.arange(8)) for _ in range(batches)
-    ]
+    return [(picture(model, 8) + torch.randn(8, 3, 1, 1, generator=generator), torch.arange(8)) for _ in range(batches)]
 
 
 def by_hand(model: nn.Module, removed: tuple[int, ...], scale: float = 1.0) -> nn.Module:
@@ -279,7 +277,7 @@ def test_what_is_on_a_block_beside_its_parts_keeps_it():
     other = build("eva").blocks[0]
     other.prompt = nn.Parameter(torch.zeros(3))
     assert "prompt" in replacement_obstacles(other)[0]
-    with pytest.raises(ValueError, match="family must be one of .*'swin'"):
+    with pytest.raises(ValueError, match=r"family must be one of .*'swin'"):
         AttentionFreeBlock(nn.LayerNorm(2), nn.Identity(), family="swin")
 
 

@@ -59,7 +59,9 @@ def test_the_page_holds_what_a_table_holds():
     fused.pooling["class token"], fused.notes["a note"] = 2, 1
     slow = Row("RmsNorm, SwiGLU", "mlp is SwiGLU, not Mlp", ["aim"])
     refusal = refused_classes()["timm.models.volo.VOLO"]
-    text = page(Table({"vit": [fused, slow]}, {"timm.models.volo.VOLO": (refusal, ["volo_d1"])}, {"x": ["a", "b"]}), "9.9")
+    text = page(
+        Table({"vit": [fused, slow]}, {"timm.models.volo.VOLO": (refusal, ["volo_d1"])}, {"x": ["a", "b"]}), "9.9"
+    )
     assert "By timm 9.9: 3 entry points" in text
     assert "## Plain ViTs: 3 entry points" in text
     assert "| LayerNorm, exact GELU | fused | 2 | `vit_b_patch16_224` | class token (2) | a note (1) |" in text

@@ -49,7 +49,9 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
     ]
     largest: list[float] = []
     hooks = [
-        block.register_forward_hook(lambda module, arguments, x: largest.append(float(x.abs().max()) if x.numel() else 0.0))
+        block.register_forward_hook(
+            lambda module, arguments, x: largest.append(float(x.abs().max()) if x.numel() else 0.0)
+        )
         for block in blocks
     ]
     view = with_blocks(model, blocks)
@@ -61,7 +63,9 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
             hook.remove()
     for index, value in enumerate(largest):
         if not value <= torch.finfo(torch.float64).max:
-            raise NonFiniteActivationError(f"block {index} gave NaN or infinity ({one_dtype(model)}): check the weights")
+            raise NonFiniteActivationError(
+                f"block {index} gave NaN or infinity ({one_dtype(model)}): check the weights"
+            )
     block = max(range(len(largest)), key=largest.__getitem__)
     if largest[block] > LIMIT:
         scale, removed = (residual_scale, remove) if remove else (anatomy.residual_scale or 1.0, anatomy.removed)

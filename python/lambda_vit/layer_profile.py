@@ -155,6 +155,8 @@ def profile_layers(
         with eval_mode(model):
             for batch in track(loader, "Profile"):
                 images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                if not batches.count(images):
+                    continue
                 samples += batches.count(images)
                 images = batches.to(images, device, dtype)
                 queue.valid = batches.valid_tokens(model, images)

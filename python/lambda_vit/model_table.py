@@ -208,10 +208,22 @@ def page(table: Table, version: str) -> str:
         lines += ["| MLP half | runs | entry points | for example | pooling | notes |", "|---|---|---|---|---|---|"]
         for row in rows:
             path = "fused" if row.path == "fused" else f"PyTorch: {row.path}"
-            cells = (row.mlp, path, len(row.names), f"`{_example(row.names)}`", _counted(row.pooling), _counted(row.notes))
+            cells = (
+                row.mlp,
+                path,
+                len(row.names),
+                f"`{_example(row.names)}`",
+                _counted(row.pooling),
+                _counted(row.notes),
+            )
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += ["", "<details><summary>All names</summary>", ""]
-        lines += [", ".join(f"`{name}`" for name in sorted(name for row in rows for name in row.names)), "", "</details>", ""]
+        lines += [
+            ", ".join(f"`{name}`" for name in sorted(name for row in rows for name in row.names)),
+            "",
+            "</details>",
+            "",
+        ]
     lines += [
         "## Refused",
         "",
@@ -222,9 +234,7 @@ def page(table: Table, version: str) -> str:
     ]
     for kind, (refusal, names) in table.refused.items():
         short = kind.removeprefix("timm.models.").removeprefix("torch.nn.modules.container.")
-        lines.append(
-            f"| `{short}` | {len(names)} | `{_example(names)}` | {refusal.reason} | {refusal.instead} |"
-        )
+        lines.append(f"| `{short}` | {len(names)} | `{_example(names)}` | {refusal.reason} | {refusal.instead} |")
     lines += [
         "",
         f"The other {sum(map(len, table.others.values()))} entry points of timm are networks without self-attention, most of "

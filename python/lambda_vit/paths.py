@@ -151,7 +151,8 @@ class PathRunner:
         of the images alone.
         """
         x, valid = start.tokens, batches.valid_tokens(self._model, start.images)
-        for index, (block, (positional, named)) in enumerate(zip(self._blocks, self._given_to_blocks(start))):
+        given = self._given_to_blocks(start)
+        for index, (block, (positional, named)) in enumerate(zip(self._blocks, given, strict=True)):
             if isinstance(block, AttentionFreeBlock):
                 x = block(x, *positional, **named)
                 continue
@@ -332,13 +333,11 @@ def _same_given(found: Sequence[Given], wanted: Sequence[Given]) -> bool:
             return a is b or (a.shape == b.shape and torch.equal(a, b))
         return type(a) is type(b) and a == b
 
-    def flat(given: Given) -> list[tuple[object, object]]:
-        return [*enumerate(given[0]), *given[1].items()]
+    def flat(given: Given) -> dict[object, object]:
+        return {**dict(enumerate(given[0])), **given[1]}
 
-    return all(
-        len(flat(one)) == len(flat(other)) and all(k == j and same(a, b) for (k, a), (j, b) in zip(flat(one), flat(other)))
-        for one, other in zip(found, wanted)
-    )
+    pairs = [(flat(one), flat(other)) for one, other in zip(found, wanted, strict=True)]
+    return all(one.keys() == other.keys() and all(same(one[key], other[key]) for key in one) for one, other in pairs)
 
 
 def _same_numbers(found: Tensor, wanted: Tensor) -> bool:
