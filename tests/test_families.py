@@ -84,6 +84,13 @@ def test_a_block_takes_what_timms_takes(name):
         masked = twin(x, **{**named, "attn_mask": mask})
         assert torch.equal(masked, block(x, **{**named, "attn_mask": mask}))
         assert not torch.equal(masked, twin(x, **named))
+    again = twin.to_timm()
+    assert type(again) is type(block)
+    assert vars(again).keys() == vars(block).keys()
+    assert [vars(again)[name] for name in family_of(block).attributes] == [
+        vars(block)[name] for name in family_of(block).attributes
+    ]
+    assert torch.equal(again(x, **named), block(x, **named))
     for each in (block, twin, free):
         with pytest.raises(TypeError, match="unheard_of"):
             each(x, unheard_of=1)
