@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from timm.layers.activations import GELU, GELUTanh
-from timm.models.vision_transformer import Block, LayerScale  # timm.layers has another LayerScale in some versions
+from timm.models.vision_transformer import LayerScale  # timm.layers has another LayerScale in some versions
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .families import FAMILIES, Family, family_of, layer_scale
 from .ops import recomputed
 from .ops.checks import check_choice
 from .ops.dispatch import Choice, choose
 from .ops.ln_mlp import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
 
-# The submodules of timm's Block, in its order, and what its forward takes. Blocks that differ are left alone.
-_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
-_ARGUMENTS = frozenset(inspect.signature(Block.forward).parameters)
-_UNKNOWN_ARGUMENTS = sorted(_ARGUMENTS - {"self", "x", "attn_mask", "is_causal"})
-_HAS_MASK = "attn_mask" in _ARGUMENTS  # not in timm 1.0.15
-_HAS_CAUSAL = "is_causal" in _ARGUMENTS  # seen in timm 1.0.26, not in 1.0.23
 
 _BARE = frozenset(vars(nn.Module()))
-_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute"))
+_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "family"))
 
 
 def gelu_form(act: nn.Module) -> str | None:
@@ -64,21 +58,25 @@ def _is_altered(module: nn.Module | None) -> bool:
 
 
 def replacement_obstacles(block: nn.Module) -> list[str]:
-    """What would be lost or go wrong if another block took over the submodules of `block`; empty when nothing would.
+    """What would be lost or go wrong if another block took over the parts of `block`; empty when nothing would.
 
     Args:
-        block: timm's `Block`, or a `FusedMlp`.
+        block: One of timm's of a known family, or a `FusedMlp`.
     """
     found = []
-    if _UNKNOWN_ARGUMENTS:
-        found.append(f"this version of timm passes {', '.join(_UNKNOWN_ARGUMENTS)} to its blocks")
-    if set(block._modules) != set(_PARTS):
-        names = ", ".join(sorted(set(block._modules) ^ set(_PARTS)))
+    family = family_of(block)
+    if family.unknown_arguments:
+        found.append(f"this version of timm passes {', '.join(family.unknown_arguments)} to its blocks")
+    present = {name for held in (block._modules, block._parameters) for name, part in held.items() if part is not None}
+    absent = {name for name in family.scales if family.bare and getattr(block, name, None) is None}
+    if present != set(family.parts) - absent:
+        names = ", ".join(sorted(present ^ (set(family.parts) - absent)))
         found.append(f"its submodules are not those of timm's Block ({names})")
+    usual = {*_BARE, *_SETTINGS, *family.attributes, *absent}
     own = [
         name
         for name, value in vars(block).items()
-        if name not in _BARE | _SETTINGS or (name != "_modules" and isinstance(value, (dict, set)) and value)
+        if name not in usual or (name not in ("_modules", "_parameters") and isinstance(value, (dict, set)) and value)
     ]
     if any("hooks" in name for name in own):
         found.append("a hook on the block itself would be lost")
@@ -99,12 +97,16 @@ class Recompute:
 class MlpHalf(nn.Module):
     """What the blocks share: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
 
-    Subclasses register `norm2`, `mlp`, `ls2` and `drop_path2`.
+    Subclasses register `norm2`, `mlp`, `drop_path2` and the LayerScale of the MLP, under the names of their `family`.
     """
 
-    def __init__(self, residual_scale: float, fuse: bool, backend: str, recompute: str) -> None:
+    family = "vit"  # a name, so that copies and pickles of blocks share one description
+
+    def __init__(self, residual_scale: float, fuse: bool, backend: str, recompute: str, family: str = "vit") -> None:
         super().__init__()
         check_choice("recompute", recompute, RECOMPUTE)
+        check_choice("family", family, tuple(FAMILIES))
+        self.family = family
         self.residual_scale = float(residual_scale)
         self.fuse = fuse
         self.backend = backend
@@ -152,7 +154,9 @@ class MlpHalf(nn.Module):
         if not self.fuse:
             return ["fusion was switched off"]
         # Out of the dictionaries: attributes of an nn.Module are found by a search that would cost more than all of this.
-        norm2, mlp, ls2, drop_path2 = map(self._modules.get, ("norm2", "mlp", "ls2", "drop_path2"))
+        norm2, mlp, drop_path2 = map(self._modules.get, ("norm2", "mlp", "drop_path2"))
+        scale = FAMILIES[self.family].scales[1]
+        ls2 = self._modules.get(scale)
         if type(mlp) is not Mlp:
             return [f"mlp is {type(mlp).__name__}, not Mlp"]
         inside = fc1, act, drop1, norm, fc2, drop2 = [*map(mlp._modules.get, _MLP_PARTS)]
@@ -167,8 +171,8 @@ class MlpHalf(nn.Module):
             found.append(f"the activation is {type(act).__name__}, not GELU")
         if type(norm) is not nn.Identity:
             found.append("mlp has a norm between its layers")
-        if type(ls2) not in (nn.Identity, LayerScale):
-            found.append(f"ls2 is {type(ls2).__name__}, not LayerScale")
+        if ls2 is not None and type(ls2) not in (nn.Identity, LayerScale):
+            found.append(f"{scale} is {type(ls2).__name__}, not LayerScale")
         if type(drop1) is not nn.Dropout or type(drop2) is not nn.Dropout:
             found.append("mlp's dropouts were replaced")
         # Each one's own mode: Monte-Carlo dropout puts only the dropouts of an evaluated model into training mode.
@@ -180,9 +184,9 @@ class MlpHalf(nn.Module):
             found.append("a hook or a replaced forward inside the block must run")
         if not found:
             w1, w2 = fc1.weight, fc2.weight
-            others = (norm2.weight, norm2.bias, fc1.bias, w2, fc2.bias, None if type(ls2) is nn.Identity else ls2.gamma)
+            others = (norm2.weight, norm2.bias, fc1.bias, w2, fc2.bias, layer_scale(self, scale))
             if any(other is not None and other.dtype != w1.dtype for other in others):
-                found.append("norm2, mlp and ls2 have different dtypes")
+                found.append(f"norm2, mlp and {scale} have different dtypes")
             if hasattr(w1, "__tensor_flatten__") or hasattr(w2, "__tensor_flatten__"):
                 found.append("mlp's weights are wrapped: quantized, or spread over devices")
         return found
@@ -191,7 +195,9 @@ class MlpHalf(nn.Module):
         """What is asked for where the modules run one by one, and why they must not run again, or not so."""
         if self.recompute in ("auto", "none"):
             return "none", []
-        parts = [module for part in (self.norm2, self.mlp, self.ls2, self.drop_path2) for module in part.modules()]
+        scale = self._modules.get(FAMILIES[self.family].scales[1])
+        halves = (self.norm2, self.mlp, scale, self.drop_path2)
+        parts = [module for part in halves if part is not None for module in part.modules()]
         found = recomputed.obstacles()
         if _global_hooks() or any(map(_is_altered, parts)):
             found.append("a hook or a replaced forward inside the block would run twice")
@@ -232,14 +238,20 @@ class MlpHalf(nn.Module):
         return x if self.residual_scale == 1.0 else self.residual_scale * x
 
     def _after(self, x: Tensor, branch: Tensor) -> Tensor:
-        return self._scaled(x) + self.drop_path2(self.ls2(branch))
+        return self._scaled(x) + self.drop_path2(_by_scale(self, FAMILIES[self.family].scales[1], branch))
+
+    def _attention_branch(self, x: Tensor, positional: tuple, named: dict) -> Tensor:
+        """`drop_path1(scale1(attn(norm1(x))))`; `positional` and `named` are what `forward` was given beyond tokens."""
+        family = FAMILIES[self.family]
+        branch = self.attn(self.norm1(x), **family.for_attention(positional, named))
+        return self.drop_path1(_by_scale(self, family.scales[0], branch))
 
     def _mlp_half(self, x: Tensor) -> Tensor:
-        norm2, mlp, ls2 = self.norm2, self.mlp, self.ls2
+        norm2, mlp = self.norm2, self.mlp
         if self.fusion_obstacles():
             return self._by_modules(x)
         fc1, fc2 = mlp.fc1, mlp.fc2
-        gamma = None if type(ls2) is nn.Identity else ls2.gamma
+        gamma = layer_scale(self, FAMILIES[self.family].scales[1])
         dtype = compute_dtype(x, fc2.weight)
         dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
         return ln_mlp(
@@ -258,6 +270,14 @@ class MlpHalf(nn.Module):
             recompute=self.recompute,
             backend=self.backend,
         )
+
+
+def _by_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:
+    """A branch times its LayerScale: a module, a parameter of the block, or None for none."""
+    scale = getattr(block, name)
+    if scale is None:
+        return branch
+    return scale(branch) if isinstance(scale, nn.Module) else scale * branch
 
 
 def _stochastic_depth(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -288,19 +308,20 @@ def _settle(new: _Half, block: nn.Module, options: dict) -> _Half:
 class AttentionFreeBlock(MlpHalf):
     """A ViT block whose attention is gone: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`.
 
-    Takes over the submodules of the block it replaces, under timm's names, so state-dict keys survive. `forward` has the
-    full signature of timm's `Block`. Without attention, `attn_mask` and `is_causal` have nothing to act on.
+    Takes over the parts of the block it replaces, under timm's names, so state-dict keys survive. `forward` takes all that
+    timm's block takes; without attention, masks, rotary embeddings and position biases have nothing to act on.
 
     Args:
         norm2: The norm before the MLP.
         mlp: The MLP.
-        ls2: LayerScale or None.
+        ls2: LayerScale, the bare parameter γ of families that have one, or None.
         drop_path2: Stochastic depth or None.
         residual_scale: s; 1 where the attention was skipped, 2 where it was diluted into the identity.
         fuse: Compute through `ln_mlp` where that is possible.
         backend: Passed on to `ln_mlp`.
         recompute: What a training step computes again instead of saving it: "auto", "none", "act" or "all", as for `ln_mlp`.
             Where the submodules run one by one it is done by running them twice; `recomputed(...)` says whether they can.
+        family: A name of `families.FAMILIES`: what the parts are called and what `forward` takes.
     """
 
     def __init__(
@@ -314,95 +335,105 @@ class AttentionFreeBlock(MlpHalf):
         fuse: bool = True,
         backend: str = "auto",
         recompute: str = "auto",
+        family: str = "vit",
     ) -> None:
-        super().__init__(residual_scale, fuse, backend, recompute)
+        super().__init__(residual_scale, fuse, backend, recompute, family)
         self.norm2 = norm2
         self.mlp = mlp
-        self.ls2 = ls2 if ls2 is not None else nn.Identity()
+        described = FAMILIES[family]
+        setattr(self, described.scales[1], nn.Identity() if ls2 is None and not described.bare else ls2)
         self.drop_path2 = drop_path2 if drop_path2 is not None else nn.Identity()
         self.register_load_state_dict_pre_hook(_explain_attention_keys)
 
     @classmethod
     def from_block(cls, block: nn.Module, **options: object) -> AttentionFreeBlock:
-        """Take over the MLP half of a timm `Block` or a `FusedMlp`; its parameters are shared, not copied.
+        """Take over the MLP half of a block of a known family or of a `FusedMlp`; its parameters are shared, not copied.
 
         `options` are the keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
         """
-        return _settle(cls(block.norm2, block.mlp, block.ls2, block.drop_path2, **options), block, options)
+        family = _family(block)
+        scale = getattr(block, family.scales[1])
+        return _settle(
+            cls(block.norm2, block.mlp, scale, block.drop_path2, family=family.name, **options), block, options
+        )
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
+        FAMILIES[self.family].for_attention(arguments, named)  # refuses what timm's block refuses
         return self._mlp_half(x)
 
     def extra_repr(self) -> str:
-        return f"residual_scale={self.residual_scale:g}"
+        return f"residual_scale={self.residual_scale:g}" + ("" if self.family == "vit" else f", family={self.family}")
 
 
 class FusedMlp(MlpHalf):
-    """A ViT block that keeps its attention and runs its MLP half through `ln_mlp`: the same function as timm's `Block`.
+    """A ViT block that keeps its attention and runs its MLP half through `ln_mlp`: the same function as timm's block.
 
-    Holds the submodules of the block it stands for, under timm's names and in timm's order, so that state-dict keys, the
+    Holds the parts of the block it stands for, under timm's names and in timm's order, so that state-dict keys, the
     order of the parameters and optimizer groups survive. It is no `Block` itself: code that patches every `Block` of a
     model must not take it for one.
 
     Args:
         norm1: The norm before the attention.
-        attn: The attention; called with the mask arguments that timm's `Block` passes on.
-        ls1: LayerScale or an identity.
+        attn: The attention; called with what timm's block of the family passes on to it.
+        ls1: LayerScale or an identity; of families with bare parameters γ or None.
         drop_path1: Stochastic depth or an identity.
         norm2: The norm before the MLP.
         mlp: The MLP.
-        ls2: LayerScale or an identity.
+        ls2: As ls1.
         drop_path2: Stochastic depth or an identity.
         fuse: Compute the MLP half through `ln_mlp` where that is possible.
         backend: Passed on to `ln_mlp`.
         recompute: As for `AttentionFreeBlock`; of the MLP half alone. What the attention saves is not touched.
+        family: As for `AttentionFreeBlock`.
     """
 
     def __init__(
         self,
         norm1: nn.Module,
         attn: nn.Module,
-        ls1: nn.Module,
+        ls1: nn.Module | nn.Parameter | None,
         drop_path1: nn.Module,
         norm2: nn.Module,
         mlp: nn.Module,
-        ls2: nn.Module,
+        ls2: nn.Module | nn.Parameter | None,
         drop_path2: nn.Module,
         *,
         fuse: bool = True,
         backend: str = "auto",
         recompute: str = "auto",
+        family: str = "vit",
     ) -> None:
-        super().__init__(1.0, fuse, backend, recompute)
-        for name, part in zip(_PARTS, (norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2), strict=True):
-            self.add_module(name, part)
+        super().__init__(1.0, fuse, backend, recompute, family)
+        parts = (norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2)
+        for name, part in zip(FAMILIES[family].parts, parts, strict=True):
+            setattr(self, name, part)
 
     @classmethod
     def from_block(cls, block: nn.Module, **options: object) -> FusedMlp:
-        """Take over all submodules of a timm `Block`; its parameters are shared, not copied.
+        """Take over all parts of a block of a known family; its parameters are shared, not copied.
 
         `options` are the keyword arguments of the constructor.
         """
-        return _settle(cls(*(getattr(block, name) for name in _PARTS), **options), block, options)
+        family = _family(block)
+        new = cls(*(getattr(block, name) for name in family.parts), family=family.name, **options)
+        _take_attributes(new, block, family)
+        return _settle(new, block, options)
 
-    def to_timm(self) -> Block:
-        """timm's own `Block` around the same submodules, as they are now."""
+    def to_timm(self) -> nn.Module:
+        """timm's own block around the same parts, as they are now."""
         # Built without __init__, which would need the sizes and make modules to throw away. Nothing of the block that this
-        # one came from is kept beside its submodules: a second reference would be stale once one of them is replaced.
-        block = Block.__new__(Block)
+        # one came from is kept beside its parts: a second reference would be stale once one of them is replaced.
+        family = FAMILIES[self.family]
+        block = family.block.__new__(family.block)
         nn.Module.__init__(block)
-        for name, part in self._modules.items():
-            block.add_module(name, part)
+        for name in family.parts:
+            setattr(block, name, getattr(self, name))
+        _take_attributes(block, self, family)
         block.training = self.training
         return block
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        masks = {}  # an attention that knows none of them refuses one that is given, as it does under timm's Block
-        if _HAS_MASK or attn_mask is not None:
-            masks["attn_mask"] = attn_mask
-        if _HAS_CAUSAL or is_causal:
-            masks["is_causal"] = is_causal
-        return self._mlp_half(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks))))
+    def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
+        return self._mlp_half(x + self._attention_branch(x, arguments, named))
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
@@ -415,6 +446,17 @@ class FusedMlp(MlpHalf):
                 f"{prefix.rstrip('.')} has attention, but the checkpoint holds none for it: it was saved from a converted "
                 "model. Load it with from_pretrained, or into a model converted with the same `remove`"
             )
+
+
+def _family(block: nn.Module) -> Family:
+    """That of `block`; of a module of an unknown class with the parts of a ViT block, that of timm's `Block`."""
+    return family_of(block) or FAMILIES["vit"]
+
+
+def _take_attributes(new: nn.Module, block: nn.Module, family: Family) -> None:
+    for name in family.attributes:
+        if name in vars(block):
+            setattr(new, name, vars(block)[name])
 
 
 def _explain_attention_keys(

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
 from .errors import AlreadyConvertedError, UnsupportedModelError
-from .families import Anatomy, inspect_model
+from .families import Anatomy, family_of, inspect_model, layer_scale
 from .ops import tuning
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
@@ -130,9 +129,16 @@ def check_removal(
             f"{type(model).__name__} has no norm after its last block, so its features would grow "
             f"{residual_scale ** len(removed):g}-fold with residual_scale={residual_scale:g}. Use residual_scale=1.0"
         )
+    if residual_scale > 1.0 and _place(model)[1] is torch.float16:
+        warnings.warn(
+            f"the model is in float16, which ends at 65504, and residual_scale={residual_scale:g} makes its features up to "
+            f"{residual_scale ** len(removed):g} times larger. lambda_vit.half_range.check_float16 tells by a batch whether "
+            "they fit; bfloat16 holds them",
+            stacklevel=stacklevel,
+        )
     small = []
     for index in removed:
-        gamma = getattr(model.blocks[index].ls2, "gamma", None)
+        gamma = layer_scale(model.blocks[index], family_of(model.blocks[index]).scales[1])
         if gamma is not None and not gamma.is_meta and gamma.detach().abs().mean() < SMALL_GAMMA:
             small.append(index)
     if small:
@@ -198,10 +204,11 @@ def _keep(block: nn.Module, fuse: str, backend: str, recompute: str) -> nn.Modul
 
     `block` is left as it is: the caller may find yet that the model cannot be converted.
     """
-    if type(block) not in (Block, FusedMlp):
+    family = family_of(block)
+    if family is None or type(block) not in (family.block, FusedMlp):
         return block
     stays = bool(replacement_obstacles(block))
-    if type(block) is Block:
+    if type(block) is family.block:
         return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend, recompute=recompute)
     if fuse != "all" and not stays:
         return block.to_timm()
@@ -238,7 +245,8 @@ def convert_vit(
     The parameters of removed attention leave the model; those that are left keep their names.
 
     Args:
-        model: A timm model whose `blocks` are `timm.models.vision_transformer.Block`.
+        model: A timm model whose `blocks` are of a family in `families.FAMILIES`: plain ViTs (`vision_transformer.Block`),
+            EVA-02 and other rotary ones (`eva.EvaBlock`), BEiT (`beit.Block`).
         remove: Indices of the blocks that lose their attention, or a `Selection`. The default is the published choice
             for DeiT-B (arXiv 2404.05657). `()` removes none.
         residual_scale: 1.0 for a skipped attention (measuring, zero-shot use), 2.0 for one that was diluted into the

@@ -1,48 +1,142 @@
-"""What each timm model looks like to this library: which blocks it can change, and why it refuses the others.
+"""What each timm model looks like to this library: which blocks it can change, and what their parts are called.
 
-Blocks are compared by class identity, never by name or by attributes: several timm families share the attribute names
-`norm1`, `attn`, `mlp` and mean other things by them.
+All that blocks, surgery, paths and dilution know about a family of blocks is in its `Family`; what is refused, and why, is in
+`refusals`. Blocks are compared by class identity, never by name or by attributes: several timm families share the attribute
+names `norm1`, `attn`, `mlp` and mean other things by them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torch import nn
+from timm.models import beit, eva, vision_transformer
+from torch import Tensor, nn
 
-from .blocks import AttentionFreeBlock, FusedMlp
 from .errors import UnsupportedModelError
+from .refusals import NO_BLOCKS, SUBCLASS, UNKNOWN_BLOCK, qualified_name, refusal_of
 
-_ADVICE = "Use a model whose blocks are timm.models.vision_transformer.Block (ViT, DeiT, DeiT-III, DINOv2, SigLIP …)"
 _FEATURES = "convert the whole model first, then wrap it: lambda_kernels.features.feature_model(converted, out_indices)"
 
-# Qualified block or model class → why removing its attention would change more than the attention.
-_REFUSED = {
-    "timm.models.vision_transformer.ResPostBlock": "its norms come after the branches, so its MLP would see raw residuals",
-    "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP share one input projection",
-    "timm.models.vision_transformer.DiffParallelScalingBlock": "attention and MLP share one input projection",
-    "timm.models.vision_transformer.ParallelThingsBlock": "it holds several attentions and MLPs side by side",
-    "timm.models.eva.EvaBlock": "its layer scales are bare parameters and its attention takes rotary embeddings",
-    "timm.models.eva.EvaBlockPostNorm": "its norms come after the branches, so its MLP would see raw residuals",
-    "timm.models.beit.Block": "its layer scales are bare parameters and its attention takes relative position biases",
-    "timm.models.vision_transformer_relpos.RelPosBlock": "its attention takes relative position biases",
-    "timm.models.vision_transformer_relpos.ResPostRelPosBlock": "its norms come after the branches",
-    "timm.models.vision_transformer_sam.Block": "its attention works in windows on a 2-d token map",
-    "timm.models.naflexvit.NaFlexVit": "its batches hold padding, which every statistic would have to leave out",
-    "timm.models.swin_transformer.SwinTransformer": "attention in shifted windows mixes with the stages' down-sampling",
-    "timm.models.swin_transformer_v2.SwinTransformerV2": "attention in shifted windows, post-norm",
-    "timm.models.cait.LayerScaleBlock": "talking-heads attention, and separate class-attention blocks follow",
-    "timm.models.xcit.XCABlock": "attention over channels, with a local patch interaction between it and the MLP",
-    "timm.models.volo.VOLO": "outlook attention in some stages, and class-attention blocks follow",
-    "timm.models.tnt.Block": "each block nests an inner transformer over pixels",
-    "timm.models.convit.Block": "gated positional attention replaces the plain one in the lower blocks",
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of block: `x ← x + drop_path1(scale1(attn(norm1(x)))); x ← x + drop_path2(scale2(mlp(norm2(x))))`.
+
+    Attributes:
+        name: How blocks of this library remember which family theirs was.
+        block: timm's class.
+        scales: What the LayerScales of attention and MLP are called.
+        bare: They are parameters of the block itself, or None where there is none; else modules, an identity for none.
+        arguments: What `forward` takes beyond tokens and hands on to the attention, in timm's order, with defaults.
+        attributes: Plain values that timm keeps on the block and that a replacement takes over.
+        parts: The submodules and bare scales of a block, in timm's order.
+        accepted: What timm's own block takes beyond tokens in the version that is installed.
+    """
+
+    name: str
+    block: type[nn.Module]
+    scales: tuple[str, str]
+    bare: bool
+    arguments: Mapping[str, object]
+    attributes: tuple[str, ...] = ()
+    parts: tuple[str, ...] = field(init=False)
+    accepted: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        of_attention, of_mlp = self.scales
+        parts = ("norm1", "attn", of_attention, "drop_path1", "norm2", "mlp", of_mlp, "drop_path2")
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "accepted", tuple(inspect.signature(self.block.forward).parameters)[2:])
+
+    @property
+    def unknown_arguments(self) -> list[str]:
+        """What this version of timm may pass to its blocks and this description does not know."""
+        return [name for name in self.accepted if name not in self.arguments]
+
+    def for_attention(self, positional: tuple, named: dict) -> dict[str, object]:
+        """What a block was called with beyond tokens, as keyword arguments for its attention.
+
+        Arguments that were not given are passed with their defaults where timm's block passes them.
+
+        Raises:
+            TypeError: An argument that the family's blocks do not take, or one given twice.
+        """
+        if not positional and not named:
+            return {name: self.arguments[name] for name in self.accepted}
+        names = tuple(self.arguments)
+        if len(positional) > len(names):
+            raise TypeError(f"forward() takes tokens and {len(names)} more arguments; got {len(positional)} more")
+        given = dict(zip(names, positional, strict=False))
+        for name, value in named.items():
+            if name not in names:
+                raise TypeError(f"forward() got an unexpected argument {name!r}; it takes {', '.join(names)}")
+            if name in given:
+                raise TypeError(f"forward() got {name!r} twice")
+            given[name] = value
+        # An attention that does not know an argument refuses it, as it does under timm's block; a default says nothing.
+        return {
+            name: given.get(name, default)
+            for name, default in self.arguments.items()
+            if name in self.accepted or given.get(name, default) is not default
+        }
+
+
+_MASKS = {"attn_mask": None, "is_causal": False}
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("vit", vision_transformer.Block, ("ls1", "ls2"), False, _MASKS),
+        Family("eva", eva.EvaBlock, ("gamma_1", "gamma_2"), True, {"rope": None, **_MASKS}, ("init_values",)),
+        Family("beit", beit.Block, ("gamma_1", "gamma_2"), True, {"shared_rel_pos_bias": None}, ("init_values",)),
+    )
 }
 
 
-def qualified_name(value: object) -> str:
-    """The class of `value` as module.Class."""
-    cls = type(value)
-    return f"{cls.__module__}.{cls.__qualname__}"
+def family_of(block: nn.Module) -> Family | None:
+    """The family of timm's own block, or of a block of this library that stands for one; None for all others."""
+    from .blocks import MlpHalf  # which describes itself by the families here
+
+    if isinstance(block, MlpHalf):
+        return FAMILIES[block.family]
+    return next((family for family in FAMILIES.values() if type(block) is family.block), None)
+
+
+def layer_scale(block: nn.Module, scale: str) -> Tensor | None:
+    """γ [C] of a LayerScale of a block, by its name in the block's family; None for none."""
+    found = getattr(block, scale, None)
+    return getattr(found, "gamma", None) if isinstance(found, nn.Module) else found
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a model does before its blocks, so that a view of it can take tokens in place of images.
+
+    Attributes:
+        identities: Submodules that then do nothing.
+        absent: Attributes that are then None.
+        no_tokens: Prefix tokens `[1, n, C]` of which none is then put before the others.
+        pos_embed: What `_pos_embed` gives besides tokens; None where the model has no such method.
+    """
+
+    identities: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    no_tokens: tuple[str, ...] = ()
+    pos_embed: tuple[None, ...] | None = ()
+
+
+_VIT_FRONT = Front(("patch_embed", "patch_drop", "norm_pre"))
+_FRONTS: dict[type[nn.Module], Front] = {
+    eva.Eva: Front(("patch_embed", "norm_pre"), pos_embed=(None,)),
+    beit.Beit: Front(("patch_embed",), ("pos_embed", "rel_pos_bias"), ("cls_token",), None),
+}
+
+
+def front_of(model: nn.Module) -> Front:
+    """How to leave out what `model` does before its blocks; that of a ViT for models of unknown classes."""
+    return next((_FRONTS[cls] for cls in type(model).__mro__ if cls in _FRONTS), _VIT_FRONT)
 
 
 @dataclass(frozen=True)
@@ -57,6 +151,7 @@ class Anatomy:
     residual_scale: float | None  # of the removed blocks; None when none was removed
     pooling: str  # timm's global_pool: "token", "avg", "map" …
     has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
+    families: tuple[str, ...] = field(default=("vit",))  # of the blocks, each once, in order
 
 
 def inspect_model(model: nn.Module) -> Anatomy:
@@ -66,32 +161,30 @@ def inspect_model(model: nn.Module) -> Anatomy:
         UnsupportedModelError: The model is wrapped, has no `blocks`, or its blocks are of a class whose attention cannot
             be removed alone. Names the class, the reason and an alternative. The model is never changed.
     """
-    from timm.models.vision_transformer import Block
+    from .blocks import AttentionFreeBlock, FusedMlp
 
     _refuse_wrappers(model)
     blocks = getattr(model, "blocks", None)
     name = type(model).__name__
-    reason = _REFUSED.get(qualified_name(model))
-    if reason is None and (not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0):
-        reason = "it has no sequence of transformer blocks named `blocks`"
-    if reason is not None:
-        raise UnsupportedModelError(f"{name} is not supported: {reason}. {_ADVICE}")
-    strangers = {i: blk for i, blk in enumerate(blocks) if type(blk) not in (Block, FusedMlp, AttentionFreeBlock)}
+    refusal = refusal_of(model)
+    if refusal is None and (not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0):
+        refusal = NO_BLOCKS
+    if refusal is not None:
+        raise UnsupportedModelError(f"{name} is not supported: {refusal.reason}. {refusal.instead}")
+    known = {family.block for family in FAMILIES.values()} | {FusedMlp, AttentionFreeBlock}
+    strangers = {i: block for i, block in enumerate(blocks) if type(block) not in known}
     if strangers:
         index, stranger = next(iter(strangers.items()))
+        refusal = refusal_of(stranger)
+        if refusal is None:
+            refusal = SUBCLASS if isinstance(stranger, tuple(known)) else UNKNOWN_BLOCK
         # A block that stands in for another one for a while can say itself what has to be done first.
-        reason = getattr(stranger, "why_not_convertible", None) or _REFUSED.get(qualified_name(stranger))
-        if reason is None:
-            reason = (
-                "a subclass of timm's Block may compute something else"
-                if isinstance(stranger, Block)
-                else "this library does not know its forward"
-            )
+        reason = getattr(stranger, "why_not_convertible", None) or refusal.reason
         raise UnsupportedModelError(
             f"{name} is not supported: blocks[{index}] is {qualified_name(stranger)} "
-            f"({len(strangers)} of {len(blocks)} blocks are no plain ViT blocks): {reason}. {_ADVICE}"
+            f"({len(strangers)} of {len(blocks)} blocks are of no supported class): {reason}. {refusal.instead}"
         )
-    removed = tuple(i for i, blk in enumerate(blocks) if type(blk) is AttentionFreeBlock)
+    removed = tuple(i for i, block in enumerate(blocks) if type(block) is AttentionFreeBlock)
     scales = {blocks[i].residual_scale for i in removed}
     if len(scales) > 1:
         raise UnsupportedModelError(f"{name} mixes attention-free blocks of residual_scale {sorted(scales)}")
@@ -103,6 +196,7 @@ def inspect_model(model: nn.Module) -> Anatomy:
         residual_scale=scales.pop() if scales else None,
         pooling=pooling if isinstance(pooling, str) else str(pooling),
         has_final_norm=any(n is not None and not isinstance(n, nn.Identity) for n in norms),
+        families=tuple(dict.fromkeys(family_of(block).name for block in blocks)),
     )
 
 

@@ -287,18 +287,14 @@ def test_already_converted():
 REFUSED = {
     "swin_tiny_patch4_window7_224": ["SwinTransformer", "window"],
     "cait_xxs24_224": ["LayerScaleBlock", "talking-heads"],
-    "eva02_tiny_patch14_224": ["EvaBlock", "rotary"],
-    "beit_base_patch16_224": ["timm.models.beit.Block", "relative position"],
-    "vit_relpos_small_patch16_224": ["RelPosBlock", "relative position"],
-    "vit_small_plus_patch16_dinov3.lvd1689m": ["Eva", "EvaBlock"],
+    "vit_relpos_small_patch16_224": ["RelPosBlock", "relative position biases"],
     "convit_tiny": ["timm.models.convit.Block", "positional"],
     "xcit_nano_12_p16_224": ["XCABlock", "channels"],
     "tnt_s_legacy_patch16_224": ["timm.models.tnt.Block", "inner"],
     "samvit_base_patch16": ["timm.models.vision_transformer_sam.Block", "windows"],
     "vit_base_patch16_18x2_224": ["ParallelThingsBlock", "several"],
-    "naflexvit_base_patch16_gap": ["NaFlexVit", "padding"],
     "volo_d1_224": ["VOLO", "outlook"],
-    "resnet18": ["ResNet", "blocks"],
+    "resnet18": ["ResNet", "convolutional"],
 }
 
 

@@ -67,8 +67,11 @@ def test_a_block_gives_timms_own_bits(name, calls):
     x = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(2))
     mask = torch.rand(3, 1, 7, 7, generator=torch.Generator().manual_seed(3)) < 0.6
     mask |= torch.eye(7, dtype=torch.bool)
-    options = [{}, {"attn_mask": None}, {"attn_mask": mask}, {"attn_mask": torch.randn(1, 1, 7, 7)}]
-    if "is_causal" in inspect.signature(Block.forward).parameters:
+    accepted = inspect.signature(Block.forward).parameters
+    options = [{}]
+    if "attn_mask" in accepted:  # timm 1.0.15 has no masks
+        options += [{"attn_mask": None}, {"attn_mask": mask}, {"attn_mask": torch.randn(1, 1, 7, 7)}]
+    if "is_causal" in accepted:
         options += [{"is_causal": True}, {"attn_mask": None, "is_causal": False}]
     for fused_attention in (True, False):
         block = model.blocks[1]
@@ -76,9 +79,10 @@ def test_a_block_gives_timms_own_bits(name, calls):
         twin = FusedMlp.from_block(block)
         for arguments in options:
             assert torch.equal(twin(x, **arguments), block(x, **arguments)), arguments
-        assert torch.equal(twin(x, mask), block(x, mask))
-        assert not torch.equal(twin(x, attn_mask=mask), twin(x))
-    assert len(calls) == 2 * (len(options) + 3)
+        if "attn_mask" in accepted:
+            assert torch.equal(twin(x, mask), block(x, mask))
+            assert not torch.equal(twin(x, attn_mask=mask), twin(x))
+    assert len(calls) == 2 * (len(options) + 3 * ("attn_mask" in accepted))
 
 
 def test_mask_arguments_that_timms_block_refuses_are_refused():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lambda_kernels.blocks import MlpHalf
 from lambda_kernels.convert import check_indices, check_removal, convert_vit, remove_attention
-from lambda_kernels.families import inspect_model
+from lambda_kernels.families import family_of, inspect_model
 from lambda_kernels.ops.checks import check_choice
 
 SHAPES = ("linear", "cosine", "step")
@@ -41,10 +41,13 @@ class DilutedBlock(MlpHalf):
     why_not_convertible = "its attention is still being diluted; call lambda_vit.finish_dilution first"
 
     def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
+        family = family_of(block)
         own = {name: getattr(block, name) for name in ("fuse", "backend", "recompute") if isinstance(block, MlpHalf)}
-        super().__init__(1.0, **{"fuse": True, "backend": "auto", "recompute": "auto", **own})
-        for name, module in block.named_children():
-            self.add_module(name, module)
+        super().__init__(1.0, **{"fuse": True, "backend": "auto", "recompute": "auto", **own}, family=family.name)
+        # All that is on the block, parts that somebody added to it too; a scale that is not there is None, as timm has it.
+        held = dict(block.named_parameters(recurse=False)) | dict(block.named_children())
+        for name, part in (held | {name: None for name in family.scales if name not in held}).items():
+            setattr(self, name, part)
         reference = block.norm2.weight if getattr(block.norm2, "weight", None) is not None else torch.empty(0)
         self.register_buffer("lam", torch.ones((), device=reference.device), persistent=False)
         self.attention_on = True
@@ -64,13 +67,9 @@ class DilutedBlock(MlpHalf):
         self.lam.fill_(lam)
         self.attention_on = lam > 0
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
         if self.attention_on:
-            options = {} if attn_mask is None else {"attn_mask": attn_mask}
-            if is_causal:
-                options["is_causal"] = True
-            branch = self.drop_path1(self.ls1(self.attn(self.norm1(x), **options)))
-            x = (2 - self.lam) * x + self.lam * branch
+            x = (2 - self.lam) * x + self.lam * self._attention_branch(x, arguments, named)
         else:
             x = 2 * x
         return self._mlp_half(x)

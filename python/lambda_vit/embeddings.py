@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import batches
+from .batches import Images
 from .beginnings import Beginnings
 from .memory import free_memory
 from .paths import PathRunner, Tokens
@@ -48,7 +50,7 @@ class Batch:
     start: Tokens
     targets: Tensor | None
     full: Tensor | None = None
-    images: Tensor | None = None
+    images: Images | None = None
     beginnings: Beginnings = field(default_factory=Beginnings)
 
     def __len__(self) -> int:
@@ -137,9 +139,9 @@ class Embeddings:
         self._kept = []
         for number, item in enumerate(self._loader):
             images, targets = _parts(item)
-            if not len(images):
+            if not batches.count(images):
                 continue
-            images = images.to(self._device, self._dtype, non_blocking=True)
+            images = batches.to(images, self._device, self._dtype)
             if targets is not None:
                 targets = targets.to(self._device, torch.int64, non_blocking=True)
             batch = Batch(number, self._runner.embed(images), targets, images=images)
@@ -155,7 +157,8 @@ class Embeddings:
     def _decide(self, batch: Batch) -> CachePlan:
         if self._cache == "none":
             return CachePlan("none", None, "as asked for: every pass reads the images again")
-        each = sum(t[0].numel() * t.element_size() for t in (*batch.start, batch.targets) if t is not None)
+        kept = [batch.start.tokens, batch.targets, *batches.tensors(batch.start.images).values()]
+        each = sum(t[0].numel() * t.element_size() for t in kept if t is not None)
         each += self._classes * batch.start.tokens.element_size()
         tokens = batch.start.tokens[0].numel() * batch.start.tokens.element_size()
         images = _images(self._loader, len(batch.start.tokens))
@@ -208,7 +211,7 @@ class Embeddings:
         path = self._own / f"{batch.number}.safetensors"
         tensors = {
             "tokens": batch.start.tokens,
-            "images": batch.start.images,
+            **{f"images.{name}": tensor for name, tensor in batches.tensors(batch.start.images).items()},
             "targets": batch.targets,
             "full": batch.full,
         }
@@ -223,11 +226,12 @@ class Embeddings:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise OSError(f"cannot read the cache {path}: {error}. Was it removed? Run again") from error
-        start = Tokens(tensors["tokens"], tensors.get("images"))
+        images = {name.removeprefix("images."): t for name, t in tensors.items() if name.startswith("images.")}
+        start = Tokens(tensors["tokens"], batches.from_tensors(images))
         return Batch(int(path.stem), start, tensors.get("targets"), tensors.get("full"))
 
 
-def _parts(item: object) -> tuple[Tensor, Tensor | None]:
+def _parts(item: object) -> tuple[Images, Tensor | None]:
     """Images, and what labels there are, of what a loader gave: images alone, or first in a tuple."""
     if not isinstance(item, (tuple, list)):
         return item, None
@@ -239,28 +243,29 @@ def _parts(item: object) -> tuple[Tensor, Tensor | None]:
         return item[0], None
     if targets.is_floating_point() and not torch.equal(targets, targets.round()):  # no classes: rounding would lie
         return item[0], None
-    return item[0], targets if targets.shape == (len(item[0]),) else None
+    return item[0], targets if targets.shape == (batches.count(item[0]),) else None
 
 
 def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     def mapped(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else function(tensor)
 
-    start = Tokens(*map(mapped, batch.start))
+    tokens, images = batch.start
+    start = Tokens(mapped(tokens), None if images is None else batches.mapped(images, function))
     return Batch(batch.number, start, mapped(batch.targets), mapped(batch.full), beginnings=batch.beginnings)
 
 
 def _images(loader: Iterable, of_a_batch: int) -> int | None:
     """How many images a pass has at most; None: the loader does not know."""
     if isinstance(loader, (list, tuple)):
-        return sum(len(_parts(item)[0]) for item in loader)
+        return sum(batches.count(_parts(item)[0]) for item in loader)
     try:
-        batches = len(loader)
+        number = len(loader)
     except TypeError:
         return None
     # The first batch may be shorter than others, where an image of it was left out.
     full = getattr(loader, "batch_size", None)
-    return batches * max(of_a_batch, full if batches > 1 and isinstance(full, int) else 0)
+    return number * max(of_a_batch, full if number > 1 and isinstance(full, int) else 0)
 
 
 def _free_memory() -> int:

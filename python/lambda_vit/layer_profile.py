@@ -16,6 +16,7 @@ from lambda_kernels.families import inspect_model
 from lambda_kernels.ops.checks import check_choice
 from lambda_kernels.ops.histogram import histogram_backend
 
+from . import batches
 from .placement import eval_mode, one_device, one_dtype
 from .progress import track
 
@@ -51,7 +52,7 @@ class LayerEntropy:
     Attributes:
         channels: How many there are.
         constant_channels: How many of them never change, and have -24 bits (`STD_FLOOR`) in place of -infinity.
-        tokens: Values per channel: those of all tokens, prefix tokens too, of all images.
+        tokens: Values per channel: those of all tokens, prefix tokens too, of all images; padding is left out.
         gaussian: log2 σ of the channels; None if it was not asked for.
         histogram: Differential entropies of the channels' histograms, corrected by Miller and Madow's term for the bias
             of few tokens; None if they were not asked for.
@@ -120,7 +121,7 @@ def profile_layers(
 
     Args:
         model: A timm vision transformer, converted or not.
-        loader: Yields images, or tuples whose first item is images; iterated once.
+        loader: Yields images (or NaFlexVit's patches), or tuples whose first item is them; iterated once.
         estimator: "gaussian": mean over the channels of log2 σ, the paper's form up to its constant ½ log2(2πe).
             "histogram": mean over the channels of the differential entropy of their histogram. "both", from one read.
         bins: Of each channel's histogram.
@@ -154,8 +155,12 @@ def profile_layers(
         with eval_mode(model):
             for batch in track(loader, "Profile"):
                 images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                samples += len(images)
-                model(images.to(device, dtype, non_blocking=True))
+                if not batches.count(images):
+                    continue
+                samples += batches.count(images)
+                images = batches.to(images, device, dtype)
+                queue.valid = batches.valid_tokens(model, images)
+                model(images)
                 queue.flush()
     finally:
         for hook in hooks:
@@ -191,12 +196,14 @@ class _Queue:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.valid: Tensor | None = None  # bool [N, T] of this batch's tokens; None: all are of images
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._waiting: list[tuple[EntropyMeter, Tensor]] = []
         self._bytes = 0
 
     def add(self, meter: EntropyMeter, output: Tensor | tuple[Tensor, ...]) -> None:
         x = output[0] if isinstance(output, tuple) else output
+        x = x if self.valid is None else x[self.valid]
         self.device, self.dtype = x.device, x.dtype
         size = x.numel() * x.element_size()
         if self._bytes + size > self.limit:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from lambda_kernels.blocks import AttentionFreeBlock
 from lambda_kernels.convert import check_indices
 from lambda_kernels.errors import UnsupportedModelError
-from lambda_kernels.families import inspect_model
+from lambda_kernels.families import front_of, inspect_model
+
+from . import batches
+from .batches import Images
 
 Path = frozenset[int]
 FULL: Path = frozenset()
@@ -40,14 +43,18 @@ def skip_attention(model: nn.Module, skip: Sequence[int]) -> nn.Module:
     """
     skip = check_indices(skip, inspect_model(model).depth, "skip")
     blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
-    return _with_blocks(model, blocks)
+    return with_blocks(model, blocks)
+
+
+# What a block is given beyond its tokens: rotary embeddings, position biases, a mask.
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Tokens(NamedTuple):
-    """What goes into the first block, [N, T, C]; and the images too, where the model needs them behind the last one."""
+    """What goes into the first block, [N, T, C]; and the images too, where the model needs them behind it."""
 
     tokens: Tensor
-    images: Tensor | None
+    images: Images | None
 
 
 class Outputs(NamedTuple):
@@ -75,7 +82,7 @@ class PathRunner:
             `forward_head` does either.
 
     Attributes:
-        why_images: Why images are needed behind the last block; None where they are not. Known after the first `embed`.
+        why_images: Why images are needed behind the embedding; None where they are not. Known after the first `embed`.
 
     Raises:
         UnsupportedModelError: The model cannot be changed block by block; from the first `embed`, its forward does not run
@@ -89,9 +96,10 @@ class PathRunner:
         self._model = model
         self._blocks = list(model.blocks)
         self._free: dict[int, nn.Module] = {}
-        self._tap = _Tap()
-        self._front = _with_blocks(model, [self._tap])
+        self._seen: list[tuple[Tensor, Given]] = []
+        self._front = with_blocks(model, [_Tap(self._seen) for _ in self._blocks])
         self._back: nn.Module | None = None
+        self._given: list[Given] = []
 
     @property
     def depth(self) -> int:
@@ -102,11 +110,13 @@ class PathRunner:
         """All that has to be in eval mode while paths run."""
         return [self._model, *(self._without(i) for i in range(self.depth))]
 
-    def embed(self, images: Tensor) -> Tokens:
+    def embed(self, images: Images) -> Tokens:
         """Run everything before the first block."""
         if self._back is None:
             self._split(images)
-        tokens = self._before_blocks(images)
+        tokens, given = self._before_blocks(images)
+        if self.why_images is None and not _same_given(given, self._given):
+            self.why_images = "what its blocks are given beyond tokens differs from batch to batch"
         return Tokens(tokens, None if self.why_images is None else images)
 
     def outputs(
@@ -119,7 +129,8 @@ class PathRunner:
             paths: Sets of blocks whose attention is skipped.
             memory: Of the same images. Blocks before what it finds are not run, and it is offered what is run.
         """
-        for at, group in self._walk(_Place(self, 0, FULL, memory, tokens=start.tokens), list(dict.fromkeys(paths))):
+        first = _Place(self, self._given_to_blocks(start), 0, FULL, memory, tokens=start.tokens)
+        for at, group in self._walk(first, list(dict.fromkeys(paths))):
             found = self._finish(at.tokens(), start.images)
             for path in group:
                 yield path, found
@@ -127,8 +138,8 @@ class PathRunner:
     def first_bad_block(self, start: Tokens, path: Path) -> int | None:
         """The first block of a path that gives NaN or infinity; None: it comes behind the last one."""
         x = start.tokens
-        for index in range(self.depth):
-            x = self.run(index, index in path, x)
+        for index, given in enumerate(self._given_to_blocks(start)):
+            x = self.run(index, index in path, x, given)
             if not torch.isfinite(x).all():
                 return index
         return None
@@ -136,20 +147,23 @@ class PathRunner:
     def attention_inputs_and_outputs(self, start: Tokens) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(block, x, x + attention branch), both [N, T, C], along the full path, for blocks that have their attention.
 
-        The branch is what the block adds: LayerScale is in it.
+        The branch is what the block adds: LayerScale is in it. Where batches hold padding, both are [M, C], of the tokens
+        of the images alone.
         """
-        x = start.tokens
-        for index, block in enumerate(self._blocks):
+        x, valid = start.tokens, batches.valid_tokens(self._model, start.images)
+        given = self._given_to_blocks(start)
+        for index, (block, (positional, named)) in enumerate(zip(self._blocks, given, strict=True)):
             if isinstance(block, AttentionFreeBlock):
-                x = block(x)
+                x = block(x, *positional, **named)
                 continue
             seen: list[Tensor] = []
             handle = block.drop_path1.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
             try:
-                following = block(x)
+                following = block(x, *positional, **named)
             finally:
                 handle.remove()
-            yield index, x, x + seen[0]
+            after = x + seen[0]
+            yield (index, x, after) if valid is None else (index, x[valid], after[valid])
             x = following
 
     def _without(self, index: int) -> nn.Module:
@@ -157,9 +171,10 @@ class PathRunner:
             self._free[index] = _without_attention(self._blocks[index])
         return self._free[index]
 
-    def run(self, index: int, skipped: bool, x: Tensor) -> Tensor:
+    def run(self, index: int, skipped: bool, x: Tensor, given: Given) -> Tensor:
         """A block, with its attention or without."""
-        return (self._without(index) if skipped else self._blocks[index])(x)
+        positional, named = given
+        return (self._without(index) if skipped else self._blocks[index])(x, *positional, **named)
 
     def _walk(self, place: _Place, group: list[Path]) -> Iterator[tuple[_Place, list[Path]]]:
         """Depth first, so that no more tokens are alive than paths have branched off on the way here."""
@@ -173,37 +188,45 @@ class PathRunner:
         if group:
             yield place, group
 
-    def _before_blocks(self, images: Tensor) -> Tensor:
+    def _given_to_blocks(self, start: Tokens) -> list[Given]:
+        """What each block is given beyond its tokens for this batch."""
+        if start.images is None or not any(positional or named for positional, named in self._given):
+            return self._given
+        return self._before_blocks(start.images)[1]
+
+    def _before_blocks(self, images: Images) -> tuple[Tensor, list[Given]]:
         self._front(images)
-        tokens, self._tap.seen = self._tap.seen, None
-        if tokens is None:
+        seen = self._seen[:]
+        self._seen.clear()
+        if len(seen) < self.depth:
             raise UnsupportedModelError(
                 f"the forward of this {type(self._model).__name__} does not run the blocks of the model that it is called "
                 "on: was it replaced on the instance? Measure the model as timm made it"
             )
-        return tokens
+        seen = seen[-self.depth :]  # a forward that runs its blocks more than once is found out when it is split
+        return seen[0][0], [given for _, given in seen]
 
-    def _finish(self, x: Tensor, images: Tensor | None) -> Outputs:
+    def _finish(self, x: Tensor, images: Images | None) -> Outputs:
         if images is None:
             back, given = self._back, x
         else:
-            back, given = _with_blocks(self._model, [_Inject(x)]), images
+            back, given = with_blocks(self._model, [_Inject(x)]), images
         if self.score == "logits":
             logits = back(given)
             return Outputs(logits, logits)
-        features = back.forward_features(given)
+        features = batches.features(back, given)
         # A forward of somebody's own may do more to the logits than `forward_head` does.
-        logits = back.forward_head(features) if images is None else back(given)
-        return Outputs(back.forward_head(features, pre_logits=True), logits)
+        logits = batches.head(back, features) if images is None else back(given)
+        return Outputs(batches.head(back, features, pre_logits=True), logits)
 
-    def _split(self, images: Tensor) -> None:
+    def _split(self, images: Images) -> None:
         """Find out, on a few images, whether what follows the blocks can be run without running what precedes them."""
-        few = images[:2]
+        few = batches.first(images, 2)
         self._back = _without_front(self._model)
         wanted = self._model(few)
-        x = self._before_blocks(few)
-        for block in self._blocks:
-            x = block(x)
+        x, self._given = self._before_blocks(few)
+        for index, given in enumerate(self._given):
+            x = self.run(index, False, x, given)
         try:
             found = self._back(x)
         except Exception as error:  # whatever a forward of somebody's own raises over tokens in place of images
@@ -212,7 +235,7 @@ class PathRunner:
             if _same_numbers(found, wanted):
                 return
             self.why_images = "its forward does more than embedding, blocks, norm and head one after the other"
-        if not _same_numbers(_with_blocks(self._model, [_Inject(x)])(few), wanted):
+        if not _same_numbers(with_blocks(self._model, [_Inject(x)])(few), wanted):
             raise UnsupportedModelError(
                 f"the forward of this {type(self._model).__name__} does not run its blocks once, one after the other, on "
                 "what goes into the first: paths through them cannot be measured"
@@ -223,17 +246,18 @@ class _Place:
     """The tokens at a node of the paths, run only when somebody asks for them."""
 
     def __init__(
-        self, runner: PathRunner, at: int, skipped: Path, memory: Memory | None, *, tokens: Tensor | None = None,
-        before: _Place | None = None,
+        self, runner: PathRunner, given: list[Given], at: int, skipped: Path, memory: Memory | None, *,
+        tokens: Tensor | None = None, before: _Place | None = None,
     ) -> None:  # fmt: skip
         self.at = at
+        self._given = given
         self._runner, self._skipped, self._memory = runner, skipped, memory
         self._tokens, self._before = tokens, before
 
     def following(self, skipped: bool) -> _Place:
         """Behind the next block."""
         path = self._skipped | {self.at} if skipped else self._skipped
-        return _Place(self._runner, self.at + 1, path, self._memory, before=self)
+        return _Place(self._runner, self._given, self.at + 1, path, self._memory, before=self)
 
     def tokens(self) -> Tensor:
         """[N, T, C], from memory or by running the blocks behind the last place that is known."""
@@ -241,7 +265,8 @@ class _Place:
             self._tokens = self._memory.find((self.at, self._skipped))
         if self._tokens is None:
             block = self.at - 1
-            self._tokens = self._runner.run(block, block in self._skipped, self._before.tokens())
+            before, given = self._before.tokens(), self._given[block]
+            self._tokens = self._runner.run(block, block in self._skipped, before, given)
             if self._memory is not None:
                 self._memory.offer((self.at, self._skipped), self._tokens)
         self._before = None  # whose tokens need not stay
@@ -249,14 +274,14 @@ class _Place:
 
 
 class _Tap(nn.Module):
-    """Keeps what would go into the first block."""
+    """Stands for a block: adds to `seen` what would go into it."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: list[tuple[Tensor, Given]]) -> None:
         super().__init__()
-        self.seen: Tensor | None = None
+        self.seen = seen
 
-    def forward(self, x: Tensor, **options: object) -> Tensor:
-        self.seen = x
+    def forward(self, x: Tensor, *positional: object, **named: object) -> Tensor:
+        self.seen.append((x, (positional, named)))
         return x
 
 
@@ -267,7 +292,7 @@ class _Inject(nn.Module):
         super().__init__()
         self.tokens = tokens
 
-    def forward(self, x: Tensor, **options: object) -> Tensor:
+    def forward(self, x: Tensor, *positional: object, **named: object) -> Tensor:
         return self.tokens
 
 
@@ -275,7 +300,7 @@ def _without_attention(block: nn.Module) -> nn.Module:
     return block if isinstance(block, AttentionFreeBlock) else AttentionFreeBlock.from_block(block)
 
 
-def _with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
     """A shallow copy of `model` around other blocks; everything else is shared, and `model` keeps its own."""
     view = copy.copy(model)
     view._modules = dict(model._modules)
@@ -284,18 +309,35 @@ def _with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
 
 
 def _without_front(model: nn.Module) -> nn.Module:
-    """A shallow copy of a timm `VisionTransformer` that takes what comes out of the last block for images."""
-    view = _with_blocks(model, ())
-    for name in ("patch_embed", "patch_drop", "norm_pre"):
+    """A shallow copy of a timm model that takes what comes out of the last block for images."""
+    view, front = with_blocks(model, ()), front_of(model)
+    view._parameters = dict(model._parameters)
+    for name in front.identities:
         if name in view._modules:
             view._modules[name] = nn.Identity()
-    if hasattr(view, "_pos_embed"):
-        view._pos_embed = _same
+    for name in front.absent:
+        held = view._parameters if name in view._parameters else view._modules
+        held[name] = None
+    for name in front.no_tokens:
+        view._parameters[name] = nn.Parameter(getattr(model, name).detach()[:, :0], requires_grad=False)
+    if front.pos_embed is not None and hasattr(view, "_pos_embed"):
+        view._pos_embed = lambda x: (x, *front.pos_embed) if front.pos_embed else x
     return view
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def _same_given(found: Sequence[Given], wanted: Sequence[Given]) -> bool:
+    """Whether blocks are given the same beyond tokens; tensors are compared by value."""
+
+    def same(a: object, b: object) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a is b or (a.shape == b.shape and torch.equal(a, b))
+        return type(a) is type(b) and a == b
+
+    def flat(given: Given) -> dict[object, object]:
+        return {**dict(enumerate(given[0])), **given[1]}
+
+    pairs = [(flat(one), flat(other)) for one, other in zip(found, wanted, strict=True)]
+    return all(one.keys() == other.keys() and all(same(one[key], other[key]) for key in one) for one, other in pairs)
 
 
 def _same_numbers(found: Tensor, wanted: Tensor) -> bool:

@@ -19,7 +19,7 @@ from lambda_kernels.convert import check_indices
 from lambda_kernels.errors import NonFiniteActivationError
 from lambda_kernels.ops.checks import check_choice
 
-from . import beginnings
+from . import batches, beginnings
 from .embeddings import Batch, Embeddings
 from .path_statistics import PathResult, PathStatistics
 from .paths import FULL, Outputs, Path, PathRunner, skip_attention
@@ -222,7 +222,7 @@ class Measurement:
         where = f"batch {batch.number}"
         if self.processes.size > 1:
             where += f" of rank {self.processes.rank}"
-        if batch.images is not None and not torch.isfinite(batch.images).all():
+        if batch.images is not None and not batches.finite(batch.images):
             return f"{where} of the input holds NaN or infinity ({self._dtype_name()})"
         if not torch.isfinite(batch.start.tokens).all():
             return f"the patch embedding gave NaN or infinity in {where} ({self._dtype_name()})"

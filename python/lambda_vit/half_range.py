@@ -1,0 +1,77 @@
+"""Whether features fit into float16 once attention is gone: with residual_scale 2 they double in every block that lost it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lambda_kernels.blocks import AttentionFreeBlock
+from lambda_kernels.convert import check_indices
+from lambda_kernels.errors import AlreadyConvertedError, NonFiniteActivationError
+from lambda_kernels.families import inspect_model
+
+from . import batches
+from .batches import Images
+from .paths import with_blocks
+from .placement import eval_mode, one_device, one_dtype
+
+LIMIT = torch.finfo(torch.float16).max
+
+
+@torch.inference_mode()
+def check_float16(model: nn.Module, images: Images, remove: object = (), *, residual_scale: float = 2.0) -> float:
+    """Run a batch and compare the largest feature between the blocks with what float16 can hold, before a model is cast to it.
+
+    Args:
+        model: A timm vision transformer in float32 or bfloat16, converted or not; it is left as it is.
+        images: A batch like those that it will see.
+        remove: Blocks that are to lose their attention, or a `Selection`; empty for the model as it is.
+        residual_scale: With which they lose it.
+
+    Returns:
+        How many times larger features could be: 65504 divided by the largest one.
+
+    Raises:
+        ValueError: They do not fit. Names the block, the number, and by how much removals have scaled it; or indices are wrong.
+        AlreadyConvertedError: `remove` is given for a model that has lost attention already.
+        NonFiniteActivationError: They are not finite in the present dtype.
+        UnsupportedModelError: The model's blocks are not known.
+    """
+    anatomy = inspect_model(model)
+    remove = check_indices(remove, anatomy.depth)
+    if remove and anatomy.removed:
+        raise AlreadyConvertedError(
+            f"the model has lost the attention of blocks {list(anatomy.removed)} already: check it without remove"
+        )
+    blocks = [
+        AttentionFreeBlock.from_block(block, residual_scale=residual_scale) if index in remove else block
+        for index, block in enumerate(model.blocks)
+    ]
+    largest: list[float] = []
+    hooks = [
+        block.register_forward_hook(
+            lambda module, arguments, x: largest.append(float(x.abs().max()) if x.numel() else 0.0)
+        )
+        for block in blocks
+    ]
+    view = with_blocks(model, blocks)
+    try:
+        with eval_mode(model, *blocks):
+            view(batches.to(images, one_device(model), one_dtype(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for index, value in enumerate(largest):
+        if not value <= torch.finfo(torch.float64).max:
+            raise NonFiniteActivationError(
+                f"block {index} gave NaN or infinity ({one_dtype(model)}): check the weights"
+            )
+    block = max(range(len(largest)), key=largest.__getitem__)
+    if largest[block] > LIMIT:
+        scale, removed = (residual_scale, remove) if remove else (anatomy.residual_scale or 1.0, anatomy.removed)
+        before = sum(index <= block for index in removed)
+        raise ValueError(
+            f"features reach {largest[block]:.4g} behind block {block}, and float16 ends at {LIMIT:.0f}: {before} removed "
+            f"layer(s) with residual_scale={scale:g} have scaled them by {scale**before:g}. Use bfloat16 or float32"
+        )
+    return LIMIT / largest[block] if largest[block] else float("inf")

@@ -1,0 +1,113 @@
+"""The MLP halves that timm's models have: those that a kernel serves, those that PyTorch runs, and the reason that is shown."""
+
+from __future__ import annotations
+
+import entry_points
+import pytest
+import timm
+import torch
+from entry_points import attention_free, picture
+from torch import nn
+
+import lambda_kernels.blocks
+from lambda_kernels import convert_vit
+from lambda_kernels.convert import describe_blocks
+from lambda_vit.validation import kernel_paths, path_lines
+
+# module, entry point, what `ln_mlp` is asked for; or the reason for which timm's modules run.
+FUSED = {
+    "exact GELU": ("vision_transformer", "vit_base_patch16_224", "none"),
+    "exact GELU with LayerScale": ("deit", "deit3_base_patch16_224", "none"),
+    "exact GELU in EvaBlock": ("eva", "eva_giant_patch14_224", "none"),
+    "exact GELU in beit.Block": ("beit", "beit_base_patch16_224", "none"),
+    "tanh GELU": ("vision_transformer", "vit_base_patch32_siglip_256", "tanh"),
+}
+MODULES = {
+    "QuickGELU": ("vision_transformer", "vit_base_patch16_clip_quickgelu_224", "the activation is QuickGELU, not GELU"),
+    "GEGLU": ("vitamin", "vitamin_small_224", "mlp is GeGluMlp, not Mlp"),
+    "SwiGLU and RmsNorm": ("vision_transformer", "aimv2_large_patch14_224", "mlp is SwiGLU, not Mlp"),
+    "packed SwiGLU": ("vision_transformer", "vit_giant_patch14_dinov2", "mlp is GluMlp, not Mlp"),
+    "SwiGLU in EvaBlock": ("eva", "eva02_base_patch14_224", "mlp is SwiGLU, not Mlp"),
+    "packed SwiGLU in EvaBlock": ("eva", "eva02_tiny_patch14_224", "mlp is GluMlp, not Mlp"),
+    "RmsNorm": ("vision_transformer", "test_vit4", "norm2 is RmsNorm, not LayerNorm"),
+    "a norm inside": ("vision_transformer", "beit3_base_patch16_224", "mlp has a norm between its layers"),
+}
+
+
+def build(module: str, name: str) -> nn.Module:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    return entry_points.build(name, module)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """The keyword arguments of every call of `ln_mlp` by a block."""
+    seen = []
+    genuine = lambda_kernels.blocks.ln_mlp
+    monkeypatch.setattr(lambda_kernels.blocks, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
+    return seen
+
+
+@pytest.mark.parametrize("variant", FUSED)
+@torch.no_grad()
+def test_those_that_a_kernel_serves(variant, calls):
+    module, name, approximate = FUSED[variant]
+    model = build(module, name)
+    converted = convert_vit(model, (1,), backend="torch")
+    found = converted(picture(model))
+    assert [call["approximate"] for call in calls] == [approximate] * 4
+    assert [row.mlp for row in converted.lambda_kernels_info.blocks] == ["torch"] * 4
+    model.blocks[1].forward = attention_free(model.blocks[1])
+    assert torch.allclose(found, model(picture(model)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["exact GELU in EvaBlock", "exact GELU in beit.Block", "tanh GELU"])
+@torch.no_grad()
+def test_by_the_kernels_themselves(variant, calls):
+    pytest.importorskip("triton")
+    module, name, _ = FUSED[variant]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(module, name).to(device)
+    converted = convert_vit(model, (1,), backend="triton")
+    assert [row.mlp for row in converted.lambda_kernels_info.blocks] == ["triton"] * 4
+    plain = convert_vit(model, (1,), backend="torch")
+    x = picture(model, 1).to(device)
+    assert torch.allclose(converted(x), plain(x), rtol=1e-3, atol=1e-3)
+    assert {call["backend"] for call in calls} == {"triton", "torch"}
+
+
+@pytest.mark.parametrize("variant", MODULES)
+@torch.no_grad()
+def test_those_that_pytorch_runs_say_why(variant, calls):
+    module, name, reason = MODULES[variant]
+    model = build(module, name)
+    converted = convert_vit(model, (1,))
+    rows = converted.lambda_kernels_info.blocks
+    assert [row.mlp for row in rows] == ["modules"] * 4
+    assert [row.attention for row in rows] == ["kept", "removed", "kept", "kept"]
+    for row in (*rows, *describe_blocks(converted)):
+        assert reason in row.reason
+    assert all(reason in line for line in path_lines(kernel_paths(converted)))
+    assert converted.lambda_kernels_info.to_dict()["blocks"][0]["reason"] == rows[0].reason
+    found = converted(picture(model))
+    assert not calls
+    model.blocks[1].forward = attention_free(model.blocks[1])
+    assert torch.allclose(found, model(picture(model)), rtol=1e-5, atol=1e-5)
+
+
+def test_every_activation_is_one_of_these():
+    """No variant that timm's ViTs have is left without a row above."""
+    kinds = set()
+    for module in ("vision_transformer", "deit", "beit", "naflexvit"):
+        if not entry_points.names(module):
+            continue
+        for model in entry_points.sweep(module)[1].values():
+            block = model.blocks[0]
+            kinds |= {(type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__)}
+    known = set()
+    for module, name, _ in (*FUSED.values(), *MODULES.values()):
+        if timm.is_model(name):
+            mlp = entry_points.build(name, module).blocks[0].mlp
+            known.add((type(mlp).__name__, type(getattr(mlp, "act", None)).__name__))
+    assert kinds <= known
