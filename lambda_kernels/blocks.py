@@ -23,10 +23,11 @@ _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_pat
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 _ARGUMENTS = frozenset(inspect.signature(Block.forward).parameters)
 _UNKNOWN_ARGUMENTS = sorted(_ARGUMENTS - {"self", "x", "attn_mask", "is_causal"})
+_HAS_MASK = "attn_mask" in _ARGUMENTS  # not in timm 1.0.15
 _HAS_CAUSAL = "is_causal" in _ARGUMENTS  # seen in timm 1.0.26, not in 1.0.23
 
 _BARE = frozenset(vars(nn.Module()))
-_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute"))
+_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "tome_r", "prefix_tokens"))
 
 
 def gelu_form(act: nn.Module) -> str | None:
@@ -396,8 +397,11 @@ class FusedMlp(MlpHalf):
         return block
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        masks = {"attn_mask": attn_mask}
-        if _HAS_CAUSAL or is_causal:  # an attention that knows no is_causal refuses it, as it does under timm's Block
+        # An attention that knows no attn_mask or is_causal refuses it, as it does under timm's Block.
+        masks = {}
+        if _HAS_MASK or attn_mask is not None:
+            masks["attn_mask"] = attn_mask
+        if _HAS_CAUSAL or is_causal:
             masks["is_causal"] = is_causal
         return self._mlp_half(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks))))
 

@@ -56,6 +56,7 @@ class Anatomy:
     residual_scale: float | None  # of the removed blocks; None when none was removed
     pooling: str  # timm's global_pool: "token", "avg", "map" …
     has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
+    merging: tuple[int, ...] = ()  # blocks that merge tokens
 
 
 def inspect_model(model: nn.Module) -> Anatomy:
@@ -67,6 +68,8 @@ def inspect_model(model: nn.Module) -> Anatomy:
     """
     from timm.models.vision_transformer import Block
 
+    from .merging_block import MergingBlock
+
     _refuse_wrappers(model)
     blocks = getattr(model, "blocks", None)
     name = type(model).__name__
@@ -75,7 +78,8 @@ def inspect_model(model: nn.Module) -> Anatomy:
         reason = "it has no sequence of transformer blocks named `blocks`"
     if reason is not None:
         raise UnsupportedModelError(f"{name} is not supported: {reason}. {_ADVICE}")
-    strangers = {i: blk for i, blk in enumerate(blocks) if type(blk) not in (Block, FusedMlp, AttentionFreeBlock)}
+    known = (Block, FusedMlp, MergingBlock, AttentionFreeBlock)
+    strangers = {i: blk for i, blk in enumerate(blocks) if type(blk) not in known}
     if strangers:
         index, stranger = next(iter(strangers.items()))
         # A block that stands in for another one for a while can say itself what has to be done first.
@@ -102,7 +106,25 @@ def inspect_model(model: nn.Module) -> Anatomy:
         residual_scale=scales.pop() if scales else None,
         pooling=pooling if isinstance(pooling, str) else str(pooling),
         has_final_norm=any(n is not None and not isinstance(n, nn.Identity) for n in norms),
+        merging=tuple(i for i, blk in enumerate(blocks) if type(blk) is MergingBlock),
     )
+
+
+def refuse_merging(anatomy: Anatomy, doing: str) -> None:
+    """Refuse what works on a network block by block, where nothing hands on the sizes of merged tokens.
+
+    Args:
+        anatomy: From `inspect_model`.
+        doing: What is refused, for the message.
+
+    Raises:
+        UnsupportedModelError: Some block merges tokens.
+    """
+    if anatomy.merging:
+        raise UnsupportedModelError(
+            f"{doing} works on blocks that keep their tokens, and blocks {list(anatomy.merging)} merge some. Merging comes "
+            "last: take it off with convert_vit(model, remove, tome_r=0), and put it on again afterwards"
+        )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
