@@ -15,7 +15,7 @@ from torch import nn
 from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
 from .errors import AlreadyConvertedError, UnsupportedModelError
 from .families import Anatomy, inspect_model
-from .merging import arranged, check_settings, merging, plan_merging, token_counts, without_merging
+from .merging import DEFAULT_START, arranged, merging, plan_merging, settings_for, token_counts, without_merging
 from .ops import tuning
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
@@ -58,7 +58,7 @@ class ConversionInfo:
     blocks: tuple[BlockInfo, ...]
     widths: tuple[tuple[int, int], ...] = ()  # (channels, hidden) of the MLP halves that `ln_mlp` can serve
     tome_r: int | tuple[int, ...] = 0  # as asked for
-    tome_start: int = 1  # as asked for
+    tome_start: int = DEFAULT_START  # as asked for
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -157,13 +157,13 @@ def remove_attention(
     fuse: str = "all",
     backend: str = "auto",
     recompute: str = "auto",
-    tome_r: int | Sequence[int] = 0,
-    tome_start: int = 1,
+    tome_r: int | Sequence[int] | None = None,
+    tome_start: int | None = None,
 ) -> nn.Module:
     """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
     Any block with timm's names for its MLP half can lose its attention, one without it too. The others become what `fuse`
-    and `tome_r` ask for.
+    and `tome_r` ask for; None leaves merging as it is.
 
     Raises:
         ValueError: `fuse`, `backend` or `recompute` is none of the known ones; `tome_r` or `tome_start` does not fit.
@@ -173,7 +173,7 @@ def remove_attention(
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
     check_choice("recompute", recompute, RECOMPUTE)
-    tome_r, tome_start = check_settings(tome_r, tome_start)
+    tome_r, tome_start = settings_for(model, tome_r, tome_start)
     merges = plan_merging(model, removed, tome_r, tome_start)
     options = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
     new = [
@@ -257,8 +257,8 @@ def convert_vit(
     fuse: str = "all",
     backend: str = "auto",
     recompute: str = "auto",
-    tome_r: int | Sequence[int] = 0,
-    tome_start: int = 1,
+    tome_r: int | Sequence[int] | None = None,
+    tome_start: int | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Remove attention layers of a timm vision transformer, and run the MLP halves of its blocks through `ln_mlp`.
@@ -279,10 +279,11 @@ def convert_vit(
             kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
             It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
         tome_r: Tokens to merge in each block that keeps its attention (arXiv 2210.09461), between the attention and the
-            MLP: one number, or one for each block that merges. 0 merges none, and takes merging off a model that has it.
-            See `lambda_kernels.merging_block`. Merging has no parameters, and comes last: nothing selects or dilutes behind it.
-        tome_start: From which of the blocks that keep their attention on tokens are merged, counted from 0. The default is
-            what the published figures for both together were measured with.
+            MLP: one number, or one for each block that merges. 0 merges none, and takes merging off a model that has it;
+            None leaves it as it is, which for a model that was never converted is 0. Merging has no parameters. It comes
+            last: nothing is selected, diluted or profiled behind it.
+        tome_start: From which of the blocks that keep their attention on tokens are merged, counted from 0. None leaves it
+            as it is, which at first is 1, as in the published figures of both together.
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
@@ -305,7 +306,7 @@ def convert_vit(
         raise ValueError("residual_scale must be finite; got inf")
     anatomy = inspect_model(model)
     removed = check_indices(remove, anatomy.depth)
-    tome_r, tome_start = check_settings(tome_r, tome_start)
+    tome_r, tome_start = settings_for(model, tome_r, tome_start)
     if anatomy.removed and (removed, float(residual_scale)) != (anatomy.removed, anatomy.residual_scale):
         raise AlreadyConvertedError(
             f"the model has lost the attention of blocks {list(anatomy.removed)} already (residual_scale "

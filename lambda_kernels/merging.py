@@ -24,12 +24,18 @@ _KNOWN_ARGUMENTS = {"self", "x", "attn_mask", "is_causal"}
 _UNKNOWN_ARGUMENTS = sorted(set(inspect.signature(Attention.forward).parameters) - _KNOWN_ARGUMENTS)
 
 
-def check_settings(tome_r: object, tome_start: object) -> tuple[int | tuple[int, ...], int]:
-    """`tome_r` as an integer or a tuple of them, and `tome_start` as an integer.
+DEFAULT_START = 1
+
+
+def settings_for(model: nn.Module, tome_r: object, tome_start: object) -> tuple[int | tuple[int, ...], int]:
+    """`tome_r` as an integer or a tuple of them, and `tome_start` as an integer; None is what `model` was converted with.
 
     Raises:
         ValueError: They are no whole numbers, or negative.
     """
+    info = getattr(model, "lambda_kernels_info", None)
+    tome_r = getattr(info, "tome_r", 0) if tome_r is None else tome_r
+    tome_start = getattr(info, "tome_start", DEFAULT_START) if tome_start is None else tome_start
     if isinstance(tome_r, Sequence) and not isinstance(tome_r, (str, bytes)):
         checked = tuple(_whole(f"tome_r[{i}]", value) for i, value in enumerate(tome_r))
     else:

@@ -44,7 +44,7 @@ def check_against_oracle(keys, x, sizes, r: int, protected: int, tolerance: floa
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("r, protected", [(1, 0), (3, 1), (4, 2), (100, 1), (0, 1)])
+@pytest.mark.parametrize(("r", "protected"), [(1, 0), (3, 1), (4, 2), (100, 1), (0, 1)])
 def test_against_the_oracle(dtype, r, protected):
     check_against_oracle(*tensors(dtype=dtype), r, protected, TOLERANCES[dtype])
 
@@ -108,14 +108,17 @@ def test_untouched_tokens_stay_bit_for_bit():
     merged, total = merge_tokens(x, sizes, merge)
     alone = torch.ones_like(total, dtype=torch.bool).scatter(1, merge.into, False)
     before = x.gather(1, merge.kept[..., None].expand(-1, -1, 6))
-    assert alone.any() and torch.equal(merged[alone], before[alone])
+    assert alone.any()
+    assert torch.equal(merged[alone], before[alone])
 
 
 def test_tokens_without_a_direction_and_ties():
     x = torch.randn(1, 8, 3)
     merge = match_tokens(torch.zeros(1, 8, 5), 4)
     merged, total = merge_tokens(x, torch.ones(1, 8), merge)
-    assert merged.isfinite().all() and total.sum() == 8 and merged.shape[1] == 4
+    assert merged.isfinite().all()
+    assert total.sum() == 8
+    assert merged.shape[1] == 4
 
 
 def test_large_tokens_of_short_types_do_not_overflow():
@@ -140,7 +143,9 @@ def test_a_token_of_size_s_counts_as_s_copies(fused):
 def test_sizes_of_one_change_nothing(fused):
     q, k, v = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64)
     plain = proportional_attention(q, k, v, None, fused=fused)
-    torch.testing.assert_close(proportional_attention(q, k, v, torch.ones(1, 6, dtype=torch.float64), fused=fused), plain)
+    torch.testing.assert_close(
+        proportional_attention(q, k, v, torch.ones(1, 6, dtype=torch.float64), fused=fused), plain
+    )
     assert torch.equal(proportional_attention(q, k, v, None, fused=fused, scale=0.5), plain)  # 1/√4
     assert not torch.allclose(proportional_attention(q, k, v, None, fused=fused, scale=0.1), plain)
 
@@ -149,7 +154,8 @@ def test_sizes_of_one_change_nothing(fused):
 def test_dropout_of_the_weights(fused):
     q, k = torch.randn(2, 1, 1, 400, 4)
     found = proportional_attention(q, k, torch.ones(1, 1, 400, 1), torch.ones(1, 400), dropout=0.5, fused=fused)
-    assert found.std() > 0.01 and abs(found.mean() - 1) < 0.05
+    assert found.std() > 0.01
+    assert abs(found.mean() - 1) < 0.05
 
 
 def test_gradients():
@@ -166,7 +172,8 @@ def test_gradients():
 def test_no_gradient_flows_through_the_choice():
     keys, x, sizes = tensors()
     merged, total = merge_tokens(x, sizes, match_tokens(keys.requires_grad_(), 3))
-    assert not merged.requires_grad and not total.requires_grad
+    assert not merged.requires_grad
+    assert not total.requires_grad
 
 
 def test_autocast_does_not_round_similarities_and_averages():
@@ -191,7 +198,8 @@ def test_any_layout():
 def test_shapes_are_known_without_values():
     merge = match_tokens(torch.empty(2, 9, 4, device="meta"), 3, protected=1)
     merged, total = merge_tokens(torch.empty(2, 9, 5, device="meta"), torch.empty(2, 9, device="meta"), merge)
-    assert merged.shape == (2, 6, 5) and total.shape == (2, 6)
+    assert merged.shape == (2, 6, 5)
+    assert total.shape == (2, 6)
     assert unmerge_tokens(merged, merge.place).shape == (2, 9, 5)
 
 
@@ -208,14 +216,18 @@ def test_one_graph():
 
 
 @pytest.mark.parametrize(
-    "call, error, message",
+    ("call", "error", "message"),
     [
         (lambda: match_tokens(torch.zeros(2, 3, 4), -1), ValueError, "r must not be negative; got -1"),
         (lambda: match_tokens(torch.zeros(2, 3, 4), 1.5), TypeError, "r must be an integer; got 1.5"),
         (lambda: match_tokens(torch.zeros(2, 3, 4), True), TypeError, "r must be an integer; got True"),
         (lambda: match_tokens(torch.zeros(3, 4), 1), ValueError, r"keys must have shape \[B, N, D\]; got \[3, 4\]"),
         (lambda: match_tokens([1], 1), TypeError, "keys must be a torch.Tensor; got list"),
-        (lambda: match_tokens(torch.zeros(2, 3, 4), 1, protected=4), ValueError, "protected must be at most the 3 tokens"),
+        (
+            lambda: match_tokens(torch.zeros(2, 3, 4), 1, protected=4),
+            ValueError,
+            "protected must be at most the 3 tokens",
+        ),
         (lambda: match_tokens(torch.zeros(2, 3, 4), 1, protected=-1), ValueError, "protected must not be negative"),
     ],
 )

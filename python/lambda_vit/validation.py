@@ -94,14 +94,19 @@ def _check_preparation(models: Mapping[str, nn.Module]) -> None:
 
 
 def path_lines(paths: Sequence[Mapping]) -> list[str]:
-    """The `kernel_paths` of a model in words, blocks that run alike on one line."""
+    """The `kernel_paths` of a model in words, blocks that run alike on one line, and how many tokens go into each."""
     alike: dict[tuple[str, str, str], list[int]] = {}
     for row in paths:
         alike.setdefault((row["attention"], row["mlp"], row["reason"]), []).append(row["block"])
-    return [
+    lines = [
         f"blocks {', '.join(map(str, blocks))}: attention {attention}, MLP {mlp} ({reason})"
         for (attention, mlp, reason), blocks in alike.items()
     ]
+    merged = sum(row.get("merged") or 0 for row in paths)
+    if merged:
+        tokens = ", ".join(str(row["tokens"]) for row in paths)
+        lines.append(f"tokens into each block: {tokens}; {merged} are merged into others")
+    return lines
 
 
 def compare(
