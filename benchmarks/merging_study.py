@@ -2,18 +2,20 @@
 
     python benchmarks/merging_study.py --model deit_tiny_patch16_224 --weights W --remove 1,4,5,11 --data D.zip --out R.json
 
-Nothing is trained: layers are skipped, tokens are merged, and what is left is measured. Times are those of one process in
-which all networks take turns, so that other work on the machine slows all of them; what is compared is the median of the
-ratios of neighbouring runs. Results are written after each measurement.
+Nothing is trained: layers are skipped, tokens are merged, and what is left is measured. All networks take turns in one
+process; what is compared is the median of the ratios within a round. Results are written after each measurement, and what
+the file holds already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import statistics
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from lambda_kernels.files import write_json
 from lambda_vit import environment
 from lambda_vit.command_options import parse_indices
 from lambda_vit.data import make_loader, open_images, subset, transforms_for
-from lambda_vit.evaluate import compare_latency, cost, evaluate
+from lambda_vit.evaluate import cost, evaluate, input_shape
 from lambda_vit.loading import open_model
 
 PLAIN = "timm"  # the network as timm built it: what every time is compared with
@@ -42,16 +44,21 @@ def networks(model: nn.Module, remove: Sequence[int], merged: Sequence[int], sta
 
 
 def take_turns(models: Mapping[str, nn.Module], batch: int, rounds: int) -> dict[str, dict[str, object]]:
-    """Times in milliseconds per network, and the quartiles of `PLAIN`'s over its own in the same round."""
+    """Seconds of the processor per network and round, and the quartiles of `PLAIN`'s over its own in the same round.
+
+    The processor's and not the wall's: with one thread they are the same on a quiet machine, and on a busy one only the
+    first do not hold the time that others had it.
+    """
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
+    inputs = torch.randn(batch, *input_shape(models[PLAIN]), generator=torch.Generator().manual_seed(0))
     for turn in range(-1, rounds):  # the first is not counted
-        order = {name: models[name] for name in names[turn % len(names) :] + names[: turn % len(names)]}
-        taken = compare_latency(order, (batch,), rounds=1, warmup=0)
-        if turn >= 0:
-            for name in names:
-                times[name].append(taken[name][batch].median_ms)
-    return {name: {"ms": times[name], "speed": _quartiles(times[PLAIN], times[name])} for name in names}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            begun = time.process_time()
+            models[name](inputs)
+            if turn >= 0:
+                times[name].append(time.process_time() - begun)
+    return {name: {"seconds": times[name], "speed": _quartiles(times[PLAIN], times[name])} for name in names}
 
 
 def _quartiles(rival: Sequence[float], own: Sequence[float]) -> list[float]:
@@ -100,32 +107,46 @@ def run(options: argparse.Namespace) -> dict:
     """Measure everything that is asked for, and keep it in `options.out`."""
     model = open_model(options.model, weights=options.weights)
     models = networks(model, parse_indices(options.remove, "--remove"), parse_indices(options.r, "--r"), options.start)
-    record = {
+    record = _begun(options) or {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "command": environment.command_line(),
-        "environment": environment.versions() | {"load_average": list(os.getloadavg())},
-        "model": options.model,
-        "removed": options.remove,
-        "tome_start": options.start,
-        "batch": options.batch,
+        "environment": environment.versions(),
+        "settings": _settings(options),
         "data": {},
         "networks": {name: describe(network) for name, network in models.items()},
     }
-    for name, found in take_turns(models, options.batch, options.rounds).items():
-        record["networks"][name].update(found)
-    write_json(options.out, record)
+    rows = record["networks"]
+    if "speed" not in rows[PLAIN]:
+        for name, found in take_turns(models, options.batch, options.rounds).items():
+            rows[name].update(found)
+        record["load_average"] = list(os.getloadavg())
+        write_json(options.out, record)
     for path in options.data:
         dataset = open_images(path, "val", transform=transforms_for(model), num_classes=model.num_classes)
         if options.samples and options.samples < len(dataset):
             dataset = subset(dataset, options.samples)
         record["data"][path.stem] = len(dataset)
-        for name, network in models.items():
-            result = evaluate(network, make_loader(dataset, options.batch), description=f"{path.stem}, {name}")
-            record["networks"][name][f"accuracy, {path.stem}"] = result.to_dict()
+        key = f"accuracy, {path.stem}"
+        for name in [name for name in models if key not in rows[name]]:
+            result = evaluate(models[name], make_loader(dataset, options.batch), description=f"{path.stem}, {name}")
+            rows[name][key] = result.to_dict()
             write_json(options.out, record)
-    record["environment"]["load_average_at_the_end"] = list(os.getloadavg())
-    write_json(options.out, record)
+    return record
+
+
+def _settings(options: argparse.Namespace) -> dict[str, object]:
+    names = ("model", "remove", "r", "start", "batch", "samples")
+    return {name: getattr(options, name) for name in names}
+
+
+def _begun(options: argparse.Namespace) -> dict | None:
+    """What `options.out` holds of this study; None where there is no such file yet."""
+    if not options.out.exists():
+        return None
+    record = json.loads(options.out.read_text(encoding="utf-8"))
+    if record["settings"] != _settings(options):
+        raise SystemExit(f"{options.out} holds a study of other settings: {record['settings']}. Use another file")
     return record
 
 

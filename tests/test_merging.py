@@ -171,7 +171,11 @@ def test_gradients():
 
 def test_no_gradient_flows_through_the_choice():
     keys, x, sizes = tensors()
-    merged, total = merge_tokens(x, sizes, match_tokens(keys.requires_grad_(), 3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        merge = match_tokens(keys.requires_grad_(), 3)
+    assert not saved
+    merged, total = merge_tokens(x, sizes, merge)
     assert not merged.requires_grad
     assert not total.requires_grad
 

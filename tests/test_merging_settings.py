@@ -221,6 +221,7 @@ def test_in_place_and_modes():
     convert_vit(model, (), tome_r=0, inplace=True)
     assert [block.training for block in model.blocks] == [True, True, False, True]
     assert next(model.blocks[2].parameters()) is first
+    assert not convert_vit(model.eval(), (), tome_r=4).blocks.training
 
 
 @torch.no_grad()
