@@ -1,8 +1,8 @@
 """Token merging as functions of tensors: which tokens are alike, their average, attention that knows their sizes.
 
 Source: D. Bolya et al., Token Merging: Your ViT But Faster (arXiv 2210.09461), section 3. Written from the paper's text and
-equations. Shapes depend on shapes alone, never on values, so that all of it compiles and exports as one graph, and no sum
-depends on the order in which a device adds, so that results repeat.
+equations. Shapes depend on shapes alone, never on values, so that all of it compiles and exports as one graph, and no sum of
+a forward depends on the order in which a device adds, so that it repeats.
 
 B samples of N tokens with C channels; r tokens are merged into others; H heads of width D.
 """
