@@ -109,13 +109,15 @@ def run(options: argparse.Namespace) -> dict:
     models = networks(model, parse_indices(options.remove, "--remove"), parse_indices(options.r, "--r"), options.start)
     record = _begun(options) or {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commits": [],
         "command": environment.command_line(),
         "environment": environment.versions(),
         "settings": _settings(options),
         "data": {},
         "networks": {name: describe(network) for name, network in models.items()},
     }
+    if (commit := _commit()) not in record["commits"]:
+        record["commits"].append(commit)  # an interrupted study may have gone on with another one
     rows = record["networks"]
     if "speed" not in rows[PLAIN]:
         for name, found in take_turns(models, options.batch, options.rounds).items():
@@ -128,7 +130,7 @@ def run(options: argparse.Namespace) -> dict:
             dataset = subset(dataset, options.samples)
         record["data"][path.stem] = len(dataset)
         key = f"accuracy, {path.stem}"
-        for name in [name for name in models if key not in rows[name]]:
+        for name in [name for name in models if rows[name].get(key, {}).get("count") != len(dataset)]:
             result = evaluate(models[name], make_loader(dataset, options.batch), description=f"{path.stem}, {name}")
             rows[name][key] = result.to_dict()
             write_json(options.out, record)
@@ -136,7 +138,7 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:
-    names = ("model", "remove", "r", "start", "batch", "samples")
+    names = ("model", "remove", "r", "start", "batch")
     return {name: getattr(options, name) for name in names}
 
 
