@@ -296,6 +296,22 @@ def test_exported_with_any_number_of_images():
         torch.testing.assert_close(program.module()(x), converted(x))
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_with_any_number_of_images(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    converted = convert_vit(small_vit(img_size=SIZE, depth=2), (), tome_r=4, tome_start=0, fuse="none")
+    count = torch.export.Dim("count", min=1, max=64)
+    program = torch.onnx.export(converted, (images(3, SIZE),), dynamo=True, dynamic_shapes=({0: count},), verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for number in (1, 5):
+        x = images(number, SIZE, seed=number)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), converted(x), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_hooks_on_blocks_see_tokens():
     converted, seen = convert_vit(build("vit"), (2,), tome_r=4), []
