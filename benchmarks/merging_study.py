@@ -110,7 +110,6 @@ def run(options: argparse.Namespace) -> dict:
     record = _begun(options) or {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commits": [],
-        "command": environment.command_line(),
         "environment": environment.versions(),
         "settings": _settings(options),
         "data": {},
