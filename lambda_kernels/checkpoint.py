@@ -21,6 +21,7 @@ from .convert import check_indices, remove_attention
 from .errors import CheckpointError
 from .families import inspect_model
 from .files import atomic_write, remove_leftovers, sha256, write_json
+from .merging import DEFAULT_START
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
 from .ops.ln_mlp import RECOMPUTE
@@ -80,6 +81,8 @@ def save_pretrained(
             "residual_scale": anatomy.residual_scale or 1.0,
             # "removed" leaves a model that was never converted as it is
             "fuse": info.fuse if info else "removed",
+            "tome_r": info.to_dict()["tome_r"] if info else 0,
+            "tome_start": info.tome_start if info else DEFAULT_START,
         },
     }
     difference = _first_difference(_build_skeleton(config), model)
@@ -293,7 +296,11 @@ def _build(config: dict, device: str) -> nn.Module:
         ) from error
     # The warnings of convert_vit were given when the model was converted.
     removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
-    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"])
+    merging = {
+        "tome_r": ours.get("tome_r", 0),
+        "tome_start": ours.get("tome_start", DEFAULT_START),
+    }  # not in older files
+    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"], **merging)
 
 
 def _build_skeleton(config: dict) -> nn.Module:

@@ -102,11 +102,14 @@ def path_lines(paths: Sequence[Mapping]) -> list[str]:
         f"blocks {', '.join(map(str, blocks))}: attention {attention}, MLP {mlp} ({reason})"
         for (attention, mlp, reason), blocks in alike.items()
     ]
+    return lines + merging_lines(paths)
+
+
+def merging_lines(paths: Sequence[Mapping]) -> list[str]:
+    """How many tokens go into each block, where some are merged."""
     merged = sum(row.get("merged") or 0 for row in paths)
-    if merged:
-        tokens = ", ".join(str(row["tokens"]) for row in paths)
-        lines.append(f"tokens into each block: {tokens}; {merged} are merged into others")
-    return lines
+    tokens = ", ".join(str(row.get("tokens")) for row in paths)
+    return [f"tokens into each block: {tokens}; {merged} are merged into others"] if merged else []
 
 
 def compare(
