@@ -21,7 +21,7 @@ from .ops.ln_mlp import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
 _BARE = frozenset(vars(nn.Module()))
-_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "family"))
+_SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "family", "tome_r", "prefix_tokens"))
 
 
 def gelu_form(act: nn.Module) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .convert import FUSE, remove_attention
+from .convert import FUSE, ConversionInfo, remove_attention
 from .errors import CheckpointError
 from .families import inspect_model
 from .files import atomic_write, remove_leftovers, sha256, write_json
@@ -30,9 +30,10 @@ from .weights import load_state_dict, read_weights
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # The weights that an existing config.json belongs to, kept until the new one has replaced it.
 PREVIOUS = "model.previous.safetensors"
-# Goes up when a reader that passes over what it does not know would build another model. Fields that only tell more
-# (versions, selection) came within format 1; folders without them load.
-FORMAT = 1
+# The newest that is read. A model gets the lowest that builds it: a reader that passed over a field of a higher one would
+# build another model. Fields that only tell more (versions, selection) came within format 1; folders without them load.
+_PLAIN, _MERGING = 1, 2
+FORMAT = _MERGING
 
 # Names that start so are this library's own entry points in timm; see `timm_models`.
 PREFIX = "lambda_"
@@ -104,7 +105,7 @@ def save_pretrained(
         "model_args": model_args,
         "pretrained_cfg": cfg,
         "lambda_kernels": {
-            "format": FORMAT,
+            "format": _MERGING if anatomy.merging else _PLAIN,
             "version": __version__,
             "removed": list(anatomy.removed),
             "residual_scale": anatomy.residual_scale or 1.0,
@@ -112,6 +113,7 @@ def save_pretrained(
             "fuse": info.fuse if info else "removed",
             "versions": _versions(),
             "selection": chosen,
+            **(_merging_of(info) if anatomy.merging else {}),
         },
     }
     difference = first_difference(build_skeleton(config), model)
@@ -147,6 +149,10 @@ def _versions() -> dict[str, str]:
     import timm
 
     return {"torch": str(torch.__version__), "timm": timm.__version__, "lambda_kernels": __version__}
+
+
+def _merging_of(info: ConversionInfo) -> dict:
+    return {name: info.to_dict()[name] for name in ("tome_r", "tome_start")}
 
 
 def _selection_record(model: nn.Module, selection: object, removed: tuple[int, ...]) -> dict | None:
@@ -279,6 +285,8 @@ _KINDS = {
 }
 # Newer than the first folders of format 1.
 _OPTIONAL = {"lambda_kernels.versions": dict, "lambda_kernels.selection": dict}
+# Of format 2; models that merge no tokens have none of them.
+_OPTIONAL |= {"lambda_kernels.tome_r": (int, list), "lambda_kernels.tome_start": int}
 
 
 def _read_json(path: Path) -> object:

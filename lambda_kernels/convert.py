@@ -6,7 +6,7 @@ import copy
 import operator
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
 from .errors import AlreadyConvertedError, UnsupportedModelError
 from .families import Anatomy, family_of, inspect_model, layer_scale
+from .merging import DEFAULT_START, arranged, merging, plan_merging, settings_for, token_counts, without_merging
 from .ops import tuning
 from .ops.checks import check_choice
 from .ops.dispatch import BACKENDS
@@ -35,6 +36,9 @@ class BlockInfo:
     reason: str
     recompute: str  # what a training step computes again in the MLP half: "none", "act" or "all"
     recompute_reason: str
+    # Of images of the size that the model was built for; None where no block of the model merges tokens.
+    tokens: int | None = None  # that go in
+    merged: int = 0  # of them, into others, between the attention and the MLP
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class ConversionInfo:
     recompute: str  # as asked for
     blocks: tuple[BlockInfo, ...]
     widths: tuple[tuple[int, int], ...] = ()  # (channels, hidden) of the MLP halves that `ln_mlp` can serve
+    tome_r: int | tuple[int, ...] = 0  # as asked for
+    tome_start: int = DEFAULT_START  # as asked for
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -66,6 +72,7 @@ class ConversionInfo:
             "blocks": [asdict(b) for b in self.blocks],
             "widths": [list(width) for width in self.widths],
             "kernels": list(self.kernels),
+            "tome_r": self.tome_r if isinstance(self.tome_r, int) else list(self.tome_r),
         }
 
 
@@ -156,35 +163,41 @@ def remove_attention(
     fuse: str = "all",
     backend: str = "auto",
     recompute: str = "auto",
+    tome_r: int | Sequence[int] | None = None,
+    tome_start: int | None = None,
 ) -> nn.Module:
     """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
     Any block with timm's names for its MLP half can lose its attention, one without it too. The others become what `fuse`
-    asks for.
+    and `tome_r` ask for; None leaves merging as it is.
 
     Raises:
-        ValueError: `fuse`, `backend` or `recompute` is none of the known ones.
+        ValueError: `fuse`, `backend` or `recompute` is none of the known ones; `tome_r` or `tome_start` does not fit.
+        UnsupportedModelError: Tokens cannot be merged in this model; it is untouched.
         BackendUnavailableError: `backend` was asked for by name and cannot run; the model is untouched.
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
     check_choice("recompute", recompute, RECOMPUTE)
+    tome_r, tome_start = settings_for(model, tome_r, tome_start)
+    merges = plan_merging(model, removed, tome_r, tome_start)
     options = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
     new = [
         AttentionFreeBlock.from_block(block, residual_scale=residual_scale, **options)
         if i in removed
-        else _keep(block, fuse, backend, recompute)
+        else _keep(block, fuse, backend, recompute, _merging_of(model, merges, i))
         for i, block in enumerate(model.blocks)
     ]
-    rows = _describe(new, fuse, *_place(model))
+    rows = _describe(model, new, fuse)
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
     _warn_of_saving(rows, fuse, recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
+    model.blocks = arranged(model.blocks, bool(merges))
     model.lambda_kernels_info = ConversionInfo(
-        removed, float(residual_scale), fuse, backend, recompute, rows, _widths(model.blocks)
+        removed, float(residual_scale), fuse, backend, recompute, rows, _widths(model.blocks), tome_r, tome_start
     )
     return model
 
@@ -199,11 +212,21 @@ def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> Non
         warnings.warn(f"blocks {blocks} save all that autograd saves: {reason}", stacklevel=4)
 
 
-def _keep(block: nn.Module, fuse: str, backend: str, recompute: str) -> nn.Module:
+def _merging_of(model: nn.Module, merges: dict[int, int], index: int) -> tuple[int, int] | None:
+    """What `_keep` has to know of a block that is to merge tokens: how many, and how many at the front are no patches."""
+    return (merges[index], model.num_prefix_tokens) if index in merges else None
+
+
+def _keep(
+    block: nn.Module, fuse: str, backend: str, recompute: str, merges: tuple[int, int] | None = None
+) -> nn.Module:
     """What a block with attention becomes; itself where it is that already, or where something would be lost.
 
     `block` is left as it is: the caller may find yet that the model cannot be converted.
     """
+    if merges is not None:
+        return merging(block, *merges, fuse == "all", backend, recompute)
+    block = without_merging(block)
     family = family_of(block)
     if family is None or type(block) not in (family.block, FusedMlp):
         return block
@@ -219,15 +242,18 @@ def _keep(block: nn.Module, fuse: str, backend: str, recompute: str) -> nn.Modul
     return twin
 
 
-def _is_settled(
-    model: nn.Module, removed: tuple[int, ...], residual_scale: float, fuse: str, backend: str, recompute: str
-) -> bool:
+def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, settings: tuple) -> bool:
     """Whether a model that has lost the attention of `removed` alone would come out of the conversion as it is."""
     info = getattr(model, "lambda_kernels_info", None)
-    asked = (removed, float(residual_scale), fuse, backend, recompute)
-    if info is None or (info.removed, info.residual_scale, info.fuse, info.backend, info.recompute) != asked:
+    names = ("removed", "residual_scale", "fuse", "backend", "recompute", "tome_r", "tome_start")
+    if info is None or tuple(getattr(info, name) for name in names) != (removed, float(residual_scale), *settings):
         return False
-    return all(i in removed or _keep(block, fuse, backend, recompute) is block for i, block in enumerate(model.blocks))
+    fuse, backend, recompute, tome_r, tome_start = settings
+    merges = plan_merging(model, removed, tome_r, tome_start)
+    return all(
+        i in removed or _keep(block, fuse, backend, recompute, _merging_of(model, merges, i)) is block
+        for i, block in enumerate(model.blocks)
+    )
 
 
 def convert_vit(
@@ -238,6 +264,8 @@ def convert_vit(
     fuse: str = "all",
     backend: str = "auto",
     recompute: str = "auto",
+    tome_r: int | Sequence[int] | None = None,
+    tome_start: int | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Remove attention layers of a timm vision transformer, and run the MLP halves of its blocks through `ln_mlp`.
@@ -258,15 +286,22 @@ def convert_vit(
         recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
             kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
             It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
+        tome_r: Tokens to merge in each block that keeps its attention (arXiv 2210.09461), between the attention and the
+            MLP: one number, or one for each block that merges. 0 merges none, and takes merging off a model that has it;
+            None leaves it as it is, which for a model that was never converted is 0. Merging has no parameters. It comes
+            last: nothing is selected, diluted or profiled behind it.
+        tome_start: From which of the blocks that keep their attention on tokens are merged, counted from 0. None leaves it
+            as it is, which at first is 1, as in the published figures of both together.
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
         The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that was converted by the same
-        arguments comes back as it is; another `fuse`, `backend` or `recompute` is applied.
+        arguments comes back as it is; another `fuse`, `backend`, `recompute` or `tome_r` is applied.
 
     Raises:
         ValueError: Indices or options are wrong, or no attention would be left for a class token to read the image.
-        UnsupportedModelError: The model's blocks cannot lose their attention alone; the model is untouched.
+        UnsupportedModelError: The model's blocks cannot lose their attention alone, or not merge tokens; the model is
+            untouched.
         AlreadyConvertedError: Other layers were removed before, or with another residual_scale.
         BackendUnavailableError: `backend="triton"` cannot run on the model's device.
     """
@@ -279,23 +314,25 @@ def convert_vit(
         raise ValueError("residual_scale must be finite; got inf")
     anatomy = inspect_model(model)
     removed = check_indices(remove, anatomy.depth)
+    tome_r, tome_start = settings_for(model, tome_r, tome_start)
     if anatomy.removed and (removed, float(residual_scale)) != (anatomy.removed, anatomy.residual_scale):
         raise AlreadyConvertedError(
             f"the model has lost the attention of blocks {list(anatomy.removed)} already (residual_scale "
             f"{anatomy.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
             "full model"
         )
-    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, fuse, backend, recompute):
+    settings = (fuse, backend, recompute, tome_r, tome_start)
+    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, settings):
         return model
     if not anatomy.removed:
         check_removal(model, removed, anatomy, residual_scale)
     model = model if inplace else copy.deepcopy(model)
-    return remove_attention(model, removed, residual_scale, fuse, backend, recompute)
+    return remove_attention(model, removed, residual_scale, *settings)
 
 
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
     """How each block of a converted model runs in eval mode, where the model is now, what it recomputes, and why."""
-    return _describe(model.blocks, model.lambda_kernels_info.fuse, *_place(model))
+    return _describe(model, model.blocks, model.lambda_kernels_info.fuse)
 
 
 def _widths(blocks: Sequence[nn.Module]) -> tuple[tuple[int, int], ...]:
@@ -310,9 +347,9 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-def _describe(
-    blocks: Sequence[nn.Module], fuse: str, device: torch.device, dtype: torch.dtype
-) -> tuple[BlockInfo, ...]:
+def _describe(model: nn.Module, blocks: Sequence[nn.Module], fuse: str) -> tuple[BlockInfo, ...]:
+    """How `blocks` run where `model` is; they need not be in it yet."""
+    device, dtype = _place(model)
     rows = []
     for index, block in enumerate(blocks):
         if isinstance(block, MlpHalf):
@@ -324,6 +361,9 @@ def _describe(
         else:
             why = _why_not_fused(block, fuse)
             rows.append(BlockInfo(index, "kept", "timm", why, "none", f"the block is timm's own: {why}"))
+    counts = token_counts(model, blocks)
+    if counts is not None:
+        rows = [replace(row, tokens=tokens, merged=merged) for row, (tokens, merged) in zip(rows, counts, strict=True)]
     return tuple(rows)
 
 

@@ -152,6 +152,7 @@ class Anatomy:
     pooling: str  # timm's global_pool: "token", "avg", "map" …
     has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
     families: tuple[str, ...] = field(default=("vit",))  # of the blocks, each once, in order
+    merging: tuple[int, ...] = ()  # blocks that merge tokens
 
 
 def inspect_model(model: nn.Module) -> Anatomy:
@@ -162,6 +163,7 @@ def inspect_model(model: nn.Module) -> Anatomy:
             be removed alone. Names the class, the reason and an alternative. The model is never changed.
     """
     from .blocks import AttentionFreeBlock, FusedMlp
+    from .merging_block import MergingBlock
 
     _refuse_wrappers(model)
     blocks = getattr(model, "blocks", None)
@@ -171,7 +173,7 @@ def inspect_model(model: nn.Module) -> Anatomy:
         refusal = NO_BLOCKS
     if refusal is not None:
         raise UnsupportedModelError(f"{name} is not supported: {refusal.reason}. {refusal.instead}")
-    known = {family.block for family in FAMILIES.values()} | {FusedMlp, AttentionFreeBlock}
+    known = {family.block for family in FAMILIES.values()} | {FusedMlp, MergingBlock, AttentionFreeBlock}
     strangers = {i: block for i, block in enumerate(blocks) if type(block) not in known}
     if strangers:
         index, stranger = next(iter(strangers.items()))
@@ -197,7 +199,25 @@ def inspect_model(model: nn.Module) -> Anatomy:
         pooling=pooling if isinstance(pooling, str) else str(pooling),
         has_final_norm=any(n is not None and not isinstance(n, nn.Identity) for n in norms),
         families=tuple(dict.fromkeys(family_of(block).name for block in blocks)),
+        merging=tuple(i for i, block in enumerate(blocks) if type(block) is MergingBlock),
     )
+
+
+def refuse_merging(anatomy: Anatomy, doing: str) -> None:
+    """Refuse what works on a network block by block, where nothing hands on the sizes of merged tokens.
+
+    Args:
+        anatomy: From `inspect_model`.
+        doing: What is refused, for the message.
+
+    Raises:
+        UnsupportedModelError: Some block merges tokens.
+    """
+    if anatomy.merging:
+        raise UnsupportedModelError(
+            f"{doing} works on blocks that keep their tokens, and blocks {list(anatomy.merging)} merge some. Merging comes "
+            "last: take it off with convert_vit(model, remove, tome_r=0), and put it on again afterwards"
+        )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

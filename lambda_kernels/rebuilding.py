@@ -13,6 +13,7 @@ from .blocks import AttentionFreeBlock, MlpHalf
 from .convert import check_indices, remove_attention
 from .errors import CheckpointError
 from .families import inspect_model
+from .merging import DEFAULT_START
 
 # Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
 _NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing")
@@ -45,7 +46,8 @@ def build(config: dict, device: str) -> nn.Module:
         ) from error
     # The warnings of convert_vit were given when the model was converted.
     removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
-    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"])
+    merging = {"tome_r": ours.get("tome_r", 0), "tome_start": ours.get("tome_start", DEFAULT_START)}
+    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"], **merging)
 
 
 def build_skeleton(config: dict) -> nn.Module:

@@ -40,6 +40,7 @@ from .command_options import (
     chosen_layers,
     make_console,
     open_data,
+    parse_indices,
     print_next,
     report_bad,
     weights_options,
@@ -132,30 +133,41 @@ def convert(
     residual_scale: Annotated[
         float, typer.Option(help="1: attention skipped. 2: it was diluted while training.")
     ] = 1.0,
+    tome_r: Annotated[str, typer.Option(help="Tokens to merge per block with attention: 8, or one each: 8,6,4.")] = "",
+    tome_start: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="The first of the blocks with attention to merge tokens, from 0.", show_default="1"),
+    ] = None,
 ) -> None:
-    """Delete attention layers and save the smaller model."""
+    """Delete attention layers, or merge tokens, and save the smaller model."""
     from lambda_kernels import convert_vit, save_pretrained
     from lambda_kernels.files import check_writable
 
     from . import progress
     from .loading import open_model
+    from .validation import kernel_paths, merging_lines
 
-    chosen = chosen_layers(selection, remove)
+    merged = parse_indices(tome_r, "--tome-r") or None
+    chosen = chosen_layers(selection, remove) if selection or remove or merged is None else ()
     check_writable(out / "config.json")
     with progress.shown():
         network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
     if selection is not None:
         check_made_for(chosen, selection, network, model)
     before = sum(p.numel() for p in network.parameters())
-    network = convert_vit(network, chosen, residual_scale=residual_scale, inplace=True)
+    merging = {"tome_r": merged[0] if merged and len(merged) == 1 else merged, "tome_start": tome_start}
+    network = convert_vit(network, chosen, residual_scale=residual_scale, inplace=True, **merging)
     after = sum(p.numel() for p in network.parameters())
     save_pretrained(network, out, selection=chosen if selection is not None else None)
     console = make_console()
+    removed = ", ".join(map(str, network.lambda_kernels_info.removed))
     console.print(
-        f"Removed the attention of blocks {', '.join(map(str, network.lambda_kernels_info.removed))}: "
-        f"{before:,} → {after:,} parameters (−{100 * (1 - after / before):.1f} %). Written: {out}/",
+        f"Removed the attention of {f'blocks {removed}' if removed else 'no block'}: {before:,} → {after:,} parameters "
+        f"(−{100 * (1 - after / before):.1f} %). Written: {out}/",
         soft_wrap=True,
     )
+    for line in merging_lines(kernel_paths(network)):
+        console.print(line, soft_wrap=True)
     following = ["validate", "--model", out, "--reference", model]
     print_next(console, *following, *weights_options("--reference-", weights, pretrained), "--data", "path/to/images")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lambda_kernels.blocks import MlpHalf
 from lambda_kernels.convert import check_indices, check_removal, convert_vit, remove_attention
-from lambda_kernels.families import family_of, inspect_model
+from lambda_kernels.families import family_of, inspect_model, refuse_merging
 from lambda_kernels.ops.checks import check_choice
 
 SHAPES = ("linear", "cosine", "step")
@@ -103,6 +103,7 @@ def _dilutable(model: nn.Module, layers: Sequence[int]) -> tuple[int, ...]:
     """The indices of `layers`, checked."""
     anatomy = inspect_model(model)
     layers = check_indices(layers, anatomy.depth, "layers")
+    refuse_merging(anatomy, "dilution")
     if anatomy.removed:
         raise ValueError(f"the model has lost the attention of {list(anatomy.removed)} already; dilute the full model")
     check_removal(model, layers, anatomy, DILUTED_SCALE, stacklevel=4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lambda_kernels import _extension
 from lambda_kernels.blocks import AttentionFreeBlock
 from lambda_kernels.entropy import STD_FLOOR, EntropyMeter, update_together
-from lambda_kernels.families import inspect_model
+from lambda_kernels.families import inspect_model, refuse_merging
 from lambda_kernels.ops.checks import check_choice
 from lambda_kernels.ops.histogram import histogram_backend
 
@@ -130,12 +130,12 @@ def profile_layers(
 
     Raises:
         ValueError: Fewer than two images, a wrong option, or a layer of which no channel ever changes.
-        UnsupportedModelError: The model's blocks are not known.
+        UnsupportedModelError: The model's blocks are not known, or merge tokens.
         NonFiniteActivationError: NaN or infinity; names block, layer, batch and dtype.
     """
     check_choice("estimator", estimator, tuple(ESTIMATORS))
     estimators = ESTIMATORS[estimator]
-    inspect_model(model)
+    refuse_merging(inspect_model(model), "a profile")
     device, dtype = one_device(model), one_dtype(model)
     if together_bytes is None:
         together_bytes = TOGETHER_BYTES if device.type == "cuda" and not _changes_in_place(model) else 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lambda_kernels.blocks import AttentionFreeBlock
 from lambda_kernels.convert import check_indices
 from lambda_kernels.errors import UnsupportedModelError
-from lambda_kernels.families import front_of, inspect_model
+from lambda_kernels.families import front_of, inspect_model, refuse_merging
 
 from . import batches
 from .batches import Images
@@ -41,7 +41,9 @@ def skip_attention(model: nn.Module, skip: Sequence[int]) -> nn.Module:
         ValueError: An index is wrong.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    skip = check_indices(skip, inspect_model(model).depth, "skip")
+    anatomy = inspect_model(model)
+    refuse_merging(anatomy, "skipping attention")
+    skip = check_indices(skip, anatomy.depth, "skip")
     blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
     return with_blocks(model, blocks)
 
@@ -91,6 +93,7 @@ class PathRunner:
 
     def __init__(self, model: nn.Module, score: str = "logits") -> None:
         self.anatomy = inspect_model(model)
+        refuse_merging(self.anatomy, "measuring paths")
         self.score = score
         self.why_images: str | None = None
         self._model = model

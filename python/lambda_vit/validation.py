@@ -99,14 +99,22 @@ def check_preparation(models: Mapping[str, nn.Module], remedy: str) -> None:
 
 
 def path_lines(paths: Sequence[Mapping]) -> list[str]:
-    """The `kernel_paths` of a model in words, blocks that run alike on one line."""
+    """The `kernel_paths` of a model in words, blocks that run alike on one line, and how many tokens go into each."""
     alike: dict[tuple[str, str, str], list[int]] = {}
     for row in paths:
         alike.setdefault((row["attention"], row["mlp"], row["reason"]), []).append(row["block"])
-    return [
+    lines = [
         f"blocks {', '.join(map(str, blocks))}: attention {attention}, MLP {mlp} ({reason})"
         for (attention, mlp, reason), blocks in alike.items()
     ]
+    return lines + merging_lines(paths)
+
+
+def merging_lines(paths: Sequence[Mapping]) -> list[str]:
+    """How many tokens go into each block, where some are merged."""
+    merged = sum(row.get("merged") or 0 for row in paths)
+    tokens = ", ".join(str(row.get("tokens")) for row in paths)
+    return [f"tokens into each block: {tokens}; {merged} are merged into others"] if merged else []
 
 
 def compare(

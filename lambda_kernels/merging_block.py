@@ -1,0 +1,120 @@
+"""Blocks that merge tokens between their attention and their MLP, and the sequence that takes tokens through them.
+
+What a merge has to know of the ones before it (the sizes of tokens and where they went) belongs to one forward. It is made
+by the sequence, handed from block to block as an argument and dropped at the end: nothing of it stays on a module, so that
+copies, threads and forwards cannot meet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import FusedMlp, _is_altered
+from .ops.merging import Merge, follow, match_tokens, merge_tokens, mergeable, proportional_attention, unmerge_tokens
+
+_ALONE = (
+    "this block merges tokens and has to know their sizes, which only a whole `model.blocks` hands on; it was called alone, "
+    "or with a mask. Gradient checkpointing, forward_intermediates, get_intermediate_layers and masks go block by block: "
+    "turn them off (recompute='all' saves memory instead; intermediate features of merged tokens are no maps), or take "
+    "merging off with convert_vit(model, …, tome_r=0)"
+)
+
+
+class Carried:
+    """What one forward knows about its merged tokens.
+
+    Attributes:
+        sizes: [B, N now]: how many of the first tokens each one stands for; None before the first merge.
+        place: [B, N at first]: where each of the first tokens is now; None before the first merge.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: Tensor | None = None
+        self.place: Tensor | None = None
+
+    def merge(self, x: Tensor, merge: Merge) -> Tensor:
+        """Merge the tokens x [B, N, C], and remember it."""
+        sizes = self.sizes
+        if sizes is None:
+            sizes = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        x, self.sizes = merge_tokens(x, sizes, merge)
+        self.place = merge.place if self.place is None else follow(self.place, merge.place)
+        return x
+
+
+class MergingBlock(FusedMlp):
+    """A ViT block that merges `tome_r` tokens into similar ones between its attention and its MLP.
+
+    Its attention counts tokens by their sizes. Holds the submodules of timm's `Block` under their names, like `FusedMlp`;
+    merging has no parameters. Works inside a `MergingSequential` alone.
+
+    Args:
+        parts: As for `FusedMlp`.
+        tome_r: Tokens to merge; at most half of the patches that are left are.
+        prefix_tokens: Tokens at the front that are no patches: they stay by themselves.
+        options: As for `FusedMlp`.
+    """
+
+    def __init__(self, *parts: nn.Module, tome_r: int, prefix_tokens: int, **options: object) -> None:
+        super().__init__(*parts, **options)
+        self.tome_r = tome_r
+        self.prefix_tokens = prefix_tokens
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, carried: Carried | None = None
+    ) -> Tensor:
+        if carried is None or attn_mask is not None or is_causal:
+            raise RuntimeError(_ALONE)
+        r = mergeable(x.shape[1], self.tome_r, self.prefix_tokens)
+        if r == 0 and carried.sizes is None:
+            return super().forward(x)
+        branch, keys = self._attend(self.norm1(x), carried.sizes)
+        x = x + self.drop_path1(self.ls1(branch))
+        if r:
+            x = carried.merge(x, match_tokens(keys, r, protected=self.prefix_tokens))
+        return self._mlp_half(x)
+
+    def _attend(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `attn` gives for x [B, N, C] where tokens have sizes, and its keys, their mean over the heads, [B, N, D]."""
+        attn = self.attn
+        if _is_altered(attn):
+            raise RuntimeError(
+                "a hook or a replaced forward on the attention of a block that merges tokens would not run: the block works "
+                "with the attention's parts. Hook those, or take merging off with convert_vit(model, …, tome_r=0)"
+            )
+        batch, tokens, _ = x.shape
+        q, k, v = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        fused = bool(attn.fused_attn)
+        dropping = (attn if fused else attn.attn_drop).training  # whose mode timm asks for
+        out = proportional_attention(
+            q, k, v, sizes,
+            dropout=attn.attn_drop.p if dropping else 0.0,
+            fused=fused,
+            scale=None if fused else attn.scale,
+        )  # fmt: skip
+        out = out.transpose(1, 2).reshape(batch, tokens, attn.num_heads * attn.head_dim)
+        if "norm" in attn._modules:
+            out = attn.norm(out)
+        if attn._modules.get("gate") is not None:
+            out = out * attn.gate(x).sigmoid()
+        return attn.proj_drop(attn.proj(out)), k.mean(1)
+
+    def extra_repr(self) -> str:
+        return f"tome_r={self.tome_r}, prefix_tokens={self.prefix_tokens}"
+
+
+class MergingSequential(nn.Sequential):
+    """The blocks of a model of which some merge tokens. What comes out has as many tokens as went in.
+
+    Behind the last block every token of the beginning gets what it was merged into. So the mean over patches that timm takes
+    is the mean weighted by size, the largest value and attention pooling are right too, and a dense head finds each patch in
+    its place; it costs one copy of rows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        carried = Carried()
+        for block in self:
+            x = block(x, carried=carried) if type(block) is MergingBlock else block(x)
+        return x if carried.place is None else unmerge_tokens(x, carried.place)
