@@ -18,7 +18,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
-from .families import inspect_model
+from .families import inspect_model, refuse_merging
 from .ops.checks import check_choice
 
 OUTPUT_FORMATS = ("NCHW", "NLC")
@@ -89,14 +89,17 @@ def feature_model(
 
     Raises:
         ValueError: An index is out of range, `output_fmt` is unknown, or `norm` and `rescale` are both set.
-        UnsupportedModelError: The model is wrapped, of an unknown kind, or has no final norm to put maps through.
+        UnsupportedModelError: The model is wrapped, of an unknown kind, merges tokens, or has no final norm to put maps
+            through.
     """
     check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
     if norm and rescale:
         raise ValueError(
             "norm=True takes the scale out already, and what it gives has no scale to divide by; set one only"
         )
-    indices = _block_indices(out_indices, inspect_model(model).depth)
+    anatomy = inspect_model(model)
+    refuse_merging(anatomy, "a feature model")
+    indices = _block_indices(out_indices, anatomy.depth)
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
         raise UnsupportedModelError(f"{type(model).__name__} has no forward_intermediates in this version of timm")
     if norm and isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):

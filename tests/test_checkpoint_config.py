@@ -95,7 +95,7 @@ def test_older_folders_load(tmp_path):
         ({"fuse": "some"}, r"config\.json .*fuse.*'some'"),
         ({"versions": 3}, r"lambda_kernels\.versions is 3"),
         ({"selection": [1]}, r"lambda_kernels\.selection is \[1\]"),
-        ({"format": 2}, r"format 2, this version reads up to 1; update"),
+        ({"format": 3}, r"format 3, this version reads up to 2; update"),
     ],
 )
 def test_a_config_that_was_changed(changes, message, tmp_path):

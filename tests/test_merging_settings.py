@@ -15,10 +15,12 @@ from torch import nn
 from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, convert_vit
 from lambda_kernels.convert import describe_blocks, remove_attention
 from lambda_kernels.families import inspect_model
+from lambda_kernels.features import feature_model
 from lambda_kernels.merging import merging_obstacles
 from lambda_kernels.merging_block import MergingBlock, MergingSequential
 from lambda_vit.dilution import dilute, prepare
 from lambda_vit.evaluate import cost
+from lambda_vit.frequency import feature_frequencies
 from lambda_vit.layer_profile import profile_layers
 from lambda_vit.paths import PathRunner, skip_attention
 from lambda_vit.validation import kernel_paths, path_lines
@@ -290,6 +292,8 @@ def test_merging_comes_last():
         (lambda: PathRunner(converted), "measuring paths"),
         (lambda: skip_attention(converted, (2,)), "skipping attention"),
         (lambda: profile_layers(converted, loader), "a profile"),
+        (lambda: feature_frequencies(converted, loader), "the analysis of frequencies"),
+        (lambda: feature_model(converted), "a feature model"),
     ):
         message = rf"{what} works on blocks that keep their tokens, and blocks \[.*\] merge some.* tome_r=0"
         with pytest.raises((UnsupportedModelError, ValueError), match=message):

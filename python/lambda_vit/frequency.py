@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
-from lambda_kernels.families import inspect_model, qualified_name
+from lambda_kernels.families import inspect_model, qualified_name, refuse_merging
 
 from .placement import eval_mode, one_device, one_dtype
 from .progress import track
@@ -238,6 +238,7 @@ class _Meter:
                 "differ. Use a model of one image size"
             )
         self._anatomy = inspect_model(model)
+        refuse_merging(self._anatomy, "the analysis of frequencies")
         self._device, self._dtype = one_device(model), one_dtype(model)
         if self._device.type == "meta":
             raise ValueError(f"{label}the weights are on the meta device, where nothing is computed: load them first")
