@@ -12,7 +12,7 @@ from torch import nn
 from .blocks import AttentionFreeBlock, MlpHalf
 from .convert import check_indices, remove_attention
 from .errors import CheckpointError
-from .families import inspect_model
+from .families import FAMILIES, inspect_model
 from .merging import DEFAULT_START
 
 # Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
@@ -198,9 +198,10 @@ def first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
 
 
 def _class_name(module: nn.Module) -> str:
-    # A FusedMlp computes what timm's Block does, and which of the two a block is says nothing about the weights.
-    kept = isinstance(module, MlpHalf) and not isinstance(module, AttentionFreeBlock)
-    return "Block" if kept else type(module).__name__
+    # A FusedMlp computes what timm's block does, and which of the two a block is says nothing about the weights.
+    if isinstance(module, MlpHalf) and not isinstance(module, AttentionFreeBlock):
+        return FAMILIES[module.family].block.__name__
+    return type(module).__name__
 
 
 def is_json(value: object) -> bool:
