@@ -13,6 +13,8 @@ from lambda_kernels.families import family_of
 from lambda_vit import dilute, profile_layers, select_layers, transfer_entropy
 from lambda_vit.paths import skip_attention
 
+pytestmark = pytest.mark.models
+
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {}),
     "deit3": ("deit3_small_patch16_224", {}),

@@ -19,6 +19,8 @@ from lambda_kernels import CheckpointError, FusedMlp, convert_vit, from_pretrain
 from lambda_kernels.files import atomic_write, write_json
 from lambda_kernels.weights import load_state_dict, read_weights
 
+pytestmark = pytest.mark.models
+
 VARIANTS = {
     "removed": ({}, (0, 2), 1.0),
     "diluted": ({}, (1, 3), 2.0),

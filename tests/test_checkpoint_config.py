@@ -16,6 +16,8 @@ from lambda_kernels.files import write_json
 from lambda_kernels.weights import load_state_dict
 from lambda_vit import Selection, dilute, set_lambda
 
+pytestmark = pytest.mark.models
+
 SCORES = {
     "layers": [2, 0],
     "strategy": "nose",

@@ -24,6 +24,8 @@ from lambda_kernels import (
 from lambda_kernels.convert import describe_blocks
 from lambda_kernels.ops import tuning
 
+pytestmark = pytest.mark.models
+
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {}),
     "deit": ("deit_tiny_patch16_224", {}),

@@ -20,6 +20,8 @@ from lambda_vit import Selection, dilute, finetune, finish_dilution, set_lambda
 from lambda_vit.data import digits, make_loader
 from lambda_vit.dilution import DilutedBlock, LambdaSchedule, diluted_blocks
 
+pytestmark = pytest.mark.models
+
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
 @torch.no_grad()

@@ -19,6 +19,8 @@ from lambda_kernels import convert_vit
 from lambda_kernels.families import FAMILIES, family_of, inspect_model
 from lambda_vit.paths import PathRunner
 
+pytestmark = pytest.mark.models
+
 REMOVED = (0, 2)
 
 # How many entry points each module had when this was written, by timm's version: the sweep must not shrink unseen.

@@ -21,6 +21,8 @@ from lambda_vit.layer_profile import profile_layers
 from lambda_vit.paths import PathRunner, skip_attention
 from lambda_vit.transfer import Measurement
 
+pytestmark = pytest.mark.models
+
 # Rotary, with a gated MLP that is packed; separate gates and a norm between; scales; one bias for all blocks, one for each.
 MODELS = {
     "eva02": ("eva02_tiny_patch14_224", {}),

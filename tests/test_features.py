@@ -15,6 +15,8 @@ from torch import nn
 from lambda_kernels import UnsupportedModelError, convert_vit
 from lambda_kernels.features import FeatureModel, feature_model, residual_scales
 
+pytestmark = pytest.mark.models
+
 REMOVED = (0, 2)
 MODELS = {
     "vit": {},

@@ -19,6 +19,8 @@ from lambda_kernels.families import inspect_model
 from lambda_vit import compare_frequencies, feature_frequencies, skip_attention
 from lambda_vit.frequency import BlockFrequencies
 
+pytestmark = pytest.mark.models
+
 SIZE = 64  # a map of 4 × 4 tokens
 
 

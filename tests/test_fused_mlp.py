@@ -25,6 +25,8 @@ from lambda_vit.layer_profile import profile_layers
 from lambda_vit.transfer import skip_attention
 from lambda_vit.validation import kernel_paths
 
+pytestmark = pytest.mark.models
+
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {}),
     "deit": ("deit_tiny_patch16_224", {}),

@@ -12,6 +12,8 @@ from lambda_kernels import AlreadyConvertedError, NonFiniteActivationError, Unsu
 from lambda_vit import dilute
 from lambda_vit.half_range import LIMIT, check_float16
 
+pytestmark = pytest.mark.models
+
 
 def loud(factor: float) -> torch.nn.Module:
     """A model whose tokens are large from the embedding on."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
 from lambda_kernels.merging_block import MergingBlock, MergingSequential
 
+pytestmark = pytest.mark.models
+
 SIZE = 80  # pixels: 25 patches, so that there is something left to merge in each block
 
 MODELS = {

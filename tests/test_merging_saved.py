@@ -12,6 +12,8 @@ from conftest import images, small_vit
 from lambda_kernels import CheckpointError, convert_vit, from_pretrained, save_pretrained
 from lambda_vit import cli
 
+pytestmark = pytest.mark.models
+
 
 @pytest.mark.parametrize("options", [{"tome_r": 4, "tome_start": 0}, {"tome_r": [5, 3]}, {"tome_r": 4, "fuse": "none"}])
 @torch.no_grad()

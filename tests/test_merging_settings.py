@@ -25,6 +25,8 @@ from lambda_vit.layer_profile import profile_layers
 from lambda_vit.paths import PathRunner, skip_attention
 from lambda_vit.validation import kernel_paths, path_lines
 
+pytestmark = pytest.mark.models
+
 SIZE = 80  # 25 patches and a class token
 
 

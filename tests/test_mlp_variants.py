@@ -14,6 +14,8 @@ from lambda_kernels import convert_vit
 from lambda_kernels.convert import describe_blocks
 from lambda_vit.validation import kernel_paths, path_lines
 
+pytestmark = pytest.mark.models
+
 # module, entry point, what `ln_mlp` is asked for; or the reason for which timm's modules run.
 FUSED = {
     "exact GELU": ("vision_transformer", "vit_base_patch16_224", "none"),

@@ -10,6 +10,8 @@ from conftest import REPOSITORY
 from lambda_kernels.refusals import refused_classes
 from lambda_vit.model_table import Row, Table, page, scan
 
+pytestmark = pytest.mark.models
+
 PAGE = REPOSITORY / "docs" / "models.md"
 WRITTEN_FOR = "1.0.31"
 

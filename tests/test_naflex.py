@@ -14,6 +14,8 @@ from lambda_vit.layer_profile import profile_layers
 from lambda_vit.paths import PathRunner
 from lambda_vit.transfer import Measurement
 
+pytestmark = pytest.mark.models
+
 pytest.importorskip("timm.models.naflexvit")
 
 GRIDS = [(2, 2), (1, 3), (3, 2), (1, 2), (2, 3), (3, 1)]

@@ -25,6 +25,8 @@ from lambda_vit.plot_files import PLOT_SUFFIXES
 from lambda_vit.profile_table import profile_notes, profile_table
 from lambda_vit.report import write_report
 
+pytestmark = pytest.mark.models
+
 BINS = 32  # few enough for the few tokens of a test
 
 

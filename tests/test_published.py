@@ -23,6 +23,8 @@ from lambda_kernels import CheckpointError, from_pretrained
 from lambda_kernels.published import PUBLISHED, load_released
 from lambda_kernels.weights import read_weights
 
+pytestmark = pytest.mark.models
+
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:

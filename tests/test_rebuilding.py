@@ -10,6 +10,8 @@ from torch import nn
 
 from lambda_kernels.rebuilding import find_model_args, first_difference, ratio_for, visible_args
 
+pytestmark = pytest.mark.models
+
 # Older timm reads its drop-path rates off a tensor, which one without memory does not have.
 BUILDS_ON_META = hasattr(timm.models, "resolve_model_input_args")
 SIZES = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, "mlp_ratio": 2.5, "drop_path_rate": 0.25}

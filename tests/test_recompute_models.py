@@ -17,6 +17,8 @@ from lambda_kernels.convert import describe_blocks
 from lambda_vit import dilute, finetune, finish_dilution, plan_training, set_lambda
 from lambda_vit.dilution import DilutedBlock, prepare
 
+pytestmark = pytest.mark.models
+
 
 @pytest.fixture
 def calls(monkeypatch) -> list:

@@ -14,6 +14,8 @@ from lambda_kernels.families import inspect_model
 from lambda_kernels.refusals import NO_BLOCKS, UNKNOWN_BLOCK, refused_classes
 from lambda_vit import dilute, profile_layers, select_layers, transfer_entropy
 
+pytestmark = pytest.mark.models
+
 # For each refused class a small entry point that has it.
 EXAMPLES = {
     "vision_transformer.ResPostBlock": "vit_base_patch16_rpn_224",

@@ -13,6 +13,8 @@ from lambda_vit import select_layers
 from lambda_vit.paths import FULL, PathRunner, skip_attention
 from lambda_vit.transfer import Measurement
 
+pytestmark = pytest.mark.models
+
 PATHS = [frozenset(path) for path in ((), (2,), (2, 0), (1, 2), (2, 3), (0, 1, 3))]
 
 MODELS = {

@@ -26,6 +26,8 @@ from lambda_kernels import (
 from lambda_kernels.weights import read_weights
 from lambda_vit.loading import open_model
 
+pytestmark = pytest.mark.models
+
 SMALL = {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 6, "num_classes": 10}
 # timm 1.0.15 does not find by itself what a model was built with.
 KEEPS_ARGS = hasattr(timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=8, num_heads=1), "_model_args")
