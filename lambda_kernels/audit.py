@@ -22,10 +22,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .files import write_json
+
+if TYPE_CHECKING:
+    from .ops.launch import Launch
 
 # Shared memory a program may use, bytes: CUDA C++ programming guide, table of technical specifications.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -45,7 +49,7 @@ class Case:
     shape: str
     config: str
     arch: int
-    launch: object
+    launch: Launch
     tensor_cores: bool  # whether products must run on the tensor cores
 
 
@@ -66,12 +70,13 @@ class Finding:
     faults: tuple[str, ...]
 
 
-def source(launch: object) -> tuple[dict[str, str], dict[str, object], dict]:
+def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
     """Signature, constants and attributes of a launch, as its kernel would be specialized for these arguments."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     constants = dict(launch.constants)
-    signature, attributes = {}, {}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
     general = launch.kernel.do_not_specialize or ()
     for position, name in enumerate(launch.kernel.arg_names):
         value = launch.args.get(name)
@@ -102,7 +107,7 @@ def compile_case(case: Case) -> Finding:
 
     launch, arch = case.launch, case.arch
     signature, constants, attributes = source(launch)
-    facts = {"kernel": case.kernel, "shape": case.shape, "config": case.config, "arch": arch}
+    facts: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "config": case.config, "arch": arch}
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(
@@ -130,7 +135,7 @@ def compile_case(case: Case) -> Finding:
     )
 
 
-def _disassemble(compiled: object, arch: int) -> tuple[str, str, str]:
+def _disassemble(compiled: Any, arch: int) -> tuple[str, str, str]:
     import triton
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -138,7 +143,7 @@ def _disassemble(compiled: object, arch: int) -> tuple[str, str, str]:
     # The assembler that Triton itself uses for this architecture: releases differ in which one that is.
     ptxas = get_ptxas(arch).path
 
-    def run(*command: object) -> subprocess.CompletedProcess:
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -208,9 +213,15 @@ def find_faults(case: Case, shared: int, sass: str, warnings: str) -> Iterator[s
 
 
 # Widths that are compiled: those that ViTs have, chunks of every count, and rows that descriptors cannot address.
-_WIDTHS = {True: (64, 128, 192, 256, 384, 768, 1024, 1152, 1408), False: (100, 192, 384, 768)}
+_WIDTHS: dict[bool, tuple[int, ...]] = {
+    True: (64, 128, 192, 256, 384, 768, 1024, 1152, 1408),
+    False: (100, 192, 384, 768),
+}
 # Of one tile, all widths above a few tiles give the same code.
-_DEFAULT_WIDTHS = {"one_pass": {True: (192, 384), False: (100, 192)}, "others": {True: (768,), False: (100,)}}
+_DEFAULT_WIDTHS: dict[str, dict[bool, tuple[int, ...]]] = {
+    "one_pass": {True: (192, 384), False: (100, 192)},
+    "others": {True: (768,), False: (100,)},
+}
 _VARIANT_WIDTHS = (192, 384, 768)
 _VARIANTS = {
     "one_pass": ("mixed", "tanh"),
@@ -288,7 +299,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def product_case(
-    kernel: str, channels: int, dtype: torch.dtype, config: object, tma: bool, arch: int, variant: str = ""
+    kernel: str, channels: int, dtype: torch.dtype, config: Any, tma: bool, arch: int, variant: str = ""
 ) -> Case:
     """The most that a kernel can be asked for: biases, LayerScale, branch factors, statistics, what the backward needs."""
     from .ops import launch
@@ -301,7 +312,7 @@ def product_case(
     c, h = _empty(channels, dtype=dtype), _empty(hidden, dtype=dtype)
     wide, act = _empty(rows, hidden, dtype=dtype), _empty(rows, hidden, dtype=dtype)
     statistics, sums = _empty(rows), _empty(-(-rows // config.bm), hidden)
-    how = {"math": math, "config": config, "tma": tma}
+    how: dict[str, Any] = {"math": math, "config": config, "tma": tma}
     if kernel == "one_pass":
         made = launch.one_pass(
             x, c, c, w1, h, w2, c, c, statistics, out, statistics, statistics, eps=1e-6, scale=2.0, **how
@@ -324,7 +335,7 @@ def product_case(
     return Case(kernel, shape, str(config), arch, made, dtype != torch.float32)
 
 
-def _row_launch(kernel: str, channels: int) -> object:
+def _row_launch(kernel: str, channels: int) -> Launch:
     from .ops import launch
     from .ops.kernels import configs
 
@@ -333,9 +344,9 @@ def _row_launch(kernel: str, channels: int) -> object:
     if kernel == "layer_norm":
         return launch.layer_norm(x, c, c, x, statistics, statistics, eps=1e-6, scale=2.0, given=False)
     if kernel == "layer_norm_input":
-        sums = [_empty(programs, channels)] * 3
+        partial = [_empty(programs, channels)] * 3
         return launch.layer_norm_input(
-            x, x, x, c, statistics, statistics, statistics, x, *sums, scale=2.0, programs=programs
+            x, x, x, c, statistics, statistics, statistics, x, *partial, scale=2.0, programs=programs
         )
     w1, h = _empty(hidden, channels, dtype=dtype), _empty(hidden)
     if kernel == "row_statistics":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
@@ -17,6 +17,9 @@ from .ops import recomputed
 from .ops.checks import check_choice
 from .ops.dispatch import Choice, choose
 from .ops.ln_mlp import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # part of Python 3.11
 
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
@@ -64,7 +67,7 @@ def replacement_obstacles(block: nn.Module) -> list[str]:
         block: One of timm's of a known family, or a `FusedMlp`.
     """
     found = []
-    family = family_of(block)
+    family = _family(block)
     if family.unknown_arguments:
         found.append(f"this version of timm passes {', '.join(family.unknown_arguments)} to its blocks")
     present = {name for held in (block._modules, block._parameters) for name, part in held.items() if part is not None}
@@ -240,7 +243,7 @@ class MlpHalf(nn.Module):
     def _after(self, x: Tensor, branch: Tensor) -> Tensor:
         return self._scaled(x) + self.drop_path2(_by_scale(self, FAMILIES[self.family].scales[1], branch))
 
-    def _attention_branch(self, x: Tensor, positional: tuple, named: dict) -> Tensor:
+    def _attention_branch(self, x: Tensor, positional: tuple[object, ...], named: dict[str, Any]) -> Tensor:
         """`drop_path1(scale1(attn(norm1(x))))`; `positional` and `named` are what `forward` was given beyond tokens."""
         family = FAMILIES[self.family]
         branch = self.attn(self.norm1(x), **family.for_attention(positional, named))
@@ -250,6 +253,8 @@ class MlpHalf(nn.Module):
         norm2, mlp = self.norm2, self.mlp
         if self.fusion_obstacles():
             return self._by_modules(x)
+        form = gelu_form(mlp.act)
+        assert form is not None, "another activation is an obstacle"
         fc1, fc2 = mlp.fc1, mlp.fc2
         gamma = layer_scale(self, FAMILIES[self.family].scales[1])
         dtype = compute_dtype(x, fc2.weight)
@@ -266,7 +271,7 @@ class MlpHalf(nn.Module):
             residual_scale=self.residual_scale,
             layer_scale=gamma,
             branch_scale=_stochastic_depth(self.drop_path2, x, dtype),
-            approximate=gelu_form(mlp.act),
+            approximate=form,
             recompute=self.recompute,
             backend=self.backend,
         )
@@ -296,7 +301,7 @@ def _stochastic_depth(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Te
 _Half = TypeVar("_Half", bound=MlpHalf)
 
 
-def _settle(new: _Half, block: nn.Module, options: dict) -> _Half:
+def _settle(new: _Half, block: nn.Module, options: dict[str, Any]) -> _Half:
     """Finish `new`, which took over parts of `block`: settings that `options` leave open and the mode are those of `block`."""
     if isinstance(block, MlpHalf):
         for name in ("fuse", "backend", "recompute"):
@@ -346,7 +351,7 @@ class AttentionFreeBlock(MlpHalf):
         self.register_load_state_dict_pre_hook(_explain_attention_keys)
 
     @classmethod
-    def from_block(cls, block: nn.Module, **options: object) -> AttentionFreeBlock:
+    def from_block(cls, block: nn.Module, **options: Any) -> Self:
         """Take over the MLP half of a block of a known family or of a `FusedMlp`; its parameters are shared, not copied.
 
         `options` are the keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
@@ -409,7 +414,7 @@ class FusedMlp(MlpHalf):
             setattr(self, name, part)
 
     @classmethod
-    def from_block(cls, block: nn.Module, **options: object) -> FusedMlp:
+    def from_block(cls, block: nn.Module, **options: Any) -> Self:
         """Take over all parts of a block of a known family; its parameters are shared, not copied.
 
         `options` are the keyword arguments of the constructor.
@@ -436,7 +441,14 @@ class FusedMlp(MlpHalf):
         return self._mlp_half(x + self._attention_branch(x, arguments, named))
 
     def _load_from_state_dict(
-        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
         # No hook, which would stay behind where the submodules move to another block.
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -460,7 +472,12 @@ def _take_attributes(new: nn.Module, block: nn.Module, family: Family) -> None:
 
 
 def _explain_attention_keys(
-    module: AttentionFreeBlock, state_dict: dict, prefix: str, metadata: dict, strict: bool, *lists: list
+    module: AttentionFreeBlock,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    *lists: list[str],
 ) -> None:
     # A checkpoint of the full model would otherwise only give a list of unexpected keys. The reason goes among them: PyTorch
     # always calls this with strict=True, and an error of its own would be raised with strict=False too.

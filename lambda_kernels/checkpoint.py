@@ -12,6 +12,7 @@ import shutil
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Provenance:
 
     architecture: str
     versions: dict[str, str] = field(default_factory=dict)
-    selection: dict | None = None
+    selection: dict[str, Any] | None = None
 
 
 def save_pretrained(
@@ -59,7 +60,7 @@ def save_pretrained(
     folder: str | Path,
     *,
     architecture: str | None = None,
-    model_args: dict | None = None,
+    model_args: dict[str, Any] | None = None,
     selection: object = None,
 ) -> Path:
     """Write `folder/config.json` and `folder/model.safetensors`.
@@ -98,7 +99,7 @@ def save_pretrained(
         cfg["architecture"] = cfg["architecture"].removeprefix(PREFIX)
     chosen = _selection_record(model, selection, anatomy.removed)
     model_args = find_model_args(model, architecture, cfg, dict(model_args or {}))
-    info = getattr(model, "lambda_kernels_info", None)
+    info: Any = getattr(model, "lambda_kernels_info", None)
     config = {
         "architecture": architecture,
         "num_classes": model.num_classes,
@@ -151,16 +152,16 @@ def _versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "timm": timm.__version__, "lambda_kernels": __version__}
 
 
-def _merging_of(info: ConversionInfo) -> dict:
+def _merging_of(info: ConversionInfo) -> dict[str, Any]:
     return {name: info.to_dict()[name] for name in ("tome_r", "tome_start")}
 
 
-def _selection_record(model: nn.Module, selection: object, removed: tuple[int, ...]) -> dict | None:
+def _selection_record(model: nn.Module, selection: object, removed: tuple[int, ...]) -> dict[str, Any] | None:
     """`selection` as plain JSON types; None where there is none."""
     if selection is None:
         known = getattr(getattr(model, "lambda_kernels_provenance", None), "selection", None)
         return known if known is not None and sorted(known["layers"]) == list(removed) else None
-    record = selection.to_dict() if hasattr(selection, "to_dict") else selection
+    record: Any = selection.to_dict() if hasattr(selection, "to_dict") else selection
     layers = record.get("layers") if isinstance(record, dict) else None
     if not isinstance(layers, list) or not is_json(record):
         raise CheckpointError(
@@ -243,13 +244,13 @@ def from_pretrained(
     info = model.lambda_kernels_info
     # Not before the model is where it will run: there alone it shows whether a backend is available, and which one runs.
     model = remove_attention(model, info.removed, info.residual_scale, info.fuse, backend, recompute)
-    model.lambda_kernels_provenance = Provenance(
+    model.lambda_kernels_provenance = Provenance(  # type: ignore[assignment]  # a record, which PyTorch does not foresee
         config["architecture"], ours.get("versions") or {}, ours.get("selection")
     )
     return model
 
 
-def _read_folder(folder: Path) -> tuple[dict, Path]:
+def _read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     """The config in `folder`, checked, and the file of weights that belongs to it."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}; expected a folder written by save_pretrained")
@@ -272,7 +273,7 @@ def _read_folder(folder: Path) -> tuple[dict, Path]:
     return config, weights
 
 
-_KINDS = {
+_KINDS: dict[str, type | tuple[type, ...]] = {
     "architecture": str,
     "model_args": dict,
     "pretrained_cfg": dict,
@@ -284,19 +285,19 @@ _KINDS = {
     "lambda_kernels.sha256": str,
 }
 # Newer than the first folders of format 1.
-_OPTIONAL = {"lambda_kernels.versions": dict, "lambda_kernels.selection": dict}
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {"lambda_kernels.versions": dict, "lambda_kernels.selection": dict}
 # Of format 2; models that merge no tokens have none of them.
 _OPTIONAL |= {"lambda_kernels.tome_r": (int, list), "lambda_kernels.tome_start": int}
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not a config written by save_pretrained: {error}") from error
 
 
-def _check_config(config: object, path: Path) -> None:
+def _check_config(config: Any, path: Path) -> None:
     for name, kind in {**_KINDS, **_OPTIONAL}.items():
         value = config
         for key in name.split("."):

@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ class ConversionInfo:
         kinds = ("float32", "bfloat16", "float16")
         return tuple(line for width in self.widths for kind in kinds for line in tuning.describe(*width, kind))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return asdict(self) | {
             "removed": list(self.removed),
@@ -145,7 +146,8 @@ def check_removal(
         )
     small = []
     for index in removed:
-        gamma = layer_scale(model.blocks[index], family_of(model.blocks[index]).scales[1])
+        family = family_of(model.blocks[index])
+        gamma = None if family is None else layer_scale(model.blocks[index], family.scales[1])
         if gamma is not None and not gamma.is_meta and gamma.detach().abs().mean() < SMALL_GAMMA:
             small.append(index)
     if small:
@@ -181,7 +183,7 @@ def remove_attention(
     check_choice("recompute", recompute, RECOMPUTE)
     tome_r, tome_start = settings_for(model, tome_r, tome_start)
     merges = plan_merging(model, removed, tome_r, tome_start)
-    options = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
+    options: dict[str, Any] = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
     new = [
         AttentionFreeBlock.from_block(block, residual_scale=residual_scale, **options)
         if i in removed
@@ -195,9 +197,9 @@ def remove_attention(
     _warn_of_saving(rows, fuse, recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
-    model.blocks = arranged(model.blocks, bool(merges))
-    model.lambda_kernels_info = ConversionInfo(
-        removed, float(residual_scale), fuse, backend, recompute, rows, _widths(model.blocks), tome_r, tome_start
+    blocks = model.blocks = arranged(model.blocks, bool(merges))
+    model.lambda_kernels_info = ConversionInfo(  # type: ignore[assignment]  # a record, which PyTorch does not foresee
+        removed, float(residual_scale), fuse, backend, recompute, rows, _widths(blocks), tome_r, tome_start
     )
     return model
 
@@ -231,7 +233,7 @@ def _keep(
     if family is None or type(block) not in (family.block, FusedMlp):
         return block
     stays = bool(replacement_obstacles(block))
-    if type(block) is family.block:
+    if not isinstance(block, FusedMlp):
         return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend, recompute=recompute)
     if fuse != "all" and not stays:
         return block.to_timm()
@@ -242,7 +244,7 @@ def _keep(
     return twin
 
 
-def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, settings: tuple) -> bool:
+def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, settings: tuple[Any, ...]) -> bool:
     """Whether a model that has lost the attention of `removed` alone would come out of the conversion as it is."""
     info = getattr(model, "lambda_kernels_info", None)
     names = ("removed", "residual_scale", "fuse", "backend", "recompute", "tome_r", "tome_start")
@@ -335,7 +337,7 @@ def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
     return _describe(model, model.blocks, model.lambda_kernels_info.fuse)
 
 
-def _widths(blocks: Sequence[nn.Module]) -> tuple[tuple[int, int], ...]:
+def _widths(blocks: Iterable[nn.Module]) -> tuple[tuple[int, int], ...]:
     ours = (block for block in blocks if isinstance(block, (AttentionFreeBlock, FusedMlp)))
     linears = (getattr(block.mlp, "fc1", None) for block in ours)
     found = {(fc1.in_features, fc1.out_features) for fc1 in linears if isinstance(fc1, nn.Linear)}

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,7 +245,7 @@ class EntropyMeter:
         self.updates += other.updates
         return self
 
-    def all_reduce(self, group: object = None) -> EntropyMeter:
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> EntropyMeter:
         """Merge the meters of all processes of `group`, in rank order, so that every rank ends with the same state.
 
         Ranks that have seen nothing take part. Counts are summed exactly, moments in float64. Call it once, at the end: a
@@ -265,7 +266,7 @@ class EntropyMeter:
         self._parts, self.updates = [] if state is None else [state], updates
         return self
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """For `copy` and `pickle`: nothing is shared with the copy, nor with meters that were updated together."""
         parts = [part.map(torch.clone) for part in self._parts]
         return {**self.__dict__, "_parts": parts, "_watch": copy.copy(self._watch)}
@@ -313,7 +314,7 @@ class EntropyMeter:
         """
         self._check_kind("histogram")
         state = entropy_state.canonical(self._what, self._some_state())
-        return state.counts, entropy_state.grid_of(self._what, state)
+        return state.table, entropy_state.grid_of(self._what, state)
 
     def compute(
         self,
@@ -343,7 +344,7 @@ class EntropyMeter:
         self._check_samples()
         if kind == "gaussian":
             self._warn_of_constants()
-            return entropy_state.gaussian_entropies(self._state(), self.base, constant)
+            return entropy_state.gaussian_entropies(self._some_state(), self.base, constant)
         counts, grid = self.counts()
         self._warn_of_outside(counts)
         return entropy_state.histogram_entropies(
@@ -367,7 +368,7 @@ class EntropyMeter:
             raise ValueError(f"{self.name}: an entropy needs at least two samples per channel; got {fewest}")
 
     def _warn_of_constants(self) -> None:
-        state = self._state()
+        state = self._some_state()
         dead, rows = int((entropy_state.std(state) < STD_FLOOR).sum()), state.rows
         if dead == rows:
             raise ValueError(f"{self.name}: all {rows} channels are constant over {self.count} samples")
@@ -384,14 +385,15 @@ class EntropyMeter:
             raise ValueError(
                 f"{self.name}: no value of {empty} of {len(counts)} channels fell inside the range; widen it"
             )
-        lost = int(self._state().outside.sum())
+        outside = self._some_state().outside
+        lost = 0 if outside is None else int(outside.sum())
         if lost:
             warnings.warn(f"{self.name}: {lost} values fell outside the range and were not counted", stacklevel=3)
 
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("kind", "per", "bins", "range", "base")}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Everything seen so far, as tensors on the CPU and plain values.
 
         The same data gives the same counts and grid, however it was split, ordered or merged.
@@ -401,7 +403,7 @@ class EntropyMeter:
         """
         return entropy_storage.pack(self._what, self._state(), self._options(), self.updates)
 
-    def load_state_dict(self, state: dict, *, device: torch.device | str | None = None) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, device: torch.device | str | None = None) -> None:
         """Replace what was seen by a `state_dict` of a meter with the same options.
 
         Raises:
@@ -450,7 +452,7 @@ def update_together(meters: Sequence[EntropyMeter], x: Sequence[Tensor]) -> None
     if len({id(meter) for meter in meters}) < len(meters):
         raise ValueError("a meter comes twice; update it with one batch after the other")
     batches = [meter._accept(batch) for meter, batch in zip(meters, batches, strict=True)]
-    groups: dict[tuple, list[tuple[EntropyMeter, Tensor]]] = {}
+    groups: dict[tuple[What, torch.dtype, torch.device, bool], list[tuple[EntropyMeter, Tensor]]] = {}
     for meter, batch in zip(meters, batches, strict=True):
         if batch.numel():
             first = meter.per == "sample" or not meter._parts
@@ -463,17 +465,18 @@ def update_together(meters: Sequence[EntropyMeter], x: Sequence[Tensor]) -> None
             else:
                 meter._parts = [states[i]]
             if expected is not None:
-                meter._watch.add(*(part[i] for part in expected[:2]), expected[2])
+                batches_sent, flags, arrival = expected
+                meter._watch.add(batches_sent[i], flags[i], arrival)
     for meter in meters:
         meter.updates += 1
 
 
 def _absorbed(
     group: list[tuple[EntropyMeter, Tensor]], what: What, dtype: torch.dtype, device: torch.device, first: bool
-) -> tuple[list[State], tuple | None]:
+) -> tuple[list[State], tuple[list[Batch], Tensor, torch.cuda.Event] | None]:
     """The new states, and where the host cannot look yet, what to watch: batches, their flags, the flags' arrival."""
     batches = [Batch(meter.name, meter.updates, x.numel(), dtype) for meter, x in group]
-    expected = None
+    expected: tuple[list[Batch], Tensor, torch.cuda.Event] | None = None
 
     def inspect(flags: Tensor) -> None:
         nonlocal expected

@@ -7,21 +7,30 @@ which all ranks find the same grid, then the counts on that grid.
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import reference
-from .entropy_state import State, What
+from .entropy_state import State, What, extremes
 from .errors import NonFiniteActivationError
-from .ops.grids import Grid, dyadic_grid, regrid_unchecked
+from .ops.grids import dyadic_grid, regrid_unchecked
+
+if TYPE_CHECKING:
+    Group = dist.ProcessGroup | None  # None: all processes
 
 _HEADER_BYTES = 4096
 
 
 def all_reduce(
-    what: What, state: State | None, options: dict, updates: int, error: ValueError | None, group: object
+    what: What,
+    state: State | None,
+    options: dict[str, Any],
+    updates: int,
+    error: ValueError | None,
+    group: Group,
 ) -> tuple[State | None, int]:
     """Merge the states of all ranks: counts exactly, moments in the order of the ranks.
 
@@ -62,14 +71,14 @@ def all_reduce(
     return everything(what, state, all_rows, device, group).to(home), updates
 
 
-def _exchange_device(group: object) -> torch.device:
+def _exchange_device(group: Group) -> torch.device:
     """A device that the group's backend takes, chosen alike on ranks that have seen nothing."""
     if "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _all_headers(header: dict, device: torch.device, group: object) -> list[dict]:
+def _all_headers(header: dict[str, Any], device: torch.device, group: Group) -> list[dict[str, Any]]:
     text = json.dumps(header).encode()
     padded = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -77,7 +86,7 @@ def _all_headers(header: dict, device: torch.device, group: object) -> list[dict
     return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in gathered]
 
 
-def _check_headers(headers: list[dict], what: What) -> None:
+def _check_headers(headers: list[dict[str, Any]], what: What) -> None:
     first = headers[0]["options"]
     for rank, header in enumerate(headers):
         if header["options"] != first:
@@ -92,36 +101,34 @@ def _check_headers(headers: list[dict], what: What) -> None:
         raise ValueError(f"meters have different numbers of channels: {listed}")
 
 
-def _all_gather(tensor: Tensor, group: object) -> list[Tensor]:
+def _all_gather(tensor: Tensor, group: Group) -> list[Tensor]:
     tensor = tensor.contiguous()
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, tensor, group=group)
     return gathered
 
 
-def _merged(what: What, state: State | None, all_rows: list[int], device: torch.device, group: object) -> State:
+def _merged(what: What, state: State | None, all_rows: list[int], device: torch.device, group: Group) -> State:
     rows = max(all_rows)
     moments = reference.no_moments(rows, device)
     for part in _all_gather(moments if state is None else state.moments, group):
         moments = reference.merge_moments(moments, part)
     if what.kind == "gaussian":
         return State(moments)
-    grid = dyadic_grid(*moments[:, 5:].unbind(1), what.bins) if what.grows else None
+    grid = dyadic_grid(*extremes(moments), what.bins) if what.grows else None
     if state is None:
         counts = torch.zeros(rows, what.bins, dtype=torch.int64, device=device)
         outside = torch.zeros(rows, 2, dtype=torch.int64, device=device)
     else:
-        own = (
-            state.counts if grid is None else regrid_unchecked(state.counts, Grid.unpacked(state.grid, what.bins), grid)
-        )
+        own = state.table if grid is None else regrid_unchecked(state.table, state.bins(what.bins), grid)
         # The sums are written in place: into copies, since the state may yet be needed.
-        counts, outside = (torch.empty_like(t).copy_(t) for t in (own, state.outside))
+        counts, outside = (torch.empty_like(t).copy_(t) for t in (own, state.beyond))
     dist.all_reduce(counts, group=group)
     dist.all_reduce(outside, group=group)
     return State(moments, counts, outside, None if grid is None else grid.packed())
 
 
-def _concatenated(what: What, state: State | None, all_rows: list[int], device: torch.device, group: object) -> State:
+def _concatenated(what: What, state: State | None, all_rows: list[int], device: torch.device, group: Group) -> State:
     shapes = {"moments": (reference.MOMENTS, torch.float64)}
     if what.kind == "histogram":
         shapes |= {"counts": (what.bins, torch.int64), "outside": (2, torch.int64)}

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +50,11 @@ class What:
             return None
         if self.range == "bfloat16":
             return CodeGrid()
-        numbers = _edges(*self.range, self.bins)
-        return Grid(*(torch.full((rows,), v, dtype=torch.float64, device=device) for v in numbers), bins=self.bins)
+        anchor, inv_width, first, closed_hi = (
+            torch.full((rows,), number, dtype=torch.float64, device=device)
+            for number in _edges(float(self.range[0]), float(self.range[1]), self.bins)
+        )
+        return Grid(anchor, inv_width, first, closed_hi, self.bins)
 
 
 @functools.lru_cache
@@ -82,7 +86,7 @@ def checked_range(range: tuple[float, float] | str | None, kind: str) -> tuple[f
     if named == "minmax":
         raise ValueError('range="minmax" reads all data twice, which a meter cannot; use histogram_entropy')
     try:
-        low, high = () if named else (float(v) for v in range)
+        low, high = [] if named else [float(v) for v in range]
     except (TypeError, ValueError):
         raise ValueError(f'range must be None, (low, high) or "bfloat16"; got {range!r}') from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -117,9 +121,27 @@ class State:
         """Where the tensors are."""
         return self.moments.device
 
+    @property
+    def table(self) -> Tensor:
+        """`counts` of a histogram."""
+        assert self.counts is not None, "a Gaussian's state counts nothing"
+        return self.counts
+
+    @property
+    def beyond(self) -> Tensor:
+        """`outside` of a histogram."""
+        assert self.outside is not None, "a Gaussian's state counts nothing"
+        return self.outside
+
+    def bins(self, number: int) -> Grid:
+        """`grid` of a histogram whose `number` bins grow."""
+        assert self.grid is not None, "the bins of this state are fixed"
+        return Grid.unpacked(self.grid, number)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """Apply `function` to every tensor."""
-        return State(*(None if tensor is None else function(tensor) for tensor in self._tensors()))
+        others = (None if tensor is None else function(tensor) for tensor in self._tensors()[1:])
+        return State(function(self.moments), *others)
 
     def to(self, device: torch.device | str | None) -> State:
         """On another device."""
@@ -137,11 +159,18 @@ class State:
         """The rows of all `states`, one after the other."""
         if len(states) == 1:
             return states[0]
-        fields = zip(*(state._tensors() for state in states), strict=True)
-        return State(*(None if field[0] is None else torch.cat(field) for field in fields))
+        fields = zip(*(state._tensors()[1:] for state in states), strict=True)
+        others = (None if field[0] is None else torch.cat(field) for field in fields)
+        return State(torch.cat([state.moments for state in states]), *others)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.moments, self.counts, self.outside, self.grid
+
+
+def extremes(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each row, float64 [K] each, of moments [K, 7]."""
+    low, high = moments[:, 5:].unbind(1)
+    return low, high
 
 
 def host_may_look(device: torch.device) -> bool:
@@ -167,37 +196,32 @@ def absorb(
     sizes = [rows_of(tensor, what.per) for tensor in x]
     device = x[0].device
     old = None if before is None else State.join(before)
-    if what.grows and old is not None:
-        grid = Grid.unpacked(old.grid, what.bins)
-    else:
-        grid = what.fixed_grid(sum(sizes), device)
-    found = histogram(x, grid, per=what.per, statistics=True)
+    grid = old.bins(what.bins) if what.grows and old is not None else None
+    found = histogram(x, what.fixed_grid(sum(sizes), device) if grid is None else grid, per=what.per, statistics=True)
+    assert found.moments is not None, "statistics were asked for"
     batch, counts = found.moments.packed(), found.counts
     inspect(_flags(found.outside, batch, sizes))
     moments = batch if old is None else reference.merge_moments(old.moments, batch)
     if what.kind == "gaussian":
         return State(moments).split(sizes)
 
-    before_counts = None if old is None else old.counts
     outside = found.outside[:, :2]
-    if what.grows and old is None:
-        grid = dyadic_grid(*moments[:, 5:].unbind(1), what.bins, centred=True)
-        counts = histogram(x, grid, per=what.per).counts
-        outside = torch.zeros_like(outside)
-    elif what.grows:
+    if what.grows:
         grew = outside.sum(1) > 0
-        if not host_may_look(device) or bool(grew.any()):
-            wider = dyadic_grid(*moments[:, 5:].unbind(1), what.bins, centred=True).packed()
+        if grid is None:
+            grid = dyadic_grid(*extremes(moments), what.bins, centred=True)
+            counts = histogram(x, grid, per=what.per).counts
+        elif old is not None and (not host_may_look(device) or bool(grew.any())):
+            wider = dyadic_grid(*extremes(moments), what.bins, centred=True).packed()
             narrower, grid = grid, Grid.unpacked(torch.where(grew[:, None], wider, grid.packed()), what.bins)
             again = histogram(x, grid, per=what.per, only=grew).counts
             counts = torch.where(grew[:, None], again, counts)
-            before_counts = regrid_unchecked(before_counts, narrower, grid)
+            old = State(old.moments, regrid_unchecked(old.table, narrower, grid), old.outside)
         outside = torch.zeros_like(outside)
     if old is not None:
-        outside = outside + old.outside
-        counts += before_counts  # in place: they are this batch's own, and a new table costs more than the sum
-    packed = grid.packed() if what.grows else None
-    return State(moments, counts, outside, packed).split(sizes)
+        outside = outside + old.beyond
+        counts += old.table  # in place: they are this batch's own, and a new table costs more than the sum
+    return State(moments, counts, outside, None if grid is None else grid.packed()).split(sizes)
 
 
 def _flags(outside: Tensor, moments: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -216,24 +240,28 @@ def merge(what: What, a: State, b: State) -> State:
     if what.kind == "gaussian":
         return State(moments)
     if not what.grows:
-        return State(moments, a.counts + b.counts, a.outside + b.outside)
-    grid = dyadic_grid(*moments[:, 5:].unbind(1), what.bins, centred=True)
-    counts = sum(regrid_unchecked(s.counts, Grid.unpacked(s.grid, what.bins), grid) for s in (a, b))
-    return State(moments, counts, a.outside + b.outside, grid.packed())
+        return State(moments, a.table + b.table, a.beyond + b.beyond)
+    grid = dyadic_grid(*extremes(moments), what.bins, centred=True)
+    mine, theirs = (regrid_unchecked(s.table, s.bins(what.bins), grid) for s in (a, b))
+    return State(moments, mine + theirs, a.beyond + b.beyond, grid.packed())
 
 
 def canonical(what: What, state: State) -> State:
     """The same on the one grid that depends on nothing but the smallest and the largest value of each row."""
     if not what.grows:
         return state
-    grid = dyadic_grid(*state.moments[:, 5:].unbind(1), what.bins)
-    counts = regrid_unchecked(state.counts, Grid.unpacked(state.grid, what.bins), grid)
+    grid = dyadic_grid(*extremes(state.moments), what.bins)
+    counts = regrid_unchecked(state.table, state.bins(what.bins), grid)
     return State(state.moments, counts, state.outside, grid.packed())
 
 
 def grid_of(what: What, state: State) -> Grid | CodeGrid:
     """The bins of a histogram's state."""
-    return Grid.unpacked(state.grid, what.bins) if what.grows else what.fixed_grid(state.rows, state.device)
+    if what.grows:
+        return state.bins(what.bins)
+    grid = what.fixed_grid(state.rows, state.device)
+    assert grid is not None, "a Gaussian's state has no bins"
+    return grid
 
 
 def std(state: State) -> Tensor:
@@ -262,10 +290,10 @@ def histogram_entropies(
     inside = counts.sum(1).double()
     p = counts / inside[:, None]
     entropy = 0.0 - torch.special.xlogy(p, p).sum(1)
-    if differential and isinstance(grid, CodeGrid):
-        entropy = entropy + p @ grid.widths(p.device).log()
-    elif differential:
-        entropy = entropy + grid.width.log()
+    if differential:
+        # Where bins differ in width, each counts with its own.
+        widths = p @ grid.widths(p.device).log() if isinstance(grid, CodeGrid) else grid.width.log()
+        entropy = entropy + widths
     if miller_madow:
         entropy = entropy + ((counts > 0).sum(1) - 1) / (2 * inside)
     return entropy / math.log(base)
@@ -308,7 +336,7 @@ class Watch:
         self._waiting: deque[tuple[Batch, Tensor, torch.cuda.Event]] = deque()
         self._error: ValueError | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # For copies: an event cannot go with them, so the flags are waited for.
         with contextlib.suppress(ValueError):
             self.settle(wait=True)

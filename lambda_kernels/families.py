@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Family:
         """What this version of timm may pass to its blocks and this description does not know."""
         return [name for name in self.accepted if name not in self.arguments]
 
-    def for_attention(self, positional: tuple, named: dict) -> dict[str, object]:
+    def for_attention(self, positional: tuple[object, ...], named: dict[str, Any]) -> dict[str, Any]:
         """What a block was called with beyond tokens, as keyword arguments for its attention.
 
         Arguments that were not given are passed with their defaults where timm's block passes them.

@@ -121,17 +121,17 @@ def feature_model(
 def _block_indices(out_indices: object, depth: int) -> list[int]:
     """`out_indices` counted from the first block, and in the order of the blocks, which is that of timm's maps."""
     allowed = f"a number of blocks from 1 to {depth}, or block indices from {-depth} to {depth - 1}"
-    single = isinstance(out_indices, int)
-    values = [out_indices] if single else out_indices
+    last = out_indices if isinstance(out_indices, int) else None
+    values = out_indices if last is None else [last]
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
         raise ValueError(f"out_indices must be {allowed}; got {out_indices!r}")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"out_indices holds {value!r}; it must be {allowed}")
-        if not (1 <= value <= depth if single else -depth <= value < depth):
+        if not (1 <= value <= depth if last is not None else -depth <= value < depth):
             raise ValueError(f"out_indices holds {value}; it must be {allowed}")
-    if single:
-        return list(range(depth - out_indices, depth))
+    if last is not None:
+        return list(range(depth - last, depth))
     indices = sorted({value % depth for value in values})
     if len(indices) != len(values):
         raise ValueError(f"out_indices names a block twice: {list(values)}")

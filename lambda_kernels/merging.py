@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
@@ -37,13 +38,13 @@ def settings_for(model: nn.Module, tome_r: object, tome_start: object) -> tuple[
     tome_r = getattr(info, "tome_r", 0) if tome_r is None else tome_r
     tome_start = getattr(info, "tome_start", DEFAULT_START) if tome_start is None else tome_start
     if isinstance(tome_r, Sequence) and not isinstance(tome_r, (str, bytes)):
-        checked = tuple(_whole(f"tome_r[{i}]", value) for i, value in enumerate(tome_r))
-    else:
-        checked = _whole("tome_r", tome_r, " or a sequence of them, one for each block that merges")
-    return checked, _whole("tome_start", tome_start)
+        each = tuple(_whole(f"tome_r[{i}]", value) for i, value in enumerate(tome_r))
+        return each, _whole("tome_start", tome_start)
+    same = _whole("tome_r", tome_r, " or a sequence of them, one for each block that merges")
+    return same, _whole("tome_start", tome_start)
 
 
-def _whole(name: str, value: object, more: str = "") -> int:
+def _whole(name: str, value: Any, more: str = "") -> int:
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -169,7 +170,7 @@ def without_merging(block: nn.Module) -> nn.Module:
     return FusedMlp.from_block(block)
 
 
-def arranged(blocks: nn.Module, merges: bool) -> nn.Module:
+def arranged(blocks: nn.Sequential, merges: bool) -> nn.Sequential:
     """The sequence of blocks as one that hands on the sizes of tokens, or as a plain one; itself where it is that already."""
     if merges == (type(blocks) is MergingSequential):
         return blocks

@@ -7,6 +7,8 @@ copies, threads and forwards cannot meet.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,12 +58,12 @@ class MergingBlock(FusedMlp):
         options: As for `FusedMlp`.
     """
 
-    def __init__(self, *parts: nn.Module, tome_r: int, prefix_tokens: int, **options: object) -> None:
+    def __init__(self, *parts: nn.Module, tome_r: int, prefix_tokens: int, **options: Any) -> None:
         super().__init__(*parts, **options)
         self.tome_r = tome_r
         self.prefix_tokens = prefix_tokens
 
-    def forward(
+    def forward(  # type: ignore[override]  # what timm's Block takes, and what MergingSequential hands on
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, carried: Carried | None = None
     ) -> Tensor:
         if carried is None or attn_mask is not None or is_causal:

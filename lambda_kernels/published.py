@@ -102,12 +102,12 @@ def load_released(
     depth = 1 + max((int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)), default=-1)
     if depth == 0 or "patch_embed.proj.weight" not in state:
         raise CheckpointError(f"{path} holds no vision transformer under timm's names: {', '.join(list(state)[:3])} …")
-    architecture, architecture_from = _find_architecture(path, state, name and name[1], architecture)
-    removed, removed_from = _find_removed(path, state, depth, name and name[2], remove)
+    architecture, architecture_from = _find_architecture(path, state, name[1] if name else None, architecture)
+    removed, removed_from = _find_removed(path, state, depth, name[2] if name else None, remove)
     parts = tuple(f"blocks.{index}.{part}" for index in removed for part in ATTENTION_PARTS)
     dropped = tuple(key for key in state if key.startswith(tuple(f"{part}." for part in parts)) or key in parts)
     model = _build(path, {key: value for key, value in state.items() if key not in dropped}, architecture, removed)
-    model.pretrained_cfg = {**model.pretrained_cfg, "tag": "", "crop_pct": crop}
+    model.pretrained_cfg = {**model.pretrained_cfg, "tag": "", "crop_pct": crop}  # type: ignore[assignment]  # as timm does
     entry = PUBLISHED.get(path.name.split(".")[0])
     if entry is not None and (entry.architecture, entry.removed) != (architecture, removed):
         entry = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +63,7 @@ def build_skeleton(config: dict) -> nn.Module:
         return build(config, "cpu")
 
 
-def find_model_args(model: nn.Module, architecture: str, cfg: dict, given: dict) -> dict:
+def find_model_args(model: nn.Module, architecture: str, cfg: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
     ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
     plain = {"architecture": architecture, "model_args": given, "pretrained_cfg": cfg, "lambda_kernels": ours}
@@ -70,10 +72,10 @@ def find_model_args(model: nn.Module, architecture: str, cfg: dict, given: dict)
     return {**found, **given}
 
 
-def visible_args(model: nn.Module) -> dict:
+def visible_args(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that can be read off a built model; those of ViT, DeiT, Eva, BEiT and NaFlexViT."""
     names = _argument_names(model)
-    args = {
+    args: dict[str, Any] = {
         k: v
         for k, v in vars(model).items()
         if k in names and k not in _NO_EFFECT and isinstance(v, (bool, int, float, str))
@@ -105,7 +107,8 @@ def visible_args(model: nn.Module) -> dict:
 
 def _argument_names(model: nn.Module) -> set[str]:
     # Over all base classes: a distilled model passes *args and **kwargs on.
-    names = {name for cls in type(model).__mro__ for name in inspect.signature(cls.__init__).parameters}
+    constructors = [cls.__init__ for cls in type(model).__mro__]  # type: ignore[misc]  # each class's own is meant
+    names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     if "cfg" in names:
         from timm.models import naflexvit
 
@@ -122,7 +125,7 @@ def _doubles_glu(model: nn.Module) -> bool:
     return isinstance(model, Eva) and isinstance(model.blocks[-1].mlp, GluMlp)
 
 
-def _args_of_blocks(blocks: nn.Module) -> dict:
+def _args_of_blocks(blocks: nn.Sequential | nn.ModuleList) -> dict[str, Any]:
     last = blocks[-1]  # the highest drop-path rate
     args = {"drop_path_rate": _rate(last.drop_path2), "init_values": _init_values(last)}
     first = next(
@@ -150,7 +153,7 @@ def ratio_for(channels: int, hidden: int) -> float:
     return ratio if int(channels * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _sides(size: object) -> list[int] | None:
+def _sides(size: Iterable[int] | None) -> list[int] | None:
     return None if size is None else list(size)
 
 
@@ -186,9 +189,9 @@ def first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
             return f"{name or 'the model'} is {ours}, timm builds {theirs}"
     new_state, old_state = rebuilt.state_dict(), model.state_dict()
     for name in sorted(new_state.keys() | old_state.keys()):
-        ours, theirs = (list(s[name].shape) if name in s else None for s in (old_state, new_state))
-        if ours != theirs:
-            return f"{name} has shape {ours}, timm builds {theirs}"
+        shape, built = (list(s[name].shape) if name in s else None for s in (old_state, new_state))
+        if shape != built:
+            return f"{name} has shape {shape}, timm builds {built}"
     plain = (bool, int, float, str, type(None))
     for name, value in vars(model).items():
         other = vars(rebuilt).get(name)

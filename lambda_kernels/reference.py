@@ -47,7 +47,7 @@ def histogram(
     if grid is not None:
         device = grid.device
     else:
-        device = "cpu" if x[0].device.type == "mps" else x[0].device  # Apple's GPUs have no float64
+        device = torch.device("cpu") if x[0].device.type == "mps" else x[0].device  # Apple's GPUs have no float64
     tables, moments, row = [], [], 0
     for tensor in x:
         targets = (tensor.shape[2], 1, tensor.shape[0])[per]
@@ -67,12 +67,12 @@ def histogram(
         tables.append(table)
         moments.append(total)
         row += targets
-    table, moments = torch.cat(tables), torch.cat(moments)
+    table, joined = torch.cat(tables), torch.cat(moments)
     if only is not None:
         table = table * only.to(device)[:, None]
-        moments = torch.where(only.to(device)[:, None], moments, no_moments(row, device))
+        joined = torch.where(only.to(device)[:, None], joined, no_moments(row, device))
     outside = table[:, bins : bins + _OUTSIDE].contiguous()
-    return table[:, :bins].contiguous(), outside, moments if statistics else moments[:0]
+    return table[:, :bins].contiguous(), outside, joined if statistics else joined[:0]
 
 
 def _chunks(x: Tensor, per: int) -> Iterator[tuple[int, Tensor]]:

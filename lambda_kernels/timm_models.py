@@ -102,9 +102,9 @@ def name_for_timm(model: nn.Module) -> nn.Module:
 def _take_name(model: nn.Module, base: str, args: dict) -> None:
     # The weights that timm has for `base` are none of this model.
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _NO_SOURCE}
-    model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": f"{PREFIX}{base}"}
+    model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": f"{PREFIX}{base}"}  # type: ignore[assignment]  # as timm does
     # Kept by newer timm (seen in 1.0.31) for what it saves; it adds what create_model was called with, not defaults.
-    model._model_args = {**(getattr(model, "_model_args", None) or {}), **args}
+    model._model_args = {**(getattr(model, "_model_args", None) or {}), **args}  # type: ignore[assignment]  # as timm does
 
 
 def _build(

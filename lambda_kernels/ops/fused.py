@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +63,14 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def _settled(function: Callable[..., object]) -> Callable[..., object]:
+_Result = TypeVar("_Result")
+
+
+def _settled(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Run `function(tokens, …)` with the tokens' device current and autocast off: the dtypes of products are settled."""
 
     @functools.wraps(function)
-    def call(tokens: Tensor, *args: object) -> object:
+    def call(tokens: Tensor, *args: object) -> _Result:
         device = tokens.device
         elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
         if not elsewhere and not torch.is_autocast_enabled(device.type):

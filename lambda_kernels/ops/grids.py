@@ -75,7 +75,8 @@ class Grid:
     @classmethod
     def unpacked(cls, packed: Tensor, bins: int) -> Grid:
         """From `packed`."""
-        return cls(*packed.unbind(1), bins=bins)
+        anchor, inv_width, first, closed_hi = packed.unbind(1)
+        return cls(anchor, inv_width, first, closed_hi, bins)
 
     @property
     def channels(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,12 +230,10 @@ def _notice(reason: str) -> None:
 
 def _check_input(x: Tensor | Sequence[Tensor], per: str) -> list[Tensor]:
     check_choice("per", per, PER)
-    if not isinstance(x, (list, tuple)):
-        named = {"x": x}
-    else:
-        named = {f"x[{i}]": tensor for i, tensor in enumerate(x)}
-        if not named:
-            raise ValueError("x must hold at least one tensor; got an empty list")
+    several = isinstance(x, (list, tuple))
+    named: dict[str, Any] = {f"x[{i}]": tensor for i, tensor in enumerate(x)} if several else {"x": x}
+    if not named:
+        raise ValueError("x must hold at least one tensor; got an empty list")
     for name, tensor in named.items():
         check_tensor(name, tensor)
         if tensor.dim() == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -33,10 +34,10 @@ _GRADIENT_ROW_ELEMENTS = 8
 class Launch:
     """One kernel launch: what runs over which grid with which arguments."""
 
-    kernel: object
+    kernel: Any  # of Triton, compiled or interpreted
     grid: tuple[int, ...]
-    args: dict[str, object]  # run-time arguments by name; None where an optional tensor is absent
-    constants: dict[str, object]
+    args: dict[str, Any]  # run-time arguments by name; None where an optional tensor is absent
+    constants: dict[str, Any]
     warps: int
     stages: int
 
@@ -85,7 +86,7 @@ class Launch:
 
 
 # Compiled kernels by specialization: Triton's own way to one costs more host time than all else here together.
-_compiled: dict[tuple[object, ...], object] = {}
+_compiled: dict[tuple[object, ...], Any] = {}
 
 _LARGEST_INT32 = 2**31 - 1
 
@@ -112,7 +113,7 @@ class Arithmetic:
         unit = "plain" if INTERPRETED else {torch.bfloat16: "tanh", torch.float16: "rcp"}.get(dtype, "plain")
         return cls(form, unit, "tf32" if tf32 else "ieee")
 
-    def constants(self) -> dict[str, object]:
+    def constants(self) -> dict[str, Any]:
         """As kernel constants."""
         return {"FORM": self.form, "UNIT": self.unit}
 
@@ -137,7 +138,7 @@ def describable(*matrices: Tensor | None) -> bool:
 
 
 # What a descriptor holds besides its tensor, by layout: validating it anew costs more than the launch.
-_layouts: dict[tuple, dict[str, object]] = {}
+_layouts: dict[tuple[object, ...], dict[str, Any]] = {}
 _MOST_LAYOUTS = 4096
 
 
@@ -400,7 +401,7 @@ def layer_norm_input(
 
 
 @functools.lru_cache
-def _one_pass_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, object]:
+def _one_pass_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, Any]:
     width, count = chunks(channels)
     return {
         "C": channels,
@@ -419,7 +420,7 @@ def _one_pass_constants(channels: int, hidden: int, math: Arithmetic, config: Co
 
 
 @functools.lru_cache
-def _product_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, object]:
+def _product_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, Any]:
     return {
         "C": channels,
         "H": hidden,
@@ -435,7 +436,5 @@ def _product_constants(channels: int, hidden: int, math: Arithmetic, config: Con
 
 
 @functools.lru_cache
-def _gelu_product_constants(
-    channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool
-) -> dict[str, object]:
+def _gelu_product_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, Any]:
     return _product_constants(channels, hidden, math, config, tma) | math.constants()

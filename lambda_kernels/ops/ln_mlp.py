@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,7 @@ def ln_mlp(
     # Of no tokens nothing is computed: the twin gives shape, dtype and zero gradients.
     empty = x.numel() == 0 or hidden == 0
     if chosen.backend == "torch" or empty:
-        options = {
+        options: dict[str, Any] = {
             "eps": eps,
             "residual_scale": residual_scale,
             "layer_scale": layer_scale,
@@ -131,7 +133,16 @@ def resolve_recompute(recompute: str, channels: int, backend: str = "triton") ->
     return "all" if channels <= RECOMPUTE_ALL_BELOW else "act"
 
 
-def _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> bool:
+def _fits(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    layer_scale: Tensor | None,
+) -> bool:
     """Whether all is plainly well, asked at every call; `_check_tensors` finds out what is not, or that it is well too."""
     try:
         dtype, device, (hidden, channels) = x.dtype, x.device, w1.shape
@@ -168,7 +179,16 @@ def _check_branch_scale(branch_scale: Tensor, x: Tensor) -> None:
         raise ValueError(f"branch_scale must be broadcastable to x.shape[:-1] = {list(leading)}; got shape {list(own)}")
 
 
-def _check_tensors(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale) -> None:
+def _check_tensors(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    layer_scale: Tensor | None,
+) -> None:
     tensors = {"x": x, "w1": w1, "w2": w2}
     optional = {"ln_weight": ln_weight, "ln_bias": ln_bias, "b1": b1, "b2": b2, "layer_scale": layer_scale}
     tensors.update({name: value for name, value in optional.items() if value is not None})

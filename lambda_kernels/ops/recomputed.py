@@ -8,6 +8,7 @@ are summed over the parts in float32 or wider, always in the same order.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def _in_a_graph(
         return reference.after_gelu(y, F.gelu(pre, approximate=approximate), w2, b2, layer_scale, branch_scale)
 
     # There is nothing random in it, so that no generator's state needs to be kept.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if recompute == "all":
         return checkpoint(lambda x: after(x, F.linear(normed(x), w1, b1)), x, **options)
     # The first product stands between what is computed again: of that, inductor keeps no last result.
@@ -107,12 +108,12 @@ class _LnMlp(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:9]
         if grad is None or not any(needs):
             return (None,) * 10
-        *inputs, pre = ctx.saved_tensors
+        saved = ctx.saved_tensors  # x, the parameters, p
         if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
-            gradients = _differentiable(ctx.options, grad, inputs, needs)
+            gradients: Sequence[Tensor | None] = _differentiable(ctx.options, grad, saved[:-1], needs)
         else:
             with _autocast(grad.device, None):
-                gradients = _backward(ctx.options, grad, *inputs, pre, needs)
+                gradients = _backward(ctx.options, grad, *(*saved, needs))
         return None, *gradients, None
 
 
@@ -261,7 +262,7 @@ class _Sums:
 
 
 def _differentiable(
-    o: _Options, grad: Tensor, inputs: list[Tensor | None], needs: tuple[bool, ...]
+    o: _Options, grad: Tensor, inputs: Sequence[Tensor | None], needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients as functions of what they depend on: by the twin, which saves everything."""
     # Views, so that one tensor given twice is two inputs.

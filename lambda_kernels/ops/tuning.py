@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,7 +102,7 @@ class Decision:
 _Key = tuple[object, ...]
 _Offer = tuple[Candidate, ...]
 _Memory = dict[_Key, tuple[tuple[_Offer, Decision], ...]]
-_Entry = dict[str, object]  # "candidate": str, "times_us": {str: µs}, as in the file
+_Entry = dict[str, Any]  # "candidate": str, "times_us": {str: µs}, as in the file
 
 
 @dataclass
@@ -457,7 +458,7 @@ def _grounds(decision: Decision) -> str:
     return words
 
 
-def status() -> dict[str, object]:
+def status() -> dict[str, Any]:
     """The switch, the file, and what is in it: a dictionary of plain types for `lambda-vit doctor`.
 
     Raises:

@@ -6,14 +6,21 @@ NaFlexVit (timm's `naflexvit`) takes images of any size as patches [N, T, P·P·
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 # A tensor, or what timm's NaFlexCollator makes of images: patches, patch_coord, patch_valid and a plain number.
 Images = Tensor | dict[str, Any]
+
+
+class SizedLoader(Protocol):
+    """What yields batches and knows how many, as a `DataLoader` over a dataset with a length does."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
 
 
 def count(images: Images) -> int:

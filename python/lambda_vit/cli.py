@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -152,10 +152,10 @@ def convert(
     check_writable(out / "config.json")
     with progress.shown():
         network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
-    if selection is not None:
+    if selection is not None and not isinstance(chosen, tuple):
         check_made_for(chosen, selection, network, model)
     before = sum(p.numel() for p in network.parameters())
-    merging = {"tome_r": merged[0] if merged and len(merged) == 1 else merged, "tome_start": tome_start}
+    merging: dict[str, Any] = {"tome_r": merged[0] if merged and len(merged) == 1 else merged, "tome_start": tome_start}
     network = convert_vit(network, chosen, residual_scale=residual_scale, inplace=True, **merging)
     after = sum(p.numel() for p in network.parameters())
     save_pretrained(network, out, selection=chosen if selection is not None else None)
@@ -237,7 +237,7 @@ def doctor(
 
     from . import environment
 
-    found = {
+    found: dict[str, Any] = {
         "versions": environment.versions(),
         "backends": environment.backends(),
         "tuning": environment.tuning_status(),
@@ -289,7 +289,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _show_warning(message: object, category: type, *place: object) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 

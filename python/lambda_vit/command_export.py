@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -137,7 +138,7 @@ def export(
         console.print(f"Next: {next_step(file)}", soft_wrap=True)
 
 
-def _check_targets(targets: dict[str, Path], overwrite: bool, check: object) -> None:
+def _check_targets(targets: dict[str, Path], overwrite: bool, check: Callable[[Path, str, bool], object]) -> None:
     for form, path in targets.items():
         try:
             check(path, form, overwrite)
@@ -197,7 +198,7 @@ def next_step(file: Exported) -> str:
 
 def record(
     model: str, traced: Traced, files: dict[str, Exported], times: dict[str, dict[int, Latency]]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """All of it, in plain JSON types."""
     from . import environment
 

@@ -102,11 +102,11 @@ def finetune(
     if full and (selection is not None or remove):
         raise ValueError("--full removes nothing: leave --selection and --remove away")
     chosen = () if full else chosen_layers(selection, remove)
-    recipe = load_recipe(recipe, overrides(flags))
-    recipe = recipe if restart else continued(recipe, out)
-    if num_classes is not None and recipe.distillation != "none":
+    read = load_recipe(recipe, overrides(flags))
+    used = read if restart else continued(read, out)
+    if num_classes is not None and used.distillation != "none":
         raise ValueError(
-            f"--distillation {recipe.distillation} with --num-classes {num_classes}: the teacher would be the model with a "
+            f"--distillation {used.distillation} with --num-classes {num_classes}: the teacher would be the model with a "
             "classifier that has learned nothing. Train that with --full first, and give the model it leaves to --model"
         )
     if (out / "selection.json").exists():
@@ -119,17 +119,17 @@ def finetune(
     with process_group(training=True) as processes, contextlib.ExitStack() as stack:
         if processes.leads:
             stack.enter_context(progress.shown())
-        network = _open(model, weights, pretrained, local_device(device), recipe, num_classes)
-        if selection is not None:
+        network = _open(model, weights, pretrained, local_device(device), used, num_classes)
+        if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
         stream, val_loader = _open_data(
-            data, network, recipe, val_data=val_data, class_map=mapping, workers=workers, skip_bad=skip_bad,
+            data, network, used, val_data=val_data, class_map=mapping, workers=workers, skip_bad=skip_bad,
             processes=processes,
         )  # fmt: skip
         if processes.leads and stream.exact is not None:
             console.print(f"a resumed run will differ: {stream.exact}", style="yellow", soft_wrap=True)
         run = run_finetuning(
-            network, recipe, stream, val_loader, layers=chosen, out=out, processes=processes, restart=restart, keep=keep,
+            network, used, stream, val_loader, layers=chosen, out=out, processes=processes, restart=restart, keep=keep,
             log_every=log_every, tensorboard=tensorboard, new_classifier=num_classes is not None,
             tell=lambda line: console.print(line, soft_wrap=True),
         )  # fmt: skip
@@ -144,7 +144,7 @@ def finetune(
         images = data if val_data is None else val_data
         if not run.stopped and not images.startswith(("hfds/", "wds/")):
             following = ["validate", "--model", out / "model"]
-            if num_classes is None and recipe.img_size is None:  # else it answers to other images, or in other classes
+            if num_classes is None and used.img_size is None:  # else it answers to other images, or in other classes
                 following += ["--reference", model, *weights_options("--reference-", weights, pretrained)]
             print_next(
                 console, *following, "--data", images, *([] if class_map is None else ["--class-map", class_map])

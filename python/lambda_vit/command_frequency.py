@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -67,7 +67,7 @@ def frequency(
     check_outputs(out, plot)
     with progress.shown():
         network = open_model(model, weights=weights, pretrained=pretrained, device=device)
-        if selection is not None:
+        if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
         other = _other(network, chosen, compare, device)
         loader = open_data(network, data, split, samples, batch_size, workers, skip_bad)
@@ -75,7 +75,7 @@ def frequency(
             found = {"before": feature_frequencies(network, loader).to_dict()}
         else:
             found = compare_frequencies(network, other, loader).to_dict()
-    record = {
+    record: dict[str, Any] = {
         "model": model,
         "compared": None if compare is None else str(compare),
         "command": environment.command_line(),

@@ -7,14 +7,16 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
+    from .data import ImageLoader
     from .selection import Selection
 
 ORDER = (
@@ -36,7 +38,7 @@ ORDER = (
 class _InOrder(TyperGroup):
     """Lists commands in the order of work, whichever module was imported first."""
 
-    def list_commands(self, ctx: object) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
@@ -127,7 +129,7 @@ class Score(str, enum.Enum):
     pre_logits = "pre_logits"
 
 
-def make_console() -> object:
+def make_console() -> Console:
     from rich.console import Console
 
     # Paths and model names are printed as they are: brackets in them are no markup.
@@ -135,7 +137,7 @@ def make_console() -> object:
 
 
 def open_data(
-    model: object,
+    model: nn.Module,
     data: Path,
     split: str,
     samples: int | None,
@@ -146,7 +148,7 @@ def open_data(
     labelled: bool = False,
     class_map: Path | None = None,
     shard: tuple[int, int] = (0, 1),
-) -> object:
+) -> ImageLoader:
     """A loader; unless it is `labelled`, class folders only spread the samples and need not be the model's classes."""
     from .data import make_loader, open_images, subset, transforms_for
 
@@ -168,7 +170,7 @@ def read_class_map(path: Path) -> dict[str, int]:
     return found
 
 
-def report_bad(console: object, loader: object) -> None:
+def report_bad(console: Console, loader: ImageLoader) -> None:
     for path in loader.bad:
         console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
 
@@ -179,7 +181,7 @@ def weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list
     return [f"{prefix}pretrained"] if pretrained else []
 
 
-def print_next(console: object, *arguments: object) -> None:
+def print_next(console: Console, *arguments: object) -> None:
     console.print(f"Next: lambda-vit {shlex.join(map(str, arguments))}", soft_wrap=True)
 
 

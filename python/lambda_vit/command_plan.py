@@ -91,7 +91,7 @@ def plan(
     where = check_device(device)
     with progress.shown():
         network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
-        if selection is not None:
+        if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
         loader = None if data is None else _training_loader(network, data, batch_size, workers, skip_bad, where.type)
         result = plan_training(
@@ -175,8 +175,8 @@ def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | N
     yield "saved for backward, fixed", lambda n: n.saved_bytes_fixed, size
     yield f"memory of a step, batch {batch}", lambda n: n.step_bytes, size
     yield "  measured peak", lambda n: n.peak_bytes, size
-    yield f"time of a step, batch {batch}", lambda n: n.step and n.step.median_ms, milliseconds
-    yield "  images per second", lambda n: n.step and 1000 * batch / n.step.median_ms, three
+    yield f"time of a step, batch {batch}", lambda n: n.step.median_ms if n.step else None, milliseconds
+    yield "  images per second", lambda n: 1000 * batch / n.step.median_ms if n.step else None, three
 
 
 def _recomputing(result: Plan) -> list[str]:

@@ -34,8 +34,10 @@ from .command_options import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
+    from .data import ImageLoader
     from .processes import Processes
     from .selection import Selection
 
@@ -137,7 +139,7 @@ def select(
         warnings.simplefilter("ignore", SelectionWarning)  # the selection lists them, and they are printed with it
         network = open_model(model, weights=weights, pretrained=pretrained, device=local_device(device))
         shard = (processes.rank, processes.size)
-        loading = {"batch_size": batch_size, "workers": workers, "skip_bad": skip_bad, "shard": shard}
+        loading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "skip_bad": skip_bad, "shard": shard}
         labelled = strategy is Strategy.accuracy
         loader = open_data(network, data, split, samples, **loading, labelled=labelled, class_map=class_map)
         trial, trial_notes = _open_trial(
@@ -186,8 +188,8 @@ def select(
         console, folder, selection_file, network, model, selection, record, engine, commands,
         [*trial_notes, *record["notes"]], _described(data, loader, trial),
     )  # fmt: skip
-    for path in bad:
-        console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
+    for unreadable in bad:
+        console.print(f"left out, unreadable: {unreadable}", style="yellow", soft_wrap=True)
     for entry in commands:
         console.print(f"# {entry['what']}\n{entry['command']}", soft_wrap=True)
 
@@ -196,20 +198,20 @@ def _open_trial(
     network: nn.Module,
     data: Path,
     split: str,
-    loader: object,
+    loader: ImageLoader,
     eval_split: str,
     eval_samples: int,
     class_map: Path | None,
-    **loading: object,
+    **loading: Any,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """The images that picks are tried on, and what to say of them."""
     if not eval_samples:
         return None, []
     if not network.num_classes:
         return None, ["The picks were not tried out: the model has no classifier, hence no answers to compare"]
-    notes = []
+    notes: list[str] = []
 
-    def opened(name: str) -> tuple[object, bool]:
+    def opened(name: str) -> tuple[ImageLoader, bool]:
         try:
             return open_data(network, data, name, eval_samples, **loading, labelled=True, class_map=class_map), True
         except ValueError as error:
@@ -232,7 +234,7 @@ def _open_trial(
 def _measure(
     network: nn.Module,
     selection: Selection,
-    loader: object,
+    loader: ImageLoader,
     trial: dict[str, Any] | None,
     processes: Processes,
     profile: bool,
@@ -262,7 +264,7 @@ def _measure(
     return record
 
 
-def _data_of(loader: object, trial: dict[str, Any] | None) -> dict[str, Any]:
+def _data_of(loader: ImageLoader, trial: dict[str, Any] | None) -> dict[str, Any]:
     """What all processes have to have opened alike: each sees its own disks."""
     from .selection_progress import data_fingerprint
 
@@ -274,7 +276,7 @@ def _data_of(loader: object, trial: dict[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def _described(data: Path, loader: object, trial: dict[str, Any] | None) -> dict[str, Any]:
+def _described(data: Path, loader: ImageLoader, trial: dict[str, Any] | None) -> dict[str, Any]:
     found = {"description": str(data), "calibration": len(loader.dataset)}
     return found if trial is None else found | {"validation": len(trial["loader"].dataset)}
 
@@ -321,7 +323,7 @@ def _next_commands(
 
 
 def _report(
-    console: object,
+    console: Console,
     folder: Path,
     selection_file: Path,
     network: nn.Module,

@@ -24,6 +24,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from .evaluate import input_shape
 from .image_sources import SPLIT_NAMES, Folder, Zip, extensions, find_split, open_source
 
+# A map-style dataset. PyTorch's class promises no length; samples are drawn by it.
+SizedDataset = Any
+
 
 class CorruptImageError(ValueError):
     """One or more images could not be read or decoded; the message names them and the remedy."""
@@ -37,7 +40,7 @@ class BadImage(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[Any]):
     """Samples `(image, label)`; made by `open_images`."""
 
     source: Folder | Zip = dataclasses.field(repr=False)
@@ -92,8 +95,8 @@ def decoded_sample(dataset: Any, read: Callable[[], bytes], path: str, label: in
     from torchvision.transforms.functional import to_tensor
 
     try:
-        with Image.open(io.BytesIO(read())) as image:
-            image = image.convert("RGB")
+        with Image.open(io.BytesIO(read())) as opened:
+            image = opened.convert("RGB")
     except Exception as error:  # PIL and zipfile raise almost anything over damaged bytes
         # PIL's own text for a file of another kind names a buffer in memory.
         unknown = type(error).__name__ == "UnidentifiedImageError"
@@ -166,7 +169,7 @@ def open_images(
 class ImageLoader:
     """Batches `(images [N, ...], targets [N])`; made by `make_loader`. Can be iterated any number of times."""
 
-    dataset: Dataset
+    dataset: SizedDataset
     batch_size: int
     workers: int
     shuffle: bool
@@ -219,7 +222,7 @@ class ImageLoader:
 
 
 def make_loader(
-    dataset: Dataset,
+    dataset: SizedDataset,
     batch_size: int,
     *,
     workers: int = 0,

@@ -18,7 +18,7 @@ from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.files import atomic_write
 
 from . import environment
-from .data import Digits, digits, make_loader
+from .data import Digits, ImageLoader, digits, make_loader
 from .evaluate import compare_latency
 from .finetuning import Epoch, finetune
 from .layer_profile import profile_layers
@@ -163,7 +163,7 @@ class _Demo:
         self.histories: list[dict] = []
         self.checks: list[dict] = []
 
-    def shuffled(self) -> object:
+    def shuffled(self) -> ImageLoader:
         return make_loader(self.train, self.options.batch_size, shuffle=True, seed=self.options.seed, drop_last=True)
 
     def train_baseline(self) -> nn.Module:

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from lambda_kernels.blocks import MlpHalf
 from lambda_kernels.convert import check_indices, check_removal, convert_vit, remove_attention
 from lambda_kernels.families import family_of, inspect_model, refuse_merging
 from lambda_kernels.ops.checks import check_choice
+
+if TYPE_CHECKING:
+    from .selection import Selection
 
 SHAPES = ("linear", "cosine", "step")
 
@@ -40,8 +44,11 @@ class DilutedBlock(MlpHalf):
     # Shown by convert_vit and save_pretrained, which must not take a network that is still fading.
     why_not_convertible = "its attention is still being diluted; call lambda_vit.finish_dilution first"
 
+    lam: Tensor
+
     def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
         family = family_of(block)
+        assert family is not None, "the model was inspected"
         own = {name: getattr(block, name) for name in ("fuse", "backend", "recompute") if isinstance(block, MlpHalf)}
         super().__init__(1.0, **{"fuse": True, "backend": "auto", "recompute": "auto", **own}, family=family.name)
         # All that is on the block, parts that somebody added to it too; a scale that is not there is None, as timm has it.
@@ -78,7 +85,9 @@ class DilutedBlock(MlpHalf):
         return f"lam={float(self.lam):.4g}"
 
 
-def dilute(model: nn.Module, layers: Sequence[int], *, lam: float = 1.0, inplace: bool = False) -> nn.Module:
+def dilute(
+    model: nn.Module, layers: Sequence[int] | Selection, *, lam: float = 1.0, inplace: bool = False
+) -> nn.Module:
     """Put the blocks `layers` of a timm vision transformer under dilution.
 
     At λ = 1 the model computes what it did before. Lower λ with `set_lambda` while training, then call
@@ -99,7 +108,7 @@ def dilute(model: nn.Module, layers: Sequence[int], *, lam: float = 1.0, inplace
     return _put_under_dilution(model if inplace else copy.deepcopy(model), layers, lam)
 
 
-def _dilutable(model: nn.Module, layers: Sequence[int]) -> tuple[int, ...]:
+def _dilutable(model: nn.Module, layers: Sequence[int] | Selection) -> tuple[int, ...]:
     """The indices of `layers`, checked."""
     anatomy = inspect_model(model)
     layers = check_indices(layers, anatomy.depth, "layers")
@@ -121,7 +130,7 @@ def _put_under_dilution(
 
 
 def prepare(
-    model: nn.Module, layers: Sequence[int] = (), *, recompute: str | None = None, inplace: bool = False
+    model: nn.Module, layers: Sequence[int] | Selection = (), *, recompute: str | None = None, inplace: bool = False
 ) -> nn.Module:
     """The model as its training begins: `layers` under dilution at λ = 1, its MLP halves recomputing what they are asked to.
 
@@ -136,14 +145,14 @@ def prepare(
         ValueError: Indices or `recompute` are wrong, or a class token would be cut off from the image.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    layers = getattr(layers, "layers", layers)
-    layers = _dilutable(model, layers) if len(layers) else ()
+    indices: Any = getattr(layers, "layers", layers)
+    chosen = _dilutable(model, indices) if len(indices) else ()
     model = model if inplace else copy.deepcopy(model)
     if recompute is not None:
         anatomy, info = inspect_model(model), getattr(model, "lambda_kernels_info", None)
         scale, backend = anatomy.residual_scale or 1.0, "auto" if info is None else info.backend
         convert_vit(model, anatomy.removed, residual_scale=scale, backend=backend, recompute=recompute, inplace=True)
-    return _put_under_dilution(model, layers, 1.0, recompute)
+    return _put_under_dilution(model, chosen, 1.0, recompute)
 
 
 def diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -124,7 +125,7 @@ class Embeddings:
 
     def __len__(self) -> int:
         """Batches of a pass; TypeError where the loader does not know."""
-        return len(self._loader)
+        return len(self._loader)  # type: ignore[arg-type]  # who calls this takes the TypeError
 
     @property
     def decodes(self) -> bool:
@@ -231,7 +232,7 @@ class Embeddings:
         return Batch(int(path.stem), start, tensors.get("targets"), tensors.get("full"))
 
 
-def _parts(item: object) -> tuple[Images, Tensor | None]:
+def _parts(item: Any) -> tuple[Images, Tensor | None]:
     """Images, and what labels there are, of what a loader gave: images alone, or first in a tuple."""
     if not isinstance(item, (tuple, list)):
         return item, None
@@ -260,7 +261,7 @@ def _images(loader: Iterable, of_a_batch: int) -> int | None:
     if isinstance(loader, (list, tuple)):
         return sum(batches.count(_parts(item)[0]) for item in loader)
     try:
-        number = len(loader)
+        number = len(loader)  # type: ignore[arg-type]  # the TypeError is meant
     except TypeError:
         return None
     # The first batch may be shorter than others, where an image of it was left out.

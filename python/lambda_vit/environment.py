@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from typing import Any
 
 import torch
 
@@ -80,7 +81,7 @@ def backends() -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: (row["operator"] != "ln_mlp", row["device"] != "cuda"))
 
 
-def tuning_status() -> dict[str, object]:
+def tuning_status() -> dict[str, Any]:
     """Whether kernels are tuned, where that is remembered, and what is."""
     return tuning.status()
 

@@ -28,6 +28,7 @@ from .placement import eval_mode, one_device
 MINIMUM_ROUNDS = 5  # fewer give no quartiles worth printing
 
 
+@dataclasses.dataclass(frozen=True)
 class _Figures:
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
@@ -168,7 +169,8 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, int, int] | None 
     if isinstance(image_size, (tuple, list)):
         if len(image_size) != 3 or any(not isinstance(n, int) or n < 1 for n in image_size):
             raise ValueError(f"image_size={image_size!r}: expected (channels, height, width), all at least 1")
-        return tuple(image_size)
+        channels, height, width = image_size
+        return channels, height, width
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size={image_size!r}: expected pixels, or (channels, height, width)")
     model = _unwrapped(model)

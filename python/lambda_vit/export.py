@@ -95,16 +95,20 @@ def export_onnx(
     import onnx_ir
 
     with undisturbed(one_device(traced.model)):
-        made = torch.onnx.export(
+        program = torch.onnx.export(
             traced.program,
             (),
             input_names=["images"],
             output_names=list(traced.outputs),
             opset_version=opset,
             verbose=False,
-        ).model
+        )
+    assert program is not None, "the exporter of torch.export's programs always returns one"
+    made = program.model
     _tidy(made, traced)
-    weights = sum(value.const_value.nbytes for value in made.graph.initializers.values())
+    weights = sum(
+        value.const_value.nbytes for value in made.graph.initializers.values() if value.const_value is not None
+    )
     outside = weights > EXTERNAL_ABOVE if external_data is None else external_data
     # A name of its own: until the new .onnx file is in its place, the old one keeps its data.
     data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data") if outside else None

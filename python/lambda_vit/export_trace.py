@@ -124,7 +124,7 @@ def trace_model(
     with eval_mode(model), undisturbed(device):
         program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
     _check_operators(program)
-    outputs = ("logits",) if core.num_classes else ("embedding",)
+    outputs: tuple[str, ...] = ("logits",) if core.num_classes else ("embedding",)
     if features:
         outputs = tuple(f"features_{index}" for index in model.out_indices)
     return Traced(

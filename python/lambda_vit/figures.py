@@ -122,8 +122,8 @@ def _draw_variants(figure: Any, record: dict[str, Any]) -> None:
         if full.get("top1_interval"):
             axes.axvspan(*full["top1_interval"], color=MUTED, alpha=0.13, linewidth=0)
         axes.axvline(full["top1"], color=MUTED, linewidth=1, linestyle="--")
-    solid = {"color": SERIES[0], "marker": "o", "markersize": 7, "linewidth": 2}
-    hollow = {
+    solid: dict[str, Any] = {"color": SERIES[0], "marker": "o", "markersize": 7, "linewidth": 2}
+    hollow: dict[str, Any] = {
         "color": PICK,
         "marker": "D",
         "markersize": 7,
@@ -181,7 +181,7 @@ def _draw_training(figure: Any, record: dict[str, Any]) -> None:
     handles = []
     for index, run in enumerate(runs):
         epochs = [epoch["epoch"] for epoch in run["epochs"]]
-        look = {
+        look: dict[str, Any] = {
             "color": SERIES[index % len(SERIES)],
             "linestyle": _DASHES[index % len(_DASHES)],
             "marker": _MARKERS[index % len(_MARKERS)] if len(epochs) <= 30 else "",

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from .batches import SizedLoader
+    from .selection import Selection
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Epoch:
     top1: float | None
     lam: float | None  # None where nothing is under dilution
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; λ under its full name."""
         own = asdict(self)
         own["lambda"] = own.pop("lam")
@@ -36,13 +41,13 @@ class FinetuneResult:
 
 def finetune(
     model: nn.Module,
-    train_loader: Iterable,
+    train_loader: SizedLoader,
     *,
-    layers: Sequence[int] = (),
+    layers: Sequence[int] | Selection = (),
     epochs: int = 20,
     dilution_epochs: int | None = None,
     schedule: str = "linear",
-    val_loader: Iterable | None = None,
+    val_loader: Iterable[Any] | None = None,
     lr: float = 1e-3,
     weight_decay: float = 0.05,
     warmup_epochs: float = 1.0,
@@ -84,7 +89,7 @@ def finetune(
     from .training.recipe import Recipe
     from .training.stream import LoaderStream
 
-    layers = getattr(layers, "layers", layers)
+    indices: Any = getattr(layers, "layers", layers)
     steps = len(train_loader)
     if steps == 0:
         raise ValueError("train_loader is empty: there is nothing to train on")
@@ -93,7 +98,7 @@ def finetune(
     recipe = Recipe(
         epochs=epochs,
         dilution=schedule,
-        dilution_epochs=dilution_epochs if len(layers) else 0,
+        dilution_epochs=dilution_epochs if len(indices) else 0,
         lr=lr,
         min_lr=lr / 100,
         weight_decay=weight_decay,
@@ -115,7 +120,7 @@ def finetune(
         description=description,
         inplace=inplace,
     )
-    history, removed = [], not len(layers)
+    history, removed = [], not len(indices)
     for row in trainer.train():
         history.append(Epoch(row["epoch"], row["loss"], row["top1"], None if removed else row["lambda"]))
         removed = row["attention"] != "diluting"

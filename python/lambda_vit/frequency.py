@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class FeatureFrequencies:
     highest: int
     blocks: tuple[BlockFrequencies, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return _plain(asdict(self))
 
@@ -120,7 +121,7 @@ class FrequencyComparison:
     after: FeatureFrequencies
     changes: tuple[BlockChange, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {
             "before": self.before.to_dict(),
@@ -129,14 +130,14 @@ class FrequencyComparison:
         }
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
 @torch.inference_mode()
-def feature_frequencies(model: nn.Module, loader: Iterable) -> FeatureFrequencies:
+def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequencies:
     """Measure the amplitude of the output of every block of `model` by radial frequency, in one pass over the data.
 
     Of a batch its sums alone are kept, in float64.
@@ -158,7 +159,7 @@ def feature_frequencies(model: nn.Module, loader: Iterable) -> FeatureFrequencie
 
 
 @torch.inference_mode()
-def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) -> FrequencyComparison:
+def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable[Any]) -> FrequencyComparison:
     """Measure two models, such as one before and after attention layers were removed, in one pass over the data.
 
     Args:
@@ -171,7 +172,7 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) ->
         UnsupportedModelError: As for `feature_frequencies`.
         NonFiniteActivationError: NaN or infinity; names model, block, batch and dtype.
     """
-    before, after = meters = _Meter(model, "before: "), _Meter(other, "after: ")
+    before, after = _Meter(model, "before: "), _Meter(other, "after: ")
     if before.depth != after.depth:
         raise ValueError(
             f"the models have {before.depth} and {after.depth} blocks: they can only be compared block by block"
@@ -179,14 +180,14 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) ->
     changes = _Moments()
     with eval_mode(model, other):
         for batch in track(loader, "Frequencies"):
-            first, second = (meter.update(_images(batch)) for meter in meters)
+            first, second = (meter.update(_images(batch)) for meter in (before, after))
             if before.grid != after.grid:
                 raise ValueError(
                     f"the models have token maps of {_times(before.grid)} and {_times(after.grid)}: their frequencies are "
                     "not the same ones"
                 )
             changes.update(second - first)
-    results = [meter.result() for meter in meters]
+    results = before.result(), after.result()
     means, errors = changes.mean.tolist(), changes.error().tolist()
     rows = (
         BlockChange(index, tuple(mean[:-1]), tuple(error[:-1]), mean[-1], error[-1])
@@ -195,7 +196,7 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) ->
     return FrequencyComparison(*results, tuple(rows))
 
 
-def _images(batch: Tensor | Sequence) -> Tensor:
+def _images(batch: Any) -> Tensor:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
@@ -208,8 +209,7 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean: Tensor | float = 0.0
-        self._squares: Tensor | float = 0.0
+        self.mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def update(self, values: Tensor) -> None:
         """Take in float64 `[N, …]`; N may be 0."""
@@ -243,7 +243,7 @@ class _Meter:
         if self._device.type == "meta":
             raise ValueError(f"{label}the weights are on the meta device, where nothing is computed: load them first")
         self.depth = self._anatomy.depth
-        self.grid: tuple[int, int] | None = None
+        self.grid = (0, 0)  # of the first batch, once there was one
         self._model, self._label = model, label
         self._prefix = _prefix_tokens(model)
         self._batches = 0
@@ -283,10 +283,10 @@ class _Meter:
             )
         tokens = self._prefix + self.grid[0] * self.grid[1]
         self._check_finite(torch.stack(bad).tolist(), len(images) * tokens * self._seen[0])
-        means = torch.stack(means, 1).cpu()
+        stacked = torch.stack(means, 1).cpu()
         self._floored += torch.stack(floored).cpu()
-        self._spectra.update(means)
-        logarithms = means[:, :, 0]
+        self._spectra.update(stacked)
+        logarithms = stacked[:, :, 0]
         relative = logarithms - logarithms[..., :1]
         up_to = radial_bins(*self.grid).highest + 1
         relative = torch.cat((relative, relative[..., 1:up_to].mean(-1, keepdim=True)), -1)
@@ -307,7 +307,7 @@ class _Meter:
                 f"of {' or '.join(map(_times, _grids(self._model, shape))) or 'a known size'}: frequencies need every "
                 "token in its place. Measure without patch dropout and token merging"
             )
-        if self.grid is None:
+        if self.grid == (0, 0):
             self.grid = grid
         if grid != self.grid:
             raise ValueError(
@@ -338,7 +338,9 @@ class _Meter:
             BlockFrequencies(
                 index,
                 index not in self._anatomy.removed,
-                *map(tuple, spectra[index]),
+                tuple(spectra[index][0]),
+                tuple(spectra[index][1]),
+                tuple(spectra[index][2]),
                 tuple(relative[index][:-1]),
                 tuple(errors[index][:-1]),
                 relative[index][-1],
@@ -374,9 +376,9 @@ def _prefix_tokens(model: nn.Module) -> int:
 
 def _grids(model: nn.Module, shape: Sequence[int]) -> list[tuple[int, int]]:
     """Rows and columns of the token map that the embedding may have made of images of `shape` (H, W), the likeliest first."""
-    embedding = getattr(model, "patch_embed", None)
+    embedding: Any = getattr(model, "patch_embed", None)
     found = []
     if hasattr(embedding, "dynamic_feat_size"):
         found.append(embedding.dynamic_feat_size(tuple(shape)))
     found.append(getattr(embedding, "grid_size", None))  # where a convolutional stem rounds otherwise
-    return list(dict.fromkeys(tuple(map(int, grid)) for grid in found if grid is not None))
+    return list(dict.fromkeys((int(rows), int(columns)) for rows, columns in filter(None, found)))

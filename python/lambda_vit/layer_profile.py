@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class LayerProfile:
     counted_by: str
     blocks: tuple[BlockEntropy, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types. Layers hold the estimators that were asked for, and no others."""
         record = {"unit": "bits", **asdict(self), "estimators": list(self.estimators), "blocks": []}
         for row in self.blocks:
@@ -109,7 +110,7 @@ class LayerProfile:
 @torch.inference_mode()
 def profile_layers(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     *,
     estimator: str = "both",
     bins: int = 256,

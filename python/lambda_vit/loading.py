@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
             ) from error
     else:
         state = read_weights(weights)
-        args = {"num_classes": state["head.weight"].shape[0]} if "head.weight" in state else {}
+        args: dict[str, Any] = {"num_classes": state["head.weight"].shape[0]} if "head.weight" in state else {}
         if ours:
             args |= _removed_from(state)
         model = timm.create_model(name, pretrained=False, **args)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from lambda_kernels.families import front_of, inspect_model, refuse_merging
 
 from . import batches
 from .batches import Images
+
+if TYPE_CHECKING:
+    from .selection import Selection
 
 Path = frozenset[int]
 FULL: Path = frozenset()
@@ -34,7 +37,7 @@ def node(path: Path, at: int) -> Node:
     return at, frozenset(block for block in path if block < at)
 
 
-def skip_attention(model: nn.Module, skip: Sequence[int]) -> nn.Module:
+def skip_attention(model: nn.Module, skip: Sequence[int] | Selection) -> nn.Module:
     """A view of `model` in which the attention of the blocks `skip` is passed over; parameters and modules are shared.
 
     Raises:
@@ -210,6 +213,7 @@ class PathRunner:
         return seen[0][0], [given for _, given in seen]
 
     def _finish(self, x: Tensor, images: Images | None) -> Outputs:
+        given: Images
         if images is None:
             back, given = self._back, x
         else:
@@ -324,7 +328,7 @@ def _without_front(model: nn.Module) -> nn.Module:
     for name in front.no_tokens:
         view._parameters[name] = nn.Parameter(getattr(model, name).detach()[:, :0], requires_grad=False)
     if front.pos_embed is not None and hasattr(view, "_pos_embed"):
-        view._pos_embed = lambda x: (x, *front.pos_embed) if front.pos_embed else x
+        view._pos_embed = lambda x: (x, *front.pos_embed) if front.pos_embed else x  # type: ignore[assignment]  # over its method
     return view
 
 
@@ -336,7 +340,7 @@ def _same_given(found: Sequence[Given], wanted: Sequence[Given]) -> bool:
             return a is b or (a.shape == b.shape and torch.equal(a, b))
         return type(a) is type(b) and a == b
 
-    def flat(given: Given) -> dict[object, object]:
+    def flat(given: Given) -> dict[Any, Any]:
         return {**dict(enumerate(given[0])), **given[1]}
 
     pairs = [(flat(one), flat(other)) for one, other in zip(found, wanted, strict=True)]

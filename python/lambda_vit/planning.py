@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from .placement import one_device, one_dtype
 from .progress import task
 from .training_step import Loading, StepTime, measure_loading, random_images, saved_bytes, time_steps
 from .units import size
+
+if TYPE_CHECKING:
+    from .selection import Selection
 
 # The paper's schedule: λ goes from 1 to 0 in the first, and the network trains on without attention in the second.
 DILUTION_EPOCHS, RECOVERY_EPOCHS = 300, 100
@@ -98,7 +101,10 @@ class Plan:
 
     def images_per_second(self, network: str) -> float:
         """Training throughput of one device."""
-        return self.batch_size / self.networks[network].step.median_ms * 1000
+        step = self.networks[network].step
+        if step is None:
+            raise ValueError(f"network={network!r}: its steps were not timed")
+        return self.batch_size / step.median_ms * 1000
 
 
 def _timed(networks: dict[str, NetworkPlan]) -> list[str]:
@@ -138,7 +144,7 @@ def split_epochs(
 
 def plan_training(
     model: nn.Module,
-    layers: Sequence[int],
+    layers: Sequence[int] | Selection,
     *,
     images: int,
     dilution_epochs: int = DILUTION_EPOCHS,
@@ -147,7 +153,7 @@ def plan_training(
     devices: int = 1,
     seconds: float = 60.0,
     device: torch.device | str | None = None,
-    loader: Iterable | None = None,
+    loader: Iterable[Any] | None = None,
     recompute: str | None = None,
 ) -> Plan:
     """Measure what `finetune` with these layers will take: memory, step time, hours. Trains copies on random images only.
@@ -240,7 +246,8 @@ def plan_training(
     )
 
 
-def _phase(step: StepTime, epochs: int, steps: int, batch_size: int, loading: Loading | None) -> Phase:
+def _phase(step: StepTime | None, epochs: int, steps: int, batch_size: int, loading: Loading | None) -> Phase:
+    assert step is not None, "what is trained is timed"
     total = epochs * steps
     low, median, high = (total * ms / 3.6e6 for ms in (step.low_ms, step.median_ms, step.high_ms))
     with_loading = None

@@ -40,7 +40,7 @@ class Processes:
         self.rank = dist.get_rank() if self.alive else 0
         self.size = dist.get_world_size() if self.alive else 1
         # Messages go over gloo whatever tensors go over: it notices at once when a process is gone.
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
 
     @property
     def leads(self) -> bool:
@@ -72,7 +72,7 @@ class Processes:
         return torch.tensor(self.gather(values.tolist()), dtype=torch.float64).sum(0).to(values.device)
 
     @property
-    def group(self) -> object:
+    def group(self) -> dist.ProcessGroup | None:
         """What `EntropyMeter.all_reduce` takes."""
         return self._group
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def render(profile: Mapping[str, Any], kind: str) -> bytes:
     any_attention = any(
         mean(row, "attn", name) is not None for name in estimators(profile) for row in profile["blocks"]
     )
-    parts = [("Block by block", draw_by_block)]
+    parts: list[tuple[str, Callable[..., None]]] = [("Block by block", draw_by_block)]
     if any_attention:
         parts.append(("In the order of the attention's entropy", draw_ranking))
     notes = _notes(profile)

@@ -20,11 +20,11 @@ def profile_table(record: Mapping[str, Any]) -> Table:
     names = estimators(record)
     table = RichTable()
     table.add_column("block", justify="right")
-    columns = []
+    columns: list[tuple[str, str, dict[int, str]]] = []
     for layer, title in LAYER_NAMES.items():
         for name in names:
-            places = lowest(record, name) if layer == "attn" else []
-            columns.append((layer, name, {block: _ordinal(n) for n, block in enumerate(places, 1)}))
+            order = lowest(record, name) if layer == "attn" else []
+            columns.append((layer, name, {block: _ordinal(n) for n, block in enumerate(order, 1)}))
             table.add_column(f"{title}\n{name}", justify="right")
     for row in record["blocks"]:
         cells = [Text(str(row["block"]))]

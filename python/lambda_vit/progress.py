@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -53,7 +53,8 @@ def task(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     identifier = bars.add_task(escape(description), total=total, note="")
 
     def advance(steps: int = 1, note: str | None = None) -> None:
-        bars.update(identifier, advance=steps, **({} if note is None else {"note": note}))
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        bars.update(identifier, advance=steps, **fields)
 
     try:
         yield advance
@@ -65,7 +66,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Iterate over `items` behind a bar. `total` defaults to `len(items)` where that is known."""
     if total is None:
         with contextlib.suppress(TypeError):
-            total = len(items)  # type: ignore[arg-type]
+            total = len(items)  # type: ignore[arg-type]  # the TypeError is meant
     with task(description, total) as advance:
         for item in items:
             yield item

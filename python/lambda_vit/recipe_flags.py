@@ -93,7 +93,7 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
             None, name, help=text, rich_help_panel=panel, show_default=_shown(field.default), metavar=_metavar(field)
         )
         flags.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
-    command.__signature__ = signature.replace(parameters=[*own, *flags])
+    command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]  # for inspect
     command.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
     return command
 

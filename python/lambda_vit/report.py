@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lambda_kernels.files import atomic_writes
 
@@ -102,7 +102,7 @@ def console_summary(record: dict[str, Any]) -> RenderableType:
             title=Text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
         for column in table.columns:
-            justify = "right" if column.numeric else "left"
+            justify: Literal["left", "right"] = "right" if column.numeric else "left"
             drawn.add_column(Text(column.name), justify=justify, no_wrap=column.numeric, overflow="fold")
         for row in table.rows:
             style = {"good": "green", "bad": "bold red"}

@@ -318,7 +318,8 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
     """What a terminal shows: narrow enough for 80 columns, wide matters turned into rows."""
     tables: list[Table | str] = [text] if (text := report_training.headline(record)) else []
     if (section := _profile(record)) is not None:
-        first = next(iter((record.get("selection") or {}).get("rounds") or ()), {}).get("scores") or {}
+        rounds: list[dict[str, Any]] = (record.get("selection") or {}).get("rounds") or []
+        first = (rounds[0].get("scores") if rounds else None) or {}
         (table,) = section.tables
         *columns, last = (Column(column.name.replace(", ", "\n"), column.numeric) for column in table.columns)
         columns += [Column("Score, round 1", True), last]

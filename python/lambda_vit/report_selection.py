@@ -167,8 +167,8 @@ def steps(record: Mapping[str, Any]) -> Section | None:
         costs.append([*name, *cost, Cell(NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×")])
     names = ("Step", "Block", "Entropy, bits", "Top-1, %", "Agreement, %", "KL, bits")
     tables = [filled("Answers after each pick", [Column(name, True) for name in names], answers)]
-    names = ("Step", "Block", *(name for name, _, _ in _COSTS), "Speedup")
-    priced = filled("Cost after each pick", [Column(name, True) for name in names], costs)
+    priced_names = ("Step", "Block", *(name for name, _, _ in _COSTS), "Speedup")
+    priced = filled("Cost after each pick", [Column(name, True) for name in priced_names], costs)
     tables += [priced] if len(priced.columns) > 2 else []
     figure = "trajectory" if trajectory_plot(record) else ""
     return Section("steps", "What every pick does", [_measured(trajectory, rows)], tables, figure, _caption(record))

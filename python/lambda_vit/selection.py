@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from .processes import Processes
 from .progress import task
 from .selection_progress import Progress, data_fingerprint, model_fingerprint, refuse_search
 from .stopping import Stop
-from .strategies import STRATEGIES, Found, Round, Strategy, control_order, greedy_round, ranking, shortened
+from .strategies import STRATEGIES, Criterion, Found, Round, Strategy, control_order, greedy_round, ranking, shortened
 from .transfer import Measurement, constant_note
 
 FORMAT = 1
@@ -61,7 +62,7 @@ class Selection:
     rounds: tuple[Round, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; block indices that are keys become strings."""
         rounds = [r.to_dict() for r in self.rounds]
         own = {k: v for k, v in vars(self).items() if k != "rounds"}
@@ -69,7 +70,7 @@ class Selection:
         return {"format": FORMAT, **own, **lists}
 
     @classmethod
-    def from_dict(cls, value: dict) -> Selection:
+    def from_dict(cls, value: dict[str, Any]) -> Selection:
         """The inverse of `to_dict`.
 
         Raises:
@@ -132,7 +133,7 @@ class Budget:
 
 def select_layers(
     model: nn.Module,
-    loader: Iterable | None,
+    loader: Iterable[Any] | None,
     count: int | None = None,
     *,
     strategy: str = "nose",
@@ -234,7 +235,7 @@ def check_search(strategy: str, *, signed: bool, beam: int, layers: Sequence[int
 
 def run_selection(
     model: nn.Module,
-    loader: Iterable | None,
+    loader: Iterable[Any] | None,
     budget: Budget,
     *,
     strategy: str = "nose",
@@ -246,11 +247,11 @@ def run_selection(
     layers: Sequence[int] | None = None,
     beam: int = 1,
     seed: int = 0,
-    cache: dict | None = None,
+    cache: dict[str, Any] | None = None,
     progress_file: str | Path | None = None,
     restart: bool = False,
     processes: Processes | None = None,
-) -> tuple[Selection, dict | None]:
+) -> tuple[Selection, dict[str, Any] | None]:
     """As `select_layers`; also tells how the work was done (`Measurement.engine`), None for a control."""
     check_search(strategy, signed=signed, beam=beam, layers=layers)
     how = STRATEGIES[strategy]
@@ -271,7 +272,12 @@ def run_selection(
     if budget == Budget():
         budget = Budget(count=min(DEFAULT_COUNT, most))
     stop = Stop(model, *budget.asked(), candidates=candidates if layers is None else layers, most=most)
-    common = {"strategy": strategy, "model": model_name(model), "depth": anatomy.depth, "stop": stop.describe()}
+    common: dict[str, Any] = {
+        "strategy": strategy,
+        "model": model_name(model),
+        "depth": anatomy.depth,
+        "stop": stop.describe(),
+    }
     processes = Processes() if processes is None else processes
     options = {
         "strategy": strategy, stop.kind: stop.value, "estimator": estimator, "score": score, "bins": bins,
@@ -280,7 +286,7 @@ def run_selection(
     controls = {"layers": layers, "seed": seed} if how.how == "control" else {}
     processes.agree(options | controls, "Select")
     if how.how == "control":
-        settled = None
+        settled: Any = None
         with processes.together("Select"):
             if processes.leads and progress_file is not None:
                 refuse_search(Path(progress_file), strategy, restart)
@@ -289,10 +295,12 @@ def run_selection(
         order, notes = processes.share(settled)
         notes = [*_removal_warnings(model, order, anatomy), *notes]
         return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
+    criterion = how.criterion
+    assert criterion is not None, "controls alone have none"
     with processes.together("Select"):
         if loader is None:
             raise ValueError(f"loader is None, but strategy {strategy!r} measures on images; pass a loader")
-        if (how.criterion.compare or how.criterion.label) and not getattr(model, "num_classes", 1):
+        if (criterion.compare or criterion.label) and not getattr(model, "num_classes", 1):
             raise ValueError(
                 f"strategy {strategy!r} compares the classifier's outputs, and the model has no classifier"
             )
@@ -308,10 +316,10 @@ def run_selection(
                 if restart and progress_file is not None:
                     Path(progress_file).unlink(missing_ok=True)
                 path = None if progress_file is None else Path(progress_file)
-                data = data_fingerprint(loader, labelled=how.criterion.label)
+                data = data_fingerprint(loader, labelled=criterion.label)
                 progress = Progress(path, options | data)
         found = processes.share(progress.found if progress else None) or Found()
-        found = _search(measurement, how, found, stop, candidates, most, beam, progress)
+        found = _search(measurement, how, criterion, found, stop, candidates, most, beam, progress)
         engine = measurement.engine()
     best, full = found.branches[0], found.full
     notes = [*_removal_warnings(model, best.layers, anatomy), *found.notes]
@@ -320,8 +328,8 @@ def run_selection(
     return Selection(
         best.layers,
         **common,
-        criterion=how.criterion.name,
-        unit=how.criterion.unit,
+        criterion=criterion.name,
+        unit=criterion.unit,
         beam=beam,
         estimator=None if full is None else estimator,
         signed=signed or strategy == "nose-signed",
@@ -337,6 +345,7 @@ def run_selection(
 def _search(
     measurement: Measurement,
     how: Strategy,
+    criterion: Criterion,
     found: Found,
     stop: Stop,
     candidates: Sequence[int],
@@ -347,16 +356,16 @@ def _search(
     """From where it stands to the end; rank 0 decides and writes."""
     processes = measurement.processes
     measurement.constant_channels = found.constant_channels
-    rounds = stop.value if stop.kind == "count" and how.how == "greedy" else None
+    rounds = int(stop.value) if stop.kind == "count" and how.how == "greedy" else None
     with task("Select", 1 if how.how == "ranked" else rounds) as advance:
         advance(len(found.branches[0].rounds))
         while not found.done:
             number = len(found.branches[0].layers) + 1
             if how.how == "ranked":
-                found = ranking(measurement, how.criterion, candidates, most, "Rank")
+                found = ranking(measurement, criterion, candidates, most, "Rank")
             else:
                 name = f"Round {number}" + (f" of {rounds}" if rounds else "")
-                found = greedy_round(measurement, how.criterion, found, candidates, beam, name)
+                found = greedy_round(measurement, criterion, found, candidates, beam, name)
             with processes.together("Select"):
                 if processes.leads:
                     layers, notes, done = found.branches[0].layers, _measured_notes(measurement), True
@@ -367,7 +376,8 @@ def _search(
                         done = len(layers) == most
                         notes = (stop.shortfall(layers), *notes) if done else notes
                     found = found.noted(done, measurement.samples, measurement.constant_channels, notes)
-                    progress.save(found)
+                    if progress is not None:  # on rank 0 it is there
+                        progress.save(found)
             found = processes.share(found)
             advance()
     return found

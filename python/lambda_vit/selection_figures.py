@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .figure_style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, Plot, numbers
@@ -19,7 +19,7 @@ from .selection_scores import (
 _MOST_BESIDE = 16
 
 
-def score_plot(record: dict[str, Any]) -> Plot | None:
+def score_plot(record: Mapping[str, Any]) -> Plot | None:
     """Scores by round and block: a heat map, or bars where everything was ranked once."""
     chosen = record.get("selection") or {}
     rounds = rankings(chosen)
@@ -32,7 +32,7 @@ def score_plot(record: dict[str, Any]) -> Plot | None:
     return Plot("scores", title, 1.2 + 0.27 * rows, _draw_scores)
 
 
-def trajectory_plot(record: dict[str, Any]) -> Plot | None:
+def trajectory_plot(record: Mapping[str, Any]) -> Plot | None:
     """What every pick does; nothing for a full model alone."""
     panels = _panels(record)
     if not panels:
@@ -41,13 +41,13 @@ def trajectory_plot(record: dict[str, Any]) -> Plot | None:
     return Plot("trajectory", "What every pick does, with nothing trained", height, _draw_trajectory)
 
 
-def _blocks_down(record: dict[str, Any]) -> bool:
+def _blocks_down(record: Mapping[str, Any]) -> bool:
     """Deep models get one row per block: side by side their numbers would be too small to read on paper."""
     blocks, rounds = blocks_of(record), rankings(record["selection"])
     return len(blocks) > 16 and len(rounds) < len(blocks)
 
 
-def _draw_scores(figure: Any, record: dict[str, Any]) -> None:
+def _draw_scores(figure: Any, record: Mapping[str, Any]) -> None:
     import numpy as np
     from matplotlib.patches import Patch, Rectangle
 
@@ -100,7 +100,7 @@ def _draw_scores(figure: Any, record: dict[str, Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 
-_KEPT = {"facecolor": OFF, "edgecolor": MUTED, "hatch": "////", "linewidth": 0}
+_KEPT: dict[str, Any] = {"facecolor": OFF, "edgecolor": MUTED, "hatch": "////", "linewidth": 0}
 
 
 def _shades(scores: Any, signed: bool) -> tuple[Any, Any, Any]:
@@ -129,7 +129,7 @@ def _on(fill: tuple[float, ...]) -> str:
     return "#000000" if luminance > 0.179 else "#ffffff"
 
 
-def _draw_ranking(figure: Any, record: dict[str, Any]) -> None:
+def _draw_ranking(figure: Any, record: Mapping[str, Any]) -> None:
     """One ranking as bars: hollow for what stays, filled and numbered for what was picked."""
     from matplotlib.patches import Patch
 
@@ -178,7 +178,7 @@ def _has(steps: Sequence[dict[str, Any]], key: str) -> bool:
     return any(step.get(key) is not None for step in steps)
 
 
-def _panels(record: dict[str, Any]) -> list[tuple[str, float]]:
+def _panels(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(what, inches) of what there is to draw; empty where no layer was picked."""
     steps = (record.get("trajectory") or {}).get("steps") or ()
     if len(steps) < 2:
@@ -189,7 +189,7 @@ def _panels(record: dict[str, Any]) -> list[tuple[str, float]]:
     return panels
 
 
-def _draw_trajectory(figure: Any, record: dict[str, Any]) -> None:
+def _draw_trajectory(figure: Any, record: Mapping[str, Any]) -> None:
     trajectory = record["trajectory"]
     steps, panels = trajectory["steps"], _panels(record)
     recommended = trajectory.get("recommended")
@@ -217,7 +217,7 @@ def _draw_trajectory(figure: Any, record: dict[str, Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
-_LOOKS = {
+_LOOKS: dict[str, dict[str, Any]] = {
     "top1": {"color": SERIES[0], "marker": "o", "markersize": 5, "linewidth": 1.5},
     "agreement": {"color": SERIES[1], "marker": "s", "markersize": 5, "linewidth": 1.3, "linestyle": (0, (4, 1.5)),
                   "markerfacecolor": PAPER},
@@ -233,7 +233,7 @@ def _draw_answers(axes: Any, trajectory: dict[str, Any]) -> list[Any]:
     from matplotlib.patches import Patch
 
     steps = trajectory["steps"]
-    handles = []
+    handles: list[Any] = []
     for key, label in (("top1", "top-1"), ("agreement", "agreement with the full model")):
         if _has(steps, key):
             axes.plot(range(len(steps)), numbers([step.get(key) for step in steps]), label=label, **_LOOKS[key])

@@ -97,13 +97,13 @@ def model_fingerprint(model: nn.Module) -> str:
     return _digest(model.state_dict().items())
 
 
-def data_fingerprint(loader: object, *, labelled: bool = False) -> dict[str, Any]:
+def data_fingerprint(loader: Any, *, labelled: bool = False) -> dict[str, Any]:
     """What is known of the data without decoding images: the data set's own fingerprint, its length, batch size, transform.
 
     Tensors that are in memory already are read. With `labelled`, labels count too, where the data set has them in a list.
     """
     found: dict[str, Any] = {}
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if hasattr(dataset, "fingerprint"):
         found["data"] = dataset.fingerprint()
     elif isinstance(dataset, TensorDataset):
@@ -132,5 +132,5 @@ def _digest(tensors: Iterable[tuple[object, Tensor]]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
         if values.numel():
-            digest.update(values.view(torch.uint8).numpy())
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()

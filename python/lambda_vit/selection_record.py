@@ -68,8 +68,10 @@ def measure_trajectory(
     trajectory = None
     with processes.together("Trajectory"):
         if processes.leads:
-            timing = {"rounds": 1} if throughput_batch is None else {"batch_size": throughput_batch, "seconds": seconds}
-            costs = measure_costs(model, selection.layers, **{"batch_size": 1, **timing})
+            timing: dict[str, Any] = {"batch_size": 1, "rounds": 1}
+            if throughput_batch is not None:
+                timing = {"batch_size": throughput_batch, "seconds": seconds}
+            costs = measure_costs(model, selection.layers, **timing)
             images = found[paths[0]].images
             steps = []
             for count, (path, cost) in enumerate(zip(paths, costs, strict=True)):

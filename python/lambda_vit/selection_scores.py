@@ -33,7 +33,8 @@ def rankings(selection: Mapping[str, Any]) -> list[Ranking]:
     if groups:
         known = {block for _, picks in groups for block in picks}
         groups[-1][1].extend(block for block in selection["layers"] if block not in known)
-    found, before = [], []
+    found: list[Any] = []
+    before: list[Any] = []
     for one, picks in groups:
         if one["scores"]:
             skipped = one.get("skipped")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from .path_statistics import PathResult
 from .paths import FULL, Path
@@ -165,7 +166,7 @@ class Found:
         """The inverse of `to_dict`."""
         full = None if value["full"] is None else PathResult(**value["full"])
         branches = tuple(map(Branch.from_dict, value["branches"]))
-        known = {"branches": branches, "full": full, "notes": tuple(value["notes"])}
+        known: dict[str, Any] = {"branches": branches, "full": full, "notes": tuple(value["notes"])}
         return cls(**known, **{name: value[name] for name in ("done", "samples", "constant_channels")})
 
 

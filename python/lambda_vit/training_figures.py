@@ -19,7 +19,7 @@ _PANELS = {
 
 _DASHED = (0, (4, 1.5))
 # (weights, while diluting): the network that still has attention is another one, so it is drawn hollow and dashed.
-_LOOKS = {
+_LOOKS: dict[tuple[str, bool], dict[str, Any]] = {
     ("top1", False): {"color": SERIES[0], "marker": "o", "markersize": 4.5, "linewidth": 1.6},
     ("top1_ema", False): {"color": SERIES[1], "marker": "s", "markersize": 4.2, "linewidth": 1.4},
     ("top1", True): {"color": PICK, "marker": "o", "markersize": 4.5, "linewidth": 1.1, "linestyle": _DASHED,
@@ -61,7 +61,7 @@ def _draw_course(figure: Any, record: dict[str, Any]) -> None:
     per_epoch = run.get("steps_per_epoch") or 1
     heights = [_PANELS[name][1] for name in names]
     stack = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    full = next((row for row in record.get("variants") or () if row["name"] == "full"), {})
+    full: dict[str, Any] = next((row for row in record.get("variants") or () if row["name"] == "full"), {})
     handles = []
     for axes, name in zip(stack, names, strict=True):
         if name == "top1":
@@ -99,7 +99,7 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
     history, layers = run["history"], run.get("layers")
     handles = []
     if full.get("top1") is not None and full.get("trained") is not False:
-        look = {"color": MUTED, "linewidth": 1, "linestyle": "--"}
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": "--"}
         if full.get("top1_interval"):
             axes.axhspan(*full["top1_interval"], color=MUTED, alpha=0.13, linewidth=0)
         axes.axhline(full["top1"], **look)
@@ -139,7 +139,7 @@ def _draw_loss(axes: Any, run: dict[str, Any], per_epoch: int) -> list[Any]:
     points = [point for point in run.get("course") or () if point.get("loss") is not None]
     rows = [row for row in run["history"] if row.get("loss") is not None]
     handles = []
-    light = {"color": SERIES[4], "linewidth": 0.9, "alpha": 0.55}
+    light: dict[str, Any] = {"color": SERIES[4], "linewidth": 0.9, "alpha": 0.55}
     if points:
         xs = [point["step"] / per_epoch for point in points]
         axes.plot(xs, [point["loss"] for point in points], marker="." if len(xs) == 1 else "", **light)
@@ -149,7 +149,7 @@ def _draw_loss(axes: Any, run: dict[str, Any], per_epoch: int) -> list[Any]:
             low, high = ([point.get(key, point["loss"]) for point in points] for key in ("loss_low", "loss_high"))
             axes.fill_between(xs, low, high, color=SERIES[4], alpha=0.16, linewidth=0)
         handles.append(Line2D([], [], label=label, **light))
-    look = {"color": SERIES[4], "linewidth": 1.6}
+    look: dict[str, Any] = {"color": SERIES[4], "linewidth": 1.6}
     marker = "D" if len(rows) <= _MOST_MARKED else ""
     if rows:
         # The mean over an epoch says most about its middle.
@@ -193,7 +193,7 @@ def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: floa
         {e["step"] for e in run.get("events") or () if e["kind"] == "resume" and e.get("step") is not None}
     )
     if resumed:
-        look = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (1, 2))}
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (1, 2))}
         for axes in stack:
             for step in resumed:
                 axes.axvline(step / per_epoch, **look)

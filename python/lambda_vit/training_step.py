@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ def measure_loading(loader: Iterable, seconds: float) -> Loading:
         ValueError: The loader gives nothing.
     """
     workers = getattr(loader, "workers", getattr(loader, "num_workers", 0))
-    batches = len(loader) if hasattr(loader, "__len__") else None
+    batches = len(loader) if isinstance(loader, Sized) else None
     ready = 1 + 2 * workers  # PyTorch's workers are two batches ahead each
     if batches is not None and batches <= 2 * ready:
         ready = 0  # too few to leave any out: the start of the workers is in the time

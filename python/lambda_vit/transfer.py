@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ class Measurement:
     def __init__(
         self,
         model: nn.Module,
-        loader: Iterable,
+        loader: Iterable[Any],
         *,
         estimator: str = "gaussian",
         score: str = "logits",
@@ -171,7 +172,7 @@ class Measurement:
             raise ValueError("loader gave no images: there is nothing to measure")
         return {i: float(sums[i, 0] / sums[i, 1]) for i in range(depth) if sums[i, 1] > 0}
 
-    def engine(self) -> dict[str, object]:
+    def engine(self) -> dict[str, Any]:
         """How the work was done, for a report: the cache, where paths begin, passes and seconds."""
         plan = self.embeddings.plan
         return {
@@ -189,6 +190,7 @@ class Measurement:
     def _kept_before(self, paths: list[Path]) -> tuple[int, ...]:
         """Before which blocks of `paths` tokens are kept for the next round."""
         plan = self.embeddings.plan
+        assert plan is not None, "the embeddings were kept before any path ran"
         chosen = beginnings.positions(paths, self.runner.depth, plan.inside, plan.spare) if plan.spare else ()
         taken = beginnings.nodes(paths, chosen) * plan.inside
         if taken > self._kept_bytes:
@@ -247,7 +249,7 @@ def constant_note(measurement: Measurement) -> str:
 
 def transfer_entropy(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     skip: Sequence[int],
     *,
     estimator: str = "gaussian",

@@ -83,7 +83,7 @@ def prepare(state: Any) -> tuple[Any, int]:
     def walk(value: Any, where: str) -> Any:
         nonlocal size
         # Exact types: what derives from them, as numpy's float64 from float, is pickled as something else.
-        kind = type(value)
+        kind: Any = type(value)
         size += _PER_VALUE
         if kind in (Tensor, nn.Parameter):
             if value.layout != torch.strided or value.is_quantized or value.is_meta:
@@ -153,7 +153,7 @@ def write(path: Path, step: int, plain: Any, order: int) -> Manifest:
         with atomic_writes([path, described]) as (data, text):
             with open(data, "wb") as file:
                 recorder = _Recorder(file)
-                torch.save(plain, recorder)
+                torch.save(plain, recorder)  # type: ignore[arg-type]  # it writes, and needs no more of a file
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             versions = {"lambda-kernels": __version__, "torch": torch.__version__}
             manifest = Manifest(

@@ -41,7 +41,7 @@ def rows_before(
         trained: Whether `model` was, down to its classifier.
     """
     label = "Full model" if layers else "As it was"
-    own = {"trained": trained, "note": "" if trained else "with a new classifier, not trained yet"}
+    own: dict[str, Any] = {"trained": trained, "note": "" if trained else "with a new classifier, not trained yet"}
     found = score(model, loader, processes, asked=asked, description=label)
     if found is None:
         return []

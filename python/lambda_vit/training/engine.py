@@ -31,6 +31,7 @@ from .recipe import Recipe
 from .scoring import Score, score
 
 if TYPE_CHECKING:
+    from ..selection import Selection
     from .run_log import RunLog
     from .runstate import Checkpoints
     from .stream import TrainingStream
@@ -92,7 +93,7 @@ class Trainer:
         recipe: Recipe,
         stream: TrainingStream,
         *,
-        layers: Sequence[int] = (),
+        layers: Sequence[int] | Selection = (),
         processes: Processes | None = None,
         device: torch.device | str | None = None,
         val_loader: Iterable | None = None,
@@ -107,8 +108,8 @@ class Trainer:
         inplace: bool = False,
     ) -> None:
         self.recipe, self.stream, self.processes = recipe, stream, processes or Processes()
-        layers = getattr(layers, "layers", layers)
-        self.layers = check_indices(layers, len(model.blocks), "layers") if len(layers) else ()
+        indices: Any = getattr(layers, "layers", layers)
+        self.layers = check_indices(indices, len(model.blocks), "layers") if len(indices) else ()
         self.fingerprint = {
             "model": model_fingerprint(model),
             "layers": list(self.layers),

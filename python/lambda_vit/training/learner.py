@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # λ is the only buffer, and each process sets its own; newer PyTorch has another name for leaving them alone.
 _DDP = nn.parallel.DistributedDataParallel
-_NO_BUFFERS = {
+_NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(_DDP).parameters
     else "broadcast_buffers": False
@@ -83,7 +83,7 @@ class Learner:
         self.recipe, self.layers, self.processes = recipe, layers, processes
         self.device, self.dtype = one_device(model), one_dtype(model)
         if layers and recipe.dilution == "none":
-            options = {"recompute": recipe.recompute or "auto", "inplace": True}
+            options: dict[str, Any] = {"recompute": recipe.recompute or "auto", "inplace": True}
             model = convert_vit(model, layers, residual_scale=1.0, **options)
         else:
             model = prepare(model, layers, recompute=recipe.recompute, inplace=True)
@@ -214,7 +214,7 @@ class Learner:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         set_training_mode(self.model, self.recipe.freeze)
         self._local = torch.compile(self.model) if self.recipe.compile else self.model
-        self.network = self._local
+        self.network: Any = self._local
         if self.processes.size > 1:
             self.network = _DDP(
                 self._local,

@@ -58,10 +58,10 @@ def open_training_data(
     """
     shard = (0, 1) if processes is None else (processes.rank, processes.size)
     # None, passed on, would stand for timm's default and not for the model's own.
-    cropped = {} if recipe.crop_pct is None else {"crop_pct": recipe.crop_pct}
+    cropped: dict[str, Any] = {} if recipe.crop_pct is None else {"crop_pct": recipe.crop_pct}
     train, val = training_transform(model, recipe), transforms_for(model, **cropped)
     num_classes = getattr(model, "num_classes", None)
-    loading = {"workers": workers, "skip_bad": skip_bad, "shard": shard, "pin_memory": True}
+    loading: dict[str, Any] = {"workers": workers, "skip_bad": skip_bad, "shard": shard, "pin_memory": True}
     opened = _open(data, "train", train, num_classes, class_map)
     if hasattr(opened, "stream"):
         stream = opened.stream(recipe, prefetch=prefetch, **loading)
@@ -147,5 +147,5 @@ def _open(
         from .shards import open_shards
 
         return open_shards(where.removeprefix("wds/"), split, transform, num_classes, class_to_idx)
-    options = {"transform": transform, "num_classes": num_classes, "class_to_idx": class_to_idx}
+    options: dict[str, Any] = {"transform": transform, "num_classes": num_classes, "class_to_idx": class_to_idx}
     return open_images(data, split, **options)

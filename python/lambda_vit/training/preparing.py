@@ -30,7 +30,7 @@ def prepare_model(model: nn.Module, recipe: Recipe) -> nn.Module:
             )
         model.set_input_size(img_size=(recipe.img_size,) * 2)
     if recipe.crop_pct is not None:  # kept with the model: whoever loads it has to crop as it was measured
-        model.pretrained_cfg = {**(model.pretrained_cfg or {}), "crop_pct": recipe.crop_pct}
+        model.pretrained_cfg = {**(model.pretrained_cfg or {}), "crop_pct": recipe.crop_pct}  # type: ignore[assignment]  # as timm does
     if recipe.drop_path is not None:
         _set_drop_path(model, recipe.drop_path)
     if recipe.drop is not None:
@@ -63,8 +63,8 @@ def frozen_parts(model: nn.Module, stages: Sequence[str | int]) -> list[nn.Modul
         if stage == "embed":
             found = (getattr(model, name, None) for name in EMBEDDING)
             parts += [part for part in found if isinstance(part, (nn.Module, nn.Parameter))]
-        elif stage < len(model.blocks):
-            parts.append(model.blocks[stage])
+        elif int(stage) < len(model.blocks):
+            parts.append(model.blocks[int(stage)])
         else:
             raise ValueError(f"freeze holds {stage}: block indices are integers from 0 to {len(model.blocks) - 1}")
     return parts

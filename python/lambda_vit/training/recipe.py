@@ -135,7 +135,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, field.type, getattr(self, field.name)))
+            object.__setattr__(self, field.name, _checked(field.name, str(field.type), getattr(self, field.name)))
         if self.dilution == "none" and self.dilution_epochs:
             _refuse("dilution_epochs", self.dilution_epochs, "None or 0 with dilution='none'")
         for name in ("dilution_epochs", "warmup_epochs"):
@@ -191,7 +191,7 @@ class Recipe:
         """All fields, as plain JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
-    def write(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: str | Path) -> None:
         """Write all fields as YAML, atomically; `load_recipe` reads it."""
         import yaml
 
@@ -255,7 +255,7 @@ def _read(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """Refuses a key that stands twice, of which YAML would quietly take the last."""
 
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             twice = [key for key in keys if keys.count(key) > 1]
             if twice:

@@ -130,7 +130,7 @@ def run_finetuning(
     stream: TrainingStream,
     val_loader: Iterable,
     *,
-    layers: Sequence[int] = (),
+    layers: Sequence[int] | Selection = (),
     out: str | Path,
     processes: Processes | None = None,
     teacher: nn.Module | None = None,
@@ -186,7 +186,8 @@ def run_finetuning(
                 check_writable(out / "run.json")
                 if not restart:
                     _refuse_emptied(out, checkpoints)
-                _rehearse(model, recipe, getattr(layers, "layers", layers), out, saving)
+                indices = layers.layers if isinstance(layers, Selection) else layers
+                _rehearse(model, recipe, indices, out, saving)
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 held.enter_context(
                     alone(out / "checkpoints" / "lock", "wait for its end, or take another folder (--out)")

@@ -20,6 +20,7 @@ import errno
 import json
 import math
 import os
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,8 @@ class RunLog:
         self.notices: tuple[str, ...] = ()
         self._processes = processes or Processes()
         self._folder = None if tensorboard is None else Path(tensorboard)
-        self._file = self._writer = None
+        self._file: FileIO | None = None
+        self._writer: SummaryWriter | None = None
         with self._processes.together(f"opening {self.path}"):
             if self._processes.leads:
                 if self._folder is not None:

@@ -130,7 +130,8 @@ class Checkpoints:
             CheckpointError: There are checkpoints, and none can be used; lists them with their reasons.
             OSError: The folder cannot be listed.
         """
-        found = told = None
+        found: Any = None
+        told: Any = None
         with self.processes.together("choosing the checkpoint to resume from"):
             if self.processes.leads:
                 manifest, found = self._choose(upto)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class _Watched:
         self._loader, self._asked = loader, asked
 
     def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]
+        return len(self._loader)  # type: ignore[arg-type]  # the TypeError is meant
 
     def __iter__(self) -> Iterator:
         for batch in self._loader:
@@ -95,9 +95,10 @@ def score(
         NonFiniteActivationError: NaN or infinity among the logits.
         RuntimeError: Another process failed.
     """
-    found, stopped = (0, None, 0, None), False
+    found: tuple[int, int | None, int, int | None] = (0, None, 0, None)
+    stopped = False
     with processes.together(description):
-        if not hasattr(loader, "__len__") or len(loader):  # with few images, a process may have none
+        if not isinstance(loader, Sized) or len(loader):  # with few images, a process may have none
             try:
                 result = evaluate(model, _Watched(loader, asked), reference=reference, description=description)
             except _StoppedError:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 from ..processes import Processes
 
@@ -34,7 +35,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._interrupted = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # signals are the main thread's

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..data import BadImage, CorruptImageError, corrupt_message
+from ..batches import SizedLoader
+from ..data import BadImage, CorruptImageError, SizedDataset, corrupt_message
 from ..selection_progress import data_fingerprint
 from .recipe import Recipe
 from .seeds import mixed_seed, preserved, seed_all
@@ -208,7 +209,7 @@ def read_micro_batch(
         return load(sample)
 
     with preserved():
-        items = [view(slot, sample) for slot, sample in enumerate(samples)]
+        items: list[Any] = [view(slot, sample) for slot, sample in enumerate(samples)]
         bad = [item for item in items if isinstance(item, BadImage)]
         good = [slot for slot, item in enumerate(items) if not isinstance(item, BadImage)]
         if not good:
@@ -254,7 +255,7 @@ class DatasetStream(TrainingStream):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: SizedDataset,
         recipe: Recipe,
         *,
         shard: tuple[int, int] = (0, 1),
@@ -280,7 +281,7 @@ class DatasetStream(TrainingStream):
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=spare_worker,
-            collate_fn=as_it_is,
+            collate_fn=as_it_is,  # type: ignore[arg-type]  # a request comes as one answer, not as a list
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the caller's is left alone
         )
@@ -354,7 +355,7 @@ class LoaderStream(TrainingStream):
         "goes on reads past the batches of before, and may see others"
     )
 
-    def __init__(self, loader: Iterable) -> None:
+    def __init__(self, loader: SizedLoader) -> None:
         try:
             self.steps_per_epoch = len(loader)
         except TypeError as error:
@@ -405,7 +406,7 @@ def as_it_is(answer: Answer) -> Answer:
     return answer
 
 
-def _name(dataset: Dataset) -> str:
+def _name(dataset: SizedDataset) -> str:
     if hasattr(dataset, "root"):
         return f"split {dataset.split!r} of {dataset.root}"
     return type(dataset).__name__
