@@ -233,7 +233,7 @@ def _keep(
     if family is None or type(block) not in (family.block, FusedMlp):
         return block
     stays = bool(replacement_obstacles(block))
-    if not isinstance(block, FusedMlp):
+    if type(block) is not FusedMlp:
         return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend, recompute=recompute)
     if fuse != "all" and not stays:
         return block.to_timm()

@@ -465,8 +465,8 @@ def update_together(meters: Sequence[EntropyMeter], x: Sequence[Tensor]) -> None
             else:
                 meter._parts = [states[i]]
             if expected is not None:
-                batches_sent, flags, arrival = expected
-                meter._watch.add(batches_sent[i], flags[i], arrival)
+                sent, flags, arrival = expected
+                meter._watch.add(sent[i], flags[i], arrival)
     for meter in meters:
         meter.updates += 1
 

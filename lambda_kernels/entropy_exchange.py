@@ -120,7 +120,7 @@ def _merged(what: What, state: State | None, all_rows: list[int], device: torch.
         counts = torch.zeros(rows, what.bins, dtype=torch.int64, device=device)
         outside = torch.zeros(rows, 2, dtype=torch.int64, device=device)
     else:
-        own = state.table if grid is None else regrid_unchecked(state.table, state.bins(what.bins), grid)
+        own = state.table if grid is None else regrid_unchecked(state.table, state.dyadic(what.bins), grid)
         # The sums are written in place: into copies, since the state may yet be needed.
         counts, outside = (torch.empty_like(t).copy_(t) for t in (own, state.beyond))
     dist.all_reduce(counts, group=group)

@@ -133,10 +133,10 @@ class State:
         assert self.outside is not None, "a Gaussian's state counts nothing"
         return self.outside
 
-    def bins(self, number: int) -> Grid:
-        """`grid` of a histogram whose `number` bins grow."""
+    def dyadic(self, bins: int) -> Grid:
+        """`grid`, unpacked, of a histogram whose bins follow the data."""
         assert self.grid is not None, "the bins of this state are fixed"
-        return Grid.unpacked(self.grid, number)
+        return Grid.unpacked(self.grid, bins)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """Apply `function` to every tensor."""
@@ -196,7 +196,7 @@ def absorb(
     sizes = [rows_of(tensor, what.per) for tensor in x]
     device = x[0].device
     old = None if before is None else State.join(before)
-    grid = old.bins(what.bins) if what.grows and old is not None else None
+    grid = old.dyadic(what.bins) if what.grows and old is not None else None
     found = histogram(x, what.fixed_grid(sum(sizes), device) if grid is None else grid, per=what.per, statistics=True)
     assert found.moments is not None, "statistics were asked for"
     batch, counts = found.moments.packed(), found.counts
@@ -207,16 +207,17 @@ def absorb(
 
     outside = found.outside[:, :2]
     if what.grows:
-        grew = outside.sum(1) > 0
-        if grid is None:
+        if grid is None or old is None:
             grid = dyadic_grid(*extremes(moments), what.bins, centred=True)
             counts = histogram(x, grid, per=what.per).counts
-        elif old is not None and (not host_may_look(device) or bool(grew.any())):
-            wider = dyadic_grid(*extremes(moments), what.bins, centred=True).packed()
-            narrower, grid = grid, Grid.unpacked(torch.where(grew[:, None], wider, grid.packed()), what.bins)
-            again = histogram(x, grid, per=what.per, only=grew).counts
-            counts = torch.where(grew[:, None], again, counts)
-            old = State(old.moments, regrid_unchecked(old.table, narrower, grid), old.outside)
+        else:
+            grew = outside.sum(1) > 0
+            if not host_may_look(device) or bool(grew.any()):
+                wider = dyadic_grid(*extremes(moments), what.bins, centred=True).packed()
+                narrower, grid = grid, Grid.unpacked(torch.where(grew[:, None], wider, grid.packed()), what.bins)
+                again = histogram(x, grid, per=what.per, only=grew).counts
+                counts = torch.where(grew[:, None], again, counts)
+                old = State(old.moments, regrid_unchecked(old.table, narrower, grid), old.outside)
         outside = torch.zeros_like(outside)
     if old is not None:
         outside = outside + old.beyond
@@ -242,7 +243,7 @@ def merge(what: What, a: State, b: State) -> State:
     if not what.grows:
         return State(moments, a.table + b.table, a.beyond + b.beyond)
     grid = dyadic_grid(*extremes(moments), what.bins, centred=True)
-    mine, theirs = (regrid_unchecked(s.table, s.bins(what.bins), grid) for s in (a, b))
+    mine, theirs = (regrid_unchecked(s.table, s.dyadic(what.bins), grid) for s in (a, b))
     return State(moments, mine + theirs, a.beyond + b.beyond, grid.packed())
 
 
@@ -251,14 +252,14 @@ def canonical(what: What, state: State) -> State:
     if not what.grows:
         return state
     grid = dyadic_grid(*extremes(state.moments), what.bins)
-    counts = regrid_unchecked(state.table, state.bins(what.bins), grid)
+    counts = regrid_unchecked(state.table, state.dyadic(what.bins), grid)
     return State(state.moments, counts, state.outside, grid.packed())
 
 
 def grid_of(what: What, state: State) -> Grid | CodeGrid:
     """The bins of a histogram's state."""
     if what.grows:
-        return state.bins(what.bins)
+        return state.dyadic(what.bins)
     grid = what.fixed_grid(state.rows, state.device)
     assert grid is not None, "a Gaussian's state has no bins"
     return grid
@@ -291,9 +292,7 @@ def histogram_entropies(
     p = counts / inside[:, None]
     entropy = 0.0 - torch.special.xlogy(p, p).sum(1)
     if differential:
-        # Where bins differ in width, each counts with its own.
-        widths = p @ grid.widths(p.device).log() if isinstance(grid, CodeGrid) else grid.width.log()
-        entropy = entropy + widths
+        entropy = entropy + (p @ grid.widths(p.device).log() if isinstance(grid, CodeGrid) else grid.width.log())
     if miller_madow:
         entropy = entropy + ((counts > 0).sum(1) - 1) / (2 * inside)
     return entropy / math.log(base)

@@ -170,7 +170,7 @@ def without_merging(block: nn.Module) -> nn.Module:
     return FusedMlp.from_block(block)
 
 
-def arranged(blocks: nn.Sequential, merges: bool) -> nn.Sequential:
+def arranged(blocks: nn.Sequential | nn.ModuleList, merges: bool) -> nn.Sequential | nn.ModuleList:
     """The sequence of blocks as one that hands on the sizes of tokens, or as a plain one; itself where it is that already."""
     if merges == (type(blocks) is MergingSequential):
         return blocks

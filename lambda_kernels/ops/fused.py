@@ -329,7 +329,7 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
         )
         act = act if act is not None else computed
     elif want_act and act is None:
-        act = _activation(normed, x, p, o, saved)
+        act = _activation(normed, p, o, saved)
 
     grad_w1 = _product(grad_pre.T, normed, "grad_w1").to(dtype) if needs.w1 else None
     through_norm = needs.x or needs.gamma or needs.beta
@@ -396,7 +396,7 @@ def _product(a: Tensor, b: Tensor, name: str) -> Tensor:
     return torch.mm(a, b)
 
 
-def _activation(normed, x, p, o, saved) -> Tensor:
+def _activation(normed, p, o, saved) -> Tensor:
     """GELU(p) alone, where nothing in front of it wants a gradient."""
     if saved.pre is not None:
         return F.gelu(saved.pre, approximate=o.approximate)

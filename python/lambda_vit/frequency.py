@@ -381,4 +381,4 @@ def _grids(model: nn.Module, shape: Sequence[int]) -> list[tuple[int, int]]:
     if hasattr(embedding, "dynamic_feat_size"):
         found.append(embedding.dynamic_feat_size(tuple(shape)))
     found.append(getattr(embedding, "grid_size", None))  # where a convolutional stem rounds otherwise
-    return list(dict.fromkeys((int(rows), int(columns)) for rows, columns in filter(None, found)))
+    return list(dict.fromkeys((int(grid[0]), int(grid[1])) for grid in found if grid is not None))

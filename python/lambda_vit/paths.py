@@ -215,6 +215,7 @@ class PathRunner:
     def _finish(self, x: Tensor, images: Images | None) -> Outputs:
         given: Images
         if images is None:
+            assert self._back is not None, "a model that was not split needs its images"
             back, given = self._back, x
         else:
             back, given = with_blocks(self._model, [_Inject(x)]), images
@@ -272,6 +273,7 @@ class _Place:
             self._tokens = self._memory.find((self.at, self._skipped))
         if self._tokens is None:
             block = self.at - 1
+            assert self._before is not None, "tokens of the first place are given"
             before, given = self._before.tokens(), self._given[block]
             self._tokens = self._runner.run(block, block in self._skipped, before, given)
             if self._memory is not None:

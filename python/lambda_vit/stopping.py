@@ -117,7 +117,7 @@ def attention_flops(model: nn.Module) -> tuple[int, dict[int, int]]:
     """
     image = torch.zeros(1, *input_shape(model), device=one_device(model), dtype=one_dtype(model))
     total = _flops(model, image)
-    by_shape: dict[tuple, int] = {}
+    by_shape: dict[tuple[tuple[int, ...], ...], int] = {}
     parts = {}
     for index, block in enumerate(model.blocks):
         shapes = tuple(tuple(p.shape) for p in block.parameters())

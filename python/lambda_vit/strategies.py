@@ -99,12 +99,12 @@ class Round:
     entropy: float | None = None
     skipped: tuple[int, ...] = ()
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; block indices that are keys become strings."""
         return {**asdict(self), "scores": {str(k): v for k, v in self.scores.items()}, "skipped": list(self.skipped)}
 
     @classmethod
-    def from_dict(cls, value: dict) -> Round:
+    def from_dict(cls, value: dict[str, Any]) -> Round:
         """The inverse of `to_dict`; rounds written before there was `skipped` are read too."""
         scores = {int(k): float(v) for k, v in value["scores"].items()}
         return cls(value["picked"], scores, value["entropy"], tuple(value.get("skipped", ())))
@@ -117,12 +117,12 @@ class Branch:
     layers: tuple[int, ...] = ()
     rounds: tuple[Round, ...] = ()
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {"layers": list(self.layers), "rounds": [r.to_dict() for r in self.rounds]}
 
     @classmethod
-    def from_dict(cls, value: dict) -> Branch:
+    def from_dict(cls, value: dict[str, Any]) -> Branch:
         """The inverse of `to_dict`."""
         return cls(tuple(value["layers"]), tuple(map(Round.from_dict, value["rounds"])))
 
@@ -155,14 +155,14 @@ class Found:
         """The same with other layers in its first branch."""
         return replace(self, branches=(replace(self.branches[0], layers=layers), *self.branches[1:]))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         full = None if self.full is None else asdict(self.full)
         branches = [b.to_dict() for b in self.branches]
         return {**vars(self), "branches": branches, "full": full, "notes": list(self.notes)}
 
     @classmethod
-    def from_dict(cls, value: dict) -> Found:
+    def from_dict(cls, value: dict[str, Any]) -> Found:
         """The inverse of `to_dict`."""
         full = None if value["full"] is None else PathResult(**value["full"])
         branches = tuple(map(Branch.from_dict, value["branches"]))

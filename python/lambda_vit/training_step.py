@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sized
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def time_steps(
     return result
 
 
-def measure_loading(loader: Iterable, seconds: float) -> Loading:
+def measure_loading(loader: Iterable[Any], seconds: float) -> Loading:
     """Pass over `loader` for `seconds`, or once. What its workers had ready before the clock started is not timed.
 
     Raises:

@@ -1,5 +1,7 @@
-"""Backward kernels of `ln_mlp`. With dO the gradient of the output, p = LN(s·x)·W1ᵀ + b1, W2' = diag(ls)·W2 and dB the
-gradient of the branch before LayerScale, which is dO unless tokens have factors of their own, keep·dO:
+"""Backward kernels of `ln_mlp`.
+
+With dO the gradient of the output, p = LN(s·x)·W1ᵀ + b1, W2' = diag(ls)·W2 and dB the gradient of the branch before
+LayerScale, which is dO unless tokens have factors of their own, keep·dO:
 
     hidden_gradient    dA = dB·W2', dP = dA·GELU'(p), and GELU(p) again where W2 needs it; column sums of dP per row tile
     elementwise        the same after products that a library computed

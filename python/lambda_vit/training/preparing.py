@@ -63,8 +63,8 @@ def frozen_parts(model: nn.Module, stages: Sequence[str | int]) -> list[nn.Modul
         if stage == "embed":
             found = (getattr(model, name, None) for name in EMBEDDING)
             parts += [part for part in found if isinstance(part, (nn.Module, nn.Parameter))]
-        elif int(stage) < len(model.blocks):
-            parts.append(model.blocks[int(stage)])
+        elif isinstance(stage, int) and stage < len(model.blocks):
+            parts.append(model.blocks[stage])
         else:
             raise ValueError(f"freeze holds {stage}: block indices are integers from 0 to {len(model.blocks) - 1}")
     return parts
