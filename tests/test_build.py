@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -180,7 +182,38 @@ def test_wrong_switch_stops_the_build(value: str, tmp_path: Path) -> None:
     assert result.stderr.strip() == f"lambda-kernels: LAMBDA_KERNELS_CUDA must be 0 or 1 or unset, got {value!r}"
 
 
-def test_source_archive_holds_the_sources(build: ModuleType) -> None:
-    patterns = (SETUP.parent / "MANIFEST.in").read_text().split()
-    suffixes = {f"*{path.suffix}" for path in (SETUP.parent / "csrc").iterdir()}
-    assert suffixes <= set(patterns)
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+    """The files that a wheel takes from the packages, and those of a source archive; nothing is compiled for either."""
+    folder = tmp_path_factory.mktemp("tree") / "checkout"
+    built = shutil.ignore_patterns(".*", "*.so", "*.pyd", "__pycache__", "*.egg-info")
+    for name in ("lambda_kernels", "python", "csrc", "tests", "benchmarks"):
+        shutil.copytree(SETUP.parent / name, folder / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(SETUP.parent / name, folder)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built", "sdist", "--dist-dir", "packed"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    wheel = {path.relative_to(folder / "built").as_posix() for path in (folder / "built").rglob("*") if path.is_file()}
+    (archive,) = (folder / "packed").iterdir()
+    with tarfile.open(archive) as opened:
+        return wheel, {name.partition("/")[2] for name in opened.getnames()}
+
+
+def shipped(folder: Path) -> set[str]:
+    """What lies in a package of this checkout, but for what is built."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".so", ".pyd"))
+    return {path.relative_to(folder.parent).as_posix() for path in files}
+
+
+def test_a_wheel_holds_all_of_both_packages_and_nothing_else(packed: tuple[set[str], set[str]]) -> None:
+    wheel, _ = packed
+    expected = shipped(SETUP.parent / "lambda_kernels") | shipped(SETUP.parent / "python/lambda_vit")
+    assert {"lambda_kernels/py.typed", "lambda_vit/py.typed", "lambda_vit/recipes/digits.yaml"} <= wheel
+    assert wheel == expected
+
+
+def test_a_source_archive_holds_all_that_a_build_takes(packed: tuple[set[str], set[str]]) -> None:
+    _, archive = packed
+    sources = {f"csrc/{path.name}" for path in (SETUP.parent / "csrc").iterdir()}
+    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= archive
+    assert shipped(SETUP.parent / "lambda_kernels") <= archive
