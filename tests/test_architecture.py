@@ -98,12 +98,40 @@ def test_no_module_shadows_the_standard_library():
 def test_files_stay_readable():
     long = {
         str(path.relative_to(REPOSITORY)): lines
-        for folder in ("lambda_kernels", "python", "csrc", "tests")
+        for folder in ("lambda_kernels", "python", "csrc", "tests", "benchmarks")
         for path in (REPOSITORY / folder).rglob("*")
         if path.suffix in (".py", ".cpp", ".cu", ".h")
         and (lines := len(path.read_text(encoding="utf-8").splitlines())) > 500
     }
     assert not long
+
+
+def test_every_file_begins_with_what_lives_in_it():
+    """A docstring whose first line is a sentence, or leads on to a list."""
+    files = [
+        path
+        for folder in ("lambda_kernels", "python", "tests", "benchmarks")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ]
+    assert len(files) > 250
+    silent = []
+    for path in files:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if not text.partition("\n")[0].endswith((".", ":")):
+            silent.append(str(path.relative_to(REPOSITORY)))
+    assert not silent
+
+
+def test_where_public_names_are_defined_types_are_strict():
+    import lambda_kernels
+    import lambda_vit
+
+    configured = pytest.importorskip("tomllib").loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    strict = next(table for table in configured["tool"]["mypy"]["overrides"] if table.get("disallow_untyped_defs"))
+    for package in (lambda_kernels, lambda_vit):
+        for name in set(package.__all__) - {"__version__"}:
+            assert getattr(package, name).__module__ in strict["module"], name
+        assert Path(package.__file__).with_name("py.typed").is_file()
 
 
 @pytest.fixture(scope="module")
