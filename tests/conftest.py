@@ -83,6 +83,17 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def mlp_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The keyword arguments of every call of `ln_mlp` by a block."""
+    from lambda_kernels import blocks
+
+    seen = []
+    genuine = blocks.ln_mlp
+    monkeypatch.setattr(blocks, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
+    return seen
+
+
+@pytest.fixture
 def no_interpreter() -> None:
     """As in a user's process, where Triton's interpreter is off."""
     runtime = pytest.importorskip("triton").knobs.runtime

@@ -14,7 +14,6 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-import lambda_kernels.blocks
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.blocks import replacement_obstacles
 from lambda_kernels.convert import describe_blocks
@@ -53,18 +52,9 @@ def loader() -> list:
     return [(images(8, seed=seed), torch.arange(8)) for seed in (0, 1)]
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list:
-    """The keyword arguments of every call of `ln_mlp` by a block."""
-    seen = []
-    genuine = lambda_kernels.blocks.ln_mlp
-    monkeypatch.setattr(lambda_kernels.blocks, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
-    return seen
-
-
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_block_gives_timms_own_bits(name, calls):
+def test_a_block_gives_timms_own_bits(name, mlp_calls):
     model = build(name)
     x = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(2))
     mask = torch.rand(3, 1, 7, 7, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -84,7 +74,7 @@ def test_a_block_gives_timms_own_bits(name, calls):
         if "attn_mask" in accepted:
             assert torch.equal(twin(x, mask), block(x, mask))
             assert not torch.equal(twin(x, attn_mask=mask), twin(x))
-    assert len(calls) == 2 * (len(options) + 3 * ("attn_mask" in accepted))
+    assert len(mlp_calls) == 2 * (len(options) + 3 * ("attn_mask" in accepted))
 
 
 def test_mask_arguments_that_timms_block_refuses_are_refused():
@@ -101,26 +91,26 @@ def test_mask_arguments_that_timms_block_refuses_are_refused():
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_model_gives_timms_own_bits(name, calls):
+def test_a_model_gives_timms_own_bits(name, mlp_calls):
     model = build(name)
     converted = convert_vit(model, remove=())
     assert [type(block) for block in converted.blocks] == [FusedMlp] * 4
     assert torch.equal(converted(images()), model(images()))
-    assert len(calls) == 4
+    assert len(mlp_calls) == 4
     rows = converted.lambda_kernels_info.blocks
     assert [(row.attention, row.mlp) for row in rows] == [("kept", "torch")] * 4
     assert kernel_paths(converted)[0]["reason"] == rows[0].reason != ""
-    calls.clear()
+    mlp_calls.clear()
     part = convert_vit(model, remove=(1,), residual_scale=2.0)
     plain = convert_vit(model, remove=(1,), residual_scale=2.0, fuse="removed")
     assert torch.equal(part(images()), plain(images()))
-    assert len(calls) == 4 + 1
+    assert len(mlp_calls) == 4 + 1
     assert [row.attention for row in part.lambda_kernels_info.blocks] == ["kept", "removed", "kept", "kept"]
     assert [row.mlp for row in plain.lambda_kernels_info.blocks] == ["timm", "torch", "timm", "timm"]
     assert plain.lambda_kernels_info.blocks[0].reason == "fuse='removed'"
 
 
-def test_gradients_are_timms(calls):
+def test_gradients_are_timms(mlp_calls):
     for name in ("deit3", "qk-norm"):
         model, converted = build(name), fused(name)
         for each in (model, converted):
@@ -129,11 +119,11 @@ def test_gradients_are_timms(calls):
         assert list(ours) == list(theirs)
         for key, parameter in ours.items():
             assert torch.equal(parameter.grad, theirs[key].grad), key
-    assert len(calls) == 8
+    assert len(mlp_calls) == 8
 
 
 @pytest.mark.parametrize("name", ["vit", "deit3"])
-def test_training_with_drop_path_and_dropout(name, calls):
+def test_training_with_drop_path_and_dropout(name, mlp_calls):
     options = {"drop_path_rate": 0.5, "proj_drop_rate": 0.2, "attn_drop_rate": 0.1}
     model = build(name, **options).train()
     converted = convert_vit(model, remove=())
@@ -143,14 +133,14 @@ def test_training_with_drop_path_and_dropout(name, calls):
         results.append(each(images(8)))
     assert torch.equal(*results)
     assert not torch.equal(results[0], converted(images(8)))
-    assert not calls
+    assert not mlp_calls
     found = converted.blocks[1].path(CPU, torch.float32)
     assert found.backend == "modules"
     assert "dropout" in found.reason
     assert converted.lambda_kernels_info.blocks[1].mlp == "torch"  # in eval mode
     # without dropout, training runs through ln_mlp
     fused(name).train()(images())
-    assert len(calls) == 4
+    assert len(mlp_calls) == 4
 
 
 def test_each_submodules_own_mode_counts():
@@ -345,7 +335,7 @@ def test_a_hook_on_a_fused_block_outlives_other_settings():
     assert [type(block) for block in converted.blocks] == [Block] * 4
 
 
-def test_a_block_of_another_kind_is_described(calls):
+def test_a_block_of_another_kind_is_described(mlp_calls):
     diluting = dilute(fused(), (1,))
     rows = describe_blocks(diluting)
     assert [(row.attention, row.mlp) for row in rows] == [("kept", "torch")] * 4
@@ -354,7 +344,7 @@ def test_a_block_of_another_kind_is_described(calls):
     assert "after the conversion" in describe_blocks(diluting)[0].reason
 
 
-def test_hooks_inside_fire_and_one_on_the_attention_does_not_stop_the_fusion(calls):
+def test_hooks_inside_fire_and_one_on_the_attention_does_not_stop_the_fusion(mlp_calls):
     converted = fused()
     seen = []
     handles = [
@@ -364,15 +354,15 @@ def test_hooks_inside_fire_and_one_on_the_attention_does_not_stop_the_fusion(cal
     expected = build()(images())
     assert torch.equal(converted(images()), expected)
     assert seen == ["attn", "mlp"]
-    assert len(calls) == 3
+    assert len(mlp_calls) == 3
     assert [row.mlp for row in describe_blocks(converted)] == ["torch", "modules", "torch", "torch"]
     for handle in handles:
         handle.remove()
     converted(images())
-    assert len(calls) == 3 + 4
+    assert len(mlp_calls) == 3 + 4
 
 
-def test_losing_the_attention_later(calls):
+def test_losing_the_attention_later(mlp_calls):
     model, converted = build(), convert_vit(build(), remove=(), backend="torch")
     block = AttentionFreeBlock.from_block(converted.blocks[0])
     assert (block.fuse, block.backend, block.residual_scale) == (True, "torch", 1.0)
@@ -400,12 +390,12 @@ def test_measuring_and_selecting():
 
 
 @torch.no_grad()
-def test_dilution(calls):
+def test_dilution(mlp_calls):
     converted, expected = fused("deit3"), convert_vit(build("deit3"), (0, 2), residual_scale=2.0)
     diluted = dilute(converted, (0, 2))
     assert list(diluted.state_dict()) == list(converted.state_dict())
     assert torch.equal(diluted(images()), converted(images()))
-    assert len(calls) == 4 + 4
+    assert len(mlp_calls) == 4 + 4
     set_lambda(diluted, 0.0)
     finished = finish_dilution(diluted)
     assert torch.equal(finished(images()), expected(images()))
@@ -423,7 +413,7 @@ def test_finetuning_from_a_fused_model_is_that_from_timms():
 
 
 @torch.no_grad()
-def test_features_and_copies(calls):
+def test_features_and_copies(mlp_calls):
     model, converted = build("deit3"), fused("deit3")
     x = images()
     ours, theirs = (each.forward_intermediates(x, indices=[0, 2]) for each in (converted, model))
@@ -431,7 +421,7 @@ def test_features_and_copies(calls):
     assert all(torch.equal(*pair) for pair in zip(ours[1], theirs[1], strict=True))
     ours, theirs = (each.get_intermediate_layers(x, n=2) for each in (converted, model))
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
-    assert len(calls) == 2 * 4
+    assert len(mlp_calls) == 2 * 4
     buffer = io.BytesIO()
     torch.save(converted, buffer)
     buffer.seek(0)
@@ -443,12 +433,12 @@ def test_features_and_copies(calls):
     assert [type(block) for block in converted.blocks] == [FusedMlp] * 2
 
 
-def test_gradient_checkpointing(calls):
+def test_gradient_checkpointing(mlp_calls):
     model, converted = build("deit3"), fused("deit3")
     converted.set_grad_checkpointing()
     for each in (model, converted):
         each(images()).square().sum().backward()
-    assert len(calls) == 4 * 2  # every block once more in the backward
+    assert len(mlp_calls) == 4 * 2  # every block once more in the backward
     for ours, theirs in zip(converted.parameters(), model.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
 
@@ -475,7 +465,7 @@ def test_compiling_a_training_step():
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
 
 
-def test_the_kernels_serve_blocks_that_keep_their_attention(calls, tmp_path):
+def test_the_kernels_serve_blocks_that_keep_their_attention(mlp_calls, tmp_path):
     """On a GPU where there is one, else in Triton's interpreter: see conftest.py."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("vit", "deit3"):
@@ -483,9 +473,9 @@ def test_the_kernels_serve_blocks_that_keep_their_attention(calls, tmp_path):
         converted = convert_vit(model, remove=(1,), residual_scale=2.0, backend="triton")
         assert [row.mlp for row in converted.lambda_kernels_info.blocks] == ["triton"] * 4
         plain = convert_vit(model, remove=(1,), residual_scale=2.0, fuse="none")
-        calls.clear()
+        mlp_calls.clear()
         results = [each(images().to(device)) for each in (converted, plain)]
-        assert [call["backend"] for call in calls] == ["triton"] * 4
+        assert [call["backend"] for call in mlp_calls] == ["triton"] * 4
         assert torch.allclose(*results, atol=1e-4)
         for result in results:
             result.square().sum().backward()

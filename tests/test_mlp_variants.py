@@ -9,7 +9,6 @@ import torch
 from entry_points import attention_free, picture
 from torch import nn
 
-import lambda_kernels.blocks
 from lambda_kernels import convert_vit
 from lambda_kernels.convert import describe_blocks
 from lambda_vit.validation import kernel_paths, path_lines
@@ -42,23 +41,14 @@ def build(module: str, name: str) -> nn.Module:
     return entry_points.build(name, module)
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list:
-    """The keyword arguments of every call of `ln_mlp` by a block."""
-    seen = []
-    genuine = lambda_kernels.blocks.ln_mlp
-    monkeypatch.setattr(lambda_kernels.blocks, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
-    return seen
-
-
 @pytest.mark.parametrize("variant", FUSED)
 @torch.no_grad()
-def test_those_that_a_kernel_serves(variant, calls):
+def test_those_that_a_kernel_serves(variant, mlp_calls):
     module, name, approximate = FUSED[variant]
     model = build(module, name)
     converted = convert_vit(model, (1,), backend="torch")
     found = converted(picture(model))
-    assert [call["approximate"] for call in calls] == [approximate] * 4
+    assert [call["approximate"] for call in mlp_calls] == [approximate] * 4
     assert [row.mlp for row in converted.lambda_kernels_info.blocks] == ["torch"] * 4
     model.blocks[1].forward = attention_free(model.blocks[1])
     assert torch.allclose(found, model(picture(model)), rtol=1e-4, atol=1e-4)
@@ -66,7 +56,7 @@ def test_those_that_a_kernel_serves(variant, calls):
 
 @pytest.mark.parametrize("variant", ["exact GELU in EvaBlock", "exact GELU in beit.Block", "tanh GELU"])
 @torch.no_grad()
-def test_by_the_kernels_themselves(variant, calls):
+def test_by_the_kernels_themselves(variant, mlp_calls):
     pytest.importorskip("triton")
     module, name, _ = FUSED[variant]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,12 +66,12 @@ def test_by_the_kernels_themselves(variant, calls):
     plain = convert_vit(model, (1,), backend="torch")
     x = picture(model, 1).to(device)
     assert torch.allclose(converted(x), plain(x), rtol=1e-3, atol=1e-3)
-    assert {call["backend"] for call in calls} == {"triton", "torch"}
+    assert {call["backend"] for call in mlp_calls} == {"triton", "torch"}
 
 
 @pytest.mark.parametrize("variant", MODULES)
 @torch.no_grad()
-def test_those_that_pytorch_runs_say_why(variant, calls):
+def test_those_that_pytorch_runs_say_why(variant, mlp_calls):
     module, name, reason = MODULES[variant]
     model = build(module, name)
     converted = convert_vit(model, (1,))
@@ -93,7 +83,7 @@ def test_those_that_pytorch_runs_say_why(variant, calls):
     assert all(reason in line for line in path_lines(kernel_paths(converted)))
     assert converted.lambda_kernels_info.to_dict()["blocks"][0]["reason"] == rows[0].reason
     found = converted(picture(model))
-    assert not calls
+    assert not mlp_calls
     model.blocks[1].forward = attention_free(model.blocks[1])
     assert torch.allclose(found, model(picture(model)), rtol=1e-5, atol=1e-5)
 

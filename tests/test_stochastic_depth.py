@@ -8,7 +8,6 @@ from conftest import images, small_vit
 from mlp_cases import DEVICE, relative_error
 from torch import nn
 
-import lambda_kernels.blocks
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
 from lambda_kernels.ops import tracing
 
@@ -19,18 +18,9 @@ def build(name: str = "vit", **options: object) -> nn.Module:
     return small_vit(ARCHITECTURES[name], num_heads=3, **options)
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list:
-    """The keyword arguments of every call of `ln_mlp` by a block."""
-    seen = []
-    genuine = lambda_kernels.blocks.ln_mlp
-    monkeypatch.setattr(lambda_kernels.blocks, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
-    return seen
-
-
 @pytest.mark.parametrize("name", ["vit", "deit3"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_drop_path_is_fused_and_drops_the_samples_that_timm_drops(name, dtype, calls):
+def test_drop_path_is_fused_and_drops_the_samples_that_timm_drops(name, dtype, mlp_calls):
     model = build(name, drop_path_rate=0.5).train()
     converted = convert_vit(model, remove=())
     results = []
@@ -39,14 +29,14 @@ def test_drop_path_is_fused_and_drops_the_samples_that_timm_drops(name, dtype, c
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             results.append(each(images(8)))
     assert torch.equal(*results)
-    assert len(calls) == 4
-    assert [call["branch_scale"] is None for call in calls] == [True, False, False, False]  # timm's first rate is 0
-    factors = {float(f) for call in calls[1:] for f in call["branch_scale"].flatten()}
+    assert len(mlp_calls) == 4
+    assert [call["branch_scale"] is None for call in mlp_calls] == [True, False, False, False]  # timm's first rate is 0
+    factors = {float(f) for call in mlp_calls[1:] for f in call["branch_scale"].flatten()}
     assert 0.0 in factors
     assert max(factors) > 1.0
 
 
-def test_drop_path_without_scaling(calls):
+def test_drop_path_without_scaling(mlp_calls):
     model = build(drop_path_rate=0.5).train()
     model.blocks[3].drop_path2.scale_by_keep = False
     converted = convert_vit(model, remove=())
@@ -55,7 +45,7 @@ def test_drop_path_without_scaling(calls):
         torch.manual_seed(3)
         results.append(each(images(8)))
     assert torch.equal(*results)
-    assert set(calls[3]["branch_scale"].flatten().tolist()) <= {0.0, 1.0}
+    assert set(mlp_calls[3]["branch_scale"].flatten().tolist()) <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize("name", ["vit", "deit3"])

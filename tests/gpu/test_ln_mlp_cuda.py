@@ -1,5 +1,6 @@
-"""The fused MLP on a GPU, beyond what the tests that also run without one cover: sizes that ViTs have, every tile that ships
-for this GPU, choices that are measured, autocast beside timm.
+"""The fused MLP on a GPU, beyond what the tests that also run without one cover.
+
+Sizes that ViTs have, every tile that ships for this GPU, choices that are measured, autocast beside timm.
 """
 
 from __future__ import annotations
