@@ -232,6 +232,7 @@ def supported_architectures(nvcc):
 
 def extension_of(plan, architectures, torch_version, limited_api=True):
     """Describes the extension to setuptools."""
+    import torch
     from torch.utils.cpp_extension import CppExtension
 
     sources = ["csrc/registration.cpp", "csrc/histogram.cpp", "csrc/histogram_cpu.cpp"]
@@ -243,11 +244,15 @@ def extension_of(plan, architectures, torch_version, limited_api=True):
         f"-DLAMBDA_KERNELS_TORCH={torch_version}",
     ]
     # The bin rule is the same on every machine only if no compiler fuses or reorders its operations.
-    cxx = ["/O2", "/fp:precise"]
+    cxx, shortened = ["/O2", "/fp:precise"], []
     if sys.platform != "win32":
         # No code here looks at floating-point exception flags; assuming that some does would keep loops from being vectorized.
         cxx = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
+        # No paths of this machine in the library: neither debug information nor the file names in messages.
+        shortened = [f"-ffile-prefix-map={root}/=" for root in (Path.cwd(), Path(torch.__file__).parents[1])]
+        cxx += ["-g0", *shortened]
     nvcc = ["-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
+    nvcc += [f"-Xcompiler={flag}" for flag in shortened]
     cuda = {}
     if plan.toolkit:
         sources.append("csrc/histogram_cuda.cu")
