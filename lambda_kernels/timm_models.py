@@ -64,6 +64,9 @@ def model_args(model: nn.Module) -> dict:
 
     As the `model_args` of timm's `save_for_hf` and `push_to_hf_hub`, where timm does not find them by itself (1.0.15).
 
+    Returns:
+        `removed`, `residual_scale` and how blocks run, with every argument of timm's that can be told from the model.
+
     Raises:
         UnsupportedModelError: The model is none that can be converted.
         ValueError: It does not say which timm model it was.

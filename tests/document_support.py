@@ -1,8 +1,8 @@
 """The documents as programs: their snippets and commands, and a place where these run as they stand.
 
 A page is run from top to bottom in a folder of its own that holds the files the documents name (`path/to/images`,
-`deit_tiny.safetensors` …), all of them small. `timm.create_model` builds what it is asked for at a width of 48, for images of 32
-pixels and 10 classes, and has seeded weights where pretrained ones are asked for: names and numbers of blocks are the real ones.
+`deit_tiny.safetensors` …), all of them small. `timm.create_model` builds what it is asked for at a width of 48, for images of
+32 pixels and 10 classes, and has seeded weights where pretrained ones are asked for: names and numbers of blocks are real.
 """
 
 from __future__ import annotations

@@ -87,7 +87,10 @@ def beginning(page: str) -> dict[str, object]:
         "batches": [torch.randn(4, 5, 8) for _ in range(2)],
         **dict.fromkeys(("loader", "train_loader", "val_loader", "calibration_loader"), loader),
         **dict(zip("qkv", torch.randn(3, 2, 5, 8), strict=True)),
-        "steps": [{"top1": 80.0, "agreement": 100.0}, {"top1": 79.0, "agreement": 97.0}],
+        "steps": [
+            {"removed": [], "top1": 80.0, "agreement": 100.0},
+            {"removed": [1], "top1": 79.0, "agreement": 97.0},
+        ],
     }
     if page == "docs/checkpoints.md":
         names["model"] = convert_vit(full, names["selection"])
@@ -129,30 +132,48 @@ def run_command(command: str, monkeypatch) -> None:
         try:
             cli.main()
         except SystemExit as stop:
-            assert not stop.code, f"{command}: exit code {stop.code}"
+            code = stop.code
+        else:
+            code = 0
+    assert not code, f"{command}: exit code {code}"
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in WITH_BLOCKS]
-)
-def test_a_page_runs(page, place, monkeypatch):
-    """From top to bottom, as a reader would do it, in one namespace and one folder."""
+def run_page(page: str, monkeypatch, text: str | None = None) -> None:
+    """Run the blocks of a page, or of `text` in its place, as a reader would: in one namespace and one folder.
+
+    Raises:
+        AssertionError: One of them failed; says which.
+    """
     names = beginning(page)
     prepare(page)
-    for block in blocks(page):
+    for block in blocks(page, text):
         try:
             if block.language == "python":
                 run_python(block, names)
             else:
                 for command in commands(block):
                     run_command(command, monkeypatch)
-        except (Exception, AssertionError) as error:
-            raise AssertionError(f"{page}, the block from line {block.line}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            shown = error.format_message() if isinstance(error, click.ClickException) else error
+            raise AssertionError(f"{page}, block from line {block.line}: {type(error).__name__}: {shown}") from error
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in WITH_BLOCKS]
+)
+def test_a_page_runs(page, place, monkeypatch):
+    run_page(page, monkeypatch)
 
 
 def test_commands_are_found():
     """The tests above would pass on documents that nothing was found in."""
-    found = [command for page in PAGES for block in blocks(page) if block.language == "console" for command in commands(block)]
+    found = [
+        command
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "console"
+        for command in commands(block)
+    ]
     run = [command for command in found if ours(command) and not reason(command, PARSED)]
     subcommands = {ours(command)[0] for command in run}
     assert subcommands >= {"select", "plan", "finetune", "validate", "convert", "export", "profile", "frequency"}
@@ -182,7 +203,8 @@ def test_commands_within_text():
                     checked += 1
             elif words[0].startswith("--"):
                 option = re.match(r"--[a-z][a-z0-9-]*", words[0])
-                assert option and option[0] in known | FOREIGN_OPTIONS, f"{page}: nothing takes `{span}`"
+                assert option is not None, f"{page}: `{span}` is no option"
+                assert option[0] in known | FOREIGN_OPTIONS, f"{page}: nothing takes `{span}`"
                 checked += 1
     assert checked > 50
 
@@ -241,13 +263,33 @@ def test_links_lead_somewhere(page):
         assert path.exists(), f"{page}: {link} leads nowhere"
         assert os.path.commonpath([path, REPOSITORY]) == str(REPOSITORY), f"{page}: {link} leaves the project"
         if anchor:
-            assert anchor in anchors(path), f"{page}: {link}: there is no such heading; there are {sorted(anchors(path))}"
+            assert anchor in anchors(path), (
+                f"{page}: {link}: there is no such heading; there are {sorted(anchors(path))}"
+            )
 
 
 def test_the_index_names_every_page():
     index = {link.partition("#")[0] for link in links(read("docs/README.md"))}
     pages = {str(Path(page).relative_to("docs")) for page in PAGES if page.startswith("docs/")} - {"README.md"}
     assert pages <= index, f"docs/README.md leaves out {sorted(pages - index)}"
+
+
+def test_files_that_are_named_are_there():
+    """Paths in code spans, and names in them by `file::name`."""
+    checked = 0
+    for page in PAGES:
+        for span in spans(page):
+            found = re.match(r"((?:lambda_kernels|python|tests|benchmarks|csrc)/[\w./-]*)(?:::(\w+))?$", span)
+            if found is None:
+                continue
+            path = REPOSITORY / found[1]
+            assert path.exists(), f"{page}: there is no {found[1]}"
+            if found[2]:
+                text = path.read_text(encoding="utf-8")
+                defined = rf"^\s*(def |class )?{found[2]}\b\s*(\(|:|=|\[)"
+                assert re.search(defined, text, re.MULTILINE), f"{page}: {found[1]} defines no {found[2]}"
+            checked += 1
+    assert checked > 60
 
 
 def messages() -> list[str]:
@@ -267,9 +309,11 @@ def messages() -> list[str]:
     found = []
     for root in ("lambda_kernels", "python/lambda_vit"):
         for path in sorted((REPOSITORY / root).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
                 # Messages are also put together first and raised later, so that every longer text counts.
-                if isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)):
+                if isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)) and id(node) not in docstrings:
                     found.append(text(node))
     return [entry for entry in found if len(entry) > 20]
 
@@ -304,23 +348,16 @@ def test_quoted_messages_are_said():
         ("```console\n$ lambda-vit prune --model m\n```", "no lambda-vit prune"),
         ("```console\n$ lambda-vit select … --parameters 0.85\n```", "parameters"),
         ("```console\n$ lambda-vit convert --model nowhere --remove 1 --out m\n```", "exit code 2"),
-        ("```console\n$ torchrun --nproc-per-node 2 -m lambda_vit select --modle m\n```", "modle|Missing"),
+        ("```console\n$ torchrun --nproc-per-node 2 -m lambda_vit select --modle m\n```", "modle"),
+        ("```console\n$ torchrun --nproc-per-nodes 2 -m lambda_vit doctor\n```", "SystemExit: 2"),
         ("```console\n$ python benchmarks/evidence.py --modle m\n```", "modle"),
         ("```console\n$ pip install 'lambda-kernels[exports]'\n```", "exports"),
         ("```console\n$ rm -rf build\n```", "not on the list"),
     ],
 )
 def test_a_broken_snippet_is_seen(text, match, place, monkeypatch):
-    names = beginning("README.md")
-    with pytest.raises((Exception, AssertionError)) as caught:
-        for block in blocks("README.md", text):
-            if block.language == "python":
-                run_python(block, names)
-            for command in commands(block) if block.language == "console" else ():
-                run_command(command, monkeypatch)
-    error = caught.value
-    shown = error.format_message() if isinstance(error, click.ClickException) else str(error)
-    assert re.search(match, f"{type(error).__name__}: {shown}")
+    with pytest.raises(AssertionError, match=match):
+        run_page("README.md", monkeypatch, text)
 
 
 @pytest.mark.parametrize("text", ["```\nx = 1\n```", "```python\nx = 1\n", "```bash\nls\n```"])

@@ -82,6 +82,9 @@ def export_onnx(
         overwrite: Replace an existing file.
         **options: Of `trace_model`.
 
+    Returns:
+        What was written, where, and how far its results are from the model's (`.checked`).
+
     Raises:
         MissingPackageError: onnx or onnxscript is not installed.
         ExportMismatchError: onnxruntime's results differ; nothing was written.
@@ -134,6 +137,9 @@ def export_program(model: nn.Module | Traced, path: str | Path, *, overwrite: bo
         overwrite: Replace an existing file.
         **options: Of `trace_model`.
 
+    Returns:
+        What was written, where, and how far its results are from the model's (`.checked`).
+
     Raises:
         ExportMismatchError: The results of the file, loaded again, differ; nothing was written.
         OSError: `path` cannot be written to, or is there already.
@@ -159,6 +165,9 @@ def export_aoti(model: nn.Module | Traced, path: str | Path, *, overwrite: bool 
         path: Ends in .pt2.
         overwrite: Replace an existing file.
         **options: Of `trace_model`.
+
+    Returns:
+        What was written, where, and how far its results are from the model's (`.checked`).
 
     Raises:
         RuntimeError: There is no C++ compiler.

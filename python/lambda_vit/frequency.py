@@ -145,6 +145,9 @@ def feature_frequencies(model: nn.Module, loader: Iterable) -> FeatureFrequencie
         model: A timm vision transformer, converted or not.
         loader: Yields images, or tuples whose first item is images, all of one size; iterated once.
 
+    Returns:
+        Per block and frequency bin the log amplitude, amplitude and power, means over images and channels, with errors.
+
     Raises:
         ValueError: Fewer than two images, or the weights are on the meta device.
         UnsupportedModelError: The model's blocks are not known, or their tokens are no map: some were dropped or merged.
@@ -165,6 +168,9 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) ->
         model: A timm vision transformer, converted or not: "before".
         other: One with as many blocks: "after". It may share modules with `model`, as `skip_attention(model, layers)` does.
         loader: As for `feature_frequencies`.
+
+    Returns:
+        Both measurements, and per block what changed, with standard errors of each image against itself.
 
     Raises:
         ValueError: As for `feature_frequencies`, or the models differ in depth or in the size of their token maps.
