@@ -334,7 +334,7 @@ def test_quoted_messages_are_said():
     found = quoted()
     assert len(found) >= 20
     for message in found:
-        assert max(len(part) for part in message.split("…")) >= 15, f"too short to be told from others: {message}"
+        assert max(len(part) for part in message.split("…")) >= 12, f"too short to be told from others: {message}"
         assert said(message, known), f"docs/troubleshooting.md quotes what nothing says: {message}"
     assert not said("the flux capacitor of … is not aligned", known)
 
