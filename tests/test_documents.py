@@ -62,7 +62,7 @@ def place(files, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(
         timm.models,
         "push_to_hf_hub",
-        lambda model, name, **options: timm.models.save_for_hf(model, Path(name), **options),
+        lambda model, name, **options: timm.models._hub.save_for_hf(model, Path(name), **options),
     )
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command line sets its own
