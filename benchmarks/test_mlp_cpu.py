@@ -52,7 +52,8 @@ class Halves:
         """The version by PyTorch's operators, after its results were held against float64."""
         version = self.version(AttentionFreeBlock.from_block(self.block, backend="torch", **options))
         expected = self.version(copy.deepcopy(self.timm).double(), torch.float64)()
-        verify.close(f"ours, {self.width} {self.dtype}", version(), expected, verify.OPERATOR[DTYPES[self.dtype]])
+        tolerance, timm = verify.OPERATOR[DTYPES[self.dtype]], self.version(self.timm)()
+        verify.close(f"ours, {self.width} {self.dtype}", version(), expected, tolerance, beside=timm)
         return version
 
     def version(self, module: Callable, dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
