@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import records
+
 from lambda_kernels.files import atomic_write
 
 # A ratio that falls below this share of what it was, with confidence, is a gross loss.
@@ -99,15 +100,14 @@ def report(old: records.Run, new: records.Run, found: Sequence[Change]) -> str:
     for key in ("cpu", "gpu", "python", *records.PACKAGES, "commit"):
         if (was := old.environment.get(key)) != (now := new.environment.get(key)):
             lines.append(f"{key}: {was} → {now}")
-    lines.append(f"{'row':<64} {'ours':<18} {'rival':<18} {'old':>6} {'new':>6}  new/old, at least 95 %")
+    lines.append(f"{'row':<60} {'ours':<18} {'rival':<18} {'old':>6} {'new':>6}  new/old, at least 95 %")
     for change in found:
         low, middle, high = change.interval
-        lines.append(
-            f"{change.row[:64]:<64} {change.ours[:18]:<18} {change.rival[:18]:<18} {change.old[1]:>6.3g} {change.new[1]:>6.3g}  "
-            f"{middle:.2f} ({low:.2f}–{high:.2f}) {change.verdict}"
-            f"{'' if change.judged else ', another processor: not judged'}".rstrip()
-        )
-    # Several runs in one file: what is missing in the newer one alone was left out on purpose, or is broken.
+        names = f"{change.row[:60]:<60} {change.ours[:18]:<18} {change.rival[:18]:<18}"
+        note = "" if change.judged else ", another processor: not judged"
+        verdict = f"{middle:.2f} ({low:.2f}–{high:.2f}) {change.verdict}{note}".rstrip()
+        lines.append(f"{names} {change.old[1]:>6.3g} {change.new[1]:>6.3g}  {verdict}")
+    # What is missing in the newer one was left out on purpose, or is broken.
     gone = [name for name in old.measured() if name not in new.measured()]
     for name in gone:
         row = new.rows.get(name, {})
@@ -161,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--merge takes runs and --out, and nothing else")
         lines = merged([records.read(path) for path in options.merge])
         with atomic_write(options.out) as temporary:
-            temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+            )
         print(f"{len(lines) - 1} rows of {len(options.merge)} runs: {options.out}")
         return 0
     if len(options.runs) != 2:

@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
 import intervals
+import pytest
 import records
 import targets
 import turns
+
+# What the turns of a benchmark of the subset may take.
+QUICK_S = 4.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,7 +89,7 @@ def _quick_is_on_one_thread(request: pytest.FixtureRequest, quick: bool) -> None
 
 
 @pytest.fixture
-def against(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict]:
+def against(benchmark, quick: bool, request: pytest.FixtureRequest) -> Callable[..., dict]:
     """Time versions of ours and their rivals on the CPU, taking turns; the figures go into the benchmark's extra info."""
     import torch
 
@@ -109,7 +111,7 @@ def against(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict]:
             rivals: What they are compared with.
             what: The row's name in words; the test's name if not given.
             rounds: Turns at most.
-            seconds: What all turns together may take, as far as the least number of turns allows it.
+            seconds: What all turns together may take, as far as the least number of turns allows it; less in the subset.
             clock: "wall" or "processor"; the latter where one thread computes, if not given.
             missing: Rivals that are not there, and why.
             portable: Whether the ratio should be much the same on other processors. It is where both versions are mostly the
@@ -124,6 +126,7 @@ def against(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict]:
         trial = turns.Turns()
         trial.take("all", lambda: [call() for call in (ours[first], *others.values())])
         more = request.config.getoption("--more")
+        seconds = min(seconds, QUICK_S) if quick else seconds
         count = turns.rounds_within(more * seconds, trial.seconds["wall"]["all"][0], int(more * rounds))
         taken, names, turn = turns.Turns(), list(others), iter(range(1 << 30))
 
@@ -184,9 +187,9 @@ def ceilings() -> object:
 @pytest.fixture
 def race(benchmark, ceilings, request: pytest.FixtureRequest) -> Callable[..., dict]:
     """Time versions against rivals on the GPU, as launched one by one and as CUDA graphs, taking turns in one process."""
+    import gpu_timing
     import torch
 
-    import gpu_timing
     from lambda_kernels.ops import tracing
 
     def run(
@@ -244,7 +247,10 @@ def race(benchmark, ceilings, request: pytest.FixtureRequest) -> Callable[..., d
             "plain_us": plain_us,
             "graph_us": graph_us,
             "quartiles_us": {
-                kind: {name: dict(zip(("low", "median", "high"), intervals.quartiles(t), strict=True)) for name, t in times.items()}
+                kind: {
+                    name: dict(zip(("low", "median", "high"), intervals.quartiles(t), strict=True))
+                    for name, t in times.items()
+                }
                 for kind, times in (("plain", plain), ("graph", graph))
             },
             "spread": {

@@ -49,10 +49,10 @@ def lost(baseline: records.Run, first: records.Run, again: Measure) -> list[comp
 
 
 def missing(baseline: records.Run, run: records.Run) -> list[str]:
-    """Rows of the baseline that failed or did not run; one that was skipped said why, and is no reason to fail."""
+    """Rows that failed, and those of the baseline that did not run; to be skipped is no reason to fail."""
     return [
         f"{name}: {run.rows.get(name, {}).get('failed', 'it did not run')}"
-        for name in baseline.rows
+        for name in dict.fromkeys([*baseline.rows, *run.rows])
         if name not in run.measured() and "skipped" not in run.rows.get(name, {})
     ]
 

@@ -23,7 +23,12 @@ class TimmHalf(nn.Module):
 
 
 def compiled(
-    name: str, mode: str, module: nn.Module, version: Callable[[Callable], Callable], missing: dict[str, str], *arguments: object
+    name: str,
+    mode: str,
+    module: nn.Module,
+    version: Callable[[Callable], Callable],
+    missing: dict[str, str],
+    *arguments: object,
 ) -> dict[str, Callable]:
     """`version` of the compiled module under its name; nothing, and the reason in `missing`, where it cannot be compiled.
 

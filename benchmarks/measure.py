@@ -34,7 +34,9 @@ def files() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="measure.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, such as benchmarks/results/MACHINE")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the results, such as benchmarks/results/MACHINE"
+    )
     parser.add_argument("--quick", action="store_true", help="a subset of small sizes for the CPU, on one thread")
     parser.add_argument("--only", help=f"files to run, of {','.join(files())}")
     parser.add_argument("-k", dest="expression", help="benchmarks to run, as pytest's -k")
@@ -122,9 +124,14 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> bool:
         file.flush()
         try:
             done = subprocess.run(
-                command, cwd=records.REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                command,
+                cwd=records.REPOSITORY,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
                 timeout=LIMIT_S,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             file.write(f"\n[stopped after {LIMIT_S:.0f} s]\n".encode())
             print(f"stopped after {LIMIT_S:.0f} s: {' '.join(command[-1:])}", flush=True)

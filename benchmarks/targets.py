@@ -34,9 +34,10 @@ class Target:
 
 
 @functools.cache
-def load(path: Path = Path(__file__).with_name("targets.json")) -> tuple[Target, ...]:
+def load() -> tuple[Target, ...]:
     """All of them, in the order of the table."""
-    return tuple(Target(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
+    text = Path(__file__).with_name("targets.json").read_text(encoding="utf-8")
+    return tuple(Target(**entry) for entry in json.loads(text))
 
 
 def of(row: str, ours: str, rival: str) -> float | None:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import verify
+from halves import MODES, WIDTHS, TimmHalf, compiled
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-import verify
-from halves import MODES, WIDTHS, TimmHalf, compiled
 from lambda_kernels import AttentionFreeBlock
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,7 +61,11 @@ class Halves:
         x, grad = self.x, self.grad
         parameters = self.parameters
         if dtype is not None:
-            x, grad, parameters = x.detach().to(dtype).requires_grad_(self.gradients), grad.to(dtype), list(module.parameters())
+            x, grad, parameters = (
+                x.detach().to(dtype).requires_grad_(self.gradients),
+                grad.to(dtype),
+                list(module.parameters()),
+            )
 
         def forward() -> list[Tensor]:
             with torch.inference_mode():
@@ -90,7 +94,7 @@ class Halves:
 
 @forward_only
 @dtypes
-@chosen("T", "B")
+@chosen("T", "S")
 def test_forward(against, quick, width, dtype):
     halves = Halves(width, dtype, gradients=False, quick=quick)
     against({"torch": halves.ours()}, {"timm": halves.version(halves.timm)}, what=halves.what())
@@ -121,4 +125,6 @@ def test_forward_against_compiled(against, quick, width, dtype):
 def test_forward_and_backward_against_compiled(against, quick, width, dtype):
     halves = Halves(width, dtype, gradients=True, quick=quick)
     default = {"torch.compile": MODES["torch.compile"]}
-    against({"torch": halves.ours(recompute="none")}, halves.rivals(default), what=halves.what(), missing=halves.missing)
+    against(
+        {"torch": halves.ours(recompute="none")}, halves.rivals(default), what=halves.what(), missing=halves.missing
+    )

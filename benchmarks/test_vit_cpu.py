@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
-
 import verify
 from halves import MODES, compiled
+from torch import Tensor, nn
+
 from lambda_kernels import convert_vit
 
 # name → (timm's model, the attention layers that go)
