@@ -26,18 +26,24 @@ import table
 import targets
 import turns
 
-MACHINE = {"cpu": "A CPU", "cores": 2, "gpu": "none", "python": "3.11.7", "torch": "2.14.1", "triton": "3.8.0",
-           "timm": "1.0.31", "numpy": "2.4.6", "commit": "a" * 40, "dirty": False, "time": "2026-01-02 03:04:05 UTC"}  # fmt: skip
+MACHINE = {
+    "cpu": "A CPU",
+    "cores": 2,
+    "gpu": "none",
+    "python": "3.11.7",
+    "torch": "2.14.1",
+    "triton": "3.8.0",
+    "timm": "1.0.31",
+    "numpy": "2.4.6",
+    "commit": "a" * 40,
+    "dirty": False,
+    "time": "2026-01-02 03:04:05 UTC",
+}
 
 
 def row(name: str, ratio: float, width: float = 0.02, **more: object) -> dict:
-    entry = {
-        "ours": "ours",
-        "rival": "timm",
-        "plain": ratio,
-        "plain_low": ratio * (1 - width),
-        "plain_high": ratio * (1 + width),
-    }
+    entry = {"ours": "ours", "rival": "timm", "plain": ratio}
+    entry |= {"plain_low": ratio * (1 - width), "plain_high": ratio * (1 + width)}
     return {"name": name, "group": "whole model", "portable": True, "ratios": [entry], **more}
 
 
@@ -133,12 +139,10 @@ TARGETS = [
 
 def test_the_table_names_what_was_never_measured(written):
     lines = table.table(TARGETS, [written(row("a", 1.75, portable=False), row("c", 1.0), folder="cpu")]).splitlines()
-    assert lines[2] == "| CPU | model, T / S | timm | 1.5 / 1.25 | 2 | 1.75 (1.72–1.78)¹ / not measured |"
+    assert lines[2] == "| CPU | model, T / S | timm | 1.5 / 1.25 | 2 | 1.75 (1.71–1.79)¹ / not measured |"
     assert lines[3] == "| GPU | model, T / S | timm | 1.1 | – | 1 (0.98–1.02)¹ |"
-    assert (
-        "¹ A CPU, 2 cores; python 3.11.7, torch 2.14.1, triton 3.8.0, timm 1.0.31, numpy 2.4.6; commit aaaaaaaaa; 2026-01-02"
-        in (lines[-1])
-    )
+    versions = "python 3.11.7, torch 2.14.1, triton 3.8.0, timm 1.0.31, numpy 2.4.6"
+    assert lines[-1].rstrip() == f"¹ A CPU, 2 cores; {versions}; commit aaaaaaaaa; 2026-01-02"
     assert table.table(TARGETS, []).count("not measured") == 2
 
 
@@ -391,4 +395,4 @@ def test_rows_for_a_gpu_are_skipped_with_the_reason(tmp_path):
     assert done.returncode == 0, done.stdout
     rows = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert len(rows) > 50
-    assert {line.get("skipped") for line in rows} == {"Skipped: no CUDA device"}
+    assert {line.get("skipped") for line in rows} == {"no CUDA device"}
