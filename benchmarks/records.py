@@ -95,7 +95,7 @@ def _by_name(path: Path, rows: Iterable[dict]) -> dict[str, dict]:
 
 
 def committed(results: Path = RESULTS) -> list[Run]:
-    """The runs in `results/<machine>/`, the oldest first."""
+    """The runs in `results/<machine>/`, the oldest first: lines of `measure.py` and files of `gpu.py`, which say .json."""
     paths = [path for path in results.glob("*/*") if path.suffix in (".json", ".jsonl")]
     return sorted((read(path) for path in paths), key=lambda run: str(run.environment.get("time", "")))
 

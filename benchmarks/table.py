@@ -11,18 +11,14 @@ its sizes are small ones.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pages
 import records
 import targets
 
-from lambda_kernels.files import atomic_write
-
-BEGIN = "<!-- benchmarks/table.py writes what follows -->"
-END = "<!-- benchmarks/table.py wrote what precedes -->"
 NOT_MEASURED = "not measured"
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -111,18 +107,6 @@ def table(entries: Sequence[targets.Target], runs: Sequence[records.Run]) -> str
     return "\n".join(text).rstrip()
 
 
-def replaced(text: str, new: str, path: Path) -> str:
-    """`text` with `new` between the two comments.
-
-    Raises:
-        ValueError: They are not there, each once and in this order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} needs the lines {BEGIN!r} and {END!r}, each once and in this order")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{new}\n\n{END}", text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="table.py", description=__doc__.split("\n")[0])
@@ -136,9 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.check or options.write):
         print(new)
         return 0
-    old = options.file.read_text(encoding="utf-8")
     try:
-        wanted = replaced(old, new, options.file)
+        old, wanted = pages.replaced(options.file, "table.py", new)
     except ValueError as error:
         print(f"table.py: {error}", file=sys.stderr)
         return 2
@@ -146,8 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if old != wanted:
             print(f"{options.file} is out of date: python benchmarks/table.py --write", file=sys.stderr)
         return int(old != wanted)
-    with atomic_write(options.file) as temporary:
-        temporary.write_text(wanted, encoding="utf-8")
+    pages.write(options.file, "table.py", new)
     return 0
 
 

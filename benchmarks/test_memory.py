@@ -18,6 +18,7 @@ import timm.models.vision_transformer
 import torch
 import verify
 from halves import TimmHalf
+from peaks import peak_bytes
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock
@@ -77,21 +78,7 @@ class Training:
 
     def peak(self, name: str) -> int:
         """Bytes allocated at once at the worst moment of a step, above what was there before it."""
-        self.step(name)  # what is compiled and measured must not count
-        if self.x.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.step(name)
-            return torch.cuda.max_memory_allocated() - before
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
-            self.step(name)
-        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-        allocated = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            allocated += event.nbytes()
-            most = max(most, allocated)
-        return most
+        return peak_bytes(lambda: self.step(name), cuda=self.x.is_cuda)
 
 
 class Flat(nn.Module):

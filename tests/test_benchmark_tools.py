@@ -21,6 +21,7 @@ import compare
 import guard
 import intervals
 import measure
+import pages
 import records
 import table
 import targets
@@ -170,18 +171,19 @@ def test_a_gpu_s_file_has_figures_too(tmp_path):
 
 
 def test_the_table_is_checked_and_written(tmp_path, written, capsys):
+    begin, end = pages.marks("table.py")
     run, readme = written(row("a", 1.5)), tmp_path / "README.md"
     how = ["--file", str(readme), "--results", str(run.path.parents[1])]
     readme.write_text("# title\n")
     assert table.main([*how, "--check"]) == 2
     assert "needs the lines" in capsys.readouterr().err
-    before, after = f"# title\n\n{table.BEGIN}\nold\n", f"{table.END}\n\nthe rest \\1 of it\n"
+    before, after = f"# title\n\n{begin}\nold\n", f"{end}\n\nthe rest \\1 of it\n"
     readme.write_text(before + after)
     assert table.main([*how, "--check"]) == 1
     assert readme.read_text() == before + after
     assert table.main([*how, "--write"]) == 0
     assert table.main([*how, "--check"]) == 0
-    assert readme.read_text().startswith(f"# title\n\n{table.BEGIN}\n\n| | |")
+    assert readme.read_text().startswith(f"# title\n\n{begin}\n\n| | |")
     assert readme.read_text().endswith(after)
     assert "old" not in readme.read_text()
 
