@@ -15,7 +15,7 @@ from lambda_vit.transfer import Measurement
 pytestmark = [pytest.mark.benchmark(group="selection"), pytest.mark.usefixtures("one_thread")]
 
 PICKS = (5, 3, 1, 7, 4)
-QUICK_PICKS = (5, 3)
+QUICK_PICKS = (5,)
 # Of entropies summed over 1000 channels, which one forward after another and shared ones round alike but for products that
 # a library takes in another order for another batch.
 TOLERANCE = 1e-4
@@ -104,7 +104,7 @@ def test_selecting_five_of_twelve(model, against):
 
 
 @pytest.mark.quick
-def test_selecting_two_of_twelve(small, against):
+def test_selecting_one_of_twelve(small, against):
     selecting(against, small, torch.randn(2, 3, 112, 112), QUICK_PICKS, 6)
 
 
