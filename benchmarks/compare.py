@@ -156,19 +156,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--merge", nargs="+", type=Path, metavar="RUN", help="runs to make one baseline of")
     parser.add_argument("--out", type=Path, help="where the baseline goes")
     options = parser.parse_args(arguments)
+    if options.merge and (options.runs or options.out is None):
+        parser.error("--merge takes runs and --out, and nothing else")
+    if not options.merge and len(options.runs) != 2:
+        parser.error(f"two files are compared; got {len(options.runs)}")
+    try:
+        runs = [records.read(path) for path in options.merge or options.runs]
+        lines = merged(runs) if options.merge else []
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if options.merge:
-        if options.runs or options.out is None:
-            parser.error("--merge takes runs and --out, and nothing else")
-        lines = merged([records.read(path) for path in options.merge])
         with atomic_write(options.out) as temporary:
             temporary.write_text(
                 "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
             )
-        print(f"{len(lines) - 1} rows of {len(options.merge)} runs: {options.out}")
+        print(f"{len(lines) - 1} rows of {len(runs)} runs: {options.out}")
         return 0
-    if len(options.runs) != 2:
-        parser.error(f"two files are compared; got {len(options.runs)}")
-    old, new = map(records.read, options.runs)
+    old, new = runs
     found = changes(old, new)
     print(report(old, new, found))
     return 1 if any(change.counts for change in found) else 0

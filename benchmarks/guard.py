@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     parser.add_argument("--out", type=Path, help="folder for the results; they are thrown away if not given")
     options = parser.parse_args(arguments)
-    baseline = records.read(options.baseline)
+    try:
+        baseline = records.read(options.baseline)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         out = options.out or Path(scratch)
 

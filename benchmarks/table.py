@@ -116,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, default=records.REPOSITORY / "README.md")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
     options = parser.parse_args(arguments)
-    new = table(targets.load(), records.committed(options.results))
-    if not (options.check or options.write):
-        print(new)
-        return 0
     try:
+        new = table(targets.load(), records.committed(options.results))
+        if not (options.check or options.write):
+            print(new)
+            return 0
         old, wanted = pages.replaced(options.file, "table.py", new)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"table.py: {error}", file=sys.stderr)
         return 2
     if options.check:

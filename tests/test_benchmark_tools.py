@@ -253,6 +253,9 @@ def test_a_baseline_holds_what_all_runs_found(tmp_path, written):
     other = written(row("a", 1.0), name="other.jsonl", commit="b" * 40)
     with pytest.raises(ValueError, match="another commit or processor"):
         compare.merged([runs[0], other])
+    with pytest.raises(SystemExit):
+        compare.main(["--merge", str(runs[0].path), str(other.path), "--out", str(tmp_path / "other.jsonl")])
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_arguments_of_comparing(written, capsys):
@@ -262,6 +265,11 @@ def test_arguments_of_comparing(written, capsys):
             compare.main(arguments)
         assert stopped.value.code == 2
     assert "two files are compared; got 1" in capsys.readouterr().err
+    for command in (lambda path: compare.main([path, path]), lambda path: guard.main(["--baseline", path])):
+        with pytest.raises(SystemExit) as stopped:
+            command(str(run.path.with_name("absent.jsonl")))
+        assert stopped.value.code == 2
+        assert "absent.jsonl" in capsys.readouterr().err
 
 
 # Guarding
@@ -398,3 +406,16 @@ def test_rows_for_a_gpu_are_skipped_with_the_reason(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert len(rows) > 50
     assert {line.get("skipped") for line in rows} == {"no CUDA device"}
+    missing = {t.row for t in targets.load() if t.device == "gpu"} - {line["name"] for line in rows}
+    assert not missing
+
+
+@pytest.mark.slow
+def test_rows_for_a_cpu_are_there():
+    sources = [str(REPOSITORY), str(REPOSITORY / "python"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sources))}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "benchmarks"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    found = {line.removeprefix("benchmarks/") for line in done.stdout.splitlines() if "::" in line}
+    assert {target.row for target in targets.load()} <= found
+    assert set(records.read(guard.BASELINE).rows) <= found
