@@ -108,7 +108,7 @@ def test_the_page_of_exponents(tmp_path):
 def test_shares_of_the_best():
     """An operator that takes four times as long as a product with as many operations reaches a quarter."""
     probes = roofline.Probes(
-        {"float32": (lambda: busy(0.005), 1e6)}, (lambda: busy(0.002), 1e3), (lambda: busy(0.002), 1e3)
+        {"float32": (lambda: busy(0.005), 1e6)}, (lambda: busy(0.002), 1e6), (lambda: busy(0.002), 1e3)
     )
     works = [
         roofline.Work("computes", "float32", 1e6, 1.0, lambda: busy(0.02)),

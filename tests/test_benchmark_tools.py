@@ -110,6 +110,7 @@ def test_a_file_that_was_cut_keeps_its_rows(written):
         ("x.jsonl", "", "its first line does not describe the machine"),
         ("x.jsonl", '{"name": "a"}\n', "its first line does not describe the machine"),
         ("x.jsonl", '{"environment": {}}\nnonsense\n{"name": "a"}\n', "line 2: no JSON"),
+        ("x.jsonl", '{"environment": {}}\nnonsense\n', "line 2: no JSON"),
         ("x.jsonl", '{"environment": {}}\n{"ratios": []}\n', "a row without a name"),
         ("x.json", "[]", "not a result of gpu.py"),
     ],
@@ -308,9 +309,14 @@ def test_the_command_measures_again_what_looks_lost(monkeypatch, tmp_path, writt
     ratio = 0.9
     assert guard.main(["--baseline", str(baseline.path), "--out", str(tmp_path)]) == 1
     assert asked == [(True, None, 1.0), (True, ["a.py::x"], 4.0)]
-    assert "much slower than before, twice: a.py::x, ours against timm" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "much slower than before, twice: a.py::x, ours against timm" in printed
+    assert "no figure" not in printed
     ratio = 1.9
     assert guard.main(["--baseline", str(baseline.path)]) == 0
+    other = written(row("a.py::x", 2.0), row("a.py::y", 2.0), name="more.jsonl")
+    assert guard.main(["--baseline", str(other.path)]) == 1
+    assert "no figure of a.py::y: it did not run" in capsys.readouterr().out
 
 
 def test_the_committed_baseline_is_of_rows_that_are_there():
