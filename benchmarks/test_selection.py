@@ -100,7 +100,7 @@ def selecting(against, model: torch.nn.Module, images: torch.Tensor, picks: tupl
 
 def test_selecting_five_of_twelve(model, against):
     """Every round's candidates; the picks are given."""
-    selecting(against, model, torch.randn(8, 3, 224, 224), PICKS, 6)
+    selecting(against, model, torch.randn(4, 3, 224, 224), PICKS, 6)
 
 
 @pytest.mark.quick
