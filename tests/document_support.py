@@ -23,9 +23,10 @@ import typer
 from conftest import REPOSITORY
 from PIL import Image
 
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
 PAGES = sorted(
     str(path.relative_to(REPOSITORY))
-    for path in [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
+    for path in [*(REPOSITORY / page for page in OUTSIDE), *(REPOSITORY / "docs").rglob("*.md")]
 )
 LANGUAGES = {"python", "console"}
 SIZES = {"img_size": 32, "embed_dim": 48, "num_heads": 3, "num_classes": 10}

@@ -64,6 +64,7 @@ def place(files, tmp_path, monkeypatch) -> Path:
         "push_to_hf_hub",
         lambda model, name, **options: timm.models._hub.save_for_hf(model, Path(name), **options),
     )
+    monkeypatch.setattr(timm.models._hub, "_has_hf_hub", True)  # older versions refuse a newer huggingface_hub
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command line sets its own
     return tmp_path
@@ -226,6 +227,8 @@ def test_the_first_two_lines_of_the_readme():
     assert lines[0].strip().startswith("pip install -e . && lambda-vit demo")
     assert lines[1].strip().startswith('pip install -e ".[test]" && pytest')
     assert len(lines) <= 200
+    for mark in ("writes what follows", "wrote what precedes"):  # benchmarks/table.py fills what lies between
+        assert lines.count(f"<!-- benchmarks/table.py {mark} -->") == 1
 
 
 def slug(heading: str) -> str:
@@ -364,3 +367,17 @@ def test_a_broken_snippet_is_seen(text, match, place, monkeypatch):
 def test_a_block_without_a_language_or_an_end_is_seen(text):
     with pytest.raises(AssertionError, match="fence"):
         list(blocks("README.md", text))
+
+
+def test_the_audited_configurations_are_those_that_ship():
+    """docs/kernels.md: kernels, shapes and tiles of the table; registers and the rest are from the day it was made."""
+    pytest.importorskip("triton")
+    from lambda_kernels import audit
+
+    dtypes = {"bf16": "bfloat16", "fp32": "float32"}
+    expected = []
+    for case in audit.cases((90,), defaults=True):
+        width, dtype, *moved = case.shape.removeprefix("C=").split()
+        expected.append((case.kernel, ", ".join((width, dtypes[dtype], *moved)), case.config))
+    table = read("docs/kernels.md").partition("## The audit")[2]
+    assert re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| \d+ \|", table, re.MULTILINE) == expected
