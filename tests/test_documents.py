@@ -39,6 +39,9 @@ from document_support import (
 WITH_BLOCKS = [page for page in PAGES if "```" in read(page)]
 # More than ten seconds: what they do is trained, exported or compiled.
 SLOW = {"README.md", "docs/export.md"}
+# What they say depends on timm.
+MODELS = {"docs/checkpoints.md", "docs/features.md", "docs/token-merging.md"}
+MARKS = {page: pytest.mark.slow for page in SLOW} | {page: pytest.mark.models for page in MODELS}
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +162,7 @@ def run_page(page: str, monkeypatch, text: str | None = None) -> None:
             raise AssertionError(f"{page}, block from line {block.line}: {type(error).__name__}: {shown}") from error
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in WITH_BLOCKS]
-)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=MARKS.get(page, ())) for page in WITH_BLOCKS])
 def test_a_page_runs(page, place, monkeypatch):
     run_page(page, monkeypatch)
 
