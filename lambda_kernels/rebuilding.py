@@ -15,8 +15,9 @@ from .errors import CheckpointError
 from .families import FAMILIES, inspect_model
 from .merging import DEFAULT_START
 
-# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
-_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing")
+# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them. The last
+# one is a mark that torch.compile leaves on what it was given.
+_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing", "_is_torch_compile")
 
 
 def build(config: dict, device: str) -> nn.Module:
