@@ -172,8 +172,21 @@ def test_external_data(one_block, tmp_path, monkeypatch):
     again = export_onnx(one_block, path, overwrite=True)
     assert again.data != made.data
     assert set(tmp_path.iterdir()) == {path, again.data, beside}
+    # Of killed processes nothing stays; what another one is writing does, and it is never the old file's data.
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        (tmp_path / f"large.onnx.{process}-0123abcd.data").touch()
+        (tmp_path / f".large.onnx.{process}-0123abcd.tmp").touch()
+    others = {
+        tmp_path / f"{name}{os.getppid()}-0123abcd.{end}"
+        for name, end in ((".large.onnx.", "tmp"), ("large.onnx.", "data"))
+    }
+    of_a_notebook = again.data.with_name(f"large.onnx.{os.getppid()}-4567abcd.data")  # which goes on after its export
+    again.data.rename(of_a_notebook)
+    path.write_bytes(of_a_notebook.name.encode())
     export_onnx(one_block, path, overwrite=True, external_data=False)
-    assert set(tmp_path.iterdir()) == {path, beside}
+    assert set(tmp_path.iterdir()) == {path, beside, *others}
 
 
 @torch.no_grad()
@@ -237,7 +250,11 @@ torch.save([module(x).detach(), torch.from_numpy(run(None, {"images": x.numpy()}
 
 def test_a_program_names_no_place_on_this_machine(traced, tmp_path):
     """Not the folders of this library, nor of PyTorch and timm, whose code torch.export notes with each operator."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".small.pt2.{gone.pid}-0123abcd.tmp").touch()  # of a process that was killed
     made = export_program(traced, tmp_path / "small.pt2")
+    assert set(tmp_path.iterdir()) == {made.path}
     with zipfile.ZipFile(made.path) as package:
         content = b"".join(map(package.read, package.namelist()))
     assert b"aten.gelu" in content  # nothing in it is compressed twice
