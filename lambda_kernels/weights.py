@@ -44,6 +44,8 @@ def read_file(path: str | Path) -> object:
         CheckpointError: The file is missing or damaged, or asks for anything else; what it asks for is named and not run.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file of weights in it, or pass the folder as the model")
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}")
     try:
