@@ -123,6 +123,7 @@ def trace_model(
     dynamic = None if batch_size else ({0: torch.export.Dim("batch", min=1)},)
     with eval_mode(model), undisturbed(device):
         program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
+    _forget_places(program)
     _check_operators(program)
     outputs = ("logits",) if core.num_classes else ("embedding",)
     if features:
@@ -174,13 +175,24 @@ def _check_image_size(core: nn.Module, image_size: object, anatomy: Anatomy) -> 
         )
 
 
+def _nodes(program: torch.export.ExportedProgram) -> Iterator[torch.fx.Node]:
+    """Of all graphs of a program, the ones inside others too."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
+
+
+def _forget_places(program: torch.export.ExportedProgram) -> None:
+    # Which lines of which files made an operator: of use to nobody elsewhere, and it names folders of this machine.
+    for node in _nodes(program):
+        node.meta.pop("stack_trace", None)
+
+
 def _check_operators(program: torch.export.ExportedProgram) -> None:
     """Refuse what a plain PyTorch could not run, and no exporter translate: operators that some library registered."""
     foreign = {
         str(node.target)
-        for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
+        for node in _nodes(program)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prim", "prims")
     }
     if foreign:
