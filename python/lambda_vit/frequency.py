@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
 from lambda_kernels.families import inspect_model, qualified_name, refuse_merging
 
+from . import batches
 from .placement import eval_mode, one_device, one_dtype
 from .progress import track
 from .radial import radial_bins, radial_spectra
@@ -156,7 +157,7 @@ def feature_frequencies(model: nn.Module, loader: Iterable) -> FeatureFrequencie
     meter = _Meter(model)
     with eval_mode(model):
         for batch in track(loader, "Frequencies"):
-            meter.update(_images(batch))
+            meter.update(batches.images_of(batch))
     return meter.result()
 
 
@@ -185,7 +186,7 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) ->
     changes = _Moments()
     with eval_mode(model, other):
         for batch in track(loader, "Frequencies"):
-            first, second = (meter.update(_images(batch)) for meter in meters)
+            first, second = (meter.update(batches.images_of(batch)) for meter in meters)
             if before.grid != after.grid:
                 raise ValueError(
                     f"the models have token maps of {_times(before.grid)} and {_times(after.grid)}: their frequencies are "
@@ -199,10 +200,6 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable) ->
         for index, (mean, error) in enumerate(zip(means, errors, strict=True))
     )
     return FrequencyComparison(*results, tuple(rows))
-
-
-def _images(batch: Tensor | Sequence) -> Tensor:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _times(grid: tuple[int, int]) -> str:

@@ -157,7 +157,7 @@ def profile_layers(
                 hooks.append(hook)
         with eval_mode(model):
             for batch in track(loader, "Profile"):
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                images = batches.images_of(batch)
                 if not batches.count(images):
                     continue
                 samples += batches.count(images)
