@@ -1,6 +1,6 @@
 """All that needs a GPU, in one command for a machine that is there for minutes only:
 
-    python benchmarks/gpu.py --out DIR [--only build,tests,sanitizer,ceilings,mlp,histogram,model] [--budget-minutes 9]
+    python benchmarks/gpu.py --out DIR [--only build,tests,sanitizer,ceilings,mlp,histogram,model,training] [--budget-minutes 9]
 
 Runs the parts in this order, each within a limit of its own and all within the budget, and goes on after a failure. Writes
 `results.json` (after each part anew) and one log per part to DIR, and prints one table at the end. Exits with 0 if every
@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -32,10 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gpu_table
+import records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
-LINES = "LAMBDA_KERNELS_BENCHMARK_LINES"
 
 # Kept back for stopping what outlasts its limit and for writing what was found.
 RESERVE_S = 20.0
@@ -237,15 +235,17 @@ def ceilings(job: Job) -> dict:
     return json.loads(step.output.strip().splitlines()[-1]) if step.ok else {}
 
 
-def _rows(job: Job, path: str, *, compiles: bool) -> dict:
+def _rows(job: Job, path: str, *selected: str, compiles: bool) -> dict:
     lines = job.log.with_suffix(".lines.tmp")
     lines.unlink(missing_ok=True)
     note = _precompile(job) if compiles else ""
-    step = job.step(*pytest(path, "--benchmark-only", "--benchmark-disable-gc"), **{LINES: str(lines)})
+    command = pytest(path, *selected, "--benchmark-only", "--benchmark-disable-gc")
+    step = job.step(*command, **{records.LINES: str(lines)})
     rows = []
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else ():
         with contextlib.suppress(ValueError):  # the last one, where the writer was stopped in the middle of it
             rows.append(json.loads(line))
+    rows = [row for row in rows if not row.keys() & {"skipped", "failed"}]  # pytest's own output says those
     lines.unlink(missing_ok=True)
     failures = gpu_table.pytest_failures(step.output)
     return {"rows": rows, "counts": {path: gpu_table.pytest_summary(step.output)}, "failures": failures, "note": note}
@@ -279,6 +279,11 @@ def model(job: Job) -> dict:
     return _rows(job, "benchmarks/test_vit_cuda.py", compiles=True)
 
 
+def training(job: Job) -> dict:
+    """The rows of a step of training."""
+    return _rows(job, "benchmarks/test_training.py", "-k", "on_a_gpu", compiles=True)
+
+
 # name → (what to run, seconds at most, seconds without which it is not worth starting)
 PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "build": (build, 180, 30),
@@ -288,6 +293,7 @@ PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "mlp": (mlp, 500, 90),
     "histogram": (histogram, 120, 30),
     "model": (model, 500, 90),
+    "training": (training, 120, 45),
 }
 
 
@@ -335,26 +341,10 @@ def _cuda_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
-def describe(commit: str | None) -> dict[str, str]:
+def describe(commit: str | None) -> dict[str, object]:
     """The machine, the versions and the state of the sources."""
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "none"
-
     release = re.search(r"release [\d.]+, V[\d.]+", _said(_cuda_tool("nvcc") or "nvcc", "--version"))
-    found = re.fullmatch(r"[0-9a-f]{40}", _said("git", "rev-parse", "HEAD"))
-    return {
-        "gpu": _said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "timm")},
-        "nvcc": release[0] if release else "none",
-        "commit": commit or (found[0] if found else "unknown"),
-        "sources": source_digest(),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-    }
+    return {**records.describe(commit), "nvcc": release[0] if release else "none", "sources": source_digest()}
 
 
 def child_environment() -> dict[str, str]:

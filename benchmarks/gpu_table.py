@@ -8,9 +8,6 @@ import re
 LIMIT = 11_000
 _FAILURES = 25
 
-# Ratios to reach of the benchmarks that also run on a CPU.
-_CPU_TARGETS = {"test_against_numpy[one column]": 10.0, "test_against_numpy[per channel]": 20.0}
-
 
 def pytest_summary(output: str) -> str:
     """pytest's last line, such as "3 failed, 40 passed in 12.3s"; says so where there is none."""
@@ -73,14 +70,10 @@ def row_lines(row: dict) -> list[str]:
     what = row.get("what", row["name"])
     if "host_us" in row:
         return [_line((what, "", "", "", "", "", _number(row["host_us"]), "", "", ""))]
-    if "ratios" not in row:  # a benchmark on the CPU
-        ratio, target = row.get("rival_over_ours"), _CPU_TARGETS.get(row["name"])
-        aim = ("", "") if target is None else (_number(target), verdict(target, ratio, None))
-        return [_line((what, "", "", _number(ratio), "", "", _number(row.get("median_us"), 1), "", *aim))]
     spread = row.get("spread", {})
     graph_us, plain_us = row.get("graph_us", {}), row.get("plain_us", {})
-    lines = [] if row["ratios"] else [what]
-    for entry in row["ratios"]:
+    lines = [] if row.get("ratios") else [what]
+    for entry in row.get("ratios", []):
         ours, plain, graph, target = entry["ours"], entry["plain"], entry["graph"], entry["target"]
         values = (
             what,

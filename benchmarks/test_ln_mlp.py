@@ -1,6 +1,6 @@
-"""The MLP half of a block: `ln_mlp` against timm's own, as it is and compiled, forward and with its gradients.
+"""The MLP half of a block on a GPU: `ln_mlp` against timm's own, as it is and compiled, forward and with its gradients.
 
-Rows for a GPU are in bfloat16 and in the order of their importance, since time on a GPU may end before the last.
+In bfloat16, and in the order of their importance, since time on a GPU may end before the last.
 """
 
 from __future__ import annotations
@@ -14,53 +14,25 @@ from collections.abc import Callable
 
 import gpu_timing
 import pytest
+import targets
 import torch
+import verify
+from halves import MODES, WIDTHS, TimmHalf, compiled
 from timm.models.vision_transformer import Block
-from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, ln_mlp, reference
 from lambda_kernels.ops import tuning
 from lambda_kernels.ops.kernels import configs
 from lambda_kernels.ops.tuning import Candidate
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+forward_only = pytest.mark.benchmark(group="MLP forward")
+with_gradients = pytest.mark.benchmark(group="MLP forward+backward")
 
-WIDTHS = {"T": 192, "S": 384, "B": 768}
-MODES = {"torch.compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 LIBRARY = {
     "forward": "staged",
     **dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library"),
 }
-TOLERANCE = 1.2e-2  # of bfloat16, as the tests have it
-
-
-class TimmHalf(nn.Module):
-    """What timm's `Block` does after its attention."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-# On the CPU
-
-
-@pytest.mark.parametrize(("width", "batch"), [("T", 8), ("B", 1)])
-@torch.inference_mode()
-def test_the_torch_path_costs_nothing(against, width, batch):
-    """The same calls in the same order: expected 1.0."""
-    torch.manual_seed(0)
-    block = Block(WIDTHS[width], 3).eval()
-    ours, timm = AttentionFreeBlock.from_block(block, backend="torch"), TimmHalf(block)
-    x = torch.randn(batch, 197, WIDTHS[width])
-    assert torch.equal(ours(x), timm(x))
-    against(lambda: ours(x), lambda: timm(x), rounds=30)
-
-
-# On a GPU
 
 
 class Problem:
@@ -70,9 +42,9 @@ class Problem:
         torch._dynamo.reset()  # rivals are compiled for this size alone
         torch.manual_seed(0)
         self.tokens, self.channels = batch * 197, WIDTHS[width]
-        block = Block(self.channels, 3).cuda().bfloat16()
-        self.timm = TimmHalf(block)
-        self.ours = AttentionFreeBlock.from_block(block, backend="triton")
+        self.block = Block(self.channels, 3).cuda().bfloat16()
+        self.timm = TimmHalf(self.block)
+        self.ours = AttentionFreeBlock.from_block(self.block, backend="triton")
         self.parameters = list(self.timm.parameters())
         self.missing: dict[str, str] = {}
         self.xs = gpu_timing.rotating(batch, 197, self.channels)
@@ -112,23 +84,19 @@ class Problem:
         expected = [out]
         if self.grads is not None:
             expected += torch.autograd.grad(out, [x, *exact.parameters()], self.grads[0].double())
-        for number, (got, true) in enumerate(zip(version(0), expected, strict=True)):
-            error = float((got.detach().double() - true.detach()).norm() / true.detach().norm())
-            if not error <= TOLERANCE:
-                pytest.fail(f"result {number} is off by {error:.2e}: no time is reported of what is wrong")
+        verify.close("ours", version(0), expected, verify.OPERATOR[torch.bfloat16])
         return version
+
+    def versions(self) -> dict[str, gpu_timing.Version]:
+        """Ours, each backend by its name."""
+        plain = AttentionFreeBlock.from_block(self.block, backend="torch")
+        return {"triton": self.verified(self.ours), "torch": self.version(plain)}
 
     def rivals(self, *modes: str) -> dict[str, gpu_timing.Version]:
         """timm's half as it is, and compiled; `missing` says which could not be compiled, and why."""
         found = {"timm": self.version(self.timm)}
         for name in modes:
-            version = self.version(torch.compile(self.timm, mode=MODES[name], dynamic=False, fullgraph=True))
-            try:
-                version(0)
-            except Exception as error:  # the other rivals are still worth their row
-                self.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            else:
-                found[name] = version
+            found |= compiled(name, MODES[name], self.timm, self.version, self.missing, 0)
         return found
 
     def race(self, race: Callable, what: str, ours: dict, rivals: dict, **options: object) -> None:
@@ -163,38 +131,31 @@ def gpu_arch() -> int:
     return 10 * major + minor
 
 
-FORWARD_TARGETS = {"T": (1.7, 1.2), "S": (1.4, 1.05), "B": (1.2, 1.0)}
-STEP_TARGETS = {"T": 1.45, "S": 1.3, "B": 1.2}
-
-
-@gpu
+@forward_only
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward(race, width):
     problem = Problem(width, 256)
-    eager, compiled = FORWARD_TARGETS[width]
     problem.race(
         race,
         f"forward {width}, batch 256",
-        {"ours": problem.verified(problem.ours)},
+        problem.versions(),
         problem.rivals(*MODES),
-        targets={"timm": eager, "max-autotune": compiled},
     )
 
 
-@gpu
+@with_gradients
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_and_backward(race, width):
     problem = Problem(width, 256, gradients=True)
     problem.race(
         race,
         f"forward + backward {width}, batch 256",
-        {"ours": problem.verified(problem.ours)},
+        problem.versions(),
         problem.rivals("torch.compile"),
-        targets={"timm": STEP_TARGETS[width]},
     )
 
 
-@gpu
+@forward_only
 @pytest.mark.parametrize("width", ["T", "S"])
 def test_one_pass_against_two_kernels(race, width):
     problem = Problem(width, 256)
@@ -205,20 +166,18 @@ def test_one_pass_against_two_kernels(race, width):
         f"one pass {width}, batch 256",
         {"one pass": problem.verified(problem.ours, forward=best)},
         {"two kernels": problem.verified(problem.ours, forward="staged")},
-        targets={"two kernels": 1.1} if width == "T" else None,
     )
 
 
-@gpu
+@forward_only
 @pytest.mark.parametrize("width", WIDTHS)
 def test_latency_at_batch_1(race, width):
     problem = Problem(width, 1)
     problem.race(
         race,
         f"latency {width}, batch 1",
-        {"ours": problem.verified(problem.ours)},
+        problem.versions(),
         problem.rivals("torch.compile"),
-        targets={"timm": 2.0},
         waiting=True,
     )
 
@@ -241,11 +200,12 @@ def saved_bytes(call: Callable[[], torch.Tensor], parameters: list[torch.Tensor]
     return sum(storage.nbytes() for storage in kept.values()), grown
 
 
-@gpu
+@pytest.mark.benchmark(group="memory")
 @pytest.mark.parametrize("width", WIDTHS)
 def test_saved_activations(benchmark, width):
     """What is kept from the forward to the backward, the tokens themselves included, in units of timm's."""
     problem = Problem(width, 64, gradients=True)
+    problem.verified(problem.ours)
     x = problem.xs[0].detach().clone().requires_grad_()  # of its own memory
     norm2, mlp = problem.timm.norm2, problem.timm.mlp
     tensors = (norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
@@ -265,7 +225,9 @@ def test_saved_activations(benchmark, width):
                 "rival": "timm",
                 "plain": round(usual / saved, 2),
                 "graph": None,
-                "target": 9.0 if recompute == "all" else None,
+                "target": targets.of(
+                    f"test_ln_mlp.py::test_saved_activations[{width}]", f"recompute={recompute}", "timm"
+                ),
                 "saved_bytes": saved,
                 "allocated_bytes": grown,
             }
@@ -280,7 +242,7 @@ def test_saved_activations(benchmark, width):
     benchmark.pedantic(ours("all"), rounds=3)
 
 
-@gpu
+@forward_only
 @pytest.mark.parametrize("path", ["one_pass", "staged", "library", "twin", "block"])
 def test_host_time_per_call(benchmark, capsys, path):
     """Microseconds of the calling thread's own time to launch a call of 197 tokens, and where they go."""
@@ -288,6 +250,7 @@ def test_host_time_per_call(benchmark, capsys, path):
     x, norm2, mlp = problem.xs[0], problem.timm.norm2, problem.timm.mlp
     tensors = (norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     forced = {"one_pass": {"forward": "one_pass"}, "staged": {"forward": "staged"}, "library": LIBRARY}.get(path, {})
+    problem.verified(problem.ours, **forced)
 
     def call() -> torch.Tensor:
         if path == "block":
@@ -318,7 +281,7 @@ def test_host_time_per_call(benchmark, capsys, path):
         pstats.Stats(profile).sort_stats("tottime").print_stats(20)
 
 
-@gpu
+@forward_only
 @pytest.mark.parametrize("width", WIDTHS)
 def test_our_own_ways(race, width):
     """What is chosen by measuring beside each way by its name."""
@@ -333,37 +296,37 @@ def test_our_own_ways(race, width):
     problem.race(race, f"our ways {width}, batch 256", {"auto": auto}, ways)
 
 
-@gpu
+@forward_only
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_at_batch_64(race, width):
     problem = Problem(width, 64)
     problem.race(
         race,
         f"forward {width}, batch 64",
-        {"ours": problem.verified(problem.ours)},
+        problem.versions(),
         problem.rivals("torch.compile"),
     )
 
 
-@gpu
+@with_gradients
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_and_backward_against_max_autotune(race, width):
     problem = Problem(width, 256, gradients=True)
     problem.race(
         race,
         f"forward + backward {width}, batch 256, autotuned",
-        {"ours": problem.verified(problem.ours)},
+        problem.versions(),
         problem.rivals("max-autotune"),
     )
 
 
-@gpu
+@with_gradients
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_and_backward_at_batch_64(race, width):
     problem = Problem(width, 64, gradients=True)
     problem.race(
         race,
         f"forward + backward {width}, batch 64",
-        {"ours": problem.verified(problem.ours)},
+        problem.versions(),
         problem.rivals(),
     )

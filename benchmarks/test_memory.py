@@ -6,15 +6,19 @@ allocator's own record; and by how much a process of its own grows. The time of 
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import targets
 import timm.models.vision_transformer
 import torch
+import verify
+from halves import TimmHalf
+from peaks import peak_bytes
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock
@@ -23,37 +27,28 @@ from lambda_vit.training_step import saved_bytes
 WIDTHS = {"T": 192, "B": 768}
 BATCHES = {"cpu": {"T": 32, "B": 16}, "cuda": {"T": 256, "B": 256}}
 DEPTH, TOKENS = 12, 197
-# timm's over ours, to reach: of what is saved, of the most that is there at once
-TARGETS = {"act": (1.9, None), "all": (9.0, 5.0)}
+LEVELS = ("act", "all")
 
+memory = pytest.mark.benchmark(group="memory")
+with_gradients = pytest.mark.benchmark(group="MLP forward+backward")
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
-
-
-class TimmHalf(nn.Module):
-    """What timm's `Block` does after its attention."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.norm2, self.mlp = block.norm2, block.mlp
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mlp(self.norm2(x))
 
 
 class Training:
     """Blocks of timm's ("timm") or of ours with `recompute`, on the same parameters, and a batch for them."""
 
-    def __init__(self, width: str, place: str, depth: int = DEPTH) -> None:
+    def __init__(self, width: str, place: str, depth: int = DEPTH, batch: int | None = None) -> None:
         torch.manual_seed(0)
         self.channels = WIDTHS[width]
         dtype = torch.float32 if place == "cpu" else torch.bfloat16
         blocks = [timm.models.vision_transformer.Block(self.channels, 3).to(place, dtype) for _ in range(depth)]
         self.networks = {"timm": nn.Sequential(*map(TimmHalf, blocks))}
-        for level in ("none", *TARGETS):
+        for level in ("none", *LEVELS):
             self.networks[level] = nn.Sequential(*(AttentionFreeBlock.from_block(b, recompute=level) for b in blocks))
         for parameter in self.networks["timm"].parameters():
             parameter.grad = torch.zeros_like(parameter)
-        shape = (BATCHES[place][width], TOKENS, self.channels)
+        self.batch = batch or BATCHES[place][width]
+        shape = (self.batch, TOKENS, self.channels)
         self.x = torch.randn(shape, device=place, dtype=dtype, requires_grad=True)
         self.grad = torch.randn(shape, device=place, dtype=dtype)
 
@@ -61,27 +56,29 @@ class Training:
         """Forward and backward; gradients are added to those that are there."""
         self.networks[name](self.x).backward(self.grad)
 
+    def hold(self, name: str) -> None:
+        """The result and the gradients of one image, held against those of timm's blocks in float64."""
+        exact = copy.deepcopy(self.networks["timm"]).double()
+
+        def results(network: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+            x = self.x.detach()[:1].to(dtype).requires_grad_()
+            out = network(x)
+            return [out, *torch.autograd.grad(out, [x, *exact_order(network)], self.grad[:1].to(dtype))]
+
+        def exact_order(network: nn.Module) -> list[nn.Parameter]:
+            return [dict(network.named_parameters())[key] for key, _ in exact.named_parameters()]
+
+        got = results(self.networks[name], self.x.dtype)
+        timm = results(self.networks["timm"], self.x.dtype)
+        verify.close(name, got, results(exact, torch.float64), verify.MODEL[self.x.dtype], beside=timm)
+
     def saved(self, name: str) -> int:
         """Bytes that autograd keeps, the batch and the little that a loss takes included."""
         return saved_bytes(Flat(self.networks[name]), self.x)
 
     def peak(self, name: str) -> int:
         """Bytes allocated at once at the worst moment of a step, above what was there before it."""
-        self.step(name)  # what is compiled and measured must not count
-        if self.x.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.step(name)
-            return torch.cuda.max_memory_allocated() - before
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
-            self.step(name)
-        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-        allocated = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            allocated += event.nbytes()
-            most = max(most, allocated)
-        return most
+        return peak_bytes(lambda: self.step(name), cuda=self.x.is_cuda)
 
 
 class Flat(nn.Module):
@@ -119,54 +116,79 @@ def _resident(kind: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-@pytest.mark.parametrize("recompute", TARGETS)
-@pytest.mark.parametrize("width", WIDTHS)
+@memory
 @pytest.mark.parametrize("place", PLACES)
-def test_memory(benchmark, place, width, recompute):
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("recompute", LEVELS)
+def test_memory(benchmark, request, place, width, recompute):
     training = Training(width, place)
+    training.hold(recompute)
     saved = {name: training.saved(name) for name in ("timm", recompute)}
     peak = {name: training.peak(name) for name in ("timm", recompute)}
-    found = {"saved": saved, "peak": peak}
+    found = {"saved": saved, "at once": peak}
     if place == "cpu" and sys.platform == "linux":
-        found["grown"] = {name: grown(width, name) for name in ("timm", recompute)}
-    targets = dict(zip(("saved", "peak"), TARGETS[recompute], strict=True))
+        found["process"] = {name: grown(width, name) for name in ("timm", recompute)}
+    row = f"test_memory.py::{request.node.name}"
     benchmark.extra_info.update(
-        what=f"memory {width}, batch {BATCHES[place][width]}, {place}, recompute={recompute}",
+        what=f"memory {width}, batch {training.batch}, {place}, recompute={recompute}",
+        ratios=[ratio(row, f"{kind}, {recompute}", of["timm"] / of[recompute]) for kind, of in found.items()],
         rival_over_ours={kind: round(of["timm"] / of[recompute], 2) for kind, of in found.items()},
-        targets={kind: target for kind, target in targets.items() if target},
         bytes=found,
-    )
-    benchmark.pedantic(training.step, args=(recompute,), rounds=3)
-
-
-@pytest.mark.parametrize("recompute", ["none", *TARGETS])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_processor_time(benchmark, width, recompute):
-    """Forward and backward of one block on a CPU; "none" runs the same calls as timm's.
-
-    The least that the process was charged, of turns that alternate: what other programs take off a core does not count.
-    """
-    training = Training(width, "cpu", depth=1)
-    best = {"timm": float("inf"), recompute: float("inf")}
-    for turn in range(12):
-        for name in best:
-            started = time.process_time()
-            training.step(name)
-            if turn:  # the first turn warms up
-                best[name] = min(best[name], time.process_time() - started)
-    benchmark.extra_info.update(
-        what=f"processor time {width}, batch {BATCHES['cpu'][width]}, recompute={recompute}",
-        rival_over_ours=round(best["timm"] / best[recompute], 3),
-        best_ms={name: round(1000 * seconds, 1) for name, seconds in best.items()},
     )
     benchmark.pedantic(training.step, args=(recompute,), rounds=1)
 
 
+@memory
+@pytest.mark.quick
+@pytest.mark.parametrize("recompute", LEVELS)
+def test_what_is_kept(benchmark, recompute):
+    """What autograd keeps, in the subset: counted, so that it does not scatter."""
+    training = Training("T", "cpu", depth=2, batch=1)
+    training.hold(recompute)
+    kept = {name: training.saved(name) for name in ("timm", recompute)}
+    share = kept["timm"] / kept[recompute]
+    benchmark.extra_info.update(
+        what=f"saved bytes T, batch 1, recompute={recompute}",
+        portable=True,
+        ratios=[ratio("", f"saved, {recompute}", share)],
+        rival_over_ours=round(share, 2),
+        bytes=kept,
+    )
+    benchmark.pedantic(training.step, args=(recompute,), rounds=1)
+
+
+def ratio(row: str, ours: str, share: float) -> dict:
+    """A ratio of bytes: counted, it is its own interval."""
+    target = targets.of(row, ours, "timm")
+    exact = round(share, 3)
+    return {
+        "ours": ours, "rival": "timm", "plain": exact, "plain_low": exact, "plain_high": exact, "graph": None, "target": target,
+    }  # fmt: skip
+
+
+@with_gradients
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("recompute", ["none", *LEVELS])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_processor_time(against, width, recompute):
+    """Forward and backward of one block on a CPU; "none" runs the same calls as timm's."""
+    training = Training(width, "cpu", depth=1)
+    training.hold(recompute)
+    against(
+        {recompute: lambda: training.step(recompute)},
+        {"timm": lambda: training.step("timm")},
+        what=f"processor time {width}, batch {training.batch}, recompute={recompute}",
+        rounds=12,
+    )
+
+
+@with_gradients
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("recompute", ["none", *TARGETS])
+@pytest.mark.parametrize("recompute", ["none", *LEVELS])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_time_on_a_gpu(against, width, recompute):
     training = Training(width, "cuda", depth=1)
+    training.hold(recompute)
 
     def timed(name: str) -> Callable[[], None]:
         def step() -> None:
@@ -175,7 +197,7 @@ def test_time_on_a_gpu(against, width, recompute):
 
         return step
 
-    against(timed(recompute), timed("timm"), rounds=30)
+    against({recompute: timed(recompute)}, {"timm": timed("timm")}, clock="wall", portable=False)
 
 
 if __name__ == "__main__":

@@ -354,7 +354,9 @@ class AttentionFreeBlock(MlpHalf):
     def from_block(cls, block: nn.Module, **options: Any) -> Self:
         """Take over the MLP half of a block of a known family or of a `FusedMlp`; its parameters are shared, not copied.
 
-        `options` are the keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
+        Args:
+            block: timm's, or a `FusedMlp`.
+            **options: Keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
         """
         family = _family(block)
         scale = getattr(block, family.scales[1])
@@ -363,6 +365,7 @@ class AttentionFreeBlock(MlpHalf):
         )
 
     def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
+        """Tokens `x` [N, T, C] to tokens; `arguments` and `named`, meant for the attention, are checked and left."""
         FAMILIES[self.family].for_attention(arguments, named)  # refuses what timm's block refuses
         return self._mlp_half(x)
 
@@ -417,7 +420,9 @@ class FusedMlp(MlpHalf):
     def from_block(cls, block: nn.Module, **options: Any) -> Self:
         """Take over all parts of a block of a known family; its parameters are shared, not copied.
 
-        `options` are the keyword arguments of the constructor.
+        Args:
+            block: timm's.
+            **options: Keyword arguments of the constructor.
         """
         family = _family(block)
         new = cls(*(getattr(block, name) for name in family.parts), family=family.name, **options)
@@ -438,6 +443,7 @@ class FusedMlp(MlpHalf):
         return block
 
     def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
+        """Tokens `x` [N, T, C] to tokens; `arguments` and `named` are what timm's block hands on to its attention."""
         return self._mlp_half(x + self._attention_branch(x, arguments, named))
 
     def _load_from_state_dict(

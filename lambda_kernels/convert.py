@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
-from .errors import AlreadyConvertedError, UnsupportedModelError
+from .errors import AlreadyConvertedError, BackendUnavailableError, UnsupportedModelError
 from .families import Anatomy, family_of, inspect_model, layer_scale
 from .merging import DEFAULT_START, arranged, merging, plan_merging, settings_for, token_counts, without_merging
 from .ops import tuning
@@ -191,6 +191,8 @@ def remove_attention(
         for i, block in enumerate(model.blocks)
     ]
     rows = _describe(model, new, fuse)
+    if backend == "triton":
+        _refuse_modules(new, rows)
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
@@ -202,6 +204,24 @@ def remove_attention(
         removed, float(residual_scale), fuse, backend, recompute, rows, _widths(blocks), tome_r, tome_start
     )
     return model
+
+
+def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo]) -> None:
+    """Refuse kernels that were asked for by name where blocks that are to be fused would run their submodules instead.
+
+    It is eval mode that counts, as in `rows`: dropout that trains is no reason. Blocks that stay timm's were not asked.
+    """
+    asked = [row for block, row in zip(blocks, rows, strict=True) if isinstance(block, MlpHalf) and block.fuse]
+    alike: dict[str, list[int]] = {}
+    for row in asked:
+        if row.mlp == "modules":
+            alike.setdefault(row.reason, []).append(row.block)
+    if alike:
+        listed = "; ".join(f"blocks {indices}: {reason}" for reason, indices in alike.items())
+        raise BackendUnavailableError(
+            f"backend='triton' cannot run the MLP halves of all blocks that are to be fused ({listed}). Use backend='auto', "
+            "which takes the kernels where they serve and says in lambda_kernels_info where not"
+        )
 
 
 def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> None:
@@ -284,7 +304,8 @@ def convert_vit(
         fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". With "all",
             blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
             anything else of its own stays, and `lambda_kernels_info` says so.
-        backend: "auto", "triton" or "torch", passed on to `ln_mlp`.
+        backend: "auto", "triton" or "torch", passed on to `ln_mlp`. "triton" asks for its kernels by name: a model with an MLP
+            half that `fuse` names and that they cannot serve in eval mode is refused.
         recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
             kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
             It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
@@ -305,7 +326,8 @@ def convert_vit(
         UnsupportedModelError: The model's blocks cannot lose their attention alone, or not merge tokens; the model is
             untouched.
         AlreadyConvertedError: Other layers were removed before, or with another residual_scale.
-        BackendUnavailableError: `backend="triton"` cannot run on the model's device.
+        BackendUnavailableError: `backend="triton"` cannot run on the model's device, or not for all its MLP halves; the
+            model is untouched.
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)

@@ -406,6 +406,10 @@ class EntropyMeter:
     def load_state_dict(self, state: dict[str, Any], *, device: torch.device | str | None = None) -> None:
         """Replace what was seen by a `state_dict` of a meter with the same options.
 
+        Args:
+            state: Of `state_dict`.
+            device: Where what was counted is to be; None leaves it where the tensors of `state` are.
+
         Raises:
             ValueError: The options differ, or the state is damaged or none of a meter; nothing has changed then.
         """
@@ -420,6 +424,10 @@ class EntropyMeter:
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> EntropyMeter:
         """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            device: As for `load_state_dict`.
 
         Raises:
             ValueError: The file is missing, damaged or something else; names it.

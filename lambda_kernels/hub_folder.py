@@ -35,10 +35,13 @@ def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
         raise CheckpointError(f"{folder} has neither {' nor '.join(_FILES)}")
     args = dict(args)
     ours = {key: args.pop(key, None) for key in ("removed", "residual_scale", "fuse", "backend", "recompute")}
-    if not name.startswith(PREFIX):
+    merging = {}
+    if name.startswith(PREFIX):
+        merging = {key: args.pop(key) for key in ("tome_r", "tome_start") if args.get(key) is not None}
+    else:
         ours |= {"removed": [], "residual_scale": 1.0}
         _refuse_converted(path, name, weights)
-    elif not isinstance(ours["removed"], list) or not isinstance(ours["residual_scale"], (int, float)):
+    if not isinstance(ours["removed"], list) or not isinstance(ours["residual_scale"], (int, float)):
         raise CheckpointError(
             f"{path} does not say what was removed: model_args has removed={ours['removed']!r}, residual_scale="
             f"{ours['residual_scale']!r}. Save it with model_args=lambda_kernels.timm_models.model_args(model)"
@@ -46,7 +49,7 @@ def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
     if isinstance(config.get("num_classes"), int):
         args.setdefault("num_classes", config["num_classes"])
     name = name.removeprefix(PREFIX)
-    found = {**ours, "fuse": ours["fuse"] or "all"}
+    found = {**ours, **merging, "fuse": ours["fuse"] or "all"}
     return {
         "architecture": name,
         "model_args": args,

@@ -17,8 +17,12 @@ from .errors import CheckpointError
 from .families import FAMILIES, inspect_model
 from .merging import DEFAULT_START
 
-# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them.
-_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing")
+# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them. The last
+# one is a mark that torch.compile leaves on what it was given.
+_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing", "_is_torch_compile")
+
+# Arguments of timm.create_model that name weights. Older timm (seen in 1.0.15) runs the code in a file of checkpoint_path.
+_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_dir"}
 
 
 def build(config: dict, device: str) -> nn.Module:
@@ -31,6 +35,7 @@ def build(config: dict, device: str) -> nn.Module:
     import timm
 
     ours = config["lambda_kernels"]
+    _check_sources(config)
     # JSON made lists of timm's tuples.
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
     try:
@@ -50,6 +55,17 @@ def build(config: dict, device: str) -> nn.Module:
     removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
     merging = {"tome_r": ours.get("tome_r", 0), "tome_start": ours.get("tome_start", DEFAULT_START)}
     return remove_attention(model, removed, ours["residual_scale"], ours["fuse"], **merging)
+
+
+def _check_sources(config: dict) -> None:
+    """Refuse a config with which timm would read more than the folder: from a hub, or a file that may hold code."""
+    import timm
+
+    named = sorted(_SOURCES & config["model_args"].keys())
+    if named:
+        raise CheckpointError(f"model_args has {', '.join(named)}; weights come out of the folder alone")
+    if not timm.is_model(config["architecture"]):
+        raise CheckpointError(f"timm cannot build {config['architecture']!r}: it has no model of that name")
 
 
 def build_skeleton(config: dict) -> nn.Module:

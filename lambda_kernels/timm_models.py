@@ -18,7 +18,7 @@ import runpy
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import timm
 from timm.models import (
@@ -64,6 +64,9 @@ def model_args(model: nn.Module) -> dict:
 
     As the `model_args` of timm's `save_for_hf` and `push_to_hf_hub`, where timm does not find them by itself (1.0.15).
 
+    Returns:
+        `removed`, `residual_scale` and how blocks run, with every argument of timm's that can be told from the model.
+
     Raises:
         UnsupportedModelError: The model is none that can be converted.
         ValueError: It does not say which timm model it was.
@@ -80,7 +83,11 @@ def model_args(model: nn.Module) -> dict:
 
 def _removal(model: nn.Module) -> dict:
     anatomy = inspect_model(model)
-    return {"removed": list(anatomy.removed), "residual_scale": anatomy.residual_scale or 1.0}
+    args = {"removed": list(anatomy.removed), "residual_scale": anatomy.residual_scale or 1.0}
+    if anatomy.merging:
+        info = model.lambda_kernels_info.to_dict()
+        args |= {"tome_r": info["tome_r"], "tome_start": info["tome_start"]}
+    return args
 
 
 def name_for_timm(model: nn.Module) -> nn.Module:
@@ -171,9 +178,17 @@ def _entry_point(base: str) -> Callable[..., nn.Module]:
         fuse: str = "all",
         backend: str = "auto",
         recompute: str = "auto",
+        tome_r: int | Sequence[int] | None = None,
+        tome_start: int | None = None,
         **kwargs: object,
     ) -> nn.Module:
-        options = {"fuse": fuse, "backend": backend, "recompute": recompute}
+        options = {
+            "fuse": fuse,
+            "backend": backend,
+            "recompute": recompute,
+            "tome_r": tome_r,
+            "tome_start": tome_start,
+        }
         return _build(base, pretrained, removed, residual_scale, options, kwargs)
 
     create.__name__ = create.__qualname__ = f"{PREFIX}{base}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import pickle
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -42,6 +44,8 @@ def read_file(path: str | Path) -> object:
         CheckpointError: The file is missing or damaged, or asks for anything else; what it asks for is named and not run.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file of weights in it, or pass the folder as the model")
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}")
     try:
@@ -52,13 +56,27 @@ def read_file(path: str | Path) -> object:
         with _plain_data_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and pickle each have their own kinds
-        refused = _refused_globals(path)
+        refused = _refused_globals(path) or _refused_in(error)
         if refused:
             raise CheckpointError(
                 f"{path} cannot be read as weights: it asks for {', '.join(refused)}, and code out of a file is never run. If "
                 "you trust it, load it where it was written and save its state dict alone"
             ) from error
-        raise CheckpointError(f"{path} cannot be read as weights ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{path} cannot be read as weights ({why_unreadable(path, error)})") from error
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What an error of `torch.load` or of safetensors says of the file, in one line.
+
+    PyTorch's own words for a pickle that is more than data advise to load it with `weights_only=False`, which runs its code.
+    """
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "it is none of PyTorch's, or holds more than tensors and plain values; code out of a file is never run"
+        return f"UnpicklingError: {reason}"
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _plain_data_allowed() -> AbstractContextManager:
@@ -88,6 +106,12 @@ def _refused_globals(path: Path) -> list[str]:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # no such file at all, or one in PyTorch's format of before 1.6
         return []
+
+
+def _refused_in(error: Exception) -> list[str]:
+    """The same out of PyTorch's error, which for files in the older format names the first."""
+    found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+    return [found[1]] if found else []
 
 
 def check_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import timm
@@ -31,6 +32,40 @@ def edit(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     ours = {**config["lambda_kernels"], **changes}
     write_json(folder / "config.json", {**config, "lambda_kernels": {k: v for k, v in ours.items() if v is not None}})
+
+
+class _Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("form", ["ours", "of timm"])
+def test_a_config_reads_nothing_but_its_folder(form, tmp_path):
+    """Neither a hub nor another file, which timm may run the code of."""
+    model = small_vit()
+    folder = save_pretrained(model, tmp_path / "model")
+    torch.save({"state_dict": {}, "x": _Touch(tmp_path / "ran")}, tmp_path / "harmful.pth")
+    config = json.loads((folder / "config.json").read_text())
+    if form == "of timm":
+        del config["lambda_kernels"]
+
+    def refused(message, **changes):
+        write_json(folder / "config.json", {**config, **changes})
+        with pytest.raises(CheckpointError, match=message):
+            from_pretrained(folder)
+
+    for name, value in (("checkpoint_path", str(tmp_path / "harmful.pth")), ("pretrained_cfg_overlay", {"file": "x"})):
+        refused(
+            f"model_args has {name}; weights come out of the folder alone",
+            model_args={**config["model_args"], name: value},
+        )
+    refused("timm cannot build 'hf-hub:some/model': it has no model of that name", architecture="hf-hub:some/model")
+    assert not (tmp_path / "ran").exists()
+    write_json(folder / "config.json", config)
+    assert torch.equal(from_pretrained(folder).head.weight, model.head.weight)
 
 
 def test_the_config_says_where_the_model_comes_from(tmp_path):

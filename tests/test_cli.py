@@ -321,6 +321,14 @@ def test_unwritable_outputs_are_refused_before_the_work(run, folder, saved, monk
         code, _, err = run(*command, "--model", saved, "--out", "/proc/nowhere/out.json")
         assert code == 2
         assert "cannot write to /proc" in err
+    for command in (
+        ["profile", "--data", folder],
+        ["plan", "--remove", "0", "--images", 9],
+        ["validate", "--data", folder],
+    ):
+        code, _, err = run(*command, "--model", saved, "--out", folder)
+        assert code == 2
+        assert f"{folder} is a folder; name a file in it" in err
 
 
 def test_brackets_and_spaces_in_paths(run, saved, tmp_path):

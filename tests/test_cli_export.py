@@ -72,11 +72,15 @@ def test_what_is_refused_before_work(run, saved, tmp_path, monkeypatch):  # noqa
     onnx, program = tmp_path / "m.onnx", tmp_path / "m.pt2"
     (tmp_path / "classes.json").write_text("[]")
     (tmp_path / "folder.onnx").mkdir()
+    again = tmp_path / "folder.onnx" / ".." / "m.pt2"  # the same file by another path
     for options, message in (
         ([], "say what to write: --onnx FILE.onnx"),
         (["--onnx", program], "--onnx: a file of the form onnx ends in .onnx; got "),
         (["--onnx", tmp_path / "folder.onnx"], "folder.onnx is a folder; name a file in it"),
         (["--aoti", program, "--torch-export", program], "two forms cannot be written to one file"),
+        (["--aoti", again, "--torch-export", program, "--overwrite"], "two forms cannot be written to one file"),
+        (["--torch-export", program, "--out", again], "--out writes JSON, and"),
+        (["--torch-export", program, "--out", tmp_path], "is a folder; name a file in it"),
         (["--torch-export", program, "--opset", 20], "--opset 20 is for --onnx, which was not asked for"),
         (["--onnx", onnx, "--opset", 17], "opset must lie between 18"),
         (["--onnx", "/proc/none/m.onnx"], "cannot write to /proc"),

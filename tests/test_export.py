@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -171,8 +172,21 @@ def test_external_data(one_block, tmp_path, monkeypatch):
     again = export_onnx(one_block, path, overwrite=True)
     assert again.data != made.data
     assert set(tmp_path.iterdir()) == {path, again.data, beside}
+    # Of killed processes nothing stays; what another one is writing does, and it is never the old file's data.
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        (tmp_path / f"large.onnx.{process}-0123abcd.data").touch()
+        (tmp_path / f".large.onnx.{process}-0123abcd.tmp").touch()
+    others = {
+        tmp_path / f"{name}{os.getppid()}-0123abcd.{end}"
+        for name, end in ((".large.onnx.", "tmp"), ("large.onnx.", "data"))
+    }
+    of_a_notebook = again.data.with_name(f"large.onnx.{os.getppid()}-4567abcd.data")  # which goes on after its export
+    again.data.rename(of_a_notebook)
+    path.write_bytes(of_a_notebook.name.encode())
     export_onnx(one_block, path, overwrite=True, external_data=False)
-    assert set(tmp_path.iterdir()) == {path, beside}
+    assert set(tmp_path.iterdir()) == {path, beside, *others}
 
 
 @torch.no_grad()
@@ -232,6 +246,20 @@ torch.save([module(x).detach(), torch.from_numpy(run(None, {"images": x.numpy()}
     subprocess.run([sys.executable, "-c", code, onnx_file.path, program.path, given, results], check=True)
     for found in torch.load(results):
         assert torch.allclose(found, traced.model(x).detach(), atol=1e-4)
+
+
+def test_a_program_names_no_place_on_this_machine(traced, tmp_path):
+    """Not the folders of this library, nor of PyTorch and timm, whose code torch.export notes with each operator."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".small.pt2.{gone.pid}-0123abcd.tmp").touch()  # of a process that was killed
+    made = export_program(traced, tmp_path / "small.pt2")
+    assert set(tmp_path.iterdir()) == {made.path}
+    with zipfile.ZipFile(made.path) as package:
+        content = b"".join(map(package.read, package.namelist()))
+    assert b"aten.gelu" in content  # nothing in it is compressed twice
+    assert b"stack_trace" not in content
+    assert b".py" not in content
 
 
 @pytest.mark.parametrize("wrong", [0.01, float("nan")])

@@ -17,6 +17,7 @@ from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, 
 from lambda_kernels.blocks import replacement_obstacles
 from lambda_kernels.families import FAMILIES, family_of, inspect_model
 from lambda_vit import dilute, finish_dilution, select_layers, set_lambda, transfer_entropy
+from lambda_vit.export_trace import trace_model
 from lambda_vit.layer_profile import profile_layers
 from lambda_vit.paths import PathRunner, skip_attention
 from lambda_vit.transfer import Measurement
@@ -312,3 +313,19 @@ def test_removal_of_all_attention_needs_no_class_token_only_with_pooling():
         convert_vit(model, (0, 1, 2, 3))
     entry = entry_points.build("beit_base_patch16_224", "beit")
     assert convert_vit(entry, (0, 1, 2, 3)).lambda_kernels_info.removed == (0, 1, 2, 3)
+
+
+def test_sizes_that_an_export_cannot_change_are_refused_with_the_remedy():
+    beit = build("beit")
+    newer = hasattr(beit, "set_input_size")
+    words = r"blocks \[1\] have none any more.*set_input_size" if newer else "in this version of timm"
+    with pytest.raises(ValueError, match=f"image_size=32: Beit .*{words}"):
+        trace_model(convert_vit(beit, (1,)), image_size=32)
+    if newer:
+        assert trace_model(convert_vit(beit, ()), image_size=32, batch_size=1).shape == (3, 32, 32)
+        beit.set_input_size(img_size=32)
+        assert convert_vit(beit, (1,))(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    if timm.is_model("naflexvit_base_patch16_gap"):
+        naflex = convert_vit(entry_points.build("naflexvit_base_patch16_gap", "naflexvit"), (1,))
+        with pytest.raises(ValueError, match=r"image_size=32: NaFlexVit has no size of its own.*Leave image_size out"):
+            trace_model(naflex, image_size=32)

@@ -24,6 +24,7 @@ def load(name: str, folder: str = "benchmarks") -> ModuleType:
     return module
 
 
+load("records")
 table = load("gpu_table")
 gpu = load("gpu")
 
@@ -116,10 +117,11 @@ def test_parts_go_on_after_a_failure(parts, tmp_path):
 
 
 def test_rows_survive_a_writer_that_was_stopped(tmp_path, monkeypatch):
-    text = json.dumps(ROW) + "\n" + json.dumps(ROW)[:40]
+    others = [{"name": "a", "skipped": "no CUDA device"}, {"name": "b", "failed": "AssertionError"}]
+    text = "".join(json.dumps(row) + "\n" for row in (ROW, *others)) + json.dumps(ROW)[:40]
     job = gpu.Job(tmp_path / "mlp.log", 30, dict(os.environ))
     code = "import os, sys; open(os.environ[sys.argv[1]], 'w').write(sys.argv[2]); print('FAILED a::b - why')"
-    monkeypatch.setattr(gpu, "pytest", lambda *arguments: [sys.executable, "-c", code, gpu.LINES, text])
+    monkeypatch.setattr(gpu, "pytest", lambda *arguments: [sys.executable, "-c", code, gpu.records.LINES, text])
     found = gpu._rows(job, "benchmarks/test_x.py", compiles=False)
     assert found["rows"] == [ROW]
     assert found["failures"] == ["FAILED a::b - why"]
@@ -192,10 +194,7 @@ def test_rows_of_the_table():
 def test_rows_of_other_kinds():
     (host,) = table.row_lines({"name": "x", "what": "host time staged", "host_us": 61.234})
     assert host.split() == ["host", "time", "staged", "61.23"]
-    (cpu,) = table.row_lines({"name": "test_of_something", "median_us": 14400.04, "rival_over_ours": 2.6})
-    assert cpu.split() == ["test_of_something", "2.60", "14400.0"]
-    (aimed,) = table.row_lines({"name": "test_against_numpy[per channel]", "median_us": 9.0, "rival_over_ours": 2.6})
-    assert aimed.split()[-5:] == ["channel]", "2.60", "9.0", "20.00", "no"]
+    assert table.row_lines({"name": "test_of_something", "median_us": 14400.04}) == ["test_of_something"]
 
 
 def test_the_report_fits_and_keeps_its_beginning():

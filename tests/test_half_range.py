@@ -70,6 +70,18 @@ def test_wrong_input():
         check_float16(model, images())
 
 
+def test_models_that_merge_tokens():
+    model = convert_vit(small_vit(patch_size=8), (0, 1), residual_scale=2.0, tome_r=3)
+    room = check_float16(model, images())
+    assert room == pytest.approx(LIMIT / largest(model), rel=1e-5)
+    with torch.no_grad():
+        model.pos_embed.mul_(200_000)
+    with pytest.raises(ValueError, match=r"2 removed layer\(s\) with residual_scale=2"):
+        check_float16(model, images())
+    with pytest.raises(UnsupportedModelError, match=r"checking a removal.*blocks \[1, 2, 3\] merge.*tome_r=0"):
+        check_float16(convert_vit(small_vit(patch_size=8), (), tome_r=3), images(), (0, 1))
+
+
 def test_half_models_are_warned_about():
     model = small_vit().half()
     for act in (lambda: convert_vit(model, (0, 1), residual_scale=2.0), lambda: dilute(model, (0, 1))):

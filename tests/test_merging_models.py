@@ -298,12 +298,20 @@ def test_exported_with_any_number_of_images():
         torch.testing.assert_close(program.module()(x), converted(x))
 
 
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about sizes that it takes for constants
+@torch.no_grad()
+def test_traced_by_torchscript():
+    converted = convert_vit(small_vit(img_size=SIZE), (2,), tome_r=4)
+    traced = torch.jit.trace(converted, images(3, SIZE))
+    torch.testing.assert_close(traced(images(3, SIZE, seed=7)), converted(images(3, SIZE, seed=7)))
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_onnx_with_any_number_of_images(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    converted = convert_vit(small_vit(img_size=SIZE, depth=2), (), tome_r=4, tome_start=0, fuse="none")
+    converted = convert_vit(small_vit(img_size=SIZE, depth=2), (), tome_r=4, tome_start=0)
     count = torch.export.Dim("count", min=1, max=64)
     program = torch.onnx.export(converted, (images(3, SIZE),), dynamo=True, dynamic_shapes=({0: count},), verbose=False)
     program.save(tmp_path / "model.onnx")

@@ -6,14 +6,18 @@ import entry_points
 import pytest
 import timm
 import torch
+from conftest import small_vit
 from entry_points import attention_free, picture
 from torch import nn
 
-from lambda_kernels import convert_vit
+from lambda_kernels import BackendUnavailableError, convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.convert import describe_blocks
+from lambda_vit import dilute, finish_dilution
 from lambda_vit.validation import kernel_paths, path_lines
 
 pytestmark = pytest.mark.models
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # module, entry point, what `ln_mlp` is asked for; or the reason for which timm's modules run.
 FUSED = {
@@ -59,12 +63,11 @@ def test_those_that_a_kernel_serves(variant, mlp_calls):
 def test_by_the_kernels_themselves(variant, mlp_calls):
     pytest.importorskip("triton")
     module, name, _ = FUSED[variant]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(module, name).to(device)
+    model = build(module, name).to(DEVICE)
     converted = convert_vit(model, (1,), backend="triton")
     assert [row.mlp for row in converted.lambda_kernels_info.blocks] == ["triton"] * 4
     plain = convert_vit(model, (1,), backend="torch")
-    x = picture(model, 1).to(device)
+    x = picture(model, 1).to(DEVICE)
     assert torch.allclose(converted(x), plain(x), rtol=1e-3, atol=1e-3)
     assert {call["backend"] for call in mlp_calls} == {"triton", "torch"}
 
@@ -86,6 +89,46 @@ def test_those_that_pytorch_runs_say_why(variant, mlp_calls):
     assert not mlp_calls
     model.blocks[1].forward = attention_free(model.blocks[1])
     assert torch.allclose(found, model(picture(model)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", MODULES)
+def test_kernels_asked_for_by_name_are_refused_with_the_reason(variant):
+    pytest.importorskip("triton")
+    module, name, reason = MODULES[variant]
+    model = build(module, name).to(DEVICE)
+    before = list(model.blocks)
+    for remove in ((), (1,)):
+        with pytest.raises(BackendUnavailableError, match=r"triton.*blocks \[0, 1, 2, 3\]: .*auto") as caught:
+            convert_vit(model, remove, backend="triton", inplace=True)
+        assert reason in str(caught.value)
+    with pytest.raises(BackendUnavailableError, match=r"blocks \[1\]: "):
+        convert_vit(model, (1,), fuse="removed", backend="triton", inplace=True)
+    assert list(model.blocks) == before
+    assert not hasattr(model, "lambda_kernels_info")
+    assert [row.mlp for row in convert_vit(model, (1,), fuse="none", backend="triton").lambda_kernels_info.blocks] == [
+        "timm", "modules", "timm", "timm",
+    ]  # fmt: skip
+
+
+def test_what_is_asked_of_the_kernels_by_name(tmp_path):
+    pytest.importorskip("triton")
+    model = small_vit(proj_drop_rate=0.1).train().to(DEVICE)
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    converted = convert_vit(model, (1,), backend="triton")  # dropout is of training alone; block 0 keeps its hook
+    assert [row.mlp for row in converted.lambda_kernels_info.blocks] == ["timm", "triton", "triton", "triton"]
+    model.blocks[2].mlp.act = nn.SiLU()
+    with pytest.raises(BackendUnavailableError, match=r"blocks \[2\]: the activation is SiLU, not GELU"):
+        convert_vit(model, (1,), backend="triton")
+    assert convert_vit(model, (1,), fuse="removed", backend="triton").lambda_kernels_info.blocks[1].mlp == "triton"
+    model.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(BackendUnavailableError, match=r"blocks \[1\]: a hook or a replaced forward inside the block"):
+        convert_vit(model, (1,), fuse="removed", backend="triton")
+    diluted = dilute(build("vision_transformer", "vit_giant_patch14_dinov2").to(DEVICE), (1,), lam=0.0)
+    with pytest.raises(BackendUnavailableError, match="mlp is GluMlp, not Mlp"):
+        finish_dilution(diluted, backend="triton")
+    saved = save_pretrained(convert_vit(small_vit("test_vit4"), (1,)), tmp_path)
+    with pytest.raises(BackendUnavailableError, match="norm2 is RmsNorm, not LayerNorm"):
+        from_pretrained(saved, device=DEVICE, backend="triton")
 
 
 def test_every_activation_is_one_of_these():

@@ -236,6 +236,18 @@ def test_loading_of_few_batches_counts_everything(clock):
         measure_loading([], 1.0)
 
 
+def test_loading_counts_the_images_of_patches_and_not_their_keys(clock):
+    patches = {"patches": torch.zeros(5, 8, 12), "patch_coord": torch.zeros(5, 8, 2), "patch_valid": torch.ones(5, 8)}
+
+    def loader() -> Iterator:
+        for batch in (patches, (patches, torch.zeros(5)), patches):
+            clock.now += 0.5
+            yield batch
+
+    found = measure_loading(loader(), 1e9)  # the first batch is not timed
+    assert (found.images, found.images_per_second) == (10, pytest.approx(10.0))
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

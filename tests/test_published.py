@@ -165,6 +165,14 @@ def test_files_that_are_none(tmp_path):
     path = tmp_path / "tiny_024.pth"
     with pytest.raises(CheckpointError, match=r"no weights at .*tiny_024\.pth"):
         load_released(path)
+    for empty in (path, tmp_path / "empty.safetensors"):
+        empty.touch()
+        with pytest.raises(CheckpointError, match=r"cannot be read as weights \(the file is empty\)"):
+            load_released(empty)
+    with pytest.raises(
+        CheckpointError, match="is a folder; name a file of weights in it, or pass the folder as the model"
+    ):
+        load_released(tmp_path)
     path.write_bytes(b"no checkpoint at all")
     with pytest.raises(CheckpointError, match=r"tiny_024\.pth cannot be read as weights"):
         load_released(path)
@@ -210,7 +218,10 @@ def test_code_in_a_file_is_refused_and_not_run(where, state, tmp_path):
     for read in (load_released, read_weights):
         with pytest.raises(CheckpointError, match="cannot be read as weights") as caught:
             read(path)
-        if where not in ("old format", "bare pickle"):
+        assert "weights_only" not in str(caught.value)  # PyTorch advises to switch that off
+        if where == "bare pickle":
+            assert "more than tensors and plain values; code out of a file is never run" in str(caught.value)
+        else:
             assert "it asks for posix.system, and code out of a file is never run" in str(caught.value)
     assert not (tmp_path / "ran").exists()
     with contextlib.suppress(RuntimeError):  # of a bare pickle, which is no file of PyTorch's
@@ -270,9 +281,11 @@ def test_import_ref(run, state, tmp_path):
                   "Without attention: blocks 0, 2, 4 (from the file's name, tiny_024.pth); residual scale 2",
                   "Left out: 18 tensors", "Not read: optimizer, lr_scheduler, epoch, args, scaler, max_accuracy",
                   "Published top-1 on ImageNet-1k: 72.94 % (torch 1.7.1), 72.79 % (torch 1.12.1); not measured here",
-                  f"Next: lambda-vit validate --model {out} --data path/to/imagenet",
-                  f"validate --model {out} --reference deit_tiny_patch16_224 --reference-pretrained --data"):  # fmt: skip
+                  f"Next: lambda-vit validate --model {out} --data path/to/imagenet"):  # fmt: skip
         assert words in said
+    assert (
+        "--reference" not in said
+    )  # DeiT-Tiny in timm wants another crop than these files: `validate` compares them not
     loaded = from_pretrained(out)
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     assert f"Parameters: {sum(p.numel() for p in loaded.parameters()):,}" in said

@@ -242,6 +242,28 @@ def test_a_converted_model_takes_its_name(hub, tmp_path):
         timm_models.name_for_timm(model)
 
 
+@torch.no_grad()
+def test_merging_goes_with_the_name(hub, tmp_path):
+    model = small(img_size=64, removed=(0, 2), tome_r=3, tome_start=0)
+    assert (model.lambda_kernels_info.tome_r, model.lambda_kernels_info.tome_start) == (3, 0)
+    taken = timm_models.name_for_timm(
+        convert_vit(small_vit("deit_tiny_patch16_224", img_size=64), (1,), residual_scale=2.0, tome_r=[2, 1])
+    )
+    for number, merging in enumerate((model, taken)):
+        args = timm_models.model_args(merging)
+        rebuilt = timm.create_model("lambda_deit_tiny_patch16_224", **args)
+        rebuilt.load_state_dict(merging.state_dict())
+        hub.save_for_hf(merging, str(tmp_path / str(number)), **({} if KEEPS_ARGS else {"model_args": args}))
+        for loaded in (rebuilt.eval(), from_pretrained(tmp_path / str(number))):
+            assert loaded.lambda_kernels_info.tome_r == merging.lambda_kernels_info.tome_r
+            assert torch.equal(loaded(images(2, 64)), merging(images(2, 64)))
+    assert "tome_r" not in timm_models.model_args(small(removed=(0, 2)))
+    path = tmp_path / "0" / "config.json"
+    path.write_text(path.read_text().replace('"tome_r": 3', '"tome_r": "3"'))
+    with pytest.raises(CheckpointError, match="tome_r must be a whole number"):
+        from_pretrained(tmp_path / "0")
+
+
 def test_folders_for_the_hub_that_do_not_say_enough(hub, tmp_path):
     model = small(removed=(0, 2))
     hub.save_for_hf(model, str(tmp_path), safe_serialization=True, model_args=timm_models.model_args(model))

@@ -157,6 +157,9 @@ def uniform_grid(
         channels: K, a whole number from 0, where both edges are numbers.
         device: Where the grid is to be; None: where the edges are, or the CPU.
 
+    Returns:
+        The grid: `bins` bins for each of `channels` rows, or for each row of the edges.
+
     Raises:
         TypeError: `bins` or `channels` is not an int, or an edge neither a number nor a tensor.
         ValueError: An edge is not finite, `lo` is above `hi`, the bins are too narrow for float64, or the shapes differ.

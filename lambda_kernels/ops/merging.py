@@ -75,7 +75,10 @@ def match_tokens(keys: Tensor, r: int, *, protected: int = 0) -> Merge:
         likeness, target = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)
     edges = likeness.topk(r, sorted=False).indices
     source, target = protected + 2 * edges, protected + 1 + 2 * target.gather(1, edges)
-    stays = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device).scatter(1, source, False)
+    gone = torch.zeros_like(
+        source, dtype=torch.bool
+    )  # a tensor: torch.jit.trace knows no scatter of a bool that is none
+    stays = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device).scatter(1, source, gone)
     place = stays.cumsum(1) - 1
     into = place.gather(1, target)
     # Those that go are written to one more place, which is cut off: without that the number kept would depend on values.

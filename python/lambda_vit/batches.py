@@ -23,6 +23,11 @@ class SizedLoader(Protocol):
     def __len__(self) -> int: ...
 
 
+def images_of(item: Any) -> Images:
+    """The images in what a loader gave: alone, or first in a tuple."""
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
 def count(images: Images) -> int:
     """How many images there are."""
     return len(images["patches"] if isinstance(images, dict) else images)

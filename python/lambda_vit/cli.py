@@ -192,15 +192,15 @@ def validate(
     device: Device = "auto",
 ) -> None:
     """Measure accuracy, agreement with the original, size, FLOPs, memory and latency."""
-    from lambda_kernels.files import check_writable, write_json
+    from lambda_kernels.files import write_json
 
     from . import progress
     from .loading import open_model
+    from .plot_files import check_outputs
     from .report import console_summary
     from .validation import compare, path_lines
 
-    if out is not None:
-        check_writable(out)
+    check_outputs(out)
     labels = {"reference": reference, "model": model}
     models = {}
     with progress.shown():

@@ -74,13 +74,14 @@ def export(
     device: Device = "cpu",
 ) -> None:
     """Write a model as ONNX, as a program of torch.export or compiled, and check that the file computes the same."""
-    from lambda_kernels.files import check_writable, write_json
+    from lambda_kernels.files import write_json
 
     from . import environment, progress
     from .export import WRITERS, check_opset, check_target, require_compiler, require_packages
     from .export_check import ExportMismatchError, measure_latency
     from .export_trace import trace_model
     from .loading import open_model
+    from .plot_files import check_outputs
 
     given = {"onnx": onnx, "torch-export": torch_export, "aoti": aoti}
     targets = {form: path for form, path in given.items() if path is not None}
@@ -96,8 +97,9 @@ def export(
     check_opset(opset)
     if aoti is not None:
         require_compiler()
-    if out is not None:
-        check_writable(out)
+    check_outputs(out)
+    if out is not None and out.resolve() in [path.resolve() for path in targets.values()]:
+        raise ValueError(f"--out writes JSON, and {out} is to hold the model; choose another name")
     names = None if class_map is None else read_class_map(class_map)
     console = make_console()
     files: dict[str, Exported] = {}
@@ -148,7 +150,7 @@ def _check_targets(targets: dict[str, Path], overwrite: bool, check: Callable[[P
             ) from None
         except (ValueError, IsADirectoryError) as error:
             raise ValueError(f"--{form}: {error}") from error
-    if len({path.absolute() for path in targets.values()}) < len(targets):
+    if len({path.resolve() for path in targets.values()}) < len(targets):
         raise ValueError(f"two forms cannot be written to one file: {', '.join(map(str, targets.values()))}")
 
 

@@ -40,8 +40,6 @@ def import_ref(
         console.print(line, soft_wrap=True)
     console.print(f"Written: {out}/", soft_wrap=True)
     print_next(console, "validate", "--model", out, "--data", "path/to/imagenet")
-    print_next(console, "validate", "--model", out, "--reference", found.architecture, "--reference-pretrained", "--data",
-               "path/to/imagenet")  # fmt: skip
 
 
 def _lines(found: Any, scale: float) -> list[str]:

@@ -76,18 +76,18 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Dry run: what removing attention layers saves, and the memory and hours that the training for it takes."""
-    from lambda_kernels.files import check_writable, write_json
+    from lambda_kernels.files import write_json
 
     from . import environment, progress
     from .loading import check_device, open_model
     from .planning import plan_training, split_epochs
+    from .plot_files import check_outputs
 
     chosen = chosen_layers(selection, remove)
     if (data is None) == (images is None):
         raise ValueError("pass either --data FOLDER or --images COUNT: hours depend on how many images an epoch has")
     dilution, recovery = split_epochs(epochs, dilution_epochs, recovery_epochs)
-    if out is not None:
-        check_writable(out)
+    check_outputs(out)
     where = check_device(device)
     with progress.shown():
         network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")

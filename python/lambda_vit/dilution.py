@@ -100,6 +100,9 @@ def dilute(
         lam: λ to start from.
         inplace: Change `model` itself instead of a deep copy.
 
+    Returns:
+        The model under dilution, in the mode that `model` is in: a copy unless `inplace`.
+
     Raises:
         ValueError: Wrong indices, or a class token would be cut off from the image.
         UnsupportedModelError: The model cannot be changed block by block.
@@ -163,6 +166,10 @@ def diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
 def set_lambda(model: nn.Module, lam: float) -> None:
     """Set λ of every block under dilution.
 
+    Args:
+        model: Under dilution.
+        lam: λ, from 1 (the block as it was) to 0 (attention has no part in it).
+
     Raises:
         ValueError: λ lies outside [0, 1], or no block is under dilution.
     """
@@ -183,6 +190,9 @@ def finish_dilution(
         fuse: As for `convert_vit`.
         backend: As for `convert_vit`.
         recompute: As for `convert_vit`; None keeps what the model was converted with before it was diluted.
+
+    Returns:
+        `model` itself, with `lambda_kernels_info`; its optimizer still holds the parameters that are gone.
 
     Raises:
         ValueError: λ is not 0 yet, no block is under dilution, or an option is none of the known ones.

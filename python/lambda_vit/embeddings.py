@@ -234,17 +234,16 @@ class Embeddings:
 
 def _parts(item: Any) -> tuple[Images, Tensor | None]:
     """Images, and what labels there are, of what a loader gave: images alone, or first in a tuple."""
-    if not isinstance(item, (tuple, list)):
-        return item, None
-    if len(item) < 2:
-        return item[0], None
+    images = batches.images_of(item)
+    if images is item or len(item) < 2:
+        return images, None
     try:
         targets = torch.as_tensor(item[1])
     except (TypeError, ValueError, RuntimeError):  # names or paths: whoever needs labels says that there are none
-        return item[0], None
+        return images, None
     if targets.is_floating_point() and not torch.equal(targets, targets.round()):  # no classes: rounding would lie
-        return item[0], None
-    return item[0], targets if targets.shape == (batches.count(item[0]),) else None
+        return images, None
+    return images, targets if targets.shape == (batches.count(images),) else None
 
 
 def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -259,7 +258,7 @@ def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 def _images(loader: Iterable, of_a_batch: int) -> int | None:
     """How many images a pass has at most; None: the loader does not know."""
     if isinstance(loader, (list, tuple)):
-        return sum(batches.count(_parts(item)[0]) for item in loader)
+        return sum(batches.count(batches.images_of(item)) for item in loader)
     try:
         number = len(loader)  # type: ignore[arg-type]  # the TypeError is meant
     except TypeError:

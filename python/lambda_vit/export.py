@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lambda_kernels.files import atomic_write, check_writable
+from lambda_kernels.files import atomic_write, check_writable, remove_leftovers, runs_beside
 
 from .export_check import Checked, check_file
 from .export_trace import Traced, trace_model, undisturbed
@@ -82,6 +82,9 @@ def export_onnx(
         overwrite: Replace an existing file.
         **options: Of `trace_model`.
 
+    Returns:
+        What was written, where, and how far its results are from the model's (`.checked`).
+
     Raises:
         MissingPackageError: onnx or onnxscript is not installed.
         ExportMismatchError: onnxruntime's results differ; nothing was written.
@@ -111,8 +114,9 @@ def export_onnx(
     )
     outside = weights > EXTERNAL_ABOVE if external_data is None else external_data
     # A name of its own: until the new .onnx file is in its place, the old one keeps its data.
-    data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data") if outside else None
+    data = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.data") if outside else None
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     with atomic_write(path) as temporary:
         try:
             onnx_ir.save(made, temporary, external_data=None if data is None else data.name)
@@ -120,11 +124,13 @@ def export_onnx(
                 with open(data, "rb") as written:
                     os.fsync(written.fileno())
             checked = check_file("onnx", temporary, traced)
+            stale = _stale_data(path, keep=data)
         except BaseException:
             if data is not None:
                 data.unlink(missing_ok=True)
             raise
-    _remove_data(path, keep=data)
+    for other in stale:
+        other.unlink(missing_ok=True)
     size = path.stat().st_size + (0 if data is None else data.stat().st_size)
     return Exported(path, "onnx", size, checked, data, made.opset_imports[""])
 
@@ -138,6 +144,9 @@ def export_program(model: nn.Module | Traced, path: str | Path, *, overwrite: bo
         overwrite: Replace an existing file.
         **options: Of `trace_model`.
 
+    Returns:
+        What was written, where, and how far its results are from the model's (`.checked`).
+
     Raises:
         ExportMismatchError: The results of the file, loaded again, differ; nothing was written.
         OSError: `path` cannot be written to, or is there already.
@@ -146,6 +155,7 @@ def export_program(model: nn.Module | Traced, path: str | Path, *, overwrite: bo
     path = check_target(path, "torch-export", overwrite)
     traced = _traced(model, options)
     extra = {PROGRAM_METADATA: json.dumps(traced.metadata, indent=2)}
+    remove_leftovers(path)
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:
             torch.export.save(traced.program, file, extra_files=extra)
@@ -164,6 +174,9 @@ def export_aoti(model: nn.Module | Traced, path: str | Path, *, overwrite: bool 
         overwrite: Replace an existing file.
         **options: Of `trace_model`.
 
+    Returns:
+        What was written, where, and how far its results are from the model's (`.checked`).
+
     Raises:
         RuntimeError: There is no C++ compiler.
         ExportMismatchError: The results of the package, loaded again, differ; nothing was written.
@@ -175,6 +188,7 @@ def export_aoti(model: nn.Module | Traced, path: str | Path, *, overwrite: bool 
     traced = _traced(model, options)
     from torch._inductor import aoti_compile_and_package
 
+    remove_leftovers(path)
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as file, undisturbed(one_device(traced.model)):
             configs = {"aot_inductor.metadata": dict(traced.metadata)}
@@ -272,9 +286,16 @@ def _tidy(made: Any, traced: Traced) -> None:
             )
 
 
-def _remove_data(path: Path, keep: Path | None) -> None:
-    """What earlier files of this name kept outside, which nothing refers to any more."""
-    pattern = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.data")
-    for other in path.parent.glob("*.data"):
-        if pattern.fullmatch(other.name) and other != keep:
-            other.unlink(missing_ok=True)
+def _stale_data(path: Path, keep: Path | None) -> list[Path]:
+    """Data that nothing will refer to once `path` is replaced: of the file that is there now, and of killed processes.
+
+    Another process may be writing the same path: its data stays.
+    """
+    pattern = re.compile(rf"{re.escape(path.name)}\.(\d+)-[0-9a-f]{{8}}\.data")
+    found = [(other, named) for other in path.parent.glob("*.data") if (named := pattern.fullmatch(other.name))]
+    current = path.read_bytes() if found and path.is_file() else b""
+    return [
+        other
+        for other, named in found
+        if other != keep and (os.fsencode(other.name) in current or not runs_beside(int(named[1])))
+    ]

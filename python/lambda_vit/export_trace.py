@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lambda_kernels import __version__
 from lambda_kernels.blocks import MlpHalf
 from lambda_kernels.errors import BackendUnavailableError, NonFiniteActivationError
-from lambda_kernels.families import inspect_model
+from lambda_kernels.families import Anatomy, inspect_model
 from lambda_kernels.features import FeatureModel
 
 from . import environment
@@ -104,7 +104,7 @@ def trace_model(
     own = input_shape(core)
     resized = image_size is not None and (image_size, image_size) != own[1:]
     if resized:
-        _check_image_size(core, image_size)
+        _check_image_size(core, image_size, anatomy)
     if resized or any(p.is_floating_point() and p.dtype != kind for p in model.parameters()):
         model = copy.deepcopy(model)
         core = model.model if isinstance(model, FeatureGetterNet) else model
@@ -123,6 +123,7 @@ def trace_model(
     dynamic = None if batch_size else ({0: torch.export.Dim("batch", min=1)},)
     with eval_mode(model), undisturbed(device):
         program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
+    _forget_places(program)
     _check_operators(program)
     outputs: tuple[str, ...] = ("logits",) if core.num_classes else ("embedding",)
     if features:
@@ -149,9 +150,14 @@ def _refuse_kernels_by_name(core: nn.Module) -> None:
         )
 
 
-def _check_image_size(core: nn.Module, image_size: object) -> None:
+def _check_image_size(core: nn.Module, image_size: object, anatomy: Anatomy) -> None:
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ValueError(f"image_size must be a number of pixels; got {image_size!r}")
+    if not hasattr(core, "patch_embed"):
+        raise ValueError(
+            f"image_size={image_size}: {type(core).__name__} has no size of its own to change, and its files take images of "
+            f"{input_shape(core)[1]} pixels. Leave image_size out"
+        )
     patch = core.patch_embed.patch_size
     if any(image_size % side for side in patch):
         raise ValueError(
@@ -162,15 +168,31 @@ def _check_image_size(core: nn.Module, image_size: object) -> None:
             f"image_size={image_size}: {type(core).__name__} takes {input_shape(core)[1]} pixels and cannot be resized in "
             "this version of timm. Build it with timm.create_model(…, img_size=…) before its weights are loaded"
         )
+    if anatomy.removed and "beit" in anatomy.families:
+        raise ValueError(
+            f"image_size={image_size}: {type(core).__name__} resizes the position biases of every attention, and blocks "
+            f"{list(anatomy.removed)} have none any more. Call set_input_size on the full model, and convert that"
+        )
+
+
+def _nodes(program: torch.export.ExportedProgram) -> Iterator[torch.fx.Node]:
+    """Of all graphs of a program, the ones inside others too."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
+
+
+def _forget_places(program: torch.export.ExportedProgram) -> None:
+    # Which lines of which files made an operator: of use to nobody elsewhere, and it names folders of this machine.
+    for node in _nodes(program):
+        node.meta.pop("stack_trace", None)
 
 
 def _check_operators(program: torch.export.ExportedProgram) -> None:
     """Refuse what a plain PyTorch could not run, and no exporter translate: operators that some library registered."""
     foreign = {
         str(node.target)
-        for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
+        for node in _nodes(program)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prim", "prims")
     }
     if foreign:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
 from lambda_kernels.families import inspect_model, qualified_name, refuse_merging
 
+from . import batches
 from .placement import eval_mode, one_device, one_dtype
 from .progress import track
 from .radial import radial_bins, radial_spectra
@@ -146,6 +147,9 @@ def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequ
         model: A timm vision transformer, converted or not.
         loader: Yields images, or tuples whose first item is images, all of one size; iterated once.
 
+    Returns:
+        Per block and frequency bin the log amplitude, amplitude and power, means over images and channels, with errors.
+
     Raises:
         ValueError: Fewer than two images, or the weights are on the meta device.
         UnsupportedModelError: The model's blocks are not known, or their tokens are no map: some were dropped or merged.
@@ -154,7 +158,7 @@ def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequ
     meter = _Meter(model)
     with eval_mode(model):
         for batch in track(loader, "Frequencies"):
-            meter.update(_images(batch))
+            meter.update(batches.images_of(batch))
     return meter.result()
 
 
@@ -166,6 +170,9 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable[Any
         model: A timm vision transformer, converted or not: "before".
         other: One with as many blocks: "after". It may share modules with `model`, as `skip_attention(model, layers)` does.
         loader: As for `feature_frequencies`.
+
+    Returns:
+        Both measurements, and per block what changed, with standard errors of each image against itself.
 
     Raises:
         ValueError: As for `feature_frequencies`, or the models differ in depth or in the size of their token maps.
@@ -180,7 +187,7 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable[Any
     changes = _Moments()
     with eval_mode(model, other):
         for batch in track(loader, "Frequencies"):
-            first, second = (meter.update(_images(batch)) for meter in (before, after))
+            first, second = (meter.update(batches.images_of(batch)) for meter in (before, after))
             if before.grid != after.grid:
                 raise ValueError(
                     f"the models have token maps of {_times(before.grid)} and {_times(after.grid)}: their frequencies are "
@@ -194,10 +201,6 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable[Any
         for index, (mean, error) in enumerate(zip(means, errors, strict=True))
     )
     return FrequencyComparison(*results, tuple(rows))
-
-
-def _images(batch: Any) -> Tensor:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _times(grid: tuple[int, int]) -> str:
@@ -252,7 +255,7 @@ class _Meter:
         self._relative = _Moments()  # [N, depth, bins + 1]
         self._floored = torch.zeros(self.depth, dtype=torch.int64)
 
-    def update(self, images: Tensor) -> Tensor:
+    def update(self, images: Any) -> Tensor:
         """Measure a batch: Δ log amplitude, and its mean behind the bins; float64 `[N, depth, bins + 1]` on the CPU."""
         self._batches += 1
         found: list[tuple[int, Tensor, Tensor, Tensor]] = []

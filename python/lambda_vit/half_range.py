@@ -8,7 +8,7 @@ from torch import nn
 from lambda_kernels.blocks import AttentionFreeBlock
 from lambda_kernels.convert import check_indices
 from lambda_kernels.errors import AlreadyConvertedError, NonFiniteActivationError
-from lambda_kernels.families import inspect_model
+from lambda_kernels.families import inspect_model, refuse_merging
 
 from . import batches
 from .batches import Images
@@ -35,7 +35,7 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
         ValueError: They do not fit. Names the block, the number, and by how much removals have scaled it; or indices are wrong.
         AlreadyConvertedError: `remove` is given for a model that has lost attention already.
         NonFiniteActivationError: They are not finite in the present dtype.
-        UnsupportedModelError: The model's blocks are not known.
+        UnsupportedModelError: The model's blocks are not known; or they merge tokens, and `remove` is given.
     """
     anatomy = inspect_model(model)
     remove = check_indices(remove, anatomy.depth)
@@ -43,6 +43,8 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
         raise AlreadyConvertedError(
             f"the model has lost the attention of blocks {list(anatomy.removed)} already: check it without remove"
         )
+    if remove:
+        refuse_merging(anatomy, "checking a removal")
     blocks = [
         AttentionFreeBlock.from_block(block, residual_scale=residual_scale) if index in remove else block
         for index, block in enumerate(model.blocks)
@@ -54,10 +56,10 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
         )
         for block in blocks
     ]
-    view = with_blocks(model, blocks)
+    network = with_blocks(model, blocks) if remove else model
     try:
         with eval_mode(model, *blocks):
-            view(batches.to(images, one_device(model), one_dtype(model)))
+            network(batches.to(images, one_device(model), one_dtype(model)))
     finally:
         for hook in hooks:
             hook.remove()

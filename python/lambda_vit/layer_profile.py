@@ -129,6 +129,9 @@ def profile_layers(
         together_bytes: Outputs of several layers are kept, up to this many bytes, and measured in one call; 0: each at
             once. None: at once on a CPU, where an output is still in the cache; on CUDA as far as `TOGETHER_BYTES` go.
 
+    Returns:
+        Per block the entropies of the attention's and the MLP's outputs in bits: mean and quartiles over the channels.
+
     Raises:
         ValueError: Fewer than two images, a wrong option, or a layer of which no channel ever changes.
         UnsupportedModelError: The model's blocks are not known, or merge tokens.
@@ -155,7 +158,7 @@ def profile_layers(
                 hooks.append(hook)
         with eval_mode(model):
             for batch in track(loader, "Profile"):
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                images = batches.images_of(batch)
                 if not batches.count(images):
                     continue
                 samples += batches.count(images)

@@ -40,6 +40,13 @@ def node(path: Path, at: int) -> Node:
 def skip_attention(model: nn.Module, skip: Sequence[int] | Selection) -> nn.Module:
     """A view of `model` in which the attention of the blocks `skip` is passed over; parameters and modules are shared.
 
+    Args:
+        model: A timm vision transformer, which is left as it is.
+        skip: Block indices.
+
+    Returns:
+        A model that shares everything with `model` but the order of what runs; its blocks in `skip` are x + MLP(LN(x)).
+
     Raises:
         ValueError: An index is wrong.
         UnsupportedModelError: The model cannot be changed block by block.

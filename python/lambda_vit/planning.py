@@ -175,6 +175,10 @@ def plan_training(
         loader: Yields batches (images, …), to measure how fast they can be loaded; None leaves that out.
         recompute: As for `finetune`, for the two networks that are trained. The full one is looked at as it is.
 
+    Returns:
+        What the full, the diluting and the final network take, in parameters, FLOPs, bytes and seconds of a step, and the
+        hours of both phases.
+
     Raises:
         ValueError: An argument is out of range, the layers cannot be removed, or a batch does not fit into memory.
         UnsupportedModelError: The model cannot be changed block by block.

@@ -14,7 +14,7 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _STAMPS = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
 
 
-def check_outputs(out: Path | None, plot: Path | None) -> None:
+def check_outputs(out: Path | None, plot: Path | None = None) -> None:
     """Raise before the work whose results could not be written: a record to `out`, a figure to `plot`.
 
     Raises:

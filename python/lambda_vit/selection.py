@@ -36,12 +36,19 @@ class Selection:
     """The layers to remove, in the order they were picked, and all that was measured on the way.
 
     Attributes:
+        layers: Block indices.
+        strategy: Its name, as for `select_layers`.
         criterion: What layers were judged by, and `unit` that of its scores; None for a control.
         stop: What was asked for.
         beam: How many sets of layers the search kept from round to round.
-        entropy_full: Of the full model's output.
+        estimator: Of the entropies, which are of `score`; None where no path was run.
+        signed: Whether the sign of TE counted.
+        model: timm's name of the model it was made for, of `depth` blocks; None where that is not known.
+        entropy_full: Of the full model's output, in bits.
         samples: Images, and `channels` of the output that entropies are of.
         rounds: Of the search, in order; a ranking has one, from which all layers come.
+        seed: Of a random draw.
+        warnings: What has to be said of the measurement.
     """
 
     layers: tuple[int, ...]
@@ -188,6 +195,9 @@ def select_layers(
         progress_file: Written atomically after every round; the same call then goes on from there. A control writes none,
             and refuses one that a search has left.
         restart: Forget what `progress_file` holds.
+
+    Returns:
+        The layers in the order they were picked, with the score of every candidate of every round.
 
     Raises:
         ValueError: `count` or an option is wrong, the loader is empty, or a class token would be cut off from the image.

@@ -40,7 +40,14 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Strategy:
-    """`how` is "greedy", "ranked" or "control", which has no criterion."""
+    """How layers are found, and by what.
+
+    Attributes:
+        how: "greedy": one by one, each time together with those picked before. "ranked": by what each does alone.
+            "control": measures nothing.
+        criterion: What a path is judged by; None for a control.
+        about: In words, for people.
+    """
 
     how: str
     criterion: Criterion | None

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import count, images_of
 from .evaluate import MINIMUM_ROUNDS, input_shape
 from .placement import one_device, one_dtype
 from .progress import task
@@ -134,7 +135,7 @@ def measure_loading(loader: Iterable[Any], seconds: float) -> Loading:
             if number <= ready:
                 started = time.perf_counter()
                 continue
-            counted += len(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            counted += count(images_of(batch))
             if time.perf_counter() - started > seconds:
                 break
         taken = time.perf_counter() - started

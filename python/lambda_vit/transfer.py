@@ -268,6 +268,9 @@ def transfer_entropy(
         signed: H(full) − H(skipped) itself instead of its absolute value.
         score: "logits", or "pre_logits" for what goes into the classifier.
 
+    Returns:
+        Bits, summed over the channels of the output: |H(full) − H(skipped)|, or with its sign.
+
     Raises:
         ValueError: Wrong indices or options, or an empty loader.
         UnsupportedModelError: The model cannot be changed block by block.

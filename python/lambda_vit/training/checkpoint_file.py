@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lambda_kernels import __version__
 from lambda_kernels.files import atomic_writes, sha256
+from lambda_kernels.weights import why_unreadable
 
 FORMAT = 1
 FILE = re.compile(r"step-(\d{9,})(?:-\d+)?\.(?:pt|json)")
@@ -228,5 +229,4 @@ def read(folder: Path, manifest: Manifest) -> Any:
     except OSError as error:
         raise UnusableError(f"{name} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # pickle, the archive and torch each have their own kinds
-        said = str(error).strip().partition("\n")[0]
-        raise UnusableError(f"{name} cannot be loaded ({type(error).__name__}: {said})") from error
+        raise UnusableError(f"{name} cannot be loaded ({why_unreadable(folder / name, error)})") from error
