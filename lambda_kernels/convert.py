@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
-from .errors import AlreadyConvertedError, UnsupportedModelError
+from .errors import AlreadyConvertedError, BackendUnavailableError, UnsupportedModelError
 from .families import Anatomy, family_of, inspect_model, layer_scale
 from .merging import DEFAULT_START, arranged, merging, plan_merging, settings_for, token_counts, without_merging
 from .ops import tuning
@@ -32,7 +32,7 @@ class BlockInfo:
 
     block: int
     attention: str  # "kept" or "removed"
-    mlp: str  # "timm": the block is timm's own; "modules", "torch", "triton": see AttentionFreeBlock.path
+    mlp: str  # "timm": the block is timm's own; "modules", "torch", "onednn", "triton": see AttentionFreeBlock.path
     reason: str
     recompute: str  # what a training step computes again in the MLP half: "none", "act" or "all"
     recompute_reason: str
@@ -189,6 +189,9 @@ def remove_attention(
         for i, block in enumerate(model.blocks)
     ]
     rows = _describe(model, new, fuse)
+    if backend == "onednn" and all(row.mlp in ("modules", "timm") for row in rows):
+        reasons = "; ".join(dict.fromkeys(row.reason for row in rows))
+        raise BackendUnavailableError(f"backend='onednn' can run no block: {reasons}. Use backend='auto'")
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
@@ -282,7 +285,7 @@ def convert_vit(
         fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". With "all",
             blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
             anything else of its own stays, and `lambda_kernels_info` says so.
-        backend: "auto", "triton" or "torch", passed on to `ln_mlp`.
+        backend: "auto", "triton", "onednn" or "torch", passed on to `ln_mlp`.
         recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
             kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
             It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
@@ -303,7 +306,7 @@ def convert_vit(
         UnsupportedModelError: The model's blocks cannot lose their attention alone, or not merge tokens; the model is
             untouched.
         AlreadyConvertedError: Other layers were removed before, or with another residual_scale.
-        BackendUnavailableError: `backend="triton"` cannot run on the model's device.
+        BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on the model's device, or "onednn" in no block.
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
