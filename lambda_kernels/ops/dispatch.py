@@ -121,7 +121,7 @@ def onednn_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
 def _why_no_onednn(bfloat16: bool) -> tuple[str, ...]:
     if onednn.missing():
         return onednn.missing()
-    if not torch._C._get_mkldnn_enabled():
+    if not torch._C._get_mkldnn_enabled() and not exporting():  # torch.export switches it off for itself
         return ("oneDNN is switched off (torch.backends.mkldnn)",)
     if bfloat16 and not onednn.knows_bfloat16():
         return ("oneDNN computes nothing in bfloat16 on this processor",)
@@ -145,7 +145,9 @@ def not_inference(device: torch.device, recording: bool = False, subclass: bool 
     if exporting():
         found.append("the model is being exported, and what is exported has to run without this library")
     if recording:
-        found.append("autograd records the call, and oneDNN's products have no gradient; torch.inference_mode() records none")
+        found.append(
+            "autograd records the call, and oneDNN's products have no gradient; torch.inference_mode() records none"
+        )
     if autocast_enabled(device.type):
         found.append("autocast is on, and would cast the weights at every call; model.to(torch.bfloat16) does it once")
     if subclass or torch._C._len_torch_dispatch_stack() > 0:

@@ -58,9 +58,9 @@ def ln_mlp(
             timm's to the last bit. A `torch.func` transform or forward-mode differentiation makes it "none" as well.
         backend: "auto", "triton", "onednn" or "torch". "triton" and "onednn" raise where they cannot run. "onednn" (CPU,
             float32 and bfloat16) is for inference: where autograd records the call, under autocast, while compiling or
-            exporting PyTorch's operators run; `dispatch.choose` tells the reason. "auto" never takes it, since it rounds otherwise
-            than timm. Of weights that are parameters it keeps a second copy, in an order of its own, while they live; changes
-            of them are seen, but for single elements written through `.data` or NumPy, which PyTorch does not count.
+            exporting, PyTorch's operators run; `dispatch.choose` tells the reason. "auto" never takes it, since it rounds
+            otherwise than timm. Of weights that are parameters it keeps a second copy, in an order of its own, while they live.
+            Changes of a weight are seen, but for single elements written through `.data` or NumPy, which PyTorch does not count.
 
     Returns:
         A tensor shaped like `x`; dtype as PyTorch's own type promotion and autocast give.

@@ -1,8 +1,8 @@
 """`ln_mlp` for inference on a CPU: LayerNorm, then oneDNN's products with GELU, bias and residual inside.
 
 x [M, C], GELU's output [M, H]. Of what PyTorch's operators would write, p [M, H], the branch and copies of biases [M, C] are
-never written. The products are PyTorch's own operators for its compiler, `torch.ops.mkldnn._linear_pointwise`; they are private,
-so `missing` asks whether this version has them as they are called here. They have no gradient.
+never written. The products are operators that PyTorch has for its compiler, `torch.ops.mkldnn._linear_pointwise`; they are
+private, so `missing` asks whether this version has them as they are called here. They have no gradient.
 
 Weights that are parameters are brought once into the order that oneDNN's products read, which takes their memory again for as
 long as they live. What is not a parameter, such as a view made for a call, is used as it is.
