@@ -493,6 +493,7 @@ def test_saved_and_opened(tmp_path):
     assert {row.mlp for row in from_pretrained(tmp_path / "model").lambda_kernels_info.blocks} == {"torch"}
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_and_exported():
     ours, plain = converted(depth=2, remove=(1,))
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

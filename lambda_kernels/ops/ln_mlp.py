@@ -60,7 +60,7 @@ def ln_mlp(
             float32 and bfloat16) is for inference: where autograd records the call, under autocast, while compiling or
             exporting, PyTorch's operators run; `dispatch.choose` tells the reason. "auto" never takes it, since it rounds
             otherwise than timm. Of weights that are parameters it keeps a second copy, in an order of its own, while they live.
-            Changes of a weight are seen, but for single elements written through `.data` or NumPy, which PyTorch does not count.
+            Changes of a weight are seen, but for single elements written past PyTorch, through `.data` or NumPy.
 
     Returns:
         A tensor shaped like `x`; dtype as PyTorch's own type promotion and autocast give.
