@@ -337,6 +337,7 @@ def test_where_it_cannot_run_it_raises(device, dtype, words, recording):
         assert word in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:TF32")  # that PyTorch's own context manager gives
 def test_switched_off_or_missing(monkeypatch):
     args = given(9, 40)
     with torch.backends.mkldnn.flags(enabled=False), pytest.raises(BackendUnavailableError, match="switched off"):
