@@ -109,7 +109,7 @@ def _ordered(weight: Tensor) -> Tensor:
     tracing.note("onednn", f"packs {list(weight.shape)}")
     with torch.no_grad():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-    _packed[weight] = _Packed(packed, state, sample.clone())
+    _packed[weight] = _Packed(packed, state, sample)
     return packed
 
 
