@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lambda_kernels.ops.dispatch import onednn_obstacles
+
 WIDTHS = {"T": 192, "S": 384, "B": 768}
 MODES = {"torch.compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -20,6 +22,14 @@ class TimmHalf(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def cpu_backends(dtype: torch.dtype, missing: dict[str, str]) -> tuple[str, ...]:
+    """Ours by name, for inference on a CPU; the reason for which one cannot run goes into `missing`."""
+    obstacles = onednn_obstacles("ln_mlp", torch.device("cpu"), dtype)
+    if obstacles:
+        missing["onednn"] = "; ".join(obstacles)
+    return ("torch",) if obstacles else ("torch", "onednn")
 
 
 def compiled(

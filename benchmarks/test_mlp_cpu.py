@@ -1,6 +1,7 @@
 """The MLP half of a block on a CPU: ours against timm's own, as it is and compiled, forward and with its gradients.
 
-The path by PyTorch's operators makes the same calls in the same order as timm: against timm as it is, 1.0 is expected.
+The path by PyTorch's operators makes the same calls in the same order as timm: against timm as it is, 1.0 is expected. Where no
+gradient is asked for it stands beside oneDNN's products; in the subset, whose time is short, it stands alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import verify
-from halves import MODES, WIDTHS, TimmHalf, compiled
+from halves import MODES, WIDTHS, TimmHalf, compiled, cpu_backends
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
@@ -48,9 +49,9 @@ class Halves:
         self.x = self.x.clone().requires_grad_(gradients)
         self.missing: dict[str, str] = {}
 
-    def ours(self, **options: object) -> Callable[[], list[Tensor]]:
-        """The version by PyTorch's operators, after its results were held against float64."""
-        version = self.version(AttentionFreeBlock.from_block(self.block, backend="torch", **options))
+    def ours(self, backend: str = "torch", **options: object) -> Callable[[], list[Tensor]]:
+        """Our version by one backend, after its results were held against float64."""
+        version = self.version(AttentionFreeBlock.from_block(self.block, backend=backend, **options))
         expected = self.version(copy.deepcopy(self.timm).double(), torch.float64)()
         tolerance, timm = verify.OPERATOR[DTYPES[self.dtype]], self.version(self.timm)()
         verify.close(f"ours, {self.width} {self.dtype}", version(), expected, tolerance, beside=timm)
@@ -97,7 +98,9 @@ class Halves:
 @chosen("T", "S")
 def test_forward(against, quick, width, dtype):
     halves = Halves(width, dtype, gradients=False, quick=quick)
-    against({"torch": halves.ours()}, {"timm": halves.version(halves.timm)}, what=halves.what())
+    backends = ("torch",) if quick else cpu_backends(DTYPES[dtype], halves.missing)
+    ours = {backend: halves.ours(backend) for backend in backends}
+    against(ours, {"timm": halves.version(halves.timm)}, what=halves.what(), missing=halves.missing)
 
 
 @with_gradients
@@ -116,7 +119,9 @@ def test_forward_and_backward(against, quick, width, dtype):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_against_compiled(against, quick, width, dtype):
     halves = Halves(width, dtype, gradients=False, quick=quick)
-    against({"torch": halves.ours()}, halves.rivals(MODES), what=halves.what(), missing=halves.missing)
+    rivals = halves.rivals(MODES)
+    ours = {backend: halves.ours(backend) for backend in cpu_backends(DTYPES[dtype], halves.missing)}
+    against(ours, rivals, what=halves.what(), missing=halves.missing)
 
 
 @with_gradients

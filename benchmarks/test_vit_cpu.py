@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import verify
-from halves import MODES, compiled
+from halves import MODES, compiled, cpu_backends
 from torch import Tensor, nn
 
 from lambda_kernels import convert_vit
@@ -52,12 +52,21 @@ class Contest:
 
         return forward
 
+    def by_name(self) -> dict[str, Callable[[], Tensor]]:
+        """Our backends, each by its name."""
+        found = {}
+        for backend in cpu_backends(self.dtype, self.missing):
+            model = convert_vit(self.full, remove=self.removed, backend=backend)
+            found[backend] = self.held(f"the logits by {backend}", model)
+        return found
+
     def held(self, what: str, model: nn.Module) -> Callable[[], Tensor]:
         """The version of a model of ours, after its logits for one image were held against those in float64."""
         exact, image = convert_vit(self.full, remove=self.removed, backend="torch").double(), self.images[:1]
         with torch.no_grad():
             verify.close(what, model(image), exact(image.double()), verify.MODEL[self.dtype])
-        assert {row.mlp for row in model.lambda_kernels_info.blocks} == {"torch"}
+        info = model.lambda_kernels_info
+        assert {row.mlp for row in info.blocks} == {info.backend}
         return self.version(model)
 
     def what(self) -> str:
@@ -71,8 +80,8 @@ class Contest:
 @dtypes
 def test_against_timm(against, name, batch, dtype):
     contest = Contest(name, batch, dtype)
-    ours = {"torch": contest.held("the logits", contest.ours)}
-    against(ours, {"timm": contest.version(contest.full)}, what=contest.what())
+    rivals = {"timm": contest.version(contest.full)}
+    against(contest.by_name(), rivals, what=contest.what(), missing=contest.missing)
 
 
 @pytest.mark.quick

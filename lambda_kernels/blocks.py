@@ -119,19 +119,25 @@ class MlpHalf(nn.Module):
         """How the MLP half runs for tokens on `device` with `dtype`, and why.
 
         `backend` is "modules" where the submodules are called one by one, else what `ln_mlp` chooses. `training` asks for
-        a mode other than the present one.
+        a mode other than the present one: True for a call that autograd records, False for one that it does not.
         """
+        recording = training
+        if recording is None:
+            recording = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return self._path(device, dtype, training, recording)
+
+    def _path(self, device: torch.device, dtype: torch.dtype, training: bool | None, recording: bool) -> Choice:
         obstacles = self.fusion_obstacles(training)
         if obstacles:
             return Choice("modules", "; ".join(obstacles))
-        return choose("ln_mlp", device, dtype, self.backend)
+        return choose("ln_mlp", device, dtype, self.backend, recording=recording)
 
     def recomputed(self, device: torch.device, dtype: torch.dtype, training: bool | None = True) -> Recompute:
         """What a step on tokens on `device` with `dtype` computes again for its gradients, and why.
 
         `training` is the mode that is asked about, None the present one of each submodule.
         """
-        by = self.path(device, dtype, training).backend
+        by = self._path(device, dtype, training, recording=True).backend
         if by == "modules":
             level, obstacles = self._modules_recompute()
         else:

@@ -215,7 +215,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: A file is missing or damaged, or weights and config do not belong together.
-        BackendUnavailableError: `backend="triton"` cannot run on `device`.
+        BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on `device`, or "onednn" in no block.
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("recompute", recompute, RECOMPUTE)

@@ -33,7 +33,7 @@ class BlockInfo:
 
     block: int
     attention: str  # "kept" or "removed"
-    mlp: str  # "timm": the block is timm's own; "modules", "torch", "triton": see AttentionFreeBlock.path
+    mlp: str  # "timm": the block is timm's own; "modules", "torch", "onednn", "triton": see AttentionFreeBlock.path
     reason: str
     recompute: str  # what a training step computes again in the MLP half: "none", "act" or "all"
     recompute_reason: str
@@ -191,8 +191,8 @@ def remove_attention(
         for i, block in enumerate(model.blocks)
     ]
     rows = _describe(model, new, fuse)
-    if backend == "triton":
-        _refuse_modules(new, rows)
+    if backend in ("triton", "onednn"):
+        _refuse_modules(new, rows, backend)
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
@@ -206,8 +206,8 @@ def remove_attention(
     return model
 
 
-def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo]) -> None:
-    """Refuse kernels that were asked for by name where blocks that are to be fused would run their submodules instead.
+def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo], backend: str) -> None:
+    """Refuse a backend that was asked for by name where blocks that are to be fused would run their submodules instead.
 
     It is eval mode that counts, as in `rows`: dropout that trains is no reason. Blocks that stay timm's were not asked.
     """
@@ -219,8 +219,8 @@ def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo]) -> N
     if alike:
         listed = "; ".join(f"blocks {indices}: {reason}" for reason, indices in alike.items())
         raise BackendUnavailableError(
-            f"backend='triton' cannot run the MLP halves of all blocks that are to be fused ({listed}). Use backend='auto', "
-            "which takes the kernels where they serve and says in lambda_kernels_info where not"
+            f"backend={backend!r} cannot run the MLP halves of all blocks that are to be fused ({listed}). Use backend='auto', "
+            "which takes kernels where they serve and says in lambda_kernels_info where not"
         )
 
 
@@ -304,8 +304,8 @@ def convert_vit(
         fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". With "all",
             blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
             anything else of its own stays, and `lambda_kernels_info` says so.
-        backend: "auto", "triton" or "torch", passed on to `ln_mlp`. "triton" asks for its kernels by name: a model with an MLP
-            half that `fuse` names and that they cannot serve in eval mode is refused.
+        backend: "auto", "triton", "onednn" or "torch", passed on to `ln_mlp`. "triton" and "onednn" are asked for by name: a
+            model with an MLP half that `fuse` names and that they cannot serve in eval mode is refused.
         recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
             kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
             It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
@@ -326,8 +326,8 @@ def convert_vit(
         UnsupportedModelError: The model's blocks cannot lose their attention alone, or not merge tokens; the model is
             untouched.
         AlreadyConvertedError: Other layers were removed before, or with another residual_scale.
-        BackendUnavailableError: `backend="triton"` cannot run on the model's device, or not for all its MLP halves; the
-            model is untouched.
+        BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on the model's device, or not for all its MLP
+            halves; the model is untouched.
     """
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import lambda_vit.cli as cli
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
+from lambda_kernels.ops.dispatch import onednn_obstacles
 from lambda_vit import Selection, command_options
 from lambda_vit.loading import open_model
 
@@ -377,6 +378,12 @@ def test_doctor(run, no_interpreter):
     found = json.loads(out)
     assert found["versions"]["torch"] == torch.__version__
     assert {row["operator"] for row in found["backends"]} == {"ln_mlp", "histogram"}
+    by_name = {row["dtype"]: row["reason"] for row in found["backends"] if row["backend"] == "onednn"}
+    assert set(by_name) == {"float32", "bfloat16", "float16"}
+    for dtype, reason in by_name.items():
+        available = not onednn_obstacles("ln_mlp", torch.device("cpu"), getattr(torch, dtype))
+        assert reason.endswith("asks for it: available, for inference") == available
+    assert "not available" in by_name["float16"]
 
 
 def test_doctor_tells_what_was_tuned(run, tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import BackendUnavailableError
-from .checks import check_choice
+from . import onednn
+from .checks import autocast_enabled, check_choice
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "onednn", "torch")
 
 # Operators for which this version ships a Triton kernel.
 TRITON_OPERATORS = frozenset({"ln_mlp"})
@@ -104,16 +105,87 @@ def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
     return obstacles
 
 
-def choose(operator: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Choice:
+def onednn_obstacles(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Everything that keeps `operator` from running by oneDNN's products on `device` with `dtype`; empty when it can."""
+    if operator != "ln_mlp":
+        return [f"there is no {operator} by oneDNN"]
+    obstacles = list(_why_no_onednn(dtype == torch.bfloat16))
+    if device.type != "cpu":
+        obstacles.append(f"the tensors are on {device.type}, not on the CPU")
+    if dtype not in (torch.float32, torch.bfloat16):
+        obstacles.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, bfloat16")
+    return obstacles
+
+
+@torch.compiler.assume_constant_result
+def _why_no_onednn(bfloat16: bool) -> tuple[str, ...]:
+    if onednn.missing():
+        return onednn.missing()
+    if not torch._C._get_mkldnn_enabled() and not exporting():  # torch.export switches it off for itself
+        return ("oneDNN is switched off (torch.backends.mkldnn)",)
+    if bfloat16 and not onednn.knows_bfloat16():
+        return ("oneDNN computes nothing in bfloat16 on this processor",)
+    return ()
+
+
+def not_inference(device: torch.device, recording: bool = False, subclass: bool = False) -> list[str]:
+    """Why a call is none that oneDNN's products are for: PyTorch's operators then compute it, whatever was asked for.
+
+    Args:
+        device: Of the tensors.
+        recording: Whether autograd records the call.
+        subclass: Whether a tensor is of a subclass of `torch.Tensor`.
+    """
+    if torch.compiler.is_compiling():
+        # Asked for alone: a graph that is compiled can follow none of the other questions, and none of them matters there.
+        if exporting():
+            return ["the model is being exported, and what is exported has to run without this library"]
+        return ["the model is being compiled, and the compiler itself puts PyTorch's operators together"]
+    found = transforms()
+    if exporting():
+        found.append("the model is being exported, and what is exported has to run without this library")
+    if recording:
+        found.append(
+            "autograd records the call, and oneDNN's products have no gradient; torch.inference_mode() records none"
+        )
+    if autocast_enabled(device.type):
+        found.append("autocast is on, and would cast the weights at every call; model.to(torch.bfloat16) does it once")
+    if subclass or torch._C._len_torch_dispatch_stack() > 0:
+        found.append("a tensor subclass or a dispatch mode is there, which may know PyTorch's public operators alone")
+    return found
+
+
+def choose(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    *,
+    recording: bool = False,
+    subclass: bool = False,
+) -> Choice:
     """Choose the backend of `operator` for tensors on `device` with `dtype`.
 
+    "onednn" is a choice for inference: where it could run, but the call is another one (see `not_inference`, which gets
+    `recording` and `subclass`), that is no error, since a model is trained and exported as well; the reason says so.
+
     Raises:
-        ValueError: `backend` is not one of "auto", "triton", "torch".
-        BackendUnavailableError: "triton" was asked for by name and cannot run; every reason is listed.
+        ValueError: `backend` is not one of "auto", "triton", "onednn", "torch".
+        BackendUnavailableError: "triton" or "onednn" was asked for by name and cannot run; every reason is listed.
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return Choice("torch", "asked for by name")
+    if backend == "onednn":
+        obstacles = onednn_obstacles(operator, device, dtype)
+        if obstacles:
+            raise BackendUnavailableError(
+                f"backend='onednn' cannot run {operator}: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"
+            )
+        others = not_inference(device, recording, subclass)
+        if others:
+            return Choice("torch", f"backend='onednn' is for inference, but {'; '.join(others)}")
+        return Choice("onednn", "asked for by name; calls that autograd records take PyTorch's operators")
     obstacles = triton_obstacles(operator, device, dtype)
     if backend == "auto" and not obstacles and device.type == "cpu":
         return Choice("torch", "Triton's interpreter is only used when backend='triton' asks for it")

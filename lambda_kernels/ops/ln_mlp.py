@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import checks, dispatch, operators, recomputed
+from . import checks, dispatch, onednn, operators, recomputed
 
 # At this width and below, products are cheaper than the memory traffic of saved activations.
 RECOMPUTE_ALL_BELOW = 256
 
 APPROXIMATIONS = ("auto", "none", "tanh")
 RECOMPUTE = ("auto", "none", "act", "all")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def ln_mlp(
@@ -57,7 +58,11 @@ def ln_mlp(
         recompute: What the backward computes again instead of saving it: "act" (LayerNorm and GELU), "all" (the first product
             too), or "none". "auto" decides by width in the kernels, and is "none" on the PyTorch path, whose results are then
             timm's to the last bit. A `torch.func` transform or forward-mode differentiation makes it "none" as well.
-        backend: "auto", "triton" or "torch". "triton" raises where it cannot run.
+        backend: "auto", "triton", "onednn" or "torch". "triton" and "onednn" raise where they cannot run. "onednn" (CPU,
+            float32 and bfloat16) is for inference: where autograd records the call, under autocast, while compiling or
+            exporting, PyTorch's operators run; `dispatch.choose` tells the reason. "auto" never takes it, since it rounds
+            otherwise than timm. Of weights that are parameters it keeps a second copy, in an order of its own, while they live.
+            Changes of a weight are seen, but for single elements written past PyTorch, through `.data` or NumPy.
 
     Returns:
         A tensor shaped like `x`; dtype as PyTorch's own type promotion and autocast give.
@@ -65,7 +70,7 @@ def ln_mlp(
     Raises:
         TypeError: An argument is no tensor, has an unsupported dtype, or dtypes differ outside autocast.
         ValueError: A shape, device, option or number does not fit; the message names it.
-        BackendUnavailableError: `backend="triton"` cannot run here.
+        BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run here.
     """
     if branch_scale is not None:
         _check_branch_scale(branch_scale, x)
@@ -83,13 +88,14 @@ def ln_mlp(
 
     hidden, channels = w1.shape
     compute = compute_dtype(x, w1)
-    chosen = dispatch.choose("ln_mlp", x.device, compute, backend)
     form = "tanh" if approximate == "tanh" else "none"
     tensors = (x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
     saving = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    subclass = backend == "onednn" and any(type(t) not in _PLAIN for t in (*tensors, branch_scale) if t is not None)
+    chosen = dispatch.choose("ln_mlp", x.device, compute, backend, recording=saving, subclass=subclass)
     # Of no tokens nothing is computed: the twin gives shape, dtype and zero gradients.
     empty = x.numel() == 0 or hidden == 0
-    if chosen.backend == "torch" or empty:
+    if chosen.backend != "triton" or empty:
         options: dict[str, Any] = {
             "eps": eps,
             "residual_scale": residual_scale,
@@ -97,6 +103,8 @@ def ln_mlp(
             "branch_scale": branch_scale,
             "approximate": form,
         }
+        if chosen.backend == "onednn" and not empty:
+            return onednn.ln_mlp(*tensors[:7], **options)
         again = resolve_recompute(recompute, channels, "torch")
         if again != "none" and saving and not empty and not recomputed.obstacles():
             return recomputed.ln_mlp(*tensors[:7], **options, recompute=again, compute=compute)

@@ -13,7 +13,7 @@ import torch
 
 from lambda_kernels import _extension
 from lambda_kernels.ops import tuning
-from lambda_kernels.ops.dispatch import choose
+from lambda_kernels.ops.dispatch import choose, onednn_obstacles
 from lambda_kernels.ops.histogram import histogram_backend
 
 
@@ -56,7 +56,7 @@ def extension() -> str:
 
 
 def backends() -> list[dict[str, str]]:
-    """Which backend every operator takes on each device for each dtype, and why."""
+    """Which backend every operator takes on each device for each dtype, and why; then those taken by name alone."""
     kinds = [torch.device("cuda")] if torch.cuda.is_available() else []
     kinds.append(torch.device("cpu"))
     rows = []
@@ -64,10 +64,12 @@ def backends() -> list[dict[str, str]]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             choice = choose("ln_mlp", device, dtype)
             name, reason = histogram_backend(device, dtype, "auto")
-            for operator, backend, why in (
-                ("ln_mlp", choice.backend, choice.reason),
-                ("histogram", name, reason),
-            ):
+            chosen = [("ln_mlp", choice.backend, choice.reason), ("histogram", name, reason)]
+            if device.type == "cpu":
+                obstacles = onednn_obstacles("ln_mlp", device, dtype)
+                by_name = f"not available: {'; '.join(obstacles)}" if obstacles else "available, for inference"
+                chosen.append(("ln_mlp", "onednn", f"only where backend='onednn' asks for it: {by_name}"))
+            for operator, backend, why in chosen:
                 dtype_name = str(dtype).removeprefix("torch.")
                 rows.append(
                     {
@@ -78,7 +80,9 @@ def backends() -> list[dict[str, str]]:
                         "reason": why,
                     }
                 )
-    return sorted(rows, key=lambda row: (row["operator"] != "ln_mlp", row["device"] != "cuda"))
+    return sorted(
+        rows, key=lambda row: (row["operator"] != "ln_mlp", row["device"] != "cuda", row["backend"] == "onednn")
+    )
 
 
 def tuning_status() -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""`ln_mlp` for inference on a CPU: LayerNorm, then oneDNN's products with GELU, bias and residual inside.
+
+x [M, C], GELU's output [M, H]. Of what PyTorch's operators would write, p [M, H], the branch and copies of biases [M, C] are
+never written. The products are operators that PyTorch has for its compiler, `torch.ops.mkldnn._linear_pointwise`; they are
+private, so `missing` asks whether this version has them as they are called here. They have no gradient.
+
+Weights that are parameters are brought once into the order that oneDNN's products read, which takes their memory again for as
+long as they live. What is not a parameter, such as a view made for a call, is used as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import reference
+from . import tracing
+
+_SCHEMAS = {
+    "_linear_pointwise": ("default", ["X", "W", "B", "attr", "scalars", "algorithm"]),
+    "_linear_pointwise.binary": ("binary", ["X", "other", "W", "B", "attr"]),
+    "_reorder_linear_weight": ("default", ["self", "batch_size"]),
+}
+
+
+class _Packed(NamedTuple):
+    weight: Tensor  # in oneDNN's order
+    state: tuple  # of the parameter that it was made of
+    sample: Tensor
+
+
+# Threads may pack the same weight twice, and the last one's stays; both are right, and a lock would not survive a fork.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@functools.lru_cache
+def missing() -> tuple[str, ...]:
+    """What of PyTorch's operators this needs and this version lacks, for people."""
+    if not torch.backends.mkldnn.is_available():
+        return ("this PyTorch was built without oneDNN (torch.backends.mkldnn)",)
+    lacking = []
+    for name, (overload, arguments) in _SCHEMAS.items():
+        found = getattr(getattr(torch.ops.mkldnn, name.partition(".")[0], None), overload, None)
+        if found is None or [argument.name for argument in found._schema.arguments] != arguments:
+            lacking.append(f"torch.ops.mkldnn.{name}")
+    if lacking:
+        return (f"PyTorch {torch.__version__} has not the operators that are needed: {', '.join(lacking)}",)
+    return ()
+
+
+@functools.lru_cache
+def knows_bfloat16() -> bool:
+    """Whether oneDNN computes with bfloat16 on this processor; asked only where `missing` is empty."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is not None and bool(asked())
+
+
+def ln_mlp(
+    x: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    eps: float,
+    residual_scale: float,
+    layer_scale: Tensor | None,
+    branch_scale: Tensor | None,
+    approximate: str,
+) -> Tensor:
+    """What `reference.ln_mlp` computes, up to rounding; the caller has asked `dispatch.choose` whether that is possible."""
+    tracing.note("onednn")
+    linear = torch.ops.mkldnn._linear_pointwise
+    y = reference.scaled(x.reshape(-1, x.shape[-1]).contiguous(), residual_scale)
+    normed = reference.normalized(y, ln_weight, ln_bias, eps)
+    act = linear(normed, _ordered(w1), _dense(b1), "gelu", [], approximate)
+    w2, b2 = _ordered(w2), _dense(b2)
+    if layer_scale is None and branch_scale is None:
+        return linear.binary(act, y, w2, b2, "add").view(x.shape)
+    branch = linear(act, w2, b2, "none", [], "")
+    if branch_scale is not None:
+        branch = branch * branch_scale.expand(x.shape[:-1]).reshape(-1, 1).to(branch.dtype)
+    out = y + branch if layer_scale is None else torch.addcmul(y, branch, layer_scale)
+    return out.view(x.shape)
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _ordered(weight: Tensor) -> Tensor:
+    """A weight [out, in] for the products: a parameter in oneDNN's order, anything else as it is."""
+    # Tensors made in inference mode do not count their changes: what was packed of them might be stale.
+    if type(weight) is not torch.nn.Parameter or weight.is_inference():
+        return weight.contiguous()
+    state = (weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+    # Writes through `.data` or NumPy are not counted either. The sample meets every row and every column, so that it shows
+    # those of a whole weight, and of a row or a column.
+    sample = _sample(weight)
+    known = _packed.get(weight)
+    if known is not None and known.state == state and torch.equal(known.sample, sample):
+        return known.weight
+    tracing.note("onednn", f"packs {list(weight.shape)}")
+    with torch.no_grad():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+    _packed[weight] = _Packed(packed, state, sample)
+    return packed
+
+
+def _sample(weight: Tensor) -> Tensor:
+    return weight.detach().reshape(-1).index_select(0, _diagonal(*weight.shape))
+
+
+@functools.lru_cache
+def _diagonal(rows: int, columns: int) -> Tensor:
+    """Where one that goes round is in a flat [rows, columns]: its element i is in row i and column i, modulo their number."""
+    i = torch.arange(max(rows, columns))
+    return i % rows * columns + i % columns
