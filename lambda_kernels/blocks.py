@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .families import FAMILIES, Family, family_of, layer_scale
+from .hooks import global_hooks, is_altered
 from .ops import recomputed
 from .ops.checks import check_choice
 from .ops.dispatch import Choice, choose
@@ -34,30 +35,6 @@ def gelu_form(act: nn.Module) -> str | None:
     if type(act) is GELUTanh:
         return "tanh"
     return "none" if type(act) is GELU else None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of `module` would run hooks of its own."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _global_hooks() -> bool:
-    """Whether a call of any module would run hooks."""
-    # PyTorch asks the same at each call of a module.
-    every = nn.modules.module
-    return bool(
-        every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
-    )
-
-
-def _is_altered(module: nn.Module | None) -> bool:
-    # Some libraries replace `forward` on the instance (accelerate does, for offloading), which no type shows.
-    return module is not None and (has_hooks(module) or "forward" in module.__dict__)
 
 
 def replacement_obstacles(block: nn.Module) -> list[str]:
@@ -189,7 +166,7 @@ class MlpHalf(nn.Module):
             found.append("dropout is active")
         if type(drop_path2) not in (nn.Identity, DropPath):
             found.append(f"drop_path2 is {type(drop_path2).__name__}, not DropPath")
-        if _global_hooks() or any(map(_is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
+        if global_hooks() or any(map(is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
             found.append("a hook or a replaced forward inside the block must run")
         if not found:
             w1, w2 = fc1.weight, fc2.weight
@@ -208,7 +185,7 @@ class MlpHalf(nn.Module):
         halves = (self.norm2, self.mlp, scale, self.drop_path2)
         parts = [module for part in halves if part is not None for module in part.modules()]
         found = recomputed.obstacles()
-        if _global_hooks() or any(map(_is_altered, parts)):
+        if global_hooks() or any(map(is_altered, parts)):
             found.append("a hook or a replaced forward inside the block would run twice")
         if any(module.training and any(True for _ in module.buffers(recurse=False)) for module in parts):
             found.append("what a module inside the block keeps in buffers would be updated twice")

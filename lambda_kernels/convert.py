@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, has_hooks, replacement_obstacles
+from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, replacement_obstacles
 from .errors import AlreadyConvertedError, BackendUnavailableError, UnsupportedModelError
 from .families import Anatomy, family_of, inspect_model, layer_scale
+from .hooks import has_hooks
 from .merging import DEFAULT_START, arranged, merging, plan_merging, settings_for, token_counts, without_merging
 from .ops import tuning
 from .ops.checks import check_choice

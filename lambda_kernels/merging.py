@@ -12,9 +12,10 @@ from typing import Any
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
-from .blocks import FusedMlp, _is_altered, replacement_obstacles
+from .blocks import FusedMlp, replacement_obstacles
 from .errors import UnsupportedModelError
 from .families import qualified_name
+from .hooks import is_altered
 from .merging_block import MergingBlock, MergingSequential
 from .ops.merging import mergeable
 
@@ -115,7 +116,7 @@ def _check_exchange(container: nn.Module, old: type, new: type) -> None:
         if new is nn.Sequential:  # nothing merges, and nothing is to
             return
         raise UnsupportedModelError(f"tokens cannot be merged: model.blocks is {qualified_name(container)}")
-    if _is_altered(container):
+    if is_altered(container):
         raise UnsupportedModelError(
             "a hook or a replaced forward on model.blocks itself would be lost: remove it first"
         )
@@ -135,7 +136,7 @@ def merging_obstacles(block: nn.Module) -> list[str]:
     if not _ATTENTION_PARTS <= parts <= _ATTENTION_PARTS | _OPTIONAL_PARTS:
         names = ", ".join(sorted((parts ^ _ATTENTION_PARTS) - _OPTIONAL_PARTS))
         found.append(f"its attention has other parts than timm's ({names})")
-    if _is_altered(attn):
+    if is_altered(attn):
         found.append("a hook or a replaced forward on its attention would not run")
     return found
 

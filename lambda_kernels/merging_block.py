@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import FusedMlp, _is_altered
+from .blocks import FusedMlp
+from .hooks import is_altered
 from .ops.merging import Merge, follow, match_tokens, merge_tokens, mergeable, proportional_attention, unmerge_tokens
 
 _ALONE = (
@@ -80,7 +81,7 @@ class MergingBlock(FusedMlp):
     def _attend(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """What `attn` gives for x [B, N, C] where tokens have sizes, and its keys, their mean over the heads, [B, N, D]."""
         attn = self.attn
-        if _is_altered(attn):
+        if is_altered(attn):
             raise RuntimeError(
                 "a hook or a replaced forward on the attention of a block that merges tokens would not run: the block works "
                 "with the attention's parts. Hook those, or take merging off with convert_vit(model, …, tome_r=0)"

@@ -1,0 +1,30 @@
+"""What a call of a module would run beside the forward of its class."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of `module` would run hooks of its own."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def global_hooks() -> bool:
+    """Whether a call of any module would run hooks."""
+    # PyTorch asks the same at each call of a module.
+    every = nn.modules.module
+    return bool(
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
+
+
+def is_altered(module: nn.Module | None) -> bool:
+    """Whether a call of `module` would run hooks of its own, or another forward than its class has."""
+    # Some libraries replace `forward` on the instance (accelerate does, for offloading), which no type shows.
+    return module is not None and (has_hooks(module) or "forward" in module.__dict__)
