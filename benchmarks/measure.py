@@ -95,7 +95,9 @@ def measure(
     if path.exists():
         raise FileExistsError(f"{path} is there already; wait a second")
     records.add_line(path, {"environment": {**environment, "quick": quick, "threads": threads}})
-    child = {**os.environ, records.LINES: str(path), "PYTHONUNBUFFERED": "1"}
+    # Without what pytest-xdist tells its workers: there pytest-benchmark would measure nothing.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    child = {**inherited, records.LINES: str(path), "PYTHONUNBUFFERED": "1"}
     sources = [str(records.REPOSITORY), str(records.REPOSITORY / "python"), child.get("PYTHONPATH", "")]
     child["PYTHONPATH"] = os.pathsep.join(filter(None, sources))
     if quick or threads:

@@ -109,7 +109,7 @@ def test_wrappers_in_every_family(name):
         with pytest.raises(UnsupportedModelError, match=remedy):
             convert_vit(wrapped, (0,))
     features = timm.create_model(MODELS[name][0], features_only=True, img_size=32, patch_size=16)
-    with pytest.raises(UnsupportedModelError, match="features_only"):
+    with pytest.raises(UnsupportedModelError, match=r"features\.feature_model\(converted, out_indices\)"):
         convert_vit(features, (0,))
 
 

@@ -402,7 +402,8 @@ def test_files_that_are_not_there_are_refused(tmp_path, capsys):
 
 
 def test_rows_for_a_gpu_are_skipped_with_the_reason(tmp_path):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", records.LINES: str(tmp_path / "lines")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", records.LINES: str(tmp_path / "lines")}
     sources = [str(REPOSITORY), str(REPOSITORY / "python"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sources))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only"]

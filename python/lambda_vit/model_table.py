@@ -78,7 +78,8 @@ def scan() -> Table:
     refused: dict[str, tuple[Refusal, list[str]]] = {}
     others: dict[str, list[str]] = defaultdict(list)
     known: dict[tuple[str, type], nn.Module] = {}
-    for module in sorted(list_modules()):
+    # `lambda_kernels.timm_models`, if it was imported, registered other names for the same models.
+    for module in sorted(set(list_modules()) - {"timm_models"}):
         for name in sorted(name for name in list_models() if is_model_in_modules(name, [module])):
             if module in _BUILT:
                 model = _skeleton(lambda name=name, **options: timm.create_model(name, **options), depth=1)
