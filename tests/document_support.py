@@ -62,6 +62,7 @@ FOREIGN = {
     r"^pip install ": "installs; .ci/run does it",
     r"^pytest( |$)": "runs these tests",
     r"^ruff (check|format)": ".ci/run does it",
+    r"^mypy": ".ci/run does it",
     r"^bash \.ci/run$": "is what runs these tests",
     r"^python benchmarks/": "takes minutes to hours; the scripts have tests of their own",
     r"^python -m lambda_kernels\.audit": "compiles for minutes; tests/test_audit.py runs the defaults",
