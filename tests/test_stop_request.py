@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from runstate_support import in_a_child
 from test_selection_processes import ENVIRONMENT
 
 from lambda_vit.training.runstate import StopRequest, spare_worker
+from lambda_vit.worker_signals import STOPPING, held_back, started
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="stops by signal")
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -112,6 +114,7 @@ import os, signal, sys, time
 import torch
 from torch.utils.data import DataLoader, Dataset
 from lambda_vit.training.runstate import StopRequest, spare_worker
+from lambda_vit.worker_signals import STOPPING, held_back, started
 
 class Images(Dataset):
     def __len__(self):
@@ -170,3 +173,17 @@ def test_workers_that_load_data(spared, start, sent, tmp_path):
     else:
         assert run.returncode == 1
         assert "is killed by signal: Terminated" in errors
+
+
+@pytest.mark.parametrize(("hold", "ends_by"), [(held_back, 0), (contextlib.nullcontext, -signal.SIGTERM)])
+def test_a_worker_that_is_just_starting(hold, ends_by):
+    """A signal to the group comes before `worker_init_fn`, where PyTorch's own handler would end the worker."""
+    with hold():
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            started(spare_worker, 0)
+            os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)))  # none is held back any more
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ends_by
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)

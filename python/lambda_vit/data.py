@@ -7,7 +7,9 @@ and the class indices are those of the train split or of ImageNet.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .evaluate import input_shape
 from .image_sources import SPLIT_NAMES, Folder, Zip, extensions, find_split, open_source
+from .worker_signals import held_back, started
 
 # A map-style dataset. PyTorch's class promises no length; samples are drawn by it.
 SizedDataset = Any
@@ -211,9 +214,11 @@ class ImageLoader:
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.
             generator=torch.Generator().manual_seed(int(rng.integers(2**32))),
-            worker_init_fn=self.worker_init,
+            worker_init_fn=None if self.worker_init is None else functools.partial(started, self.worker_init),
         )
-        for images, targets, bad in batches:
+        with contextlib.nullcontext() if self.worker_init is None else held_back():
+            answers = iter(batches)
+        for images, targets, bad in answers:
             self._found.update((b.path, b) for b in bad)
             if len(self._found) > self.skip_bad:
                 raise CorruptImageError(corrupt_message(list(self._found.values()), self.skip_bad))

@@ -14,6 +14,7 @@ import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..data import BadImage, CorruptImageError, corrupt_message, decoded_sample
 from ..image_sources import VAL_NAMES, extensions
 from ..packages import optional
 from ..progress import track
+from ..worker_signals import held_back, started
 from .recipe import Recipe
 from .seeds import mixed_seed
 from .stop_request import spare_worker
@@ -276,7 +278,10 @@ class ShardStream(TrainingStream):
     def _steps(self, epoch: int, start: int) -> Iterator[list[MicroBatch]]:
         steps = range(start, self.steps_per_epoch)
         parts = self.micro_batches, self.micro_batch_size
-        answers = iter(DataLoader(_Pass(self.dataset, self.seed, epoch, steps, self.numbers, *parts), **self._options))
+        loader = DataLoader(_Pass(self.dataset, self.seed, epoch, steps, self.numbers, *parts), **self._options)
+        with held_back():
+            answers = iter(loader)
+        del loader  # nothing but the answers keeps the workers
         for step in steps:
             yield [self._checked(next(answers), step, number) for number in self.numbers]
 
@@ -351,7 +356,9 @@ class ShardLoader:
         return list(self._found)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets, bad in self._loader:
+        with held_back():
+            answers = iter(self._loader)
+        for images, targets, bad in answers:
             self._found.update((image.path, BadImage(*image)) for image in bad)
             if len(self._found) > self.skip_bad:
                 raise CorruptImageError(corrupt_message(list(self._found.values()), self.skip_bad))
@@ -372,7 +379,7 @@ def _loading(workers: int, prefetch: int, pin_memory: bool) -> dict[str, Any]:
         "collate_fn": as_it_is,
         "pin_memory": pin_memory and torch.cuda.is_available(),
         "generator": torch.Generator(),  # of its own: the caller's is left alone
-        "worker_init_fn": spare_worker,
+        "worker_init_fn": partial(started, spare_worker),
     }
 
 

@@ -10,9 +10,7 @@ from types import FrameType
 from typing import Any
 
 from ..processes import Processes
-
-# What Ctrl-C, kill, torchrun and batch systems send; of SIGUSR1 it can be chosen how long before the end. Windows has no such.
-_NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+from ..worker_signals import STOPPING
 
 
 class StopRequest:
@@ -39,7 +37,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # signals are the main thread's
-            for number in _NUMBERS:
+            for number in STOPPING:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -86,6 +84,6 @@ def spare_worker(number: int = 0) -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # there are no process groups elsewhere than on POSIX
         os.setpgrp()
-    for other in _NUMBERS:
+    for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

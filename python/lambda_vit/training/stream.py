@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ..batches import SizedLoader
 from ..data import BadImage, CorruptImageError, SizedDataset, corrupt_message
 from ..selection_progress import data_fingerprint
+from ..worker_signals import held_back, started
 from .recipe import Recipe
 from .seeds import mixed_seed, preserved, seed_all
 from .stop_request import spare_worker
@@ -280,7 +282,7 @@ class DatasetStream(TrainingStream):
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=spare_worker,
+            worker_init_fn=partial(started, spare_worker),
             collate_fn=as_it_is,  # type: ignore[arg-type]  # a request comes as one answer, not as a list
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the caller's is left alone
@@ -291,7 +293,8 @@ class DatasetStream(TrainingStream):
         mine = self._passes
         # Nothing in it refers to the stream: workers that a ring of references holds take seconds to end.
         self._requests.now = _asked(epoch, start, self._order(epoch), self.numbers, self.batch_size)
-        answers = iter(self._loader)
+        with held_back():
+            answers = iter(self._loader)
         try:
             for step in range(start, self.steps_per_epoch):
                 if mine != self._passes:
