@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,11 @@ def save_pretrained(
         remove_leftovers(folder / name)
     try:
         with atomic_write(folder / WEIGHTS) as weights:
+            # safetensors (seen in 0.8) leaves its files to their owner alone; ours are readable as the user's umask has it.
+            weights.touch()
+            mode = stat.S_IMODE(weights.stat().st_mode)
             save_file(state, weights, metadata={"format": "pt"})
+            weights.chmod(mode)
             config["lambda_kernels"]["sha256"] = sha256(weights)
             if _weights_of(folder) == folder / WEIGHTS:
                 with atomic_write(folder / PREVIOUS) as kept:

@@ -342,3 +342,13 @@ def test_atomic_write(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(target, {"x": float("nan")})
     assert target.read_text() == "one"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_who_may_read_is_left_to_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_pretrained(small_vit(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
