@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import pytest
@@ -112,8 +111,6 @@ def test_against_compiled(against, name, batch, dtype):
 @names
 def test_against_merging_tokens(against, name):
     """Removing attention, merging tokens, and both, against the full model."""
-    if "tome_r" not in inspect.signature(convert_vit).parameters:
-        pytest.skip("this version cannot merge tokens: convert_vit has no tome_r")
     contest = Contest(name, 8, "fp32")
     merging = convert_vit(contest.full, remove=(), tome_r=MERGED, backend="torch")
     both = convert_vit(contest.full, remove=contest.removed, tome_r=MERGED, backend="torch")
