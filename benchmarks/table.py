@@ -63,9 +63,9 @@ def figure(target: targets.Target, runs: Sequence[records.Run], sources: Sources
         texts = []
         for kind in ("plain", "graph"):
             if entry.get(kind) is not None:
-                text = _number(entry[kind])
+                text = _measured(entry[kind])
                 if (low := entry.get(f"{kind}_low")) is not None and low != entry.get(f"{kind}_high"):
-                    text += f" ({_number(low)}–{_number(entry[f'{kind}_high'])})"
+                    text += f" ({_measured(low)}–{_measured(entry[f'{kind}_high'])})"
                 texts.append(f"as a graph {text}" if kind == "graph" else text)
         if texts:
             return f"{', '.join(texts)}{sources.mark(run)}"
@@ -73,7 +73,11 @@ def figure(target: targets.Target, runs: Sequence[records.Run], sources: Sources
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0f}" if value == int(value) else f"{value:.3g}"
+    return "–" if value is None else f"{value:g}"
+
+
+def _measured(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def lines_of(entries: Sequence[targets.Target]) -> list[list[targets.Target]]:

@@ -142,7 +142,7 @@ TARGETS = [
 def test_the_table_names_what_was_never_measured(written):
     lines = table.table(TARGETS, [written(row("a", 1.75, portable=False), row("c", 1.0), folder="cpu")]).splitlines()
     assert lines[2] == "| CPU | model, T / S | timm | 1.5 / 1.25 | 2 | 1.75 (1.71–1.79)¹ / not measured |"
-    assert lines[3] == "| GPU | model, T / S | timm | 1.1 | – | 1 (0.98–1.02)¹ |"
+    assert lines[3] == "| GPU | model, T / S | timm | 1.1 | – | 1.00 (0.98–1.02)¹ |"
     versions = "python 3.11.7, torch 2.14.1, triton 3.8.0, timm 1.0.31, numpy 2.4.6"
     assert lines[-1].rstrip() == f"¹ A CPU, 2 cores; {versions}; commit aaaaaaaaa; 2026-01-02"
     assert table.table(TARGETS, []).count("not measured") == 2
@@ -155,7 +155,7 @@ def test_figures_are_those_of_the_newest_run_that_has_them(tmp_path, written):
     )
     written(row("a", 9.0), time="2026-04-01 00:00:00 UTC", name="quick.jsonl", quick=True)
     text = table.table(TARGETS[:2], records.committed(tmp_path))
-    assert "| 1.4 (1.37–1.43)¹ / 1.2 (1.18–1.22)² |" in text
+    assert "| 1.40 (1.37–1.43)¹ / 1.20 (1.18–1.22)² |" in text
     assert "commit aaaaaaaaa with changes; 2026-03-01" in text
     assert "9" not in text.splitlines()[2]
 
@@ -167,7 +167,7 @@ def test_a_gpu_s_file_has_figures_too(tmp_path):
     found = {"environment": {**MACHINE, "gpu": "NVIDIA H100"}, "parts": {"mlp": part, "build": {"state": "passed"}}}
     (tmp_path / "h100" / "results.json").write_text(json.dumps(found))
     text = table.table(TARGETS, records.committed(tmp_path))
-    assert "| 1.5, as a graph 1.75¹ |" in text
+    assert "| 1.50, as a graph 1.75¹ |" in text
     assert "NVIDIA H100" in text
 
 
