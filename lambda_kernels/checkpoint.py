@@ -298,7 +298,7 @@ _OPTIONAL |= {"lambda_kernels.tome_r": (int, list), "lambda_kernels.tome_start":
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a config written by save_pretrained: {error}") from error
 
 

@@ -82,7 +82,10 @@ def plan_merging(
         )
     blocks = remaining[tome_start:]
     if not isinstance(tome_r, int) and len(tome_r) != len(blocks):
-        raise ValueError(f"tome_r has {len(tome_r)} values for {len(blocks)} blocks that merge tokens: {blocks}")
+        raise ValueError(
+            f"tome_r has {len(tome_r)} values for {len(blocks)} blocks that merge tokens: {blocks}; pass one value for all "
+            "of them, or one for each"
+        )
     _check_model(model)
     for index in blocks:
         found = merging_obstacles(model.blocks[index])

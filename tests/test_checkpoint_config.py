@@ -155,6 +155,9 @@ def test_other_things_that_are_no_checkpoint(tmp_path):
     path.write_text(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"config\.json is not a config written by save_pretrained"):
         from_pretrained(tmp_path)
+    path.write_text("[" * 100_000)  # deeper than Python's stack
+    with pytest.raises(CheckpointError, match=r"config\.json is not a config written by save_pretrained"):
+        from_pretrained(tmp_path)
     path.write_text("[1, 2]")
     with pytest.raises(CheckpointError, match="architecture is None"):
         from_pretrained(tmp_path)

@@ -94,7 +94,7 @@ def test_notes_say_what_happened():
     text = " ".join(frequency_notes(record))
     for words in ("7 bins above 0 up to π", "14 × 14 tokens of 192 channels per image, prefix tokens (1) left out",
                   "2 standard errors over the 64 images", "standard error is 1.0e−02",
-                  "after: 6 amplitudes, of 2,408,448 in each block, were below 2^-24", "(blocks 1, 4)"):  # fmt: skip
+                  "after: 6 amplitudes, of 2,408,448 in each block, below 2^-24 counted as that", "(blocks 1, 4)"):  # fmt: skip
         assert words in text
     assert verdict(record) == (
         "At π, against frequency 0, amplitudes grow in blocks: 1, 3, 5, 7, 9, 11; fall in: 2; no clear change in: "

@@ -326,6 +326,8 @@ def test_paths_with_spaces_can_be_typed_again(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/lambda-vit", "finetune", "--model", "m", "--data", "/my images"])
     command = environment.command_line()
     assert command == "lambda-vit finetune --model m --data '/my images'"
+    monkeypatch.setattr("sys.argv", ["/lib/lambda_vit/__main__.py", "select", "--model", "m"])
+    assert environment.command_line() == "python -m lambda_vit select --model m"
     record_of(tmp_path / "a")
     (compare, _) = changed(tmp_path / "a", command=command)["next_commands"]
     assert shlex.split(compare["command"])[-2:] == ["--data", "/my images"]

@@ -184,6 +184,12 @@ def validate(
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     class_map: ClassMap = None,
     samples: Annotated[Optional[int], typer.Option(min=1, help="Fewer images than all.", show_default=False)] = None,  # noqa: UP045
+    crop_pct: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Share of an image's shorter side, for both models in place of their own.", show_default=False
+        ),
+    ] = None,
     latency: Annotated[bool, typer.Option(help="Take times at batch 1 and --batch-size.")] = True,
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
     batch_size: BatchSize = 32,
@@ -198,9 +204,10 @@ def validate(
     from .loading import open_model
     from .plot_files import check_outputs
     from .report import console_summary
-    from .validation import compare, path_lines
+    from .validation import check_crop, compare, path_lines, set_crop
 
     check_outputs(out)
+    check_crop(crop_pct)
     labels = {"reference": reference, "model": model}
     models = {}
     with progress.shown():
@@ -214,6 +221,8 @@ def validate(
                 option="--reference",
             )
         models["model"] = network
+        if crop_pct is not None:
+            set_crop(models.values(), crop_pct)
         loader = open_data(
             network, data, split, samples, batch_size, workers, skip_bad, labelled=True, class_map=class_map
         )

@@ -117,4 +117,7 @@ def _version(name: str) -> str:
 
 def command_line() -> str:
     """The command this process was started with, as a shell takes it, for a report."""
-    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    folder, name = os.path.split(sys.argv[0])
+    # A package that was run as a module has the path of its own __main__.py here.
+    program = ["python", "-m", os.path.basename(folder)] if name == "__main__.py" else [name]
+    return shlex.join([*program, *sys.argv[1:]])

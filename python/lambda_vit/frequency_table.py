@@ -105,9 +105,11 @@ def frequency_notes(record: Mapping[str, Any]) -> list[str]:
         floored = {row["block"]: row["floored"] for row in part["blocks"] if row["floored"]} if part else {}
         if floored:
             total = part["samples"] * part["channels"] * rows * columns
+            number = sum(floored.values())
+            few = "1 amplitude" if number == 1 else f"{number:,} amplitudes"
             notes.append(
-                f"{f'{title}: ' if after else ''}{sum(floored.values()):,} amplitudes, of {total:,} in each block, were below "
-                f"2^-24 and count as that in logarithms (blocks {ranges(floored)})."
+                f"{f'{title}: ' if after else ''}{few}, of {total:,} in each block, below 2^-24 counted as that in "
+                f"logarithms ({'block' if len(floored) == 1 else 'blocks'} {ranges(floored)})."
             )
     return notes
 

@@ -98,6 +98,22 @@ def check_preparation(models: Mapping[str, nn.Module], remedy: str) -> None:
             )
 
 
+def check_crop(crop_pct: float | None) -> None:
+    """Refuse what is no share of an image.
+
+    Raises:
+        ValueError: It is not above 0 and at most 1.
+    """
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"--crop-pct must be above 0 and at most 1, such as 0.9; got {crop_pct:g}")
+
+
+def set_crop(models: Iterable[nn.Module], crop_pct: float) -> None:
+    """Have timm prepare images for these models with this share of the shorter side, whatever their own configs say."""
+    for model in models:
+        model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "crop_pct": crop_pct}  # type: ignore[assignment]
+
+
 def path_lines(paths: Sequence[Mapping]) -> list[str]:
     """The `kernel_paths` of a model in words, blocks that run alike on one line, and how many tokens go into each."""
     alike: dict[tuple[str, str, str], list[int]] = {}
@@ -137,7 +153,7 @@ def compare(
     Raises:
         ValueError: The models were made for images that are prepared differently: one loader cannot serve them all.
     """
-    check_preparation(models, "Validate each alone")
+    check_preparation(models, "Validate each alone, or give both one crop_pct where only that differs: --crop-pct")
     sizes = tuple(dict.fromkeys(batch_sizes))
     times = compare_latency(models, sizes, seconds=30) if sizes else {}
     reference = models.get("reference")
