@@ -1,9 +1,10 @@
 """All that needs a GPU, in one command for a machine that is there for minutes only:
 
-    python benchmarks/gpu.py --out DIR [--only build,tests,sanitizer,ceilings,mlp,histogram,model,training] [--budget-minutes 9]
+    python benchmarks/gpu.py --out DIR [--only PART,PART] [--budget-minutes 9]
 
-Runs the parts in this order, each within a limit of its own and all within the budget, and goes on after a failure. Writes
-`results.json` (after each part anew) and one log per part to DIR, and prints one table at the end. Exits with 0 if every
+Runs build, tests, sanitizer, ceilings, mlp, histogram, model, training and questions in this order, each within a limit of its
+own and all within the budget, and goes on after a failure. Writes `results.json` (after each part anew) and one log per part
+to DIR, and prints one table at the end. Exits with 0 if every
 part passed, with 1 if one failed or did not fit, with 2 where there is no CUDA device.
 
 What the benchmarks measure about the kernels is kept in $LAMBDA_KERNELS_CACHE, or in a folder for temporary files.
@@ -18,7 +19,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import gpu_table
 import records
+from toolkit import cuda_tool
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -54,6 +55,9 @@ SANITIZED = {
     "histogram_codes": ("histogram_kernel", "merge_kernel"),
     "histogram_moments": ("histogram_kernel", "merge_kernel", "empty_moments_kernel"),
 }
+# What `questions.py` can be asked.
+QUESTIONS = ("l2", "atomics", "one_pass", "registers", "epilogue")
+
 # A kernel that writes beyond its tensor: unless this is found, that nothing else was found says nothing.
 CONTROL = "planted"
 
@@ -199,7 +203,7 @@ def tests(job: Job) -> dict:
 
 def sanitizer(job: Job) -> dict:
     """Each kernel once under memcheck and once under racecheck, several at a time."""
-    tool = _cuda_tool("compute-sanitizer")
+    tool = cuda_tool("compute-sanitizer")
     if tool is None:
         return {"passed": False, "note": "compute-sanitizer is not installed"}
     can_filter = "--kernel-name" in job.step(tool, "--help", at_most=20).output
@@ -284,6 +288,22 @@ def training(job: Job) -> dict:
     return _rows(job, "benchmarks/test_training.py", "-k", "on_a_gpu", compiles=True)
 
 
+def questions(job: Job) -> dict:
+    """What the kernels' design rests on and paper could not say; each in a process of its own, which a fault cannot leave."""
+    found, failures = [], []
+    for name in QUESTIONS:
+        step = job.step(sys.executable, BENCHMARKS / "questions.py", "--only", name)
+        answers = []
+        for line in step.output.splitlines():
+            with contextlib.suppress(ValueError):  # what else was printed
+                said = json.loads(line)
+                answers += [said] if isinstance(said, dict) and said.get("question") == name else []
+        found += answers
+        failures += [f"{name}: {answer['failed']}" for answer in answers if "failed" in answer]
+        failures += [f"{name}: no answer"] if not answers else []
+    return {"answers": found, "failures": failures}
+
+
 # name → (what to run, seconds at most, seconds without which it is not worth starting)
 PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "build": (build, 180, 30),
@@ -294,6 +314,7 @@ PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "histogram": (histogram, 120, 30),
     "model": (model, 500, 90),
     "training": (training, 120, 45),
+    "questions": (questions, 150, 30),
 }
 
 
@@ -333,17 +354,9 @@ def _said(*command: str) -> str:
     return execute(list(command), 20, dict(os.environ)).output.strip()
 
 
-def _cuda_tool(name: str) -> str | None:
-    folders = [
-        os.environ.get("PATH", ""),
-        *(f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda")),
-    ]
-    return shutil.which(name, path=os.pathsep.join(folders))
-
-
 def describe(commit: str | None) -> dict[str, object]:
     """The machine, the versions and the state of the sources."""
-    release = re.search(r"release [\d.]+, V[\d.]+", _said(_cuda_tool("nvcc") or "nvcc", "--version"))
+    release = re.search(r"release [\d.]+, V[\d.]+", _said(cuda_tool("nvcc") or "nvcc", "--version"))
     return {**records.describe(commit), "nvcc": release[0] if release else "none", "sources": source_digest()}
 
 

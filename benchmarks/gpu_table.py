@@ -110,9 +110,41 @@ def part_lines(name: str, part: dict) -> list[str]:
     if verdicts:
         clean = sum(text == "clean" for text in verdicts.values())
         lines.append(f"    {clean} of {len(verdicts)} as they should be")
+    for answer in part.get("answers", []):
+        lines += [f"    {line}" for line in answer_lines(answer)]
     if "teraflops" in part:
         lines.append(f"    copy {part['gigabytes_per_s']} GB/s, bf16 product {part['teraflops']} TFLOP/s")
     return lines
+
+
+def answer_lines(answer: dict) -> list[str]:
+    """A line for each figure of an answer of `questions.py`, the best of it first."""
+    name = answer["question"]
+    if "failed" in answer:
+        return [f"{name}: {answer['failed'][:140]}"]
+    lines = {
+        "l2": lambda row: f"{row['megabytes']} MB read again: {_ranked(row['terabytes_per_s'], most=True)} TB/s",
+        "atomics": lambda row: (
+            f"{row['cells']}: {row['per_clock']} counts a clock, {row['billions_per_s']} billion a second"
+        ),
+        "one_pass": lambda row: (
+            f"C={row['channels']} batch {row['batch']}: {_ranked(row['graph_us'] or row['plain_us'])} µs; "
+            f"programs {', '.join(f'{tile}: {n}' for tile, n in row['programs_per_multiprocessor'].items())}"
+        ),
+        "registers": lambda row: (
+            f"{row['way']}: {row['wrong']} of {row['of']} wrong, GELU off by {row['error_with_gelu']:.1e}, {row['us']} µs"
+            f"{', from registers' if row['from_registers'] else ''}{', serialized' if row['serialized'] else ''}"
+        ),
+        "epilogue": lambda row: f"C={row['channels']}: {_ranked(row['graph_us'] or row['plain_us'])} µs",
+    }[name]
+    found = [f"{name}: {lines(row)}" for row in answer["rows"]]
+    needs = answer.get("one_pass_needs_terabytes_per_s", {})
+    found += [f"{name}: one pass needs {value} TB/s with {rows} rows a program" for rows, value in needs.items()]
+    return found if answer["good"] else [f"{name}: something was wrong, see the log", *found]
+
+
+def _ranked(values: dict[str, float], most: bool = False) -> str:
+    return " · ".join(f"{name} {value}" for name, value in sorted(values.items(), key=lambda v: v[1], reverse=most))
 
 
 def report(results: dict) -> str:

@@ -38,7 +38,7 @@ ARCHITECTURES = (80, 90, 100)
 # The matrix instruction that products of 16-bit operands must become.
 _MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,22 @@ def compile_case(case: Case) -> Finding:
         return Finding(
             **facts, registers=0, stack=0, shared=0, matrix_instructions=0, spills=0, spills_in_loop=0, faults=(fault,)
         )
-    usage, sass, warnings = _disassemble(compiled, arch)
+    return read(case, compiled)
+
+
+def read(case: Case, compiled: Any) -> Finding:
+    """What the compiler made of `case`: registers, memory and instructions, of a kernel that Triton compiled for it."""
+    usage, sass, warnings = _disassemble(compiled, case.arch)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return Finding(
-        **facts,
+        kernel=case.kernel,
+        shape=case.shape,
+        config=case.config,
+        arch=case.arch,
         registers=registers,
         stack=stack,
         shared=compiled.metadata.shared,
-        matrix_instructions=_count(_MATRIX_INSTRUCTION[arch], sass),
+        matrix_instructions=_count(_MATRIX_INSTRUCTION[case.arch], sass),
         spills=_count("LDL", sass) + _count("STL", sass),
         spills_in_loop=local_memory_in_loops(sass),
         faults=tuple(find_faults(case, compiled.metadata.shared, sass, warnings)),

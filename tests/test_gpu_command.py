@@ -25,6 +25,7 @@ def load(name: str, folder: str = "benchmarks") -> ModuleType:
 
 
 load("records")
+load("toolkit")
 table = load("gpu_table")
 gpu = load("gpu")
 

@@ -65,6 +65,10 @@ class Launch:
             **self.args, **self.constants, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
         )
 
+    def compiled(self) -> Any | None:
+        """What Triton compiled for such arguments; None before one like it ran, and in the interpreter."""
+        return None if INTERPRETED else _compiled.get(self._specialization())
+
     def _specialization(self) -> tuple[object, ...]:
         """All that Triton compiles a kernel anew for: constants, and dtype, alignment, absence of arguments."""
         general = self.kernel.do_not_specialize
