@@ -4,7 +4,7 @@
 
 One process of pytest for each file (with --quick one for all of them). Writes DIR/<date>-<commit>.jsonl, whose first line
 describes the machine, and a log beside it, goes on after a benchmark that fails or a process that dies, and exits with 1
-at the end if any did. On two CPU cores all takes about an hour, `--quick` about a minute. `benchmarks/gpu.py` does the
+at the end if any did. On two CPU cores all takes about half an hour, `--quick` about a minute. `benchmarks/gpu.py` does the
 same on a machine with a GPU that is there for minutes only.
 """
 

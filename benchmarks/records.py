@@ -23,6 +23,9 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 # Where the rows of a run go; set by whoever starts pytest.
 LINES = "LAMBDA_KERNELS_BENCHMARK_LINES"
 
+# What a figure depends on: a page or a result that was written since changes none.
+SOURCES = ("lambda_kernels", "csrc", "python", "benchmarks/*.py", "benchmarks/*.cu", "setup.py", "pyproject.toml")
+
 PACKAGES = ("torch", "triton", "timm", "numpy")
 
 
@@ -116,7 +119,9 @@ def describe(commit: str | None = None) -> dict[str, object]:
         **{name: _version(name) for name in PACKAGES},
         "commit": commit or found,
         # Unknown where there is no git: then `commit` is what somebody said.
-        "dirty": bool(_said("git", "status", "--porcelain", "--untracked-files=no")) if found != "unknown" else None,
+        "dirty": bool(_said("git", "status", "--porcelain", "--untracked-files=no", "--", *SOURCES))
+        if found != "unknown"
+        else None,
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
 
