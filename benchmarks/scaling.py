@@ -313,6 +313,8 @@ def table(found: dict) -> str:
 
 def plot(series: dict, path: Path) -> None:
     """Time, and memory where there is any, over size, both logarithmic; dashed: what is predicted, through the largest size."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     from lambda_kernels.files import atomic_write
     from lambda_vit.figure_style import MUTED, SERIES, new_figure
 
@@ -324,16 +326,24 @@ def plot(series: dict, path: Path) -> None:
             sizes = series["sizes"]
             axes.loglog(sizes, [values[-1] * e / expected[-1] for e in expected], "--", color=MUTED, label="predicted")
             axes.loglog(sizes, values, "o-", color=SERIES[0], markersize=4, label="measured")
-            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.set_xticks(sizes, [short(size) for size in sizes])
+            steps = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=steps))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.minorticks_off()
             axes.set_xlabel(series["axis"])
             axes.set_ylabel(label)
         for axes in figure.axes[len(panels) :]:
-            axes.remove()
+            axes.axis("off")
         figure.axes[0].legend()
-        figure.suptitle(series["title"], fontsize=9)
+        figure.suptitle(series["title"], fontsize=9, x=0.01, horizontalalignment="left")
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=90, facecolor="white")
+
+
+def short(size: int) -> str:
+    """A size in at most four characters."""
+    return f"{size:g}" if size < 10_000 else f"{size / 1000:.3g}k"
 
 
 def page(found: dict) -> str:
@@ -351,14 +361,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scaling.py", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few and small sizes")
     parser.add_argument("--only", default=",".join(SERIES), help=f"series, of {','.join(SERIES)}")
-    parser.add_argument("--write", action="store_true", help="bring docs/ up to date")
-    parser.add_argument(
-        "--out", type=Path, default=records.RESULTS / "scaling.json", help="where --write puts everything"
-    )
+    parser.add_argument("--write", action="store_true", help="measure all and bring docs/ up to date")
+    parser.add_argument("--draw", action="store_true", help="docs/ anew from --out, without measuring")
+    parser.add_argument("--out", type=Path, default=records.RESULTS / "scaling.json", help="where --write puts all")
     options = parser.parse_args(arguments)
     wanted = [name.strip() for name in options.only.split(",")]
     if unknown := [name for name in wanted if name not in SERIES]:
         parser.error(f"--only: unknown {', '.join(unknown)}; series are {', '.join(SERIES)}")
+    if options.draw:
+        found = json.loads(options.out.read_text(encoding="utf-8"))
+        for name, series in found["series"].items():
+            plot(series, DOCS / f"scaling-{name}.png")
+        pages.write(DOCS / "scaling.md", "scaling.py", page(found))
+        return 0
     if options.write and (options.quick or wanted != list(SERIES)):
         parser.error("--write is for all series in full size")
     os.environ.setdefault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -103,6 +104,32 @@ def test_the_page_of_exponents(tmp_path):
         scaling.plot(series(memory), tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "plot.png").stat().st_size < 60_000
+
+
+def test_a_page_is_drawn_again_from_what_was_measured(tmp_path, monkeypatch):
+    begin, end = pages.marks("scaling.py")
+    (tmp_path / "scaling.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
+    found = {"environment": ENVIRONMENT, "series": {"tokens": series(True), "attention": series(False)}}
+    (tmp_path / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    monkeypatch.setattr(scaling, "DOCS", tmp_path)
+    monkeypatch.setattr(scaling, "measured", lambda *_: pytest.fail("nothing is to be measured"))
+    assert scaling.main(["--draw", "--out", str(tmp_path / "found.json")]) == 0
+    text = (tmp_path / "scaling.md").read_text(encoding="utf-8")
+    assert text == f"before\n{begin}\n\n{scaling.page(found)}\n\n{end}\nafter\n"
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scaling-tokens.png", "scaling-attention.png"}
+
+
+def test_the_committed_pages_are_those_of_the_committed_results():
+    """Tables and plots are not to be edited, and not to be forgotten."""
+    for tool in (scaling, roofline):
+        name = Path(tool.__file__).stem
+        found = json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        assert tool.page(found) in (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("size", "text"), [(1, "1"), (197, "197"), (3152, "3152"), (12608, "12.6k"), (201728, "202k")])
+def test_sizes_are_short(size, text):
+    assert scaling.short(size) == text
 
 
 def test_shares_of_the_best():
