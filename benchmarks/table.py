@@ -77,7 +77,7 @@ def _number(value: float | None) -> str:
 
 
 def _measured(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def lines_of(entries: Sequence[targets.Target]) -> list[list[targets.Target]]:
@@ -98,15 +98,23 @@ def _joined(texts: Sequence[str]) -> str:
 
 
 def table(entries: Sequence[targets.Target], runs: Sequence[records.Run]) -> str:
-    """The Markdown that stands between the two comments."""
+    """The Markdown that stands between the two comments: a table for each kind of device, then where figures come from."""
     sources = Sources()
-    text = ["| | | against | aimed at | limit on paper | measured (95 %) |", "|---|---|---|---|---|---|"]
-    for line in lines_of(entries):
-        figures = _joined([figure(entry, runs, sources) for entry in line])
-        aim, limit = (_joined([_number(getattr(e, key)) for e in line]) for key in ("target", "limit"))
-        first = line[0]
-        text.append(f"| {first.device.upper()} | {first.what} | {first.against} | {aim} | {limit} | {figures} |")
-    text += ["", "Ratios, rival over ours: above 1 ours takes less."]
+    text = []
+    for device in ("cpu", "gpu"):
+        lines = lines_of([entry for entry in entries if entry.device == device])
+        if not lines:
+            continue
+        text += [
+            f"| {device.upper()} | against | aimed at | limit on paper | measured (95 %) |",
+            "|---|---|---|---|---|",
+        ]
+        for line in lines:
+            figures = _joined([figure(entry, runs, sources) for entry in line])
+            aim, limit = (_joined([_number(getattr(e, key)) for e in line]) for key in ("target", "limit"))
+            text.append(f"| {line[0].what} | {line[0].against} | {aim} | {limit} | {figures} |")
+        text.append("")
+    text.append("Ratios, rival over ours: above 1 ours takes less.")
     text += ["", *(f"{line}  " for line in sources.lines())] if sources.lines() else []
     return "\n".join(text).rstrip()
 
