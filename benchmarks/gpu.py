@@ -4,8 +4,8 @@
 
 Runs build, tests, sanitizer, ceilings, mlp, histogram, model, training and questions in this order, each within a limit of its
 own and all within the budget, and goes on after a failure. Writes `results.json` (after each part anew) and one log per part
-to DIR, and prints one table at the end. Exits with 0 if every
-part passed, with 1 if one failed or did not fit, with 2 where there is no CUDA device.
+to DIR, where parts of an earlier run of the same sources on the same machine stay, and prints one table at the end. Exits with
+0 if every part that was asked for passed, with 1 if one failed or did not fit, with 2 where there is no CUDA device.
 
 What the benchmarks measure about the kernels is kept in $LAMBDA_KERNELS_CACHE, or in a folder for temporary files.
 """
@@ -55,8 +55,9 @@ SANITIZED = {
     "histogram_codes": ("histogram_kernel", "merge_kernel"),
     "histogram_moments": ("histogram_kernel", "merge_kernel", "empty_moments_kernel"),
 }
-# What `questions.py` can be asked.
+# What `questions.py` can be asked, and seconds that each may take however many are still to be asked.
 QUESTIONS = ("l2", "atomics", "one_pass", "registers", "epilogue")
+QUESTION_S = 40.0
 
 # A kernel that writes beyond its tensor: unless this is found, that nothing else was found says nothing.
 CONTROL = "planted"
@@ -289,18 +290,22 @@ def training(job: Job) -> dict:
 
 
 def questions(job: Job) -> dict:
-    """What the kernels' design rests on and paper could not say; each in a process of its own, which a fault cannot leave."""
-    found, failures = [], []
-    for name in QUESTIONS:
-        step = job.step(sys.executable, BENCHMARKS / "questions.py", "--only", name)
-        answers = []
-        for line in step.output.splitlines():
-            with contextlib.suppress(ValueError):  # what else was printed
-                said = json.loads(line)
-                answers += [said] if isinstance(said, dict) and said.get("question") == name else []
-        found += answers
-        failures += [f"{name}: {answer['failed']}" for answer in answers if "failed" in answer]
-        failures += [f"{name}: no answer"] if not answers else []
+    """What the kernels' design rests on and paper could not say.
+
+    Each in a process of its own, which a fault cannot leave, and within its share of the time, which one that hangs cannot
+    take from the others.
+    """
+    found, failures = {}, []
+    for number, name in enumerate(QUESTIONS):
+        if job.left() < QUESTION_S / 4:
+            failures.append(f"{name}: no time was left")
+            continue
+        share = max(QUESTION_S, job.left() / (len(QUESTIONS) - number))
+        step = job.step(sys.executable, BENCHMARKS / "questions.py", "--only", name, at_most=share)
+        found[name], faults = gpu_table.answer(name, step.output)
+        if step.status is None:
+            faults = [*(fault for fault in faults if not fault.endswith("no answer")), f"{name}: stopped at its limit"]
+        failures += faults
     return {"answers": found, "failures": failures}
 
 
@@ -314,7 +319,7 @@ PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "histogram": (histogram, 120, 30),
     "model": (model, 500, 90),
     "training": (training, 120, 45),
-    "questions": (questions, 150, 30),
+    "questions": (questions, 240, 60),
 }
 
 
@@ -343,7 +348,7 @@ def run_part(name: str, budget: Budget, out: Path, environment: dict[str, str]) 
 def source_digest() -> str:
     """Of everything that is compiled or timed, since a copied tree may have no history to name it by."""
     digest = hashlib.sha256()
-    for folder, pattern in (("lambda_kernels", "*.py"), ("csrc", "*"), ("benchmarks", "*.py")):
+    for folder, pattern in (("lambda_kernels", "*.py"), ("csrc", "*"), ("benchmarks", "*.py"), ("benchmarks", "*.cu")):
         for path in sorted((REPOSITORY / folder).rglob(pattern)):
             if path.is_file():
                 digest.update(path.relative_to(REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes())
@@ -378,6 +383,26 @@ def tuned(environment: dict[str, str]) -> object:
         return None
 
 
+def earlier(path: Path, environment: dict[str, object]) -> dict[str, dict]:
+    """The parts that an earlier run left in this folder; those that are run again replace theirs.
+
+    Raises:
+        ValueError: They are of another machine, other versions or other sources.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        before, parts = found["environment"], found["parts"]
+        changed = [name for name in environment if name != "time" and before.get(name) != environment[name]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is none of this program's results; choose another --out") from error
+    if changed:
+        listed = ", ".join(f"{name} was {before.get(name)} and is {environment[name]}" for name in changed)
+        raise ValueError(f"{path} was measured otherwise ({listed}); choose another --out")
+    return parts
+
+
 def write(path: Path, results: dict) -> None:
     """Replace `results.json` as a whole."""
     temporary = path.with_suffix(".tmp")
@@ -410,6 +435,11 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     environment = child_environment()
     results = {"environment": describe(options.commit), "parts": {}}
+    try:
+        results["parts"] = earlier(out / "results.json", results["environment"])
+    except ValueError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
     for name in PARTS:  # in their own order, whatever order they were named in
         if name in wanted:
             print(f"{name} …", flush=True)
@@ -417,7 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
             results["tuning"] = tuned(environment)
             write(out / "results.json", results)
     print(gpu_table.report(results))
-    return 0 if all(part["state"] == "passed" for part in results["parts"].values()) else 1
+    return 0 if all(results["parts"][name]["state"] == "passed" for name in wanted) else 1
 
 
 if __name__ == "__main__":

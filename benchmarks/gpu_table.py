@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 # Of a long output often only the end is kept: 12,000 characters are taken to be safe.
@@ -110,37 +111,63 @@ def part_lines(name: str, part: dict) -> list[str]:
     if verdicts:
         clean = sum(text == "clean" for text in verdicts.values())
         lines.append(f"    {clean} of {len(verdicts)} as they should be")
-    for answer in part.get("answers", []):
-        lines += [f"    {line}" for line in answer_lines(answer)]
+    for question, answered in part.get("answers", {}).items():
+        lines += [f"    {question}: {answer_line(question, row)}"[:400] for row in answered]
     if "teraflops" in part:
         lines.append(f"    copy {part['gigabytes_per_s']} GB/s, bf16 product {part['teraflops']} TFLOP/s")
     return lines
 
 
-def answer_lines(answer: dict) -> list[str]:
-    """A line for each figure of an answer of `questions.py`, the best of it first."""
-    name = answer["question"]
-    if "failed" in answer:
-        return [f"{name}: {answer['failed'][:140]}"]
-    lines = {
-        "l2": lambda row: f"{row['megabytes']} MB read again: {_ranked(row['terabytes_per_s'], most=True)} TB/s",
-        "atomics": lambda row: (
-            f"{row['cells']}: {row['per_clock']} counts a clock, {row['billions_per_s']} billion a second"
-        ),
-        "one_pass": lambda row: (
-            f"C={row['channels']} batch {row['batch']}: {_ranked(row['graph_us'] or row['plain_us'])} µs; "
-            f"programs {', '.join(f'{tile}: {n}' for tile, n in row['programs_per_multiprocessor'].items())}"
-        ),
-        "registers": lambda row: (
-            f"{row['way']}: {row['wrong']} of {row['of']} wrong, GELU off by {row['error_with_gelu']:.1e}, {row['us']} µs"
-            f"{', from registers' if row['from_registers'] else ''}{', serialized' if row['serialized'] else ''}"
-        ),
-        "epilogue": lambda row: f"C={row['channels']}: {_ranked(row['graph_us'] or row['plain_us'])} µs",
-    }[name]
-    found = [f"{name}: {lines(row)}" for row in answer["rows"]]
-    needs = answer.get("one_pass_needs_terabytes_per_s", {})
-    found += [f"{name}: one pass needs {value} TB/s with {rows} rows a program" for rows, value in needs.items()]
-    return found if answer["good"] else [f"{name}: something was wrong, see the log", *found]
+def answer(name: str, output: str) -> tuple[list[dict], list[str]]:
+    """The rows that `questions.py` printed about a question among whatever else was printed, and what was wrong."""
+    rows, faults = [], []
+    for line in output.splitlines():
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(said, dict) or said.get("question") != name:
+            continue
+        if "row" in said:
+            rows.append(said["row"])
+            if not said["row"].get("good"):
+                faults.append(f"{name}: row {len(rows)} is not as it should be")
+        else:
+            faults.append(f"{name}: {said.get('failed')}")
+    return rows, faults or ([] if rows else [f"{name}: no answer"])
+
+
+def answer_line(name: str, row: dict) -> str:
+    """What a row of an answer says."""
+    if "failed" in row:
+        return f"{row['way']}: {row['failed'][:100]}"
+    if "needed_with_rows" in row:
+        return "one pass needs " + ", ".join(
+            f"{v} TB/s with {rows} rows" for rows, v in row["needed_with_rows"].items()
+        )
+    if "kernels" in row:
+        library = {version: names for version, names in row["kernels"].items() if not version.startswith("ours")}
+        return f"C={row['channels']}: " + "; ".join(
+            f"{version}: {', '.join(names)}" for version, names in library.items()
+        )
+    if name == "l2":
+        return f"{row['megabytes']} MB read again: {_ranked(row['terabytes_per_s'], most=True)} TB/s"
+    if name == "atomics":
+        return f"{row['cells']}: {row['per_clock']} counts a clock, {row['billions_per_s']} billion a second"
+    if name == "registers":
+        made = list(row["assembled"].values())
+        words = [f"{row['wrong']} of {row['of']} wrong, GELU off by {row['error_with_gelu']:.1e}, {row['us']} µs"]
+        words += ["from registers"] if any(facts["from_registers"] for facts in made) else []
+        words += ["serialized"] if any(facts["serialized"] for facts in made) else []
+        return f"{row['way']}: {', '.join(words)}"
+    batch = f" batch {row['batch']}" if "batch" in row else ""
+    text = f"C={row['channels']}{batch}: {_ranked(row['graph_us'] or row['plain_us'])} µs"
+    if "programs_per_multiprocessor" in row:
+        text += f"; programs {', '.join(f'{tile}: {n}' for tile, n in row['programs_per_multiprocessor'].items())}"
+        text += f"; staged ran {', '.join(row['ran']['staged'])}"
+    if row["not_captured"]:
+        text += f"; not captured: {', '.join(row['not_captured'])}"
+    return text
 
 
 def _ranked(values: dict[str, float], most: bool = False) -> str:

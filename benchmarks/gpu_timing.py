@@ -82,6 +82,8 @@ def replayed(
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     for graph in graphs.values():
         graph.replay()
+    if not graphs:
+        return {}, failures
     return _turns({name: graph.replay for name, graph in graphs.items()}, rounds, sets, idle=False), failures
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lambda_kernels import audit, ln_mlp, reference
-from lambda_kernels.ops import launch, tuning
+from lambda_kernels.ops import launch, tracing, tuning
 from lambda_kernels.ops.kernels import configs
 from lambda_kernels.ops.launch import Launch
 from lambda_kernels.ops.tuning import Candidate
@@ -25,36 +25,36 @@ TOKENS = 256 * 197
 # One pass: rows per program, and against two kernels
 
 
-def one_pass() -> dict[str, Any]:
-    """Microseconds of every one-pass tile that ships, and of the two kernels, at batch 64 and 256 in bfloat16."""
-    rows, good = [], True
+def one_pass() -> Iterator[dict[str, Any]]:
+    """Microseconds of every one-pass tile that ships, and of two kernels, at batch 64 and 256 in bfloat16.
+
+    "two kernels" are our own, with the first of their tiles; "staged" is whatever was measured to be the fastest.
+    """
+    arch = answering.capability()
     for channels in (width for width in answering.WIDTHS if width <= configs.ONE_PASS_CHANNELS):
-        tiles = configs.shipped(
-            "one_pass",
-            answering.capability(),
-            torch.bfloat16,
-            channels,
-            configs.uses_descriptors(answering.capability()),
-        )
+        tiles = configs.shipped("one_pass", arch, torch.bfloat16, channels, configs.uses_descriptors(arch))
         for batch in BATCHES:
             parameters, xs = _mlp(channels, batch)
             exact = reference.ln_mlp(*(t.double() for t in (xs[0], *parameters)), eps=1e-6)
-            versions = {str(tile): _forced(xs, parameters, Candidate("one_pass", tile)) for tile in tiles}
-            versions["two kernels"] = _forced(xs, parameters, "staged")
+            versions = {str(tile): _forced(xs, parameters, forward=Candidate("one_pass", tile)) for tile in tiles}
+            versions["two kernels"] = _forced(xs, parameters, forward="staged", fc1="corrected", fc2="fused")
+            versions["staged"] = _forced(xs, parameters, forward="staged")
+            good, ran = True, {}
             for name, version in versions.items():
-                good &= answering.close(version(0), exact, f"{name}, {channels} channels")
+                version(0)  # whatever is to be measured about it is measured now
+                with tracing.recorded() as ran[name]:
+                    good &= answering.close(version(0), exact, f"{name}, {channels} channels")
             graphs, failures = gpu_timing.replayed(versions, len(xs), rounds=30)
-            rows.append(
-                {
-                    "channels": channels,
-                    "batch": batch,
-                    "graph_us": gpu_timing.medians(graphs),
-                    "plain_us": gpu_timing.medians(gpu_timing.launched(versions, len(xs), rounds=30)),
-                    "programs_per_multiprocessor": {str(tile): programs(xs, parameters, tile) for tile in tiles},
-                    "not_captured": failures,
-                }
-            )
-    return {"rows": rows, "good": good}
+            yield {
+                "channels": channels,
+                "batch": batch,
+                "graph_us": gpu_timing.medians(graphs),
+                "plain_us": gpu_timing.medians(gpu_timing.launched(versions, len(xs), rounds=30)),
+                "programs_per_multiprocessor": {str(tile): programs(xs, parameters, tile) for tile in tiles},
+                "not_captured": failures,
+                "ran": ran,
+                "good": good,
+            }
 
 
 def _mlp(channels: int, batch: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -66,12 +66,12 @@ def _mlp(channels: int, batch: int) -> tuple[list[Tensor], list[Tensor]]:
     ]
     vectors = [torch.randn(size, device=answering.DEVICE) for size in (channels, channels, hidden, channels)]
     parameters = [vectors[0], vectors[1], matrices[0], vectors[2], matrices[1], vectors[3]]
-    return [p.bfloat16() for p in parameters], gpu_timing.rotating(batch * 197, channels)
+    return [p.bfloat16() for p in parameters], gpu_timing.rotating(batch * 197, channels, seed=1)
 
 
-def _forced(xs: list[Tensor], parameters: list[Tensor], forward: object) -> Callable[[int], Tensor]:
+def _forced(xs: list[Tensor], parameters: list[Tensor], **stages: Candidate | str) -> Callable[[int], Tensor]:
     def run(number: int) -> Tensor:
-        with torch.no_grad(), tuning.forced(forward=forward):
+        with torch.no_grad(), tuning.forced(**stages):
             return ln_mlp(xs[number], *parameters, eps=1e-6, backend="triton")
 
     return run
@@ -187,32 +187,42 @@ def chain_result(x: Tensor, w1: Tensor, w2: Tensor, activation: str) -> Tensor:
     return hidden @ w2.double().T
 
 
-def registers() -> dict[str, Any]:
-    """How often results of whole numbers were wrong, the error with GELU, and what the assembler made of each way."""
-    rows, wrong_at_all = [], False
+def registers() -> Iterator[dict[str, Any]]:
+    """How often results of whole numbers were wrong, the error with GELU, and what the assembler made of each way.
+
+    Ways from registers are asked about, and may be wrong; that which ships may not.
+    """
     for chain in CHAINS:
-        wrong = 0
-        for _ in range(CHAIN_TURNS):
-            x, w1, w2, out = chain.problem(TOKENS // chain.bm * chain.bm, answering.DEVICE, torch.bfloat16, whole=True)
-            chain.launch(x, w1, w2, out, "relu").run()
-            wrong += not torch.equal(out.double(), chain_result(x, w1, w2, "relu"))
-        x, w1, w2, out = chain.problem(TOKENS // chain.bm * chain.bm, answering.DEVICE, torch.bfloat16, whole=False)
-        made = chain.launch(x, w1, w2, out, "gelu")
-        made.run()
-        exact = chain_result(x, w1, w2, "gelu")
-        us = gpu_timing.medians(gpu_timing.launched({"chain": answering.runs(made)}, 1, rounds=20))["chain"]
-        row = {
-            "way": str(chain),
-            "wrong": wrong,
-            "of": CHAIN_TURNS,
-            "error_with_gelu": answering.two_digits(answering.relative_error(out, exact)),
-            "us": us,
-        }
-        row |= assembled(chain, made.compiled(), answering.capability())
-        rows.append(row)
-        # Ways from registers are asked about, and may be wrong; that which ships may not.
-        wrong_at_all |= chain.transposed and (wrong > 0 or not row["error_with_gelu"] <= answering.TOLERANCE)
-    return {"rows": rows, "good": not wrong_at_all}
+        try:
+            yield _tried(chain)
+        except Exception as error:  # one that does not compile leaves the others
+            yield {"way": str(chain), "failed": f"{type(error).__name__}: {error}"[:300], "good": not chain.transposed}
+
+
+def _tried(chain: Chain) -> dict[str, Any]:
+    rows, wrong = TOKENS // chain.bm * chain.bm, 0
+    for _ in range(CHAIN_TURNS):
+        x, w1, w2, out = chain.problem(rows, answering.DEVICE, torch.bfloat16, whole=True)
+        whole = chain.launch(x, w1, w2, out, "relu")
+        whole.run()
+        wrong += not torch.equal(out.double(), chain_result(x, w1, w2, "relu"))
+    x, w1, w2, out = chain.problem(rows, answering.DEVICE, torch.bfloat16, whole=False)
+    smooth = chain.launch(x, w1, w2, out, "gelu")
+    smooth.run()
+    error = answering.relative_error(out, chain_result(x, w1, w2, "gelu"))
+    found = {
+        form: assembled(chain, made.compiled(), answering.capability())
+        for form, made in (("relu", whole), ("gelu", smooth))
+    }
+    return {
+        "way": str(chain),
+        "wrong": wrong,
+        "of": CHAIN_TURNS,
+        "error_with_gelu": answering.two_digits(error),
+        "us": gpu_timing.medians(gpu_timing.launched({"chain": answering.runs(smooth)}, 1, rounds=20))["chain"],
+        "assembled": found,
+        "good": not chain.transposed or (wrong == 0 and error <= answering.TOLERANCE),
+    }
 
 
 def assembled(chain: Chain, compiled: Any, arch: int) -> dict[str, object]:
@@ -231,50 +241,56 @@ def assembled(chain: Chain, compiled: Any, arch: int) -> dict[str, object]:
 # cuBLASLt's GELU
 
 
-def epilogue() -> dict[str, Any]:
-    """Microseconds of the first product with bias, alone, with GELU after it, with GELU inside, and of our own kernel."""
-    rows, good = [], True
+def epilogue() -> Iterator[dict[str, Any]]:
+    """Microseconds of the first product with bias, alone, with GELU after it, with GELU inside, and of our own kernel.
+
+    In a second round the names of the kernels that ran, by the profiler, which would be in the way of the times.
+    """
     for channels in answering.WIDTHS:
-        torch.manual_seed(0)
-        hidden = 4 * channels
-        xs = gpu_timing.rotating(TOKENS, channels)
-        weight = torch.randn(hidden, channels, dtype=torch.bfloat16, device=answering.DEVICE) / math.sqrt(channels)
-        bias = torch.randn(hidden, dtype=torch.bfloat16, device=answering.DEVICE)
-        versions: dict[str, gpu_timing.Version] = {
-            "product": lambda n, w=weight, b=bias, xs=xs: torch.addmm(b, xs[n], w.t()),
-            "product, then GELU": lambda n, w=weight, b=bias, xs=xs: torch.nn.functional.gelu(
-                torch.addmm(b, xs[n], w.t())
-            ),
-            "GELU inside": lambda n, w=weight, b=bias, xs=xs: torch._addmm_activation(b, xs[n], w.t(), use_gelu=True),
-        }
-        tma = configs.uses_descriptors(answering.capability())
-        for tile in configs.shipped("fc1", answering.capability(), torch.bfloat16, channels, tma):
-            versions[f"ours {tile}"] = _fc1(xs, weight, bias, tile, tma)
-        x = xs[0].double()
-        p = x @ weight.double().T + bias.double()
+        versions, x, weight, bias, sets = _first_products(channels)
+        p = x.double() @ weight.double().T + bias.double()
         forms = {form: torch.nn.functional.gelu(p, approximate=form) for form in ("none", "tanh")}
-        kernels, errors = {}, {}
+        errors, good = {}, True
         for name, version in versions.items():
-            got, kernels[name] = kernels_of(version)
             if name != "product":
+                got = version(0)
                 errors[name] = {
                     form: float(f"{answering.relative_error(got, exact):.3e}") for form, exact in forms.items()
                 }
                 good &= answering.close(got, forms["none"], f"{name}, {channels} channels")
-        graphs, failures = gpu_timing.replayed(versions, len(xs), rounds=30)
-        rows.append(
-            {
-                "channels": channels,
-                "graph_us": gpu_timing.medians(graphs),
-                "plain_us": gpu_timing.medians(gpu_timing.launched(versions, len(xs), rounds=30)),
-                "error_from": errors,
-                "kernels": kernels,
-                "not_captured": failures,
-            }
-        )
-        del xs, x, p, forms
+        del p, forms
+        graphs, failures = gpu_timing.replayed(versions, sets, rounds=30)
+        yield {
+            "channels": channels,
+            "graph_us": gpu_timing.medians(graphs),
+            "plain_us": gpu_timing.medians(gpu_timing.launched(versions, sets, rounds=30)),
+            "error_from": errors,
+            "not_captured": failures,
+            "good": good,
+        }
+        del versions, x, graphs
         torch.cuda.empty_cache()
-    return {"rows": rows, "good": good}
+    for channels in answering.WIDTHS:
+        versions, *_ = _first_products(channels)
+        yield {"channels": channels, "kernels": kernels_of(versions), "good": True}
+
+
+def _first_products(channels: int) -> tuple[dict[str, gpu_timing.Version], Tensor, Tensor, Tensor, int]:
+    """Versions of GELU(x·Wᵀ + b), the first without GELU; the first x, W and b; how many inputs there are."""
+    torch.manual_seed(0)
+    xs = gpu_timing.rotating(TOKENS, channels, seed=1)
+    weight = torch.randn(4 * channels, channels, dtype=torch.bfloat16, device=answering.DEVICE) / math.sqrt(channels)
+    bias = torch.randn(4 * channels, dtype=torch.bfloat16, device=answering.DEVICE)
+    versions: dict[str, gpu_timing.Version] = {
+        "product": lambda n: torch.addmm(bias, xs[n], weight.t()),
+        "product, then GELU": lambda n: torch.nn.functional.gelu(torch.addmm(bias, xs[n], weight.t())),
+        "GELU inside": lambda n: torch._addmm_activation(bias, xs[n], weight.t(), use_gelu=True),
+    }
+    arch = answering.capability()
+    tma = configs.uses_descriptors(arch)
+    for tile in configs.shipped("fc1", arch, torch.bfloat16, channels, tma):
+        versions[f"ours {tile}"] = _fc1(xs, weight, bias, tile, tma)
+    return versions, xs[0], weight, bias, len(xs)
 
 
 def _fc1(xs: list[Tensor], weight: Tensor, bias: Tensor, tile: configs.Config, tma: bool) -> gpu_timing.Version:
@@ -291,12 +307,15 @@ def _fc1(xs: list[Tensor], weight: Tensor, bias: Tensor, tile: configs.Config, t
     return run
 
 
-def kernels_of(version: gpu_timing.Version) -> tuple[Tensor, list[str]]:
-    """The result of a call and the names of the kernels that ran."""
-    version(0)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
-        got = version(0)
+def kernels_of(versions: dict[str, gpu_timing.Version]) -> dict[str, list[str]]:
+    """The names of the kernels that each version launches, one profile for each."""
+    found = {}
+    for name, version in versions.items():
+        version(0)
         torch.cuda.synchronize()
-    names = [event.key[:80] for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return got, names
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+            version(0)
+            torch.cuda.synchronize()
+        on_device = (e.key[:80] for e in profiled.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+        found[name] = list(on_device) or ["the profiler saw none"]
+    return found

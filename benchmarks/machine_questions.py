@@ -6,6 +6,7 @@ import ctypes
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,9 @@ def weight_rows(channels: int) -> int:
     return 2 * 4 * channels * channels * 2 // (4 * L2_COLUMNS)
 
 
-def l2() -> dict[str, Any]:
+def l2() -> Iterator[dict[str, Any]]:
     """Terabytes per second that all programs together read, by size, by how tiles are moved, by where programs begin."""
     programs = L2_PROGRAMS * answering.multiprocessors()
-    rows, good = [], True
     for channels in answering.WIDTHS:
         count = weight_rows(channels)
         source = torch.randint(-(2**31), 2**31, (count, L2_COLUMNS), dtype=torch.int64, device=answering.DEVICE).int()
@@ -74,6 +74,7 @@ def l2() -> dict[str, Any]:
             for tma in ((True, False) if configs.uses_descriptors(answering.capability()) else (False,))
             for rotated in (False, True)
         }
+        good = True
         for name, made in launches.items():
             out.zero_()
             made.run()
@@ -82,10 +83,16 @@ def l2() -> dict[str, Any]:
             gpu_timing.launched({name: answering.runs(made) for name, made in launches.items()}, 1, rounds=20)
         )
         rates = {name: round(programs * passes * size / us / 1e6, 2) for name, us in times.items()}
-        rows.append({"channels": channels, "megabytes": round(size / 1e6, 2), "terabytes_per_s": rates})
+        yield {
+            "channels": channels,
+            "megabytes": round(size / 1e6, 2),
+            "terabytes_per_s": rates,
+            "programs": programs,
+            "good": good,
+        }
     # Operations per byte are the rows of a program: what the product reaches there is what has to be read.
-    need = {str(rows_): round(gpu_timing.ceilings().teraflops / rows_, 2) for rows_ in (64, 128)}
-    return {"rows": rows, "one_pass_needs_terabytes_per_s": need, "programs": programs, "good": good}
+    product = gpu_timing.ceilings().teraflops
+    yield {"needed_with_rows": {str(rows): round(product / rows, 2) for rows in (64, 128)}, "good": True}
 
 
 def exclusive_or(values: Tensor) -> Tensor:
@@ -123,10 +130,9 @@ def build_shared_atomics(folder: Path, arch: str) -> Path:
     return library
 
 
-def atomics() -> dict[str, Any]:
+def atomics() -> Iterator[dict[str, Any]]:
     """Counts per clock of a multiprocessor, and per second of the device."""
     blocks = answering.multiprocessors()
-    rows, good = [], True
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(build_shared_atomics(Path(folder), f"sm_{answering.capability()}")))
         call = library.count_in_shared_memory
@@ -143,13 +149,11 @@ def atomics() -> dict[str, Any]:
                     raise RuntimeError(f"CUDA error {error}")
 
             run(0)
-            good &= answering.said(int(total) == blocks * counts, f"{name}: {int(total)} counts of {blocks * counts}")
+            good = answering.said(int(total) == blocks * counts, f"{name}: {int(total)} counts of {blocks * counts}")
             us = gpu_timing.medians(gpu_timing.launched({name: run}, 1, rounds=10))[name]
-            rows.append(
-                {
-                    "cells": name,
-                    "per_clock": round(counts / statistics.median(clocks.tolist()), 2),
-                    "billions_per_s": round(blocks * counts / us / 1e3, 1),
-                }
-            )
-    return {"rows": rows, "good": good}
+            yield {
+                "cells": name,
+                "per_clock": round(counts / statistics.median(clocks.tolist()), 2),
+                "billions_per_s": round(blocks * counts / us / 1e3, 1),
+                "good": good,
+            }

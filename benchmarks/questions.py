@@ -8,8 +8,8 @@
     registers  whether products whose operand comes from registers are right, as this Triton assembles them
     epilogue   what cuBLASLt's GELU saves against a product and a GELU, and how far it is from GELU
 
-Prints one line of JSON for each answer as soon as it is there. Exits with 1 if a question could not be answered or anything
-measured was wrong, with 2 where there is no CUDA device.
+Prints a line of JSON for each row of an answer as soon as it is there, so that what was found before a fault is kept. Exits
+with 1 if a question could not be answered or anything measured was wrong, with 2 where there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import kernel_questions
 import machine_questions
 import torch
 
-QUESTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+QUESTIONS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     function.__name__: function
     for function in (
         machine_questions.l2,
@@ -37,12 +37,13 @@ QUESTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def answers(wanted: list[str]) -> Iterator[dict[str, Any]]:
-    """Ask them in turn; one that raises says so and leaves the others to be asked."""
+    """A line for every row of every answer; a question that raises says so and leaves the others to be asked."""
     for name in wanted:
         try:
-            yield {"question": name, **QUESTIONS[name]()}
+            for row in QUESTIONS[name]():
+                yield {"question": name, "row": row}
         except Exception as error:
-            yield {"question": name, "good": False, "failed": f"{type(error).__name__}: {error}"[:400]}
+            yield {"question": name, "failed": f"{type(error).__name__}: {error}"[:400]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("questions.py: no CUDA device here, nothing was asked", file=sys.stderr)
         return 2
     good = True
-    for answer in answers(wanted):
-        good &= answer["good"]
-        print(json.dumps(answer, ensure_ascii=False), flush=True)
+    for line in answers(wanted):
+        good &= "failed" not in line and line["row"]["good"]
+        print(json.dumps(line, ensure_ascii=False), flush=True)
     return 0 if good else 1
 
 

@@ -19,6 +19,30 @@ if not torch.cuda.is_available():
         triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
 
+
+def interpreter_obstacle(triton_version: str, numpy_version: str) -> str:
+    """Why Triton's interpreter cannot run the kernels with this NumPy; empty where it can."""
+    old = tuple(map(int, triton_version.split(".")[:2])) < (3, 7)
+    if not old or tuple(map(int, numpy_version.split(".")[:2])) < (2, 4):
+        return ""
+    return (
+        f"Triton {triton_version}'s interpreter does not work with NumPy {numpy_version}, and there is no GPU to run the "
+        "kernels on: pip install 'numpy<2.4', or Triton 3.7 or later"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what is wrong once, before more than two hundred tests do."""
+    if torch.cuda.is_available():
+        return
+    with contextlib.suppress(ImportError):
+        import numpy
+        import triton
+
+        if obstacle := interpreter_obstacle(triton.__version__, numpy.__version__):
+            raise pytest.UsageError(obstacle)
+
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 WEIGHTS = "deit_tiny_patch16_224.safetensors"
 IMAGES = "imagenette_224.zip"

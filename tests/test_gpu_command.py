@@ -117,6 +117,27 @@ def test_parts_go_on_after_a_failure(parts, tmp_path):
         assert f"{name:<10} {part['state']}" in printed
 
 
+def test_parts_of_an_earlier_run_stay(parts, tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 0
+    assert gpu.main(["--out", str(tmp_path), "--only", "bad"]) == 1
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {name: part["state"] for name, part in found["parts"].items()} == {"good": "passed", "bad": "failed"}
+    assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 0  # what is asked for decides, not what was before
+    capsys.readouterr()
+    found["environment"]["sources"] = "others"
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 2
+    assert "was measured otherwise (sources was others and is " in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    for text in ("[1]", "{", '{"environment": 3, "parts": {}}'):
+        (tmp_path / "results.json").write_text(text)
+        assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 2
+        assert "is none of this program's results; choose another --out" in capsys.readouterr().err
+
+
 def test_rows_survive_a_writer_that_was_stopped(tmp_path, monkeypatch):
     others = [{"name": "a", "skipped": "no CUDA device"}, {"name": "b", "failed": "AssertionError"}]
     text = "".join(json.dumps(row) + "\n" for row in (ROW, *others)) + json.dumps(ROW)[:40]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import interpreter_obstacle
 
 pytest.importorskip("triton")
 
@@ -64,3 +65,20 @@ def test_chunks_waste_as_little_as_they_can(channels, expected):
 )
 def test_what_a_descriptor_can_address(matrix, fits):
     assert launch.describable(matrix) == fits
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "fits"),
+    [
+        ("3.6.0", "2.4.6", False),
+        ("3.6.0", "2.10.0", False),
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "1.24.4", True),
+        ("3.7.1", "2.5.5", True),
+        ("3.10.0", "2.5.5", True),
+    ],
+)
+def test_the_interpreter_and_numpy(triton_version, numpy_version, fits):
+    found = interpreter_obstacle(triton_version, numpy_version)
+    assert (found == "") == fits
+    assert fits or f"Triton {triton_version}'s interpreter does not work with NumPy {numpy_version}" in found
