@@ -14,7 +14,7 @@ def mixed_seed(purpose: str, *numbers: int) -> int:
     """A seed of 63 bits, from 0, that depends on all of `purpose` and `numbers`, such as a seed, an epoch and a step."""
     # The purpose goes first: a SeedSequence takes trailing zeros for nothing.
     words = (int.from_bytes(purpose.encode(), "big"), *numbers)
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_all(seed: int) -> None:
