@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,21 +323,24 @@ def plot(series: dict, path: Path) -> None:
     if "memory" in series:
         panels.append((f"{series['memory']}, MB", [b / 1e6 for b in series["bytes"]], series["expected_bytes"]))
     with new_figure(2.5) as figure:
-        for axes, (label, values, expected) in zip(figure.subplots(1, 2)[: len(panels)], panels, strict=True):
+        figure.set_size_inches(figure.get_figwidth() * len(panels) / 2, figure.get_figheight())
+        every = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (label, values, expected) in zip(every, panels, strict=True):
             sizes = series["sizes"]
             axes.loglog(sizes, [values[-1] * e / expected[-1] for e in expected], "--", color=MUTED, label="predicted")
             axes.loglog(sizes, values, "o-", color=SERIES[0], markersize=4, label="measured")
             axes.set_xticks(sizes, [short(size) for size in sizes])
-            steps = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
+            span = max(values) / min(values)
+            steps = (1, 1.5, 2, 3, 5, 7) if span < 10 else (1, 2, 5) if span < 100 else (1,)
             axes.yaxis.set_major_locator(LogLocator(subs=steps))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.minorticks_off()
             axes.set_xlabel(series["axis"])
             axes.set_ylabel(label)
-        for axes in figure.axes[len(panels) :]:
-            axes.axis("off")
         figure.axes[0].legend()
-        figure.suptitle(series["title"], fontsize=9, x=0.01, horizontalalignment="left")
+        figure.suptitle(
+            textwrap.fill(series["title"], 55 * len(panels)), fontsize=9, x=0.01, horizontalalignment="left"
+        )
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", dpi=90, facecolor="white")
 

@@ -55,3 +55,14 @@ def alone_at(crop_pct: float, run: Callable, folder: Path, tmp_path: Path) -> li
     code, _, err = run("validate", "--model", model, "--data", folder, "--no-latency", "--out", out)
     assert code == 0, err
     return json.loads(out.read_text())["variants"]
+
+
+def test_a_model_without_a_classifier_has_no_accuracy(run, folder, saved, tmp_path):  # noqa: F811
+    features = save_pretrained(small_vit(num_classes=0), tmp_path / "features")
+    code, _, err = run("validate", "--model", features, "--data", folder)
+    assert code == 2
+    assert "the model has no classifier (num_classes=0)" in err
+    code, _, err = run("validate", "--model", saved, "--reference", features, "--data", folder)
+    assert code == 2
+    assert "the reference has no classifier (num_classes=0)" in err
+    assert "lambda-vit finetune --full --num-classes N" in err

@@ -204,7 +204,7 @@ def validate(
     from .loading import open_model
     from .plot_files import check_outputs
     from .report import console_summary
-    from .validation import check_crop, compare, path_lines, set_crop
+    from .validation import check_classifier, check_crop, compare, path_lines, set_crop
 
     check_outputs(out)
     check_crop(crop_pct)
@@ -221,6 +221,7 @@ def validate(
                 option="--reference",
             )
         models["model"] = network
+        check_classifier(models)
         if crop_pct is not None:
             set_crop(models.values(), crop_pct)
         loader = open_data(

@@ -98,6 +98,20 @@ def check_preparation(models: Mapping[str, nn.Module], remedy: str) -> None:
             )
 
 
+def check_classifier(models: Mapping[str, nn.Module]) -> None:
+    """Refuse models, by name, whose outputs are no classes: what they answer has no accuracy.
+
+    Raises:
+        ValueError: A model has no classifier, as DINOv2, DINOv3 and SigLIP in timm.
+    """
+    for name, model in models.items():
+        if not getattr(model, "num_classes", 1):
+            raise ValueError(
+                f"the {name} has no classifier (num_classes=0), so that its outputs have no accuracy. Train one for it first: "
+                "lambda-vit finetune --full --num-classes N"
+            )
+
+
 def check_crop(crop_pct: float | None) -> None:
     """Refuse what is no share of an image.
 
