@@ -24,18 +24,27 @@ def pytest_failures(output: str) -> list[str]:
     return [line for line in output.splitlines() if re.match(r"(FAILED|ERROR) \S+", line)]
 
 
-def sanitizer_verdict(status: int | None, output: str, planted: bool) -> str:
-    """ "clean", or what was found; of the planted fault "clean" says that it was found."""
-    found = re.findall(r"={5,} (Invalid .+|Error: .+|Warning: Race .+)", output)
+# What compute-sanitizer calls what was planted for it to find.
+_PLANTED = {"planted": "Invalid __global__ write", "planted_race": "Race reported"}
+
+
+def sanitizer_verdict(status: int | None, output: str, kernel: str) -> str:
+    """ "clean", or what was found; of a fault that was planted "clean" says that it was found.
+
+    Silence is no proof: a run that says nothing of what it counted was not watched.
+    """
+    found = re.findall(r"={5,} (Invalid .+|Error: .+|Warning: Race .+|Internal Sanitizer Error.*)", output)
     if status is None:
         return "stopped at its limit"
-    if planted:
-        return (
-            "clean" if any("Invalid __global__ write" in line for line in found) else "the planted fault was not found"
-        )
-    if status == 0:
-        return "clean"
-    return found[0] if found else f"status {status}: {(output.strip().splitlines() or [''])[-1][:100]}"
+    if kernel in _PLANTED:
+        return "clean" if any(_PLANTED[kernel] in line for line in found) else "the planted fault was not found"
+    if found:
+        return found[0]
+    if status:
+        return f"status {status}: {(output.strip().splitlines() or [''])[-1][:100]}"
+    if not re.search(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", output):
+        return "no summary: nothing was watched"
+    return "clean"
 
 
 def verdict(target: float | None, plain: float | None, graph: float | None) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -239,24 +241,55 @@ def test_what_pytest_said():
 
 
 @pytest.mark.parametrize(
-    ("status", "output", "planted", "expected"),
+    ("status", "output", "kernel", "expected"),
     [
-        (0, "========= ERROR SUMMARY: 0 errors", False, "clean"),
-        (1, "========= Invalid __global__ read of size 2 bytes\n", False, "Invalid __global__ read of size 2 bytes"),
-        (1, "========= Error: Race reported between Write access", False, "Error: Race reported between Write access"),
-        (3, "one_pass: 2 results, wrong: {}", False, "status 3: one_pass: 2 results, wrong: {}"),
-        (None, "", False, "stopped at its limit"),
-        (1, "========= Invalid __global__ write of size 4 bytes\n", True, "clean"),
-        (0, "========= ERROR SUMMARY: 0 errors", True, "the planted fault was not found"),
+        (0, "========= ERROR SUMMARY: 0 errors", "fc1", "clean"),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "fc1", "clean"),
+        (1, "========= Invalid __global__ read of size 2 bytes\n", "fc1", "Invalid __global__ read of size 2 bytes"),
+        (1, "========= Error: Race reported between Write access", "fc1", "Error: Race reported between Write access"),
+        (
+            0,
+            "========= Warning: Race reported between Read access\n========= RACECHECK SUMMARY: 1 hazard displayed",
+            "fc1",
+            "Warning: Race reported between Read access",
+        ),
+        (0, "========= Error: No attachable process found", "fc1", "Error: No attachable process found"),
+        (
+            0,
+            "========= Internal Sanitizer Error: x\n========= ERROR SUMMARY: 0 errors",
+            "fc1",
+            "Internal Sanitizer Error: x",
+        ),
+        (0, "fc1: 2 results, all right", "fc1", "no summary: nothing was watched"),
+        (0, "", "fc1", "no summary: nothing was watched"),
+        (3, "one_pass: 2 results, wrong: {}", "fc1", "status 3: one_pass: 2 results, wrong: {}"),
+        (None, "", "fc1", "stopped at its limit"),
+        (1, "========= Invalid __global__ write of size 4 bytes\n", "planted", "clean"),
+        (0, "========= ERROR SUMMARY: 0 errors", "planted", "the planted fault was not found"),
+        (1, "========= Error: Race reported between Write access at racing\n", "planted_race", "clean"),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed", "planted_race", "the planted fault was not found"),
     ],
 )
-def test_what_the_sanitizer_said(status, output, planted, expected):
-    assert table.sanitizer_verdict(status, output, planted) == expected
+def test_what_the_sanitizer_said(status, output, kernel, expected):
+    assert table.sanitizer_verdict(status, output, kernel) == expected
+
+
+@pytest.mark.slow
+def test_the_race_that_is_planted_compiles(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no CUDA toolkit")
+    library = load("sanitize", "tests/gpu").build_planted_race(tmp_path, "sm_90")
+    triton = pytest.importorskip("triton")
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    sass = subprocess.run([binaries / "cuobjdump", "-sass", library], capture_output=True, text=True, check=True).stdout
+    assert "STS" in sass
+    assert "LDS" in sass
+    assert "BAR" not in sass
 
 
 def test_every_sanitized_kernel_is_a_case():
     cases = load("sanitize", "tests/gpu").KERNELS
-    assert set(cases) == {*gpu.SANITIZED, gpu.CONTROL}
+    assert set(cases) == {*gpu.SANITIZED, *(kernel for kernel, _ in gpu.CONTROLS.values())}
     kernels = "\n".join(
         path.read_text(encoding="utf-8")
         for folder in ("lambda_kernels/ops/kernels", "csrc")

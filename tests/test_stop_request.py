@@ -172,7 +172,10 @@ def test_workers_that_load_data(spared, start, sent, tmp_path):
                 os.kill(worker, 0)
     else:
         assert run.returncode == 1
-        assert "is killed by signal: Terminated" in errors
+        # Of a dead worker PyTorch tells first what it comes across first: the signal, or the pipe that nobody writes to.
+        assert any(
+            words in errors for words in ("is killed by signal: Terminated", "ConnectionResetError", "EOFError")
+        ), errors
 
 
 @pytest.mark.parametrize(("hold", "ends_by"), [(held_back, 0), (contextlib.nullcontext, -signal.SIGTERM)])

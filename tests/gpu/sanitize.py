@@ -9,9 +9,13 @@ with 3 if the result is wrong, with 2 where there is no CUDA device.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -68,8 +72,8 @@ HISTOGRAM = {
         "samples": (2, 0, torch.float64, [(5, 501, 33)]),
     },
 }
-PLANTED = "planted"
-KERNELS = (*MLP, *HISTOGRAM, PLANTED)
+PLANTED, PLANTED_RACE = "planted", "planted_race"
+KERNELS = (*MLP, *HISTOGRAM, PLANTED, PLANTED_RACE)
 
 # Ragged in every direction; rows that descriptors can address, and rows that go through pointers.
 SIZES = ((70, 192, 264), (70, 100, 90))
@@ -86,6 +90,39 @@ def run_planted(device: str) -> dict[str, float]:
     x = torch.zeros(32, device=device)
     planted[(1,)](x, 64)
     return {"written": float((x != 1).double().mean())}
+
+
+RACE = """
+__global__ void racing(float* out) {
+  __shared__ float cells[64];
+  cells[threadIdx.x] = 1.0f + threadIdx.x;
+  out[threadIdx.x] = cells[63 - threadIdx.x];  // of the other warp, which nobody waited for
+}
+extern "C" int race(float* out) {
+  racing<<<1, 64>>>(out);
+  return static_cast<int>(cudaDeviceSynchronize());
+}
+"""
+
+
+def build_planted_race(folder: Path, arch: str) -> Path:
+    """Compile the kernel whose race racecheck has to find, for an architecture such as "sm_90"."""
+    source, library = folder / "race.cu", folder / "race.so"
+    source.write_text(RACE, encoding="utf-8")
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    command = [nvcc, f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    return library
+
+
+def run_planted_race(device: str) -> dict[str, float]:
+    """What comes out is chance, and nobody looks at it."""
+    out = torch.zeros(64, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        major, minor = torch.cuda.get_device_capability()
+        race = ctypes.CDLL(str(build_planted_race(Path(folder), f"sm_{major}{minor}"))).race
+        race.argtypes = [ctypes.c_void_p]
+        return {"error": float(race(out.data_ptr()))}
 
 
 def run_mlp(kernel: str, device: str) -> dict[str, float]:
@@ -161,8 +198,10 @@ def main(arguments: list[str] | None = None, device: str = "cuda") -> int:
     os.environ["LAMBDA_KERNELS_TUNING"] = "off"
     if kernel in MLP:
         found = run_mlp(kernel, device)
+    elif kernel in HISTOGRAM:
+        found = run_histogram(kernel, device)
     else:
-        found = run_histogram(kernel, device) if kernel in HISTOGRAM else run_planted(device)
+        found = run_planted(device) if kernel == PLANTED else run_planted_race(device)
     limit = TOLERANCES[DTYPE] if kernel in MLP else 0.0
     wrong = {name: error for name, error in found.items() if not error <= limit}
     print(f"{kernel}: {len(found)} results, {f'wrong: {wrong}' if wrong else 'all right'}")

@@ -177,10 +177,17 @@ def test_python_interface_takes_lists() -> None:
 def test_runs_on_the_current_stream() -> None:
     packed = uniform(64, 4, 0.0, 1.0).cuda()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # long enough for a launch on another stream to come too early
+
+    def work() -> tuple[torch.Tensor, ...]:
         x = torch.zeros(1, 1 << 16, 64, device="cuda").add_(0.3)
-        counts, _, moments = count(x, packed, 4, "channel", statistics=True)
+        return count(x, packed, 4, "channel", statistics=True)
+
+    with torch.cuda.stream(stream):
+        work()  # loads what there is to load, which may wait for the device
+        stream.synchronize()
+        torch.cuda._sleep(1_000_000_000)  # long enough for a launch on another stream to come too early
+        counts, _, moments = work()
+    assert not stream.query()
     stream.synchronize()
     assert (counts[:, 1] == 1 << 16).all()
     assert (moments[:, 2] == 0).all()
@@ -188,12 +195,14 @@ def test_runs_on_the_current_stream() -> None:
 
 def test_never_waits_for_the_device() -> None:
     x, packed = torch.randn(1, 1000, 64, device="cuda"), uniform(64, 256).cuda()
-    count(x, packed, 256, "channel", statistics=True)
     event = torch.cuda.Event()
-    torch.cuda._sleep(400_000_000)
-    event.record()
-    for per in PER:
-        count(x, packed if per == "channel" else packed[:1], 256, per, statistics=True)
+    for asleep in (False, True):  # once before, so that every kernel is loaded: that may wait for the device
+        if asleep:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(2_000_000_000)
+            event.record()
+        for per in PER:
+            count(x, packed if per == "channel" else packed[:1], 256, per, statistics=True)
     assert not event.query()
 
 
