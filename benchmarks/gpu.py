@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out DIR [--only PART,PART] [--budget-minutes 9]
 
-Runs build, tests, sanitizer, ceilings, mlp, histogram, model, training and questions in this order, each within a limit of its
+Runs build, tests, ceilings, mlp, histogram, model, training, sanitizer and questions in this order, each within a limit of its
 own and all within the budget, and goes on after a failure. Writes `results.json` (after each part anew) and one log per part
 to DIR, where parts of an earlier run of the same sources on the same machine stay, and prints one table at the end. Exits with
 0 if every part that was asked for passed, with 1 if one failed or did not fit, with 2 where there is no CUDA device.
@@ -205,11 +205,15 @@ def tests(job: Job) -> dict:
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
     shared = [f"tests/test_{name}.py" for name in ("fused_ln_mlp", "operators", "gelu")]
     # What is compared is one kernel at a time: nothing is to be measured, which would compile all that ship.
-    how = {"LAMBDA_KERNELS_TUNING": "off"}
+    how = {"LAMBDA_KERNELS_TUNING": "off", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = pytest(*parallel, "--durations=15", f"--ignore={alone}", folder, *shared)
     many = job.step(*command, at_most=max(30.0, job.left() - 100), **how)
     large = job.step(*pytest(alone), **how)
     steps = {"current stream": first, "in parallel": many, "alone": large}
+    # After one such access every later test of that process fails too: which launch it was is told by one alone.
+    broken = next((line for line in gpu_table.pytest_failures(many.output) if "illegal memory access" in line), None)
+    if broken:
+        steps["illegal access"] = job.step(*pytest(broken.split()[1]), CUDA_LAUNCH_BLOCKING="1", **how)
     return {
         "counts": {name: gpu_table.pytest_summary(step.output) for name, step in steps.items()},
         "failures": [line for step in steps.values() for line in gpu_table.pytest_failures(step.output)],
@@ -330,12 +334,12 @@ def questions(job: Job) -> dict:
 PARTS: dict[str, tuple[Callable[[Job], dict], float, float]] = {
     "build": (build, 180, 30),
     "tests": (tests, 400, 90),
-    "sanitizer": (sanitizer, 240, 60),
     "ceilings": (ceilings, 60, 20),
     "mlp": (mlp, 500, 90),
     "histogram": (histogram, 120, 30),
     "model": (model, 500, 90),
     "training": (training, 120, 45),
+    "sanitizer": (sanitizer, 240, 60),
     "questions": (questions, 240, 60),
 }
 
@@ -388,7 +392,28 @@ def child_environment() -> dict[str, str]:
     paths = [str(REPOSITORY), str(REPOSITORY / "python"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     environment.setdefault("LAMBDA_KERNELS_CACHE", str(Path(tempfile.gettempdir()) / "lambda_kernels_gpu"))
+    # PyTorch's compiler sets another assembler than Triton's own for the rest of a process, and nothing tells which of them
+    # made what: all processes get the one that users have who compile nothing.
+    if own := triton_assembler():
+        environment.setdefault("TRITON_PTXAS_PATH", own)
     return {**environment, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+
+
+def triton_assembler() -> str:
+    """The path of the assembler that Triton takes for this device; empty where it cannot be asked."""
+    code = (
+        "import torch; from triton.backends.nvidia.compiler import get_ptxas; "
+        "a, b = torch.cuda.get_device_capability(); print(get_ptxas(10 * a + b).path)"
+    )
+    said = _said(sys.executable, "-c", code).splitlines()
+    return said[-1] if said and Path(said[-1]).is_file() else ""
+
+
+def assembled_by(environment: dict[str, str]) -> str:
+    """Which assembler makes the kernels, and its version."""
+    path = environment.get("TRITON_PTXAS_PATH", "")
+    version = re.search(r"V[\d.]+", _said(path, "--version")) if path else None
+    return f"{path} {version[0]}" if version else path or "unknown"
 
 
 def tuned(environment: dict[str, str]) -> object:
@@ -451,7 +476,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     environment = child_environment()
-    results = {"environment": describe(options.commit), "parts": {}}
+    results = {"environment": {**describe(options.commit), "ptxas": assembled_by(environment)}, "parts": {}}
     try:
         results["parts"] = earlier(out / "results.json", results["environment"])
     except ValueError as error:

@@ -105,6 +105,12 @@ def test_against_compiled(race, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [1, 64])
+def test_against_compiled_at_smaller_batches(race, batch, name):
+    against_compiled(race, batch, name)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_against_max_autotune(race, name):
     contest = Contest(name, 256)
     contest.race(
@@ -113,9 +119,3 @@ def test_against_max_autotune(race, name):
         {"triton": contest.verified()},
         contest.compiled("max-autotune", contest.full, "max-autotune"),
     )
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("batch", [1, 64])
-def test_against_compiled_at_smaller_batches(race, batch, name):
-    against_compiled(race, batch, name)

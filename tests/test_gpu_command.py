@@ -51,7 +51,7 @@ def test_unknown_parts_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         gpu.main(["--out", str(tmp_path / "out"), "--only", "mlp,speed"])
     assert stopped.value.code == 2
-    assert "unknown speed; parts are build, tests, sanitizer" in capsys.readouterr().err
+    assert "unknown speed; parts are build, tests, ceilings" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,6 +138,37 @@ def test_parts_of_an_earlier_run_stay(parts, tmp_path, monkeypatch, capsys):
         (tmp_path / "results.json").write_text(text)
         assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 2
         assert "is none of this program's results; choose another --out" in capsys.readouterr().err
+
+
+def test_all_processes_get_one_assembler(monkeypatch, tmp_path):
+    """PyTorch's compiler sets another one for the rest of its process where none was set."""
+    own = tmp_path / "ptxas"
+    own.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    own.chmod(0o755)
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    monkeypatch.setattr(gpu, "triton_assembler", lambda: str(own))
+    environment = gpu.child_environment()
+    assert environment["TRITON_PTXAS_PATH"] == str(own)
+    assert gpu.assembled_by(environment) == f"{own} V12.8.93"
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/another")
+    assert gpu.child_environment()["TRITON_PTXAS_PATH"] == "/another"
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    monkeypatch.setattr(gpu, "triton_assembler", lambda: "")
+    assert "TRITON_PTXAS_PATH" not in gpu.child_environment()
+    assert gpu.assembled_by(gpu.child_environment()) == "unknown"
+
+
+def test_an_illegal_access_is_looked_for_alone(monkeypatch, tmp_path):
+    code = (
+        "import os, sys; print(sys.argv[1:], os.environ.get('CUDA_LAUNCH_BLOCKING'));"
+        "print('FAILED tests/a.py::b[c] - RuntimeError: CUDA error: an illegal memory access was encountered')"
+    )
+    monkeypatch.setattr(gpu, "pytest", lambda *arguments: [sys.executable, "-c", code, *map(str, arguments)])
+    job = gpu.Job(tmp_path / "tests.log", 60, dict(os.environ))
+    found = gpu.tests(job)
+    assert list(found["counts"]) == ["current stream", "in parallel", "alone", "illegal access"]
+    assert "['tests/a.py::b[c]'] 1" in job.steps[-1].output
+    assert " None" in job.steps[-2].output
 
 
 def test_rows_survive_a_writer_that_was_stopped(tmp_path, monkeypatch):

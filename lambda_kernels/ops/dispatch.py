@@ -45,8 +45,8 @@ def in_interpreter() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@functools.lru_cache  # outside: dynamo looks through it, and would look through what is inside of it
 @torch.compiler.assume_constant_result
-@functools.lru_cache
 def _capability(index: int | None) -> tuple[int, int] | None:
     # None where no CUDA device can be asked, as when a model for one is traced without data.
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None

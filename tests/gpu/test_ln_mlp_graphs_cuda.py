@@ -216,7 +216,7 @@ def test_runs_on_the_current_stream(forced, channels, recompute):
             args["x"].fill_(float("nan"))
             grad.fill_(float("nan"))
         stream.synchronize()
-        torch.cuda._sleep(400_000_000)  # about 0.2 s
+        torch.cuda._sleep(1_000_000_000)  # about half a second
         with torch.no_grad():
             args["x"].copy_(late_x)
             grad.copy_(late_grad)
