@@ -177,17 +177,8 @@ def build(job: Job) -> dict:
     said = re.findall(r"^\d+\.\d+$", job.step(sys.executable, "-c", code).output, re.MULTILINE)
     # Without the CUDA half there would be nothing to measure: it is insisted on.
     how = {"TORCH_CUDA_ARCH_LIST": said[-1] if said else "9.0", "LAMBDA_KERNELS_CUDA": "1"}
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-build-isolation",
-        "--no-deps",
-        "--disable-pip-version-check",
-    ]
-    install += ["-e", "."]
-    installed = job.step(*install, **how)
+    options = ("--no-build-isolation", "--no-deps", "--disable-pip-version-check")
+    installed = job.step(sys.executable, "-m", "pip", "install", *options, "-e", ".", **how)
     if not installed.ok:  # the Python half needs no installation: see `child_environment`
         job.step(sys.executable, "setup.py", "build_ext", "--inplace", **how)
     code = """from lambda_kernels import _extension as e
@@ -327,7 +318,7 @@ def questions(job: Job) -> dict:
         if step.status is None:
             faults = [*(fault for fault in faults if not fault.endswith("no answer")), f"{name}: stopped at its limit"]
         failures += faults
-    return {"answers": found, "failures": failures}
+    return {"passed": not failures, "answers": found, "failures": failures}
 
 
 # name → (what to run, seconds at most, seconds without which it is not worth starting)

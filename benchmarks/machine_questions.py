@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import answering
 import gpu_timing
 import records
 import torch
-from toolkit import cuda_tool
+from toolkit import shared_library
 from torch import Tensor
 
 from lambda_kernels.ops import launch
@@ -107,34 +106,16 @@ def exclusive_or(values: Tensor) -> Tensor:
 # How many counts a multiprocessor adds in a clock
 
 PATTERNS = {"a column for each lane": 0, "random bins": 1, "one counter": 2}
+SHARED_ATOMICS = records.REPOSITORY / "benchmarks" / "shared_atomics.cu"
 ATOMIC_ROUNDS = 2000
 ATOMIC_THREADS = 1024
-
-
-def build_shared_atomics(folder: Path, arch: str) -> Path:
-    """Compile `shared_atomics.cu` for an architecture such as "sm_90".
-
-    Raises:
-        RuntimeError: There is no nvcc, or it failed; with what it said.
-    """
-    nvcc = cuda_tool("nvcc")
-    if nvcc is None:
-        raise RuntimeError("nvcc is not installed")
-    library = folder / "shared_atomics.so"
-    command = [nvcc, "-O3", "-std=c++17", f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC", "-o", str(library)]
-    done = subprocess.run(
-        [*command, str(records.REPOSITORY / "benchmarks" / "shared_atomics.cu")], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"nvcc failed: {(done.stderr or done.stdout).strip()[-400:]}")
-    return library
 
 
 def atomics() -> Iterator[dict[str, Any]]:
     """Counts per clock of a multiprocessor, and per second of the device."""
     blocks = answering.multiprocessors()
     with tempfile.TemporaryDirectory() as folder:
-        library = ctypes.CDLL(str(build_shared_atomics(Path(folder), f"sm_{answering.capability()}")))
+        library = ctypes.CDLL(str(shared_library(SHARED_ATOMICS, Path(folder), f"sm_{answering.capability()}")))
         call = library.count_in_shared_memory
         call.argtypes = [ctypes.c_int32] * 4 + [ctypes.c_void_p] * 3
         counts = ATOMIC_THREADS * ATOMIC_ROUNDS * library.counts_per_round()  # of a block

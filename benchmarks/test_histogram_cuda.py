@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import gpu_timing
 import pytest
 import torch
 import verify
+from toolkit import shared_library
 from torch import Tensor
 
 from lambda_kernels.ops import histogram as ops
@@ -148,17 +147,13 @@ extern "C" int even(void* scratch, size_t* bytes, const float* x, int* counts, i
 
 @pytest.fixture(scope="module")
 def cub(tmp_path_factory) -> ctypes.CDLL:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        pytest.skip("no nvcc here, so no CUB")
     folder: Path = tmp_path_factory.mktemp("cub")
     (folder / "even.cu").write_text(CUB, encoding="utf-8")
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    command = [nvcc, "-O3", f"-arch={arch}", "-shared", "-Xcompiler=-fPIC", "even.cu", "-o", "even.so"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"CUB's histogram cannot be built: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-    return ctypes.CDLL(str(folder / "even.so"))
+    try:
+        return ctypes.CDLL(str(shared_library(folder / "even.cu", folder, arch)))
+    except RuntimeError as error:
+        pytest.skip(f"CUB's histogram cannot be built: {error}")
 
 
 def test_against_cub(race, benchmark, cub):

@@ -163,7 +163,7 @@ def test_counting_is_all_that_the_loop_does(tmp_path):
         pytest.skip("no CUDA toolkit")
     import triton
 
-    library = machine_questions.build_shared_atomics(tmp_path, "sm_90")
+    library = toolkit.shared_library(machine_questions.SHARED_ATOMICS, tmp_path, "sm_90")
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     sass = subprocess.run([binaries / "cuobjdump", "-sass", library], capture_output=True, text=True, check=True).stdout
     cells = ctypes.CDLL(str(library)).counts_per_round()
@@ -173,13 +173,13 @@ def test_counting_is_all_that_the_loop_does(tmp_path):
     assert "LDL" not in sass
     assert "STL" not in sass
     with pytest.raises(RuntimeError, match="nvcc failed"):
-        machine_questions.build_shared_atomics(tmp_path, "sm_1")
+        toolkit.shared_library(machine_questions.SHARED_ATOMICS, tmp_path, "sm_1")
 
 
 def test_without_a_toolkit_it_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_questions, "cuda_tool", lambda name: None)
+    monkeypatch.setattr(toolkit, "cuda_tool", lambda name: None)
     with pytest.raises(RuntimeError, match="nvcc is not installed"):
-        machine_questions.build_shared_atomics(tmp_path, "sm_90")
+        toolkit.shared_library(machine_questions.SHARED_ATOMICS, tmp_path, "sm_90")
 
 
 @pytest.mark.parametrize(
@@ -376,3 +376,19 @@ def test_questions_that_no_time_is_left_for_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {"questions": (gpu.questions, 1.1, 1)})
     part = gpu.run_part("questions", gpu.Budget(200), tmp_path, dict(os.environ))
     assert part["failures"] == ["l2: stopped at its limit", "atomics: no time was left"]
+
+
+def test_a_question_that_was_not_asked_is_no_pass(tmp_path, monkeypatch):
+    """Even if every one that was asked answered."""
+    code = """import json, sys, time
+print(json.dumps({"question": sys.argv[2], "row": {"needed_with_rows": {"64": 12.3}, "good": True}}), flush=True)
+time.sleep(3)
+"""
+    (tmp_path / "questions.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(gpu, "QUESTION_S", 20.0)
+    monkeypatch.setattr(gpu, "QUESTIONS", ("l2", "atomics"))
+    monkeypatch.setattr(gpu, "PARTS", {"questions": (gpu.questions, 7, 1)})
+    part = gpu.run_part("questions", gpu.Budget(200), tmp_path, dict(os.environ))
+    assert part["failures"] == ["atomics: no time was left"]
+    assert part["state"] == "failed"

@@ -12,8 +12,6 @@ import argparse
 import ctypes
 import math
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,9 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
+from toolkit import shared_library
 
 from lambda_kernels import _extension, ln_mlp, reference
 from lambda_kernels.ops import tracing, tuning
@@ -107,12 +107,9 @@ extern "C" int race(float* out) {
 
 def build_planted_race(folder: Path, arch: str) -> Path:
     """Compile the kernel whose race racecheck has to find, for an architecture such as "sm_90"."""
-    source, library = folder / "race.cu", folder / "race.so"
+    source = folder / "race.cu"
     source.write_text(RACE, encoding="utf-8")
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    command = [nvcc, f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC", "-o", str(library), str(source)]
-    subprocess.run(command, check=True)
-    return library
+    return shared_library(source, folder, arch)
 
 
 def run_planted_race(device: str) -> dict[str, float]:
