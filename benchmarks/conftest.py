@@ -190,7 +190,7 @@ def race(benchmark, ceilings, request: pytest.FixtureRequest) -> Callable[..., d
     import gpu_timing
     import torch
 
-    from lambda_kernels.ops import tracing
+    from lambda_kernels.ops.ln_mlp import tracing
 
     def run(
         what: str,

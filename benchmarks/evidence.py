@@ -28,13 +28,15 @@ from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained
 from lambda_kernels.files import write_json
-from lambda_vit import environment, progress
-from lambda_vit.data import make_loader, open_images, subset, transforms_for
-from lambda_vit.evaluate import cost
-from lambda_vit.loading import open_model
-from lambda_vit.selection import select_layers
-from lambda_vit.training.open_data import open_training_data
-from lambda_vit.training.preparing import prepare_model
+from lambda_vit.cli.models import open_model
+from lambda_vit.data.images import open_images
+from lambda_vit.data.loader import make_loader, subset
+from lambda_vit.data.transforms import transforms_for
+from lambda_vit.measure.cost import cost
+from lambda_vit.runtime import environment, progress
+from lambda_vit.selection.search import select_layers
+from lambda_vit.training.images.opening import open_training_data
+from lambda_vit.training.loop.model_setup import prepare_model
 from lambda_vit.training.recipe import Recipe, load_recipe
 from lambda_vit.training.run import run_finetuning
 

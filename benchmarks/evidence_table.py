@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lambda_kernels.files import atomic_write, write_json
-from lambda_vit.evaluate import wilson_interval
-from lambda_vit.figure_style import GRID, MUTED, PICK, SERIES, new_figure
+from lambda_vit.measure.intervals import wilson_interval
+from lambda_vit.report.figures.style import GRID, MUTED, PICK, SERIES, new_figure
 
 _Z = 1.959964
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lambda_kernels.ops.dispatch import onednn_obstacles
+from lambda_kernels.ops.ln_mlp.dispatch import onednn_obstacles
 
 WIDTHS = {"T": 192, "S": 384, "B": 768}
 MODES = {"torch.compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}

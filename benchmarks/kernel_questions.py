@@ -12,11 +12,12 @@ import gpu_timing
 import torch
 from torch import Tensor
 
-from lambda_kernels import audit, ln_mlp, reference
-from lambda_kernels.ops import launch, tracing, tuning
-from lambda_kernels.ops.kernels import configs
-from lambda_kernels.ops.launch import Launch
-from lambda_kernels.ops.tuning import Candidate
+from lambda_kernels import audit, ln_mlp
+from lambda_kernels.ops.ln_mlp import reference, tracing
+from lambda_kernels.ops.ln_mlp.fused import launch, tuning
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs
+from lambda_kernels.ops.ln_mlp.fused.launch import Launch
+from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate
 
 BATCHES = (64, 256)
 TOKENS = 256 * 197

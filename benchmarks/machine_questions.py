@@ -16,9 +16,9 @@ import torch
 from toolkit import shared_library
 from torch import Tensor
 
-from lambda_kernels.ops import launch
-from lambda_kernels.ops.kernels import configs
-from lambda_kernels.ops.launch import Launch
+from lambda_kernels.ops.ln_mlp.fused import launch
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs
+from lambda_kernels.ops.ln_mlp.fused.launch import Launch
 
 # How fast weights are read again from the L2 cache
 

@@ -24,11 +24,15 @@ from torch import nn
 
 from lambda_kernels import convert_vit
 from lambda_kernels.files import write_json
-from lambda_vit import environment
-from lambda_vit.command_options import parse_indices
-from lambda_vit.data import make_loader, open_images, subset, transforms_for
-from lambda_vit.evaluate import cost, evaluate, input_shape
-from lambda_vit.loading import open_model
+from lambda_vit.cli.models import open_model
+from lambda_vit.cli.options import parse_indices
+from lambda_vit.data.images import open_images
+from lambda_vit.data.loader import make_loader, subset
+from lambda_vit.data.transforms import transforms_for
+from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.measure.cost import cost
+from lambda_vit.models.properties import input_shape
+from lambda_vit.runtime import environment
 
 PLAIN = "timm"  # the network as timm built it: what every time is compared with
 

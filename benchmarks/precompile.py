@@ -29,9 +29,9 @@ def jobs(arch: int) -> list[Job]:
     """One for every kernel that tuning compares at these widths; all but one stage are the library's, which is compiled."""
     import torch
 
-    from lambda_kernels.ops.kernels import configs
-    from lambda_kernels.ops.ln_mlp import resolve_recompute
-    from lambda_kernels.ops.tuning import Candidate
+    from lambda_kernels.ops.ln_mlp.function import resolve_recompute
+    from lambda_kernels.ops.ln_mlp.fused.kernels import configs
+    from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate
 
     tma = configs.uses_descriptors(arch)
     found = []
@@ -58,7 +58,7 @@ def compiled(job: Job) -> str:
     import torch
 
     from lambda_kernels import ln_mlp
-    from lambda_kernels.ops import tuning
+    from lambda_kernels.ops.ln_mlp.fused import tuning
 
     channels, forced, gradients = job
     shapes = [(TOKENS, channels), (channels,), (channels,), (4 * channels, channels), (4 * channels,)]

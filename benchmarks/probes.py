@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lambda_kernels.ops.kernels.common import dot, gelu, load_tile
+from lambda_kernels.ops.ln_mlp.fused.kernels.common import dot, gelu, load_tile
 
 
 @triton.jit(do_not_specialize=["passes"])

@@ -68,7 +68,9 @@ def cpu_works(quick: bool) -> list[Work]:
     from timm.models.vision_transformer import Block
 
     from lambda_kernels import AttentionFreeBlock, EntropyMeter
-    from lambda_kernels.ops.histogram import histogram, moments, uniform_grid
+    from lambda_kernels.ops.histogram import moments
+    from lambda_kernels.ops.histogram.function import histogram
+    from lambda_kernels.ops.histogram.grids import uniform_grid
 
     found = []
     for name, channels in WIDTHS.items():
@@ -230,7 +232,8 @@ def gpu_calls() -> list[Callable[[int], object]]:
     import torch
     from test_ln_mlp import Problem
 
-    from lambda_kernels.ops.histogram import histogram, uniform_grid
+    from lambda_kernels.ops.histogram.function import histogram
+    from lambda_kernels.ops.histogram.grids import uniform_grid
 
     found = []
     for width in WIDTHS:

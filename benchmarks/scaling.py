@@ -225,7 +225,7 @@ def images(quick: bool) -> Series:
     from peaks import peak_bytes
 
     from lambda_kernels import convert_vit
-    from lambda_vit.evaluate import count_flops
+    from lambda_vit.measure.cost import count_flops
 
     torch.manual_seed(0)
     model = convert_vit(timm.create_model("deit_tiny_patch16_224").eval(), remove=(1, 3, 5), backend="torch")
@@ -253,8 +253,9 @@ def _selecting(quick: bool, *, shared: bool) -> Series:
     import torch
 
     from lambda_kernels import EntropyMeter
-    from lambda_vit.paths import FULL, skip_attention
-    from lambda_vit.transfer import Measurement
+    from lambda_vit.models.views import skip_attention
+    from lambda_vit.selection.measurement import Measurement
+    from lambda_vit.selection.paths import FULL
 
     torch.manual_seed(0)
     layers = 12
@@ -317,7 +318,7 @@ def plot(series: dict, path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     from lambda_kernels.files import atomic_write
-    from lambda_vit.figure_style import MUTED, SERIES, new_figure
+    from lambda_vit.report.figures.style import MUTED, SERIES, new_figure
 
     panels = [("processor time, s", [middle for _, middle, _ in series["seconds"]], series["work"])]
     if "memory" in series:

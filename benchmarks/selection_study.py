@@ -16,19 +16,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lambda_kernels.files import write_json
-from lambda_vit.data import ImageDataset, make_loader, open_images, subset, transforms_for
-from lambda_vit.loading import open_model
-from lambda_vit.path_statistics import PathResult, PathStatistics
-from lambda_vit.paths import FULL, Outputs, Path, PathRunner, Tokens
-from lambda_vit.processes import Processes
-from lambda_vit.strategies import STRATEGIES, Found, greedy_round, ranking
+from lambda_vit.cli.models import open_model
+from lambda_vit.data.images import ImageDataset, open_images
+from lambda_vit.data.loader import make_loader, subset
+from lambda_vit.data.transforms import transforms_for
+from lambda_vit.runtime.processes import Processes
+from lambda_vit.selection.path_statistics import PathResult, PathStatistics
+from lambda_vit.selection.paths import FULL, Outputs, PathRunner, SkippedBlocks, Tokens
+from lambda_vit.selection.search_state import Found
+from lambda_vit.selection.strategies import STRATEGIES, greedy_round, ranking
 
 BATCH = 25
 
@@ -47,18 +50,18 @@ class Pool:
                 raise SystemExit(f"this model cannot be studied: {self.runner.why_images}")
             targets.append(labels)
         self.tokens, self.targets = torch.cat(tokens), torch.cat(targets)
-        self._logits: dict[Path, Tensor] = {}
+        self._logits: dict[SkippedBlocks, Tensor] = {}
         self._cosines: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def logits(self, paths: Collection[Path], indices: np.ndarray) -> dict[Path, Tensor]:
+    def logits(self, paths: Collection[SkippedBlocks], indices: np.ndarray) -> dict[SkippedBlocks, Tensor]:
         """Of these images; what is missing is computed, all that is missing of an image in one walk."""
         for path in paths:
             if path not in self._logits:
                 self._logits[path] = torch.full((len(self), self.classes), torch.nan)
-        missing: dict[frozenset[Path], list[int]] = {}
+        missing: dict[frozenset[SkippedBlocks], list[int]] = {}
         for index in indices:
             absent = frozenset(path for path in paths if torch.isnan(self._logits[path][index, 0]))
             if absent:
@@ -91,13 +94,13 @@ class PoolMeasurement:
 
     def measure(
         self,
-        paths: Collection[Path],
+        paths: Collection[SkippedBlocks],
         description: str = "",
         *,
         compare: bool = False,
         label: bool = False,
         keep: bool = False,
-    ) -> dict[Path, PathResult]:
+    ) -> dict[SkippedBlocks, PathResult]:
         """As `Measurement.measure`."""
         wanted = list(dict.fromkeys([*paths, FULL] if compare else paths))
         found = self.pool.logits(wanted, self.indices)
@@ -140,7 +143,7 @@ def quality(measurement: PoolMeasurement, layers: Sequence[int], counts: Sequenc
 class Study:
     """Experiments by name, each done once."""
 
-    def __init__(self, path: FilePath, options: dict) -> None:
+    def __init__(self, path: Path, options: dict) -> None:
         self.path = path
         self.record = json.loads(path.read_text()) if path.exists() else {"options": options, "results": {}}
         if self.record["options"] != options:
@@ -161,9 +164,9 @@ def main() -> None:
     """Read options, run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--weights", type=FilePath, required=True)
-    parser.add_argument("--data", type=FilePath, required=True)
-    parser.add_argument("--out", type=FilePath, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--images", type=int, default=200, help="for the comparison of strategies")
     parser.add_argument("--validation", type=int, default=500)
@@ -172,9 +175,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5, help="subsets of each size, and random selections")
     options = parser.parse_args()
     counts = [int(c) for c in options.evaluate_at.split(",")]
-    shown = {k: str(v) if isinstance(v, FilePath) else v for k, v in vars(options).items() if k not in ("out",)}
+    shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out",)}
     for name in ("weights", "data"):
-        shown[name] = FilePath(shown[name]).name
+        shown[name] = Path(shown[name]).name
     study = Study(options.out, shown)
     with torch.inference_mode():
         model = open_model(options.model, weights=options.weights)

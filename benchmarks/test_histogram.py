@@ -10,7 +10,8 @@ import torch
 import verify
 from torch import Tensor
 
-from lambda_kernels.ops.histogram import Histogram, histogram, uniform_grid
+from lambda_kernels.ops.histogram.function import Histogram, histogram
+from lambda_kernels.ops.histogram.grids import uniform_grid
 
 pytestmark = [pytest.mark.benchmark(group="histogram"), pytest.mark.usefixtures("one_thread")]
 
@@ -59,7 +60,7 @@ def agree(ours: Tensor, theirs: np.ndarray) -> None:
 
 
 def capability(benchmark) -> None:
-    import lambda_kernels._extension as extension
+    import lambda_kernels.ops.histogram._extension as extension
 
     benchmark.extra_info["ran"] = [extension.load().cpu_capability()]
 

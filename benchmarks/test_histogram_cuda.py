@@ -18,7 +18,7 @@ import verify
 from toolkit import shared_library
 from torch import Tensor
 
-from lambda_kernels.ops import histogram as ops
+from lambda_kernels.ops.histogram import function as ops
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

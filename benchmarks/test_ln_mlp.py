@@ -20,10 +20,11 @@ import verify
 from halves import MODES, WIDTHS, TimmHalf, compiled
 from timm.models.vision_transformer import Block
 
-from lambda_kernels import AttentionFreeBlock, ln_mlp, reference
-from lambda_kernels.ops import tuning
-from lambda_kernels.ops.kernels import configs
-from lambda_kernels.ops.tuning import Candidate
+from lambda_kernels import AttentionFreeBlock, ln_mlp
+from lambda_kernels.ops.ln_mlp import reference
+from lambda_kernels.ops.ln_mlp.fused import tuning
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs
+from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 forward_only = pytest.mark.benchmark(group="MLP forward")

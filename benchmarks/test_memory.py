@@ -22,7 +22,7 @@ from peaks import peak_bytes
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock
-from lambda_vit.training_step import saved_bytes
+from lambda_vit.training.plan.step_timing import saved_bytes
 
 WIDTHS = {"T": 192, "B": 768}
 BATCHES = {"cpu": {"T": 32, "B": 16}, "cuda": {"T": 256, "B": 256}}

@@ -9,8 +9,9 @@ import timm
 import torch
 
 from lambda_kernels import EntropyMeter
-from lambda_vit.paths import FULL, PathRunner, skip_attention
-from lambda_vit.transfer import Measurement
+from lambda_vit.models.views import skip_attention
+from lambda_vit.selection.measurement import Measurement
+from lambda_vit.selection.paths import FULL, PathRunner
 
 pytestmark = [pytest.mark.benchmark(group="selection"), pytest.mark.usefixtures("one_thread")]
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from lambda_kernels import convert_vit
 from lambda_vit.demo import ARCHITECTURE, MODEL_ARGS
-from lambda_vit.training.engine import Trainer
+from lambda_vit.training.images.stream import LoaderStream
+from lambda_vit.training.loop.trainer import Trainer
 from lambda_vit.training.recipe import Recipe
-from lambda_vit.training.stream import LoaderStream
 
 pytestmark = pytest.mark.benchmark(group="training step")
 

@@ -9,26 +9,44 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .blocks.attention_free import AttentionFreeBlock
+    from .blocks.fused_mlp import FusedMlp
+    from .checkpoints.pretrained import from_pretrained, save_pretrained
+    from .convert.conversion import convert_vit
+    from .entropy.meter import EntropyMeter, gaussian_entropy, histogram_entropy
+    from .errors import (
+        AlreadyConvertedError,
+        BackendUnavailableError,
+        CheckpointError,
+        ExtensionUnavailableError,
+        NonFiniteActivationError,
+        UnsupportedModelError,
+    )
+    from .ops.ln_mlp.function import ln_mlp
+
 
 # public name → the module that defines it; resolved by __getattr__ on first use
 _PUBLIC = {
     "AlreadyConvertedError": "errors",
-    "AttentionFreeBlock": "blocks",
+    "AttentionFreeBlock": "blocks.attention_free",
     "BackendUnavailableError": "errors",
     "CheckpointError": "errors",
-    "EntropyMeter": "entropy",
+    "EntropyMeter": "entropy.meter",
     "ExtensionUnavailableError": "errors",
-    "FusedMlp": "blocks",
+    "FusedMlp": "blocks.fused_mlp",
     "NonFiniteActivationError": "errors",
     "UnsupportedModelError": "errors",
-    "convert_vit": "convert",
-    "from_pretrained": "checkpoint",
-    "gaussian_entropy": "entropy",
-    "histogram_entropy": "entropy",
-    "ln_mlp": "ops.ln_mlp",
-    "save_pretrained": "checkpoint",
+    "convert_vit": "convert.conversion",
+    "from_pretrained": "checkpoints.pretrained",
+    "gaussian_entropy": "entropy.meter",
+    "histogram_entropy": "entropy.meter",
+    "ln_mlp": "ops.ln_mlp.function",
+    "save_pretrained": "checkpoints.pretrained",
 }
+
 
 __all__ = [
     "AlreadyConvertedError",
@@ -48,21 +66,6 @@ __all__ = [
     "ln_mlp",
     "save_pretrained",
 ]
-
-if TYPE_CHECKING:
-    from .blocks import AttentionFreeBlock, FusedMlp
-    from .checkpoint import from_pretrained, save_pretrained
-    from .convert import convert_vit
-    from .entropy import EntropyMeter, gaussian_entropy, histogram_entropy
-    from .errors import (
-        AlreadyConvertedError,
-        BackendUnavailableError,
-        CheckpointError,
-        ExtensionUnavailableError,
-        NonFiniteActivationError,
-        UnsupportedModelError,
-    )
-    from .ops.ln_mlp import ln_mlp
 
 
 def __getattr__(name: str) -> object:

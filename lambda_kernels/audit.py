@@ -29,14 +29,18 @@ import torch
 from .files import write_json
 
 if TYPE_CHECKING:
-    from .ops.launch import Launch
+    from .ops.ln_mlp.fused.launch import Launch
+
 
 # Shared memory a program may use, bytes: CUDA C++ programming guide, table of technical specifications.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
 ARCHITECTURES = (80, 90, 100)
+
 
 # The matrix instruction that products of 16-bit operands must become.
 _MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
@@ -225,12 +229,15 @@ _WIDTHS: dict[bool, tuple[int, ...]] = {
     True: (64, 128, 192, 256, 384, 768, 1024, 1152, 1408),
     False: (100, 192, 384, 768),
 }
+
 # Of one tile, all widths above a few tiles give the same code.
 _DEFAULT_WIDTHS: dict[str, dict[bool, tuple[int, ...]]] = {
     "one_pass": {True: (192, 384), False: (100, 192)},
     "others": {True: (768,), False: (100,)},
 }
+
 _VARIANT_WIDTHS = (192, 384, 768)
+
 _VARIANTS = {
     "one_pass": ("mixed", "tanh"),
     "fc1": ("normalized", "tanh"),
@@ -238,7 +245,9 @@ _VARIANTS = {
     "hidden_gradient": ("tanh",),
     "saved_gradient": ("tanh",),
 }
+
 _TOKENS = 50_432
+
 _ROW_WIDTHS = (192, 768, 1664, 4096)
 
 
@@ -252,7 +261,7 @@ def cases(
         kernels: Names; empty for all.
         defaults: Only the first configuration of each list, in bfloat16 and float32, at fewer widths.
     """
-    from .ops.kernels import configs
+    from .ops.ln_mlp.fused.kernels import configs
 
     dtypes = (torch.bfloat16, torch.float32) if defaults else (torch.bfloat16, torch.float16, torch.float32)
     for arch in architectures:
@@ -277,7 +286,7 @@ def cases(
 
 def _variants(kernel: str, arch: int) -> Iterator[Case]:
     """What else the configurations are used for: TF32, autocast's float32 tokens, the tanh form, normalized tokens."""
-    from .ops.kernels import configs
+    from .ops.ln_mlp.fused.kernels import configs
 
     for config in configs.shipped(kernel, arch, torch.float32, 192, False):
         with _tf32():
@@ -310,7 +319,7 @@ def product_case(
     kernel: str, channels: int, dtype: torch.dtype, config: Any, tma: bool, arch: int, variant: str = ""
 ) -> Case:
     """The most that a kernel can be asked for: biases, LayerScale, branch factors, statistics, what the backward needs."""
-    from .ops import launch
+    from .ops.ln_mlp.fused import launch
 
     rows, hidden = _TOKENS, 4 * channels
     math = launch.Arithmetic.of(dtype, "tanh" if variant == "tanh" else "none")
@@ -344,8 +353,8 @@ def product_case(
 
 
 def _row_launch(kernel: str, channels: int) -> Launch:
-    from .ops import launch
-    from .ops.kernels import configs
+    from .ops.ln_mlp.fused import launch
+    from .ops.ln_mlp.fused.kernels import configs
 
     dtype, rows, hidden, programs = torch.bfloat16, _TOKENS, 4 * channels, 528
     x, c, statistics = _empty(rows, channels, dtype=dtype), _empty(channels, dtype=dtype), _empty(rows)
@@ -376,6 +385,7 @@ def audit(chosen: Iterable[Case], workers: int = 1) -> Iterator[Finding]:
 
 
 _COLUMNS = ("kernel", "shape", "config", "sm", "regs", "stack", "shared", "matrix", "spills", "in loop", "verdict")
+
 _WIDTH = (16, 36, 18, 4, 5, 6, 7, 7, 7, 8, 0)
 
 
@@ -406,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
         return 2
-    from .ops.kernels import configs
+    from .ops.ln_mlp.fused.kernels import configs
 
     known = (*configs.KERNELS, *ROW_KERNELS)
     if unknown := set(options.kernel) - set(known):

@@ -1,5 +1,7 @@
 """The exceptions of this library. Each message names the argument or the layer, the value got, and what to do."""
 
+from __future__ import annotations
+
 
 class UnsupportedModelError(ValueError):
     """The model has no blocks that this library knows how to change without altering what the model computes."""

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from .blocks.anatomy import inspect_model, refuse_merging
 from .errors import UnsupportedModelError
-from .families import inspect_model, refuse_merging
 from .ops.checks import check_choice
 
 OUTPUT_FORMATS = ("NCHW", "NLC")

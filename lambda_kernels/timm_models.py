@@ -32,16 +32,17 @@ from timm.models import (
 )
 from torch import nn
 
-from .checkpoint import PREFIX
-from .convert import convert_vit
+from .blocks.anatomy import inspect_model
+from .checkpoints.folder import PREFIX
+from .checkpoints.published import RESIDUAL_SCALE
+from .checkpoints.rebuilding import find_model_args, is_json
+from .convert.conversion import convert_vit
 from .errors import UnsupportedModelError
-from .families import inspect_model
-from .published import RESIDUAL_SCALE
-from .rebuilding import find_model_args, is_json
 
 # Modules of timm with models whose blocks can lose their attention. Where a version lacks one, its models are not there;
 # a model among them whose own blocks are of another kind is refused when it is built.
 MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "eva", "beit", "naflexvit")
+
 
 # What was removed where the paper's networks lost no accuracy by it; see `published.PUBLISHED`.
 DEFAULT_REMOVED = {
@@ -50,10 +51,14 @@ DEFAULT_REMOVED = {
     "deit_base_patch16_224": (0, 1, 3, 4, 6),
 }
 
+
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+
 _NO_SOURCE = dict.fromkeys((*_SOURCES, "hf_hub_filename", "source"))
 
+
 __all__: list[str] = []  # timm adds every name that it registers
+
 
 # Read by timm's register_model: mean, standard deviation, crop and classifier of each model, without its weights.
 default_cfgs: dict[str, DefaultCfg] = {}

@@ -70,7 +70,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def deit_tiny(real_data: Path) -> torch.nn.Module:
     """A real DeiT-Tiny in float32, eval mode. Shared by all tests: never change it in place."""
-    from lambda_vit.loading import open_model
+    from lambda_vit.cli.models import open_model
 
     return open_model("deit_tiny_patch16_224", weights=real_data / WEIGHTS)
 
@@ -109,11 +109,11 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def mlp_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The keyword arguments of every call of `ln_mlp` by a block."""
-    from lambda_kernels import blocks
+    from lambda_kernels.blocks import mlp_half
 
     seen = []
-    genuine = blocks.ln_mlp
-    monkeypatch.setattr(blocks, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
+    genuine = mlp_half.ln_mlp
+    monkeypatch.setattr(mlp_half, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
     return seen
 
 

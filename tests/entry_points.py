@@ -13,7 +13,7 @@ from conftest import small_vit
 from timm.models import is_model_in_modules, list_models, list_modules
 from torch import Tensor, nn
 
-from lambda_kernels.refusals import refusal_of
+from lambda_kernels.blocks.refusals import refusal_of
 
 # The modules of timm that hold models of the supported families, beside a few that are refused.
 MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "naflexvit")

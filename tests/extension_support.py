@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lambda_kernels import _extension
+from lambda_kernels.ops.histogram import _extension
 
 
 def require_extension() -> None:

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lambda_kernels import audit
-from lambda_kernels.ops import fused, launch, tuning
+from lambda_kernels.ops.ln_mlp import arguments as fused_arguments
+from lambda_kernels.ops.ln_mlp.fused import launch, stages, tuning
 
 noted: list[tuple[object, tuple]] = []  # (what was compiled, the arguments handed to the launcher)
 
@@ -57,17 +58,19 @@ class Driver:
 
 def problem(
     tokens: int = 70, channels: int = 64, hidden: int = 64, dtype: torch.dtype = torch.bfloat16, **changes: object
-) -> tuple[torch.Tensor, fused.Parameters, fused.Options]:
+) -> tuple[torch.Tensor, fused_arguments.Parameters, fused_arguments.Options]:
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, dtype=dtype)
 
     c, h = draw(channels), draw(hidden)
     tensors = {"gamma": c, "beta": c, "w1": draw(hidden, channels), "b1": h, "w2": draw(channels, hidden), "b2": c}
-    parameters = fused.Parameters(**{**tensors, "ls": None, "keep": None, **changes})
-    return draw(tokens, channels), parameters, fused.Options(1e-6, 2.0, "none")
+    parameters = fused_arguments.Parameters(**{**tensors, "ls": None, "keep": None, **changes})
+    return draw(tokens, channels), parameters, fused_arguments.Options(1e-6, 2.0, "none")
 
 
-def forward_and_backward(save: str, x: torch.Tensor, p: fused.Parameters, o: fused.Options) -> list[launch.Launch]:
+def forward_and_backward(
+    save: str, x: torch.Tensor, p: fused_arguments.Parameters, o: fused_arguments.Options
+) -> list[launch.Launch]:
     """The launches, as they were made."""
     made: list[launch.Launch] = []
     genuine = launch.Launch.run
@@ -78,9 +81,9 @@ def forward_and_backward(save: str, x: torch.Tensor, p: fused.Parameters, o: fus
 
     launch.Launch.run = run
     try:
-        _, saved = fused.forward(x, p, o, save)
-        needs = fused.Needs(*(t is not None for t in (x, p.gamma, p.beta, p.w1, p.b1, p.w2, p.b2, p.ls)))
-        fused.backward(torch.randn_like(x), x, p, o, fused.Saved(**saved), needs)
+        _, saved = stages.forward(x, p, o, save)
+        needs = fused_arguments.Needs(*(t is not None for t in (x, p.gamma, p.beta, p.w1, p.b1, p.w2, p.b2, p.ls)))
+        stages.backward(torch.randn_like(x), x, p, o, fused_arguments.Saved(**saved), needs)
     finally:
         launch.Launch.run = genuine
     return made
@@ -132,7 +135,7 @@ def check_the_short_way_hands_over_the_same() -> None:
         noted.clear()
         out, mean, rstd = torch.empty_like(x), torch.empty(70), torch.empty(70)
         math = launch.Arithmetic.of(x.dtype, "none")
-        config = fused._tiles("one_pass", "one_pass", x=x, p=p, tma=True)[0].config
+        config = stages._tiles("one_pass", "one_pass", x=x, p=p, tma=True)[0].config
         tensors = (x, p.gamma, p.beta, p.w1, p.b1, p.w2, p.b2, p.ls, p.keep, out, mean, rstd)
         for _ in range(2):
             launch.one_pass(*tensors, eps=o.eps, scale=o.scale, math=math, config=config, tma=True).run()
@@ -144,9 +147,9 @@ def check_the_short_way_hands_over_the_same() -> None:
 
 
 def check_what_makes_another_kernel_and_what_does_not() -> None:
-    def count(x: torch.Tensor, p: fused.Parameters, o: fused.Options) -> int:
+    def count(x: torch.Tensor, p: fused_arguments.Parameters, o: fused_arguments.Options) -> int:
         with tuning.forced(forward="one_pass"):
-            fused.forward(x, p, o, "nothing")
+            stages.forward(x, p, o, "nothing")
         return len(launch._compiled)
 
     launch._compiled.clear()
@@ -155,8 +158,8 @@ def check_what_makes_another_kernel_and_what_does_not() -> None:
     for tokens in (1, 16, 64, 71, 5000):
         assert count(*problem(tokens, **shape)) == 1
     x, p, o = problem(**shape)
-    assert count(x, p, fused.Options(1e-5, 1.0, "none")) == 1
-    assert count(x, p, fused.Options(1e-5, 1.0, "tanh")) == 2
+    assert count(x, p, fused_arguments.Options(1e-5, 1.0, "none")) == 1
+    assert count(x, p, fused_arguments.Options(1e-5, 1.0, "tanh")) == 2
     assert count(*problem(**shape, b2=None)) == 3
     assert count(*problem(**shape, b2=torch.ones(17, dtype=torch.bfloat16)[1:])) == 4  # not 16-byte aligned
     assert count(*problem(**shape, b2=torch.ones(16))) == 5  # another dtype

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")  # for whoever imports this
 
-from lambda_kernels import ln_mlp, reference
-from lambda_kernels.ops import tracing
+from lambda_kernels import ln_mlp
+from lambda_kernels.ops.ln_mlp import reference, tracing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU means Triton's interpreter: see conftest.py
 

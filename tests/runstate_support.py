@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lambda_vit.training.runstate import Checkpoints
+from lambda_vit.training.storage.checkpoints import Checkpoints
 
 
 def sample(seed: int, size: int = 40) -> dict:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lambda_vit.evaluate import wilson_interval
-from lambda_vit.trajectory import recommend
+from lambda_vit.measure.intervals import wilson_interval
+from lambda_vit.report.records.recommendation import recommend
 
 UNITS = {"|TE|": "bits", "TE": "bits", "KL": "bits", "top-1 lost": "points", "1 − cosine": ""}
 CRITERIA = {

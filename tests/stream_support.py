@@ -12,10 +12,10 @@ import torch
 from conftest import small_vit
 from PIL import Image
 
-from lambda_vit.data import open_images
-from lambda_vit.training.open_data import training_transform
+from lambda_vit.data.images import open_images
+from lambda_vit.training.images.opening import training_transform
+from lambda_vit.training.images.stream import DatasetStream, TrainingStream
 from lambda_vit.training.recipe import Recipe
-from lambda_vit.training.stream import DatasetStream, TrainingStream
 
 # Steps of eight images in four micro-batches of two.
 SMALL = {"epochs": 4, "lr": 1e-3, "batch_size": 8, "micro_batch": 2}

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from lambda_kernels import audit
-from lambda_kernels.ops.kernels import configs
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -53,7 +53,7 @@ def test_a_configuration_that_spills_fails(tmp_path):
 from dataclasses import replace
 import torch
 from lambda_kernels import audit
-from lambda_kernels.ops.kernels.configs import Config
+from lambda_kernels.ops.ln_mlp.fused.kernels.configs import Config
 case = audit.product_case("one_pass", 384, torch.bfloat16, Config(128, 128, 0, 8, 1), True, 90)
 finding = audit.compile_case(case)
 print(finding)

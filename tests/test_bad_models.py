@@ -9,9 +9,9 @@ from conftest import images, small_vit
 from torch import nn
 
 from lambda_kernels import AlreadyConvertedError, NonFiniteActivationError, UnsupportedModelError, convert_vit
-from lambda_kernels.families import family_of
+from lambda_kernels.blocks.mlp_half import family_of
 from lambda_vit import dilute, profile_layers, select_layers, transfer_entropy
-from lambda_vit.paths import skip_attention
+from lambda_vit.models.views import skip_attention
 
 pytestmark = pytest.mark.models
 

@@ -14,10 +14,10 @@ import torch
 from conftest import REPOSITORY, images, small_vit
 from timm.models.vision_transformer import Block
 
-import lambda_kernels.checkpoint as checkpoint
+import lambda_kernels.checkpoints.pretrained as checkpoint
 from lambda_kernels import CheckpointError, FusedMlp, convert_vit, from_pretrained, save_pretrained
+from lambda_kernels.checkpoints.weights import load_state_dict, read_weights
 from lambda_kernels.files import atomic_write, write_json
-from lambda_kernels.weights import load_state_dict, read_weights
 
 pytestmark = pytest.mark.models
 

@@ -13,8 +13,8 @@ from timm.models import load_checkpoint
 
 import lambda_kernels
 from lambda_kernels import CheckpointError, UnsupportedModelError, convert_vit, from_pretrained, save_pretrained
+from lambda_kernels.checkpoints.weights import load_state_dict
 from lambda_kernels.files import write_json
-from lambda_kernels.weights import load_state_dict
 from lambda_vit import Selection, dilute, set_lambda
 
 pytestmark = pytest.mark.models

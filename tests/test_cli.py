@@ -14,11 +14,13 @@ import torch
 from conftest import IMAGES, WEIGHTS, small_vit
 from PIL import Image
 
-import lambda_vit.cli as cli
+import lambda_vit.cli.main as cli
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
-from lambda_kernels.ops.dispatch import onednn_obstacles
-from lambda_vit import Selection, command_options
-from lambda_vit.loading import open_model
+from lambda_kernels.ops.ln_mlp.dispatch import onednn_obstacles
+from lambda_vit import Selection
+from lambda_vit.cli import options as command_options
+from lambda_vit.cli.models import open_model
+from lambda_vit.models import properties
 
 
 def make_images(root: Path) -> Path:
@@ -168,7 +170,8 @@ def test_plan_tells_the_measured_peak(saved):
 
     from rich.console import Console
 
-    from lambda_vit import command_plan, plan_training
+    from lambda_vit import plan_training
+    from lambda_vit.report import tables
 
     result = plan_training(from_pretrained(saved), (0,), images=10, batch_size=2, seconds=0.01)
     networks = {
@@ -177,13 +180,13 @@ def test_plan_tells_the_measured_peak(saved):
     }
     console = Console(width=100)
     with console.capture() as without:
-        console.print(command_plan.plan_table(result))
+        console.print(tables.plan_table(result))
     result = dataclasses.replace(result, networks=networks)
     with console.capture() as shown:
-        console.print(command_plan.plan_table(result))
+        console.print(tables.plan_table(result))
     assert "measured peak" not in without.get()
     assert "measured peak" in shown.get()
-    assert any("3.00 MiB above the count" in line for line in command_plan.plan_notes(result))
+    assert any("3.00 MiB above the count" in line for line in tables.plan_notes(result))
 
 
 def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, list[str]]]:
@@ -304,9 +307,8 @@ def test_own_classes(run, folder, saved, tmp_path):
 
 
 def test_unwritable_outputs_are_refused_before_the_work(run, folder, saved, monkeypatch):
-    import lambda_vit.loading
 
-    monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: pytest.fail("work began"))
+    monkeypatch.setattr("lambda_vit.cli.models.open_model", lambda *a, **k: pytest.fail("work began"))
     for command in (["select", "--data", folder], ["profile", "--data", folder], ["convert", "--remove", "0"],
                     ["plan", "--remove", "0", "--images", 9]):  # fmt: skip
         code, _, err = run(*command, "--model", saved, "--out", "/proc/nowhere/out.json")
@@ -391,7 +393,7 @@ def test_doctor_tells_what_was_tuned(run, tmp_path, monkeypatch):
 
 
 def test_doctor_says_why_there_is_no_extension(run, monkeypatch):
-    from lambda_kernels import _extension
+    from lambda_kernels.ops.histogram import _extension
 
     monkeypatch.setattr(_extension, "why_unavailable", lambda: "no compiler was there when it was installed")
     monkeypatch.setattr(_extension, "available", lambda: False)
@@ -404,11 +406,11 @@ def test_doctor_says_why_there_is_no_extension(run, monkeypatch):
 
 
 def test_same_model():
-    assert command_options.same_model("vit_small", "vit_small.dino")
-    assert command_options.same_model("vit_small.dino", "vit_small.dino")
-    assert not command_options.same_model("vit_small.dino", "vit_small.augreg")
-    assert not command_options.same_model("vit_small", "vit_base")
-    assert not command_options.same_model("vit_small", None)
+    assert properties.same_model("vit_small", "vit_small.dino")
+    assert properties.same_model("vit_small.dino", "vit_small.dino")
+    assert not properties.same_model("vit_small.dino", "vit_small.augreg")
+    assert not properties.same_model("vit_small", "vit_base")
+    assert not properties.same_model("vit_small", None)
 
 
 def test_parse_indices():
@@ -428,7 +430,7 @@ def test_the_installed_command():
 
 
 def test_the_command_line_loads_nothing_heavy():
-    code = "import sys, lambda_vit.cli; print(sorted({'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, lambda_vit.cli.main; print(sorted({'torch', 'timm', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -13,9 +13,11 @@ from export_support import onnx_metadata, run_onnx
 from test_cli import run  # noqa: F401 (a fixture)
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
-from lambda_vit import command_export, export, export_check
-from lambda_vit.evaluate import Latency
-from lambda_vit.export_check import Checked
+from lambda_vit.cli import export as command_export
+from lambda_vit.export import check as export_check
+from lambda_vit.export import write as export
+from lambda_vit.export.check import Checked
+from lambda_vit.measure.latency import Latency
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_onnx_and_a_program(run, saved, tmp_path):  # noqa: F811
 
 
 def test_what_is_refused_before_work(run, saved, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("lambda_vit.loading.open_model", lambda *_, **__: pytest.fail("the model was opened"))
+    monkeypatch.setattr("lambda_vit.cli.models.open_model", lambda *_, **__: pytest.fail("the model was opened"))
     onnx, program = tmp_path / "m.onnx", tmp_path / "m.pt2"
     (tmp_path / "classes.json").write_text("[]")
     (tmp_path / "folder.onnx").mkdir()

@@ -20,9 +20,11 @@ from test_cli import folder, run, saved  # noqa: F401 (fixtures)
 
 from lambda_kernels import from_pretrained, save_pretrained
 from lambda_kernels.files import write_json
-from lambda_vit.data import make_loader, open_images, transforms_for
-from lambda_vit.recipe_flags import _PANELS, overrides
-from lambda_vit.training import engine
+from lambda_vit.cli.training import _PANELS, overrides
+from lambda_vit.data.images import open_images
+from lambda_vit.data.loader import make_loader
+from lambda_vit.data.transforms import transforms_for
+from lambda_vit.training.loop import trainer
 from lambda_vit.training.recipe import Recipe, load_recipe
 
 # Thirty images in three steps of ten, in which λ falls over the first two of four epochs.
@@ -197,7 +199,7 @@ def test_stopped_and_gone_on(finetune, tmp_path, monkeypatch):
     """As a scheduler would do it: the second run ends where one that nobody stopped does."""
     code, _, err = finetune("--remove", 1, out=tmp_path / "whole")
     assert code == 0, err
-    step = engine.Learner.step
+    step = trainer.Learner.step
 
     def stopping(self, position, *arguments, **options):
         if position == 4:
@@ -205,7 +207,7 @@ def test_stopped_and_gone_on(finetune, tmp_path, monkeypatch):
         return step(self, position, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Learner, "step", stopping)
+        patch.setattr(trainer.Learner, "step", stopping)
         code, out, _ = finetune("--remove", 1)
     assert code == 143
     assert "Stopped by signal 15 after " in out

@@ -14,7 +14,8 @@ from conftest import small_vit
 from test_cli import folder, run, saved  # noqa: F401 (fixtures)
 
 from lambda_kernels import from_pretrained, save_pretrained
-from lambda_vit import Selection, transfer
+from lambda_vit import Selection
+from lambda_vit.selection import measurement
 
 REPORT = {"report.html", "report.md", "report.json", "report.png", "progress.json"}
 QUICK = ["--no-profile", "--no-latency", "--eval-samples", 0]
@@ -89,7 +90,7 @@ def test_options_reach_the_selection(name, select, tmp_path):
 
 
 def test_throughput(select, tmp_path, monkeypatch):
-    import lambda_vit.stopping as stopping
+    import lambda_vit.selection.budget as stopping
 
     monkeypatch.setattr(stopping.Stop, "speedup", lambda self, layers: 1 + 0.1 * len(layers))
     code, out, err = select("--throughput", 5, *QUICK)
@@ -140,7 +141,7 @@ def test_caches(cache, select, tmp_path):
 
 def test_asked_to_end(select, tmp_path, monkeypatch):
     """The cache goes with the process, and the rounds that are finished stay."""
-    measure = transfer.Measurement.measure
+    measure = measurement.Measurement.measure
 
     def watched(self, paths, description="Measure", **options):
         if description.startswith("Round 2"):
@@ -148,7 +149,7 @@ def test_asked_to_end(select, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(self, paths, description, **options)
 
-    monkeypatch.setattr(transfer.Measurement, "measure", watched)
+    monkeypatch.setattr(measurement.Measurement, "measure", watched)
     place, before = tmp_path / "cache", signal.getsignal(signal.SIGTERM)
     code, _, _ = select("--count", 2, "--cache", "disk", "--cache-dir", place, *QUICK)
     assert code == 128 + signal.SIGTERM
@@ -259,7 +260,7 @@ def test_next_commands_can_be_run_whatever_the_paths(run, folder, tmp_path):  # 
 
 
 def test_the_recommended_layers_come_next(run, select, tmp_path, monkeypatch):  # noqa: F811
-    import lambda_vit.selection_record as record
+    import lambda_vit.report.records.selection as record
 
     monkeypatch.setattr(
         record, "recommend", lambda *a, **k: {"step": 1, "reason": "r", "tolerance": 5.0, "measure": "top1"}
@@ -277,7 +278,7 @@ def test_the_recommended_layers_come_next(run, select, tmp_path, monkeypatch):  
 def test_the_same_command_goes_on(select, tmp_path, monkeypatch):
     """Stopped in its second round, it measures that round and no more; finished, it measures nothing."""
     measured = []
-    measure = transfer.Measurement.measure
+    measure = measurement.Measurement.measure
     stopping = True
 
     def watched(self, paths, description="Measure", **options):
@@ -286,7 +287,7 @@ def test_the_same_command_goes_on(select, tmp_path, monkeypatch):
         measured.append(description)
         return measure(self, paths, description, **options)
 
-    monkeypatch.setattr(transfer.Measurement, "measure", watched)
+    monkeypatch.setattr(measurement.Measurement, "measure", watched)
     options = ["--count", 2, *QUICK]
     code, _, err = select(*options)
     assert (code, measured) == (2, ["Round 1 of 2"])
@@ -322,9 +323,8 @@ def test_warnings_are_said_once(select):
 
 
 def test_bad_combinations_are_found_before_anything_is_loaded(run, folder, saved, monkeypatch, tmp_path):  # noqa: F811
-    import lambda_vit.loading
 
-    monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: pytest.fail("work began"))
+    monkeypatch.setattr("lambda_vit.cli.models.open_model", lambda *a, **k: pytest.fail("work began"))
     early = ("two budgets", "no size", "layers without explicit", "explicit without layers", "signed what")
     for case in (*early, "a beam that is not one"):
         options, words = ERRORS[case]
@@ -355,7 +355,7 @@ def test_models_without_a_classifier(select, tmp_path):
 
 
 def test_a_budget_that_is_out_of_reach_is_not_said_to_be_met(select, tmp_path, monkeypatch):
-    import lambda_vit.stopping as stopping
+    import lambda_vit.selection.budget as stopping
 
     monkeypatch.setattr(stopping.Stop, "speedup", lambda self, layers: 1 + 0.1 * len(layers))
     for factor, words in ((5, "What was asked for (5 × the throughput) is not met by all 3 picks either."),

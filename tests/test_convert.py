@@ -13,7 +13,6 @@ import torch
 from conftest import images, small_vit
 from torch import nn
 
-import lambda_kernels.blocks
 from lambda_kernels import (
     AlreadyConvertedError,
     AttentionFreeBlock,
@@ -21,8 +20,9 @@ from lambda_kernels import (
     UnsupportedModelError,
     convert_vit,
 )
-from lambda_kernels.convert import describe_blocks
-from lambda_kernels.ops import tuning
+from lambda_kernels.blocks import mlp_half
+from lambda_kernels.convert.conversion import describe_blocks
+from lambda_kernels.ops.ln_mlp.fused import tuning
 
 pytestmark = pytest.mark.models
 
@@ -110,8 +110,8 @@ def test_gradients_reach_every_parameter_that_is_left():
 def test_which_path_runs(monkeypatch):
     """ln_mlp serves the eligible blocks, the modules the others; the info says the same."""
     calls = []
-    genuine = lambda_kernels.blocks.ln_mlp
-    monkeypatch.setattr(lambda_kernels.blocks, "ln_mlp", lambda *a, **k: calls.append(k) or genuine(*a, **k))
+    genuine = mlp_half.ln_mlp
+    monkeypatch.setattr(mlp_half, "ln_mlp", lambda *a, **k: calls.append(k) or genuine(*a, **k))
     for name, expected, path in (("tanh", 2, "torch"), ("deit3", 2, "torch"), ("gated", 0, "modules")):
         for fuse, kept in (("removed", "timm"), ("all", path)):
             calls.clear()

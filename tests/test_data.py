@@ -1,4 +1,4 @@
-"""lambda_vit.data: layouts, labels, unreadable images, subsets."""
+"""lambda_vit.data.images: layouts, labels, unreadable images, subsets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.readers import add_img_extensions, del_img_extensions
 
-from lambda_vit.data import BadImage, CorruptImageError, digits, make_loader, open_images, subset, transforms_for
+from lambda_vit.data.digits import digits
+from lambda_vit.data.images import BadImage, CorruptImageError, open_images
+from lambda_vit.data.loader import make_loader, subset
+from lambda_vit.data.transforms import transforms_for
 
 IMAGENETTE = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
 

@@ -82,7 +82,7 @@ def test_a_poor_baseline_is_a_failure(result, monkeypatch, capsys):
     assert len(result[0].failures) == 1  # two epochs on 128 images cannot reach 90 %
     import sys
 
-    import lambda_vit.cli as cli
+    import lambda_vit.cli.main as cli
 
     monkeypatch.setattr(demo, "run_demo", lambda *args, **kwargs: result[0])
     monkeypatch.setattr(sys, "argv", ["lambda-vit", "demo", "--out", str(result[0].folder)])

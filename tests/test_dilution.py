@@ -17,8 +17,9 @@ from lambda_kernels import (
     save_pretrained,
 )
 from lambda_vit import Selection, dilute, finetune, finish_dilution, set_lambda
-from lambda_vit.data import digits, make_loader
-from lambda_vit.dilution import DilutedBlock, LambdaSchedule, diluted_blocks
+from lambda_vit.data.digits import digits
+from lambda_vit.data.loader import make_loader
+from lambda_vit.training.dilution import DilutedBlock, LambdaSchedule, diluted_blocks
 
 pytestmark = pytest.mark.models
 

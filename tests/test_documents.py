@@ -121,7 +121,7 @@ def run_python(block: Block, names: dict[str, object]) -> None:
 
 def run_command(command: str, monkeypatch) -> None:
     """Run it, or parse it where it is on the list of those that are not run."""
-    from lambda_vit import cli
+    from lambda_vit.cli import main as cli
 
     arguments = ours(command)
     if arguments is None:

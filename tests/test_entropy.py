@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lambda_kernels import EntropyMeter, NonFiniteActivationError, entropy_state, gaussian_entropy, histogram_entropy
-from lambda_kernels.entropy import PER, STD_FLOOR, update_together
-from lambda_kernels.ops import histogram as ops
+from lambda_kernels import EntropyMeter, NonFiniteActivationError, gaussian_entropy, histogram_entropy
+from lambda_kernels.entropy import state
+from lambda_kernels.entropy.meter import PER, update_together
+from lambda_kernels.entropy.state import STD_FLOOR
+from lambda_kernels.ops.histogram import function as ops
 
 
 def test_gaussian_is_log_sigma():
@@ -348,9 +350,7 @@ def test_wrong_input():
 def test_many_meters_of_all_kinds_in_few_calls(monkeypatch):
     """What can share a call does, and every meter gets what it would have got alone."""
     calls = []
-    monkeypatch.setattr(
-        entropy_state, "histogram", lambda x, *a, **k: calls.append(len(x)) or ops.histogram(x, *a, **k)
-    )
+    monkeypatch.setattr(state, "histogram", lambda x, *a, **k: calls.append(len(x)) or ops.histogram(x, *a, **k))
     shapes = [(8, 5, 3), (4, 3), (20, 6)]
     options = [{**MODES[mode], "per": per, "bins": 16} for mode in ("gaussian", "dyadic", "fixed") for per in PER]
     together, alone, batches = [], [], []
@@ -389,8 +389,8 @@ class Arrival:
 def arrivals(monkeypatch) -> list[Arrival]:
     """The host may not look at values, as on a CUDA device; it learns of them when an arrival happens."""
     sent = []
-    monkeypatch.setattr(entropy_state, "host_may_look", lambda device: False)
-    monkeypatch.setattr(entropy_state, "send_to_host", lambda flags: (flags, sent.append(Arrival()) or sent[-1]))
+    monkeypatch.setattr(state, "host_may_look", lambda device: False)
+    monkeypatch.setattr(state, "send_to_host", lambda flags: (flags, sent.append(Arrival()) or sent[-1]))
     return sent
 
 
@@ -403,7 +403,7 @@ def test_without_looking_the_result_is_the_same(mode, per, arrivals, monkeypatch
     for batch in batches:
         update_together(unseen, [batch, batch])
     assert len(arrivals) == 4
-    monkeypatch.setattr(entropy_state, "host_may_look", lambda device: True)
+    monkeypatch.setattr(state, "host_may_look", lambda device: True)
     looked = EntropyMeter(**options)
     for batch in batches:
         looked.update(batch)
@@ -471,7 +471,7 @@ def test_copies_share_nothing(per, arrivals):
 @pytest.mark.parametrize("mode", MODES)
 def test_updates_on_a_gpu_read_no_value(mode, per, monkeypatch):
     """Fake tensors have no values: whoever asks for one, and so would wait for the device, gets an error."""
-    monkeypatch.setattr(entropy_state, "send_to_host", lambda flags: (flags, Arrival()))
+    monkeypatch.setattr(state, "send_to_host", lambda flags: (flags, Arrival()))
     meters = [EntropyMeter(**MODES[mode], per=per) for _ in range(2)]
     with counting_with("torch"), FakeTensorMode():
         for _ in range(3):

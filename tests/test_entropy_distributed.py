@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from entropy_support import MODES, assert_same, sample
 
-from lambda_kernels import EntropyMeter, NonFiniteActivationError, entropy_exchange
-from lambda_kernels.entropy import PER
+from lambda_kernels import EntropyMeter, NonFiniteActivationError
+from lambda_kernels.entropy import distributed
+from lambda_kernels.entropy.meter import PER
 
 # How many of 40 samples each rank sees, in batches of at most 9. With four ranks, the third sees nothing.
 SHARES = {1: [40], 2: [13, 27], 4: [7, 21, 0, 12]}
@@ -61,7 +62,7 @@ def test_without_a_process_group():
 def test_tensors_go_where_the_backend_takes_them(config, device, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert entropy_exchange._exchange_device(None) == torch.device(device)
+    assert distributed._exchange_device(None) == torch.device(device)
 
 
 def own_share(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from entropy_support import MODES, assert_same, sample
 
-from lambda_kernels import EntropyMeter, entropy_storage, files
-from lambda_kernels.entropy import PER
+from lambda_kernels import EntropyMeter, files
+from lambda_kernels.entropy import storage
+from lambda_kernels.entropy.meter import PER
 
 
 def meter_of(mode: str, per: str = "channel", updates: int = 2) -> EntropyMeter:
@@ -49,7 +50,7 @@ def test_files_of_the_first_format_are_read(mode, tmp_path):
     meter = meter_of(mode)
     state = meter.state_dict()
     state |= {"format": 1, "moments": state["moments"][:, [0, 1, 2, 5, 6]]}
-    entropy_storage.write(tmp_path / "meter.pt", "mlp", state)
+    storage.write(tmp_path / "meter.pt", "mlp", state)
     loaded = EntropyMeter.load(tmp_path / "meter.pt")
     assert_same(loaded, meter)
     assert loaded.moments().mean_low.abs().max() == loaded.moments().m2_low.abs().max() == 0
@@ -202,7 +203,7 @@ def test_foreign_files(tmp_path):
         torch.save(content, path)
         with pytest.raises(ValueError, match=r"meter\.pt is damaged or no entropy meter"):
             EntropyMeter.load(path)
-    entropy_storage.write(path, "x", {**state, "options": {"kind": "future"}})
+    storage.write(path, "x", {**state, "options": {"kind": "future"}})
     with pytest.raises(ValueError, match=r"meter\.pt is no entropy meter that this version reads: .*'future'"):
         EntropyMeter.load(path)
 

@@ -16,8 +16,10 @@ from entry_points import DEPTH, MODULES, attention_free, picture
 from torch import Tensor, nn
 
 from lambda_kernels import convert_vit
-from lambda_kernels.families import FAMILIES, family_of, inspect_model
-from lambda_vit.paths import PathRunner
+from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.families import FAMILIES
+from lambda_kernels.blocks.mlp_half import family_of
+from lambda_vit.selection.paths import PathRunner
 
 pytestmark = pytest.mark.models
 

@@ -1,4 +1,4 @@
-"""lambda_vit.evaluate: accuracy, agreement, cost, latency."""
+"""lambda_vit.measure.accuracy: accuracy, agreement, cost, latency."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lambda_kernels.errors import NonFiniteActivationError
-from lambda_vit.data import make_loader, open_images, transforms_for
-from lambda_vit.evaluate import compare_latency, cost, evaluate, input_shape, wilson_interval
+from lambda_vit.data.images import open_images
+from lambda_vit.data.loader import make_loader
+from lambda_vit.data.transforms import transforms_for
+from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.measure.cost import cost
+from lambda_vit.measure.intervals import wilson_interval
+from lambda_vit.measure.latency import compare_latency
+from lambda_vit.models.properties import input_shape
 
 
 class Lookup(nn.Module):
@@ -130,7 +136,7 @@ def test_the_data_is_read_once_for_model_and_reference():
 def test_speed_is_the_models_own_and_leaves_the_first_batch_out(monkeypatch):
     times = iter([0.0, 10.0, 20.0, 21.0, 30.0, 31.0])
     clock = types.SimpleNamespace(perf_counter=lambda: next(times))
-    monkeypatch.setattr(sys.modules["lambda_vit.evaluate"], "time", clock)
+    monkeypatch.setattr(sys.modules["lambda_vit.measure.accuracy"], "time", clock)
     assert evaluate(Lookup(torch.eye(5)), pictures([0, 1, 2, 3, 4])).images_per_second == 1.5
 
 
@@ -414,7 +420,7 @@ def test_latency_takes_turns_in_rotating_order():
 def test_latency_gives_the_median_and_the_quartiles(monkeypatch):
     times = iter([0.0, *(t for i in range(5) for t in (10.0 * i, 10.0 * i + i + 1))])
     clock = types.SimpleNamespace(perf_counter=lambda: next(times))
-    monkeypatch.setattr(sys.modules["lambda_vit.evaluate"], "time", clock)
+    monkeypatch.setattr(sys.modules["lambda_vit.measure.accuracy"], "time", clock)
     found = compare_latency({"m": Recorder("m", [])}, (1,), rounds=5, warmup=1, image_size=(1, 2, 2))["m"][1]
     assert (found.low_ms, found.median_ms, found.high_ms) == (2000.0, 3000.0, 4000.0)
 

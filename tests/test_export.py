@@ -26,12 +26,15 @@ from lambda_kernels import (
     convert_vit,
 )
 from lambda_kernels.features import feature_model
-from lambda_vit import dilute, export, export_check, set_lambda
-from lambda_vit.evaluate import Latency
-from lambda_vit.export import export_aoti, export_onnx, export_program
-from lambda_vit.export_check import ExportMismatchError
-from lambda_vit.export_trace import Traced, trace_model
-from lambda_vit.packages import MissingPackageError
+from lambda_vit import dilute, set_lambda
+from lambda_vit.export import check
+from lambda_vit.export import write as export
+from lambda_vit.export import write as export_check_write
+from lambda_vit.export.check import ExportMismatchError
+from lambda_vit.export.tracing import Traced, trace_model
+from lambda_vit.export.write import export_aoti, export_onnx, export_program
+from lambda_vit.measure.latency import Latency
+from lambda_vit.runtime.optional_packages import MissingPackageError
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +269,13 @@ def test_a_program_names_no_place_on_this_machine(traced, tmp_path):
 def test_a_file_that_computes_something_else_is_not_kept(wrong, one_block, tmp_path, monkeypatch):
     path = tmp_path / "small.pt2"
     path.write_text("what was there")
-    whole = export_check.open_file
+    whole = check.open_file
 
     def off(*arguments: object) -> object:
         run = whole(*arguments)
         return lambda x: tuple(y + (wrong if len(y) == 3 else 0) for y in run(x))  # one batch size of the two alone
 
-    monkeypatch.setattr(export_check, "open_file", off)
+    monkeypatch.setattr(check, "open_file", off)
     with pytest.raises(
         ExportMismatchError, match=r"of 3 image\(s\) torch.export.load is off by .* Nothing was written"
     ):
@@ -280,7 +283,7 @@ def test_a_file_that_computes_something_else_is_not_kept(wrong, one_block, tmp_p
     assert path.read_text() == "what was there"
     with pytest.raises(ExportMismatchError, match=r"onnxruntime \S+ is off by"):
         export_onnx(one_block, tmp_path / "small.onnx")
-    monkeypatch.setattr(export_check, "open_file", lambda *_: lambda x: (one_block.model(x), one_block.model(x)))
+    monkeypatch.setattr(check, "open_file", lambda *_: lambda x: (one_block.model(x), one_block.model(x)))
     with pytest.raises(
         ExportMismatchError, match=r"gives outputs of \[\[1, 10\], \[1, 10\]\], the model \[\[1, 10\]\]"
     ):
@@ -429,7 +432,7 @@ def test_wrong_files(traced, tmp_path):
 
 
 def test_latency(traced, onnx_file):
-    times = export_check.measure_latency(traced, {"onnx": onnx_file}, seconds=0.1)
+    times = export_check_write.measure_latency(traced, {"onnx": onnx_file}, seconds=0.1)
     assert list(times) == ["eager", "onnx"]
     assert all(list(batches) == [1, 8] for batches in times.values())
     assert all(isinstance(taken, Latency) and taken.median_ms > 0 for by in times.values() for taken in by.values())
@@ -462,5 +465,5 @@ def test_aoti(traced, tmp_path):
     for count in (1, 5):
         assert torch.allclose(package(images(count)), traced.model(images(count)), atol=1e-4)
     assert package.get_metadata()["removed_attention"] == "[0, 2]"
-    times = export_check.measure_latency(traced, {"aoti": made}, seconds=0.1)
+    times = export_check_write.measure_latency(traced, {"aoti": made}, seconds=0.1)
     assert list(times) == ["eager", "aoti"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from extension_support import require_extension, tool
 
-from lambda_kernels import _extension
 from lambda_kernels.errors import BackendUnavailableError, ExtensionUnavailableError
-from lambda_kernels.ops import histogram as ops
+from lambda_kernels.ops.histogram import _extension
+from lambda_kernels.ops.histogram import function as ops
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -57,7 +57,9 @@ def output(*command: str) -> str:
 
 
 def test_import_of_the_package_loads_no_extension() -> None:
-    code = "import sys, lambda_kernels, lambda_kernels.ops.histogram; print('lambda_kernels._C' in sys.modules)"
+    code = (
+        "import sys, lambda_kernels, lambda_kernels.ops.histogram.function; print('lambda_kernels._C' in sys.modules)"
+    )
     assert output(sys.executable, "-c", code).strip() == "False"
 
 

@@ -14,13 +14,15 @@ from entry_points import attention_free, picture
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, convert_vit
-from lambda_kernels.blocks import replacement_obstacles
-from lambda_kernels.families import FAMILIES, family_of, inspect_model
+from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.families import FAMILIES
+from lambda_kernels.blocks.mlp_half import family_of, replacement_obstacles
 from lambda_vit import dilute, finish_dilution, select_layers, set_lambda, transfer_entropy
-from lambda_vit.export_trace import trace_model
-from lambda_vit.layer_profile import profile_layers
-from lambda_vit.paths import PathRunner, skip_attention
-from lambda_vit.transfer import Measurement
+from lambda_vit.export.tracing import trace_model
+from lambda_vit.measure.layer_profile import profile_layers
+from lambda_vit.models.views import skip_attention
+from lambda_vit.selection.measurement import Measurement
+from lambda_vit.selection.paths import PathRunner
 
 pytestmark = pytest.mark.models
 

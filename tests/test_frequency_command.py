@@ -15,10 +15,13 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from lambda_kernels import UnsupportedModelError, convert_vit, save_pretrained
-from lambda_vit import Selection, cli, frequency_figures
-from lambda_vit.figure_style import new_figure, shortened
-from lambda_vit.frequency_table import direction, frequency_notes, frequency_table, verdict
-from lambda_vit.radial import radial_bins
+from lambda_vit import Selection
+from lambda_vit.cli import main as cli
+from lambda_vit.measure.radial import radial_bins
+from lambda_vit.report.figures import frequency
+from lambda_vit.report.figures.style import new_figure, shortened
+from lambda_vit.report.records.readings import direction, verdict
+from lambda_vit.report.tables import frequency_notes, frequency_table
 
 
 def made_up(depth: int = 12, side: int = 14, removed: tuple[int, ...] = (1, 4), scale: float = 1.0) -> dict:
@@ -122,7 +125,7 @@ def test_long_names_keep_both_ends():
 def test_spectra_are_drawn_on_one_scale():
     record = made_up()
     with new_figure(3.0) as figure:
-        frequency_figures.draw_spectra(figure, record)
+        frequency.draw_spectra(figure, record)
         before, after, bar = figure.axes
     assert before.get_ylim() == after.get_ylim()
     for axes, part in ((before, record["before"]), (after, record["after"])):
@@ -142,7 +145,7 @@ def test_spectra_are_drawn_on_one_scale():
 def test_changes_are_drawn_by_frequency_and_by_block():
     record = made_up()
     with new_figure(3.0) as figure:
-        frequency_figures.draw_changes(figure, record)
+        frequency.draw_changes(figure, record)
         left, right = figure.axes
     for line, row in zip(left.lines, record["changes"], strict=False):
         assert list(line.get_ydata()) == row["relative"][:8]
@@ -171,7 +174,7 @@ def test_plots_of_all_kinds_are_written(kind, suffix, tmp_path):
         "one block": made_up(1, 2, (0,)),
     }[kind]
     path = tmp_path / "new" / f"plot{suffix}"
-    frequency_figures.save_plot(path, record)
+    frequency.save_plot(path, record)
     content = path.read_bytes()
     assert content.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix])
     if suffix == ".png":
@@ -300,19 +303,17 @@ def test_bad_options_are_named(command, case, tmp_path):
 
 
 def test_bad_outputs_are_refused_before_the_work(command, monkeypatch):
-    import lambda_vit.loading
 
-    monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: pytest.fail("work began"))
+    monkeypatch.setattr("lambda_vit.cli.models.open_model", lambda *a, **k: pytest.fail("work began"))
     for options in (["--plot", "x.jpg"], ["--out", "/proc/nowhere/x.json"], ["--remove", "x"], ["--compare", "absent"]):
         assert isinstance(command(*options).exception, (ValueError, OSError))
 
 
 def test_models_without_a_token_map_are_named(command, monkeypatch):
-    import lambda_vit.loading
 
     model = small_vit(img_size=64)
     model.num_prefix_tokens = None
-    monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: model)
+    monkeypatch.setattr("lambda_vit.cli.models.open_model", lambda *a, **k: model)
     assert isinstance(command().exception, UnsupportedModelError)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, relative_error
 
-from lambda_kernels import ln_mlp, reference
-from lambda_kernels.ops import launch, tracing, tuning
+from lambda_kernels import ln_mlp
+from lambda_kernels.ops.ln_mlp import reference, tracing
+from lambda_kernels.ops.ln_mlp.fused import launch, tuning
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

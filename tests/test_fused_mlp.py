@@ -15,14 +15,15 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit, from_pretrained, save_pretrained
-from lambda_kernels.blocks import replacement_obstacles
-from lambda_kernels.convert import describe_blocks
-from lambda_kernels.families import inspect_model
+from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.mlp_half import replacement_obstacles
+from lambda_kernels.convert.conversion import describe_blocks
 from lambda_vit import dilute, finetune, finish_dilution, select_layers, set_lambda, transfer_entropy
-from lambda_vit.evaluate import cost, evaluate
-from lambda_vit.layer_profile import profile_layers
-from lambda_vit.transfer import skip_attention
-from lambda_vit.validation import kernel_paths
+from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.measure.comparison import kernel_paths
+from lambda_vit.measure.cost import cost
+from lambda_vit.measure.layer_profile import profile_layers
+from lambda_vit.models.views import skip_attention
 
 pytestmark = pytest.mark.models
 

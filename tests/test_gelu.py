@@ -9,8 +9,8 @@ from mlp_cases import DEVICE
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from lambda_kernels.ops.kernels.common import gelu, gelu_and_slope  # noqa: E402
-from lambda_kernels.ops.launch import Arithmetic  # noqa: E402
+from lambda_kernels.ops.ln_mlp.fused.kernels.common import gelu, gelu_and_slope  # noqa: E402
+from lambda_kernels.ops.ln_mlp.fused.launch import Arithmetic  # noqa: E402
 
 
 @triton.jit

@@ -32,8 +32,8 @@ import machine_questions
 import questions
 import toolkit
 
-from lambda_kernels.ops import fused
-from lambda_kernels.ops.kernels.configs import Config
+from lambda_kernels.ops.ln_mlp.fused import stages
+from lambda_kernels.ops.ln_mlp.fused.kernels.configs import Config
 
 SMALL = tuple(replace(chain, hidden=128, k=32, n=16) for chain in kernel_questions.CHAINS)
 
@@ -230,7 +230,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(kernel_questions, "assembled", lambda chain, compiled, arch: facts)
     monkeypatch.setattr(kernel_questions, "kernels_of", kernels_of)
     # What ships is asked for behind a cache, which is not to hold what this makes up, nor to answer with what ships.
-    monkeypatch.setattr(fused, "_shipped", fused._shipped.__wrapped__)
+    monkeypatch.setattr(stages, "_shipped", stages._shipped.__wrapped__)
     few = {"one_pass": [Config(16, 32, 0, 4, 1), Config(32, 32, 0, 4, 1)], "fc1": [Config(32, 32, 16, 4, 1)]}
     monkeypatch.setattr(kernel_questions.configs, "shipped", lambda kernel, *_: few.get(kernel, few["fc1"]))
 

@@ -10,7 +10,7 @@ from conftest import images, small_vit
 
 from lambda_kernels import AlreadyConvertedError, NonFiniteActivationError, UnsupportedModelError, convert_vit
 from lambda_vit import dilute
-from lambda_vit.half_range import LIMIT, check_float16
+from lambda_vit.measure.float16_range import LIMIT, check_float16
 
 pytestmark = pytest.mark.models
 

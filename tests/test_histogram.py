@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from lambda_kernels import _extension
-from lambda_kernels.ops import histogram as ops
+from lambda_kernels.ops.histogram import _extension
+from lambda_kernels.ops.histogram import function as ops
 
 # Counting in a new process is slow the first time, which is no reason to fail.
 relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

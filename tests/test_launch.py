@@ -14,7 +14,7 @@ from conftest import interpreter_obstacle
 
 pytest.importorskip("triton")
 
-from lambda_kernels.ops import launch
+from lambda_kernels.ops.ln_mlp.fused import launch
 
 CHECKS = (
     "check_what_runs_is_what_the_audit_compiles",

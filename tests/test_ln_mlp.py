@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lambda_kernels import BackendUnavailableError, ln_mlp
-from lambda_kernels.ops import dispatch
+from lambda_kernels.ops.ln_mlp import dispatch
 
 # dtype → tolerance relative to the largest output: a few roundings of that dtype over two products of width 100
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lambda_vit import memory
+from lambda_vit.runtime import memory
 
 V2 = ("0::/job/step\n", "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file")
 V1 = (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging_oracle import merge_one, softmax_over_copies
 
-from lambda_kernels.ops.merging import (
+from lambda_kernels.ops.token_merging import (
     follow,
     match_tokens,
     merge_tokens,

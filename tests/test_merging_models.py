@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
-from lambda_kernels.merging_block import MergingBlock, MergingSequential
+from lambda_kernels.blocks.merging_block import MergingBlock, MergingSequential
 
 pytestmark = pytest.mark.models
 

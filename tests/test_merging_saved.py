@@ -10,7 +10,7 @@ import torch
 from conftest import images, small_vit
 
 from lambda_kernels import CheckpointError, convert_vit, from_pretrained, save_pretrained
-from lambda_vit import cli
+from lambda_vit.cli import main as cli
 
 pytestmark = pytest.mark.models
 

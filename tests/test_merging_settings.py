@@ -13,17 +13,17 @@ from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, convert_vit
-from lambda_kernels.convert import describe_blocks, remove_attention
-from lambda_kernels.families import inspect_model
+from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.merging_block import MergingBlock, MergingSequential, merging_obstacles
+from lambda_kernels.convert.conversion import describe_blocks, remove_attention
 from lambda_kernels.features import feature_model
-from lambda_kernels.merging import merging_obstacles
-from lambda_kernels.merging_block import MergingBlock, MergingSequential
-from lambda_vit.dilution import dilute, prepare
-from lambda_vit.evaluate import cost
-from lambda_vit.frequency import feature_frequencies
-from lambda_vit.layer_profile import profile_layers
-from lambda_vit.paths import PathRunner, skip_attention
-from lambda_vit.validation import kernel_paths, path_lines
+from lambda_vit.measure.comparison import kernel_paths, path_lines
+from lambda_vit.measure.cost import cost
+from lambda_vit.measure.frequency import feature_frequencies
+from lambda_vit.measure.layer_profile import profile_layers
+from lambda_vit.models.views import skip_attention
+from lambda_vit.selection.paths import PathRunner
+from lambda_vit.training.dilution import dilute, prepare
 
 pytestmark = pytest.mark.models
 

@@ -11,9 +11,9 @@ from entry_points import attention_free, picture
 from torch import nn
 
 from lambda_kernels import BackendUnavailableError, convert_vit, from_pretrained, save_pretrained
-from lambda_kernels.convert import describe_blocks
+from lambda_kernels.convert.conversion import describe_blocks
 from lambda_vit import dilute, finish_dilution
-from lambda_vit.validation import kernel_paths, path_lines
+from lambda_vit.measure.comparison import kernel_paths, path_lines
 
 pytestmark = pytest.mark.models
 

@@ -9,10 +9,11 @@ from entry_points import attention_free
 from torch import Tensor
 
 from lambda_kernels import convert_vit
-from lambda_vit import batches, dilute, finish_dilution, select_layers, set_lambda, transfer_entropy
-from lambda_vit.layer_profile import profile_layers
-from lambda_vit.paths import PathRunner
-from lambda_vit.transfer import Measurement
+from lambda_vit import dilute, finish_dilution, select_layers, set_lambda, transfer_entropy
+from lambda_vit.data import batches
+from lambda_vit.measure.layer_profile import profile_layers
+from lambda_vit.selection.measurement import Measurement
+from lambda_vit.selection.paths import PathRunner
 
 pytestmark = pytest.mark.models
 

@@ -11,8 +11,8 @@ import torch
 from mlp_cases import TOLERANCES, in_float64, problem, relative_error
 from torch import nn
 
-from lambda_kernels import BackendUnavailableError, ln_mlp, reference
-from lambda_kernels.ops import dispatch, onednn, tracing
+from lambda_kernels import BackendUnavailableError, ln_mlp
+from lambda_kernels.ops.ln_mlp import dispatch, onednn, reference, tracing
 
 pytestmark = pytest.mark.skipif(bool(onednn.missing()), reason="; ".join(onednn.missing()))
 

@@ -12,8 +12,8 @@ from mlp_cases import relative_error
 from torch import nn
 
 from lambda_kernels import BackendUnavailableError, convert_vit, from_pretrained, save_pretrained
-from lambda_kernels.convert import describe_blocks
-from lambda_kernels.ops import onednn, tracing
+from lambda_kernels.convert.conversion import describe_blocks
+from lambda_kernels.ops.ln_mlp import onednn, tracing
 
 pytestmark = [
     pytest.mark.models,

@@ -1,4 +1,4 @@
-"""lambda_vit.training.open_data: folders and zips, sets of the Hugging Face hub, WebDataset shards."""
+"""lambda_vit.training.images.opening: folders and zips, sets of the Hugging Face hub, WebDataset shards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from conftest import small_vit
 from PIL import Image
 from stream_support import SMALL, assert_same, collected, image_set, write_folder, write_zip
 
-from lambda_vit.data import CorruptImageError, transforms_for
-from lambda_vit.evaluate import evaluate
-from lambda_vit.training.open_data import open_training_data, training_transform
-from lambda_vit.training.preparing import prepare_model
+from lambda_vit.data.images import CorruptImageError
+from lambda_vit.data.transforms import transforms_for
+from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.runtime.seeding import preserved, seed_all
+from lambda_vit.training.images.opening import open_training_data, training_transform
+from lambda_vit.training.images.shards import open_shards
+from lambda_vit.training.loop.model_setup import prepare_model
 from lambda_vit.training.recipe import Recipe, load_recipe
-from lambda_vit.training.seeds import preserved, seed_all
-from lambda_vit.training.shards import open_shards
 
 MODEL = small_vit(num_classes=2)
 RECIPE = Recipe(**SMALL)

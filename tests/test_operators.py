@@ -10,9 +10,10 @@ import torch
 from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from lambda_kernels import BackendUnavailableError, ln_mlp, reference
-from lambda_kernels.ops import dispatch, tracing, tuning
-from lambda_kernels.ops.operators import SAVE_NOTHING
+from lambda_kernels import BackendUnavailableError, ln_mlp
+from lambda_kernels.ops.ln_mlp import dispatch, reference, tracing
+from lambda_kernels.ops.ln_mlp.arguments import SAVE_NOTHING
+from lambda_kernels.ops.ln_mlp.fused import tuning
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -13,10 +13,12 @@ from conftest import images, small_vit
 from torch import nn
 
 from lambda_kernels import UnsupportedModelError, convert_vit
-from lambda_vit import Selection, dilute, planning, training_step, units
-from lambda_vit.evaluate import cost
-from lambda_vit.planning import plan_training, split_epochs
-from lambda_vit.training_step import Loading, StepTime, measure_loading, saved_bytes, time_steps
+from lambda_vit import Selection, dilute
+from lambda_vit.measure.cost import cost
+from lambda_vit.runtime import formatting
+from lambda_vit.training.plan import planning, step_timing
+from lambda_vit.training.plan.planning import plan_training, split_epochs
+from lambda_vit.training.plan.step_timing import Loading, StepTime, measure_loading, saved_bytes, time_steps
 
 STEPS = {"diluting": StepTime(200.0, 150.0, 300.0, 5), "final": StepTime(100.0, 90.0, 120.0, 7)}
 
@@ -37,7 +39,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(training_step.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(step_timing.time, "perf_counter", lambda: self.now)
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def test_real_steps_leave_the_model_and_the_random_numbers_alone():
     for name in ("diluting", "final"):
         step = plan.networks[name].step
         assert 0 < step.low_ms <= step.median_ms <= step.high_ms
-        assert step.rounds >= training_step.MINIMUM_ROUNDS
+        assert step.rounds >= step_timing.MINIMUM_ROUNDS
 
 
 @pytest.mark.parametrize(("seconds", "rounds", "forwards"), [(0.5, 5, 6), (25.0, 7, 9), (1e9, 30, 32)])
@@ -357,7 +359,7 @@ def test_other_errors_pass(monkeypatch):
 
 
 def test_hours_in_words():
-    assert units.hours(12 / 3600) == "12.0 s"
-    assert units.hours(0.5) == "30.0 min"
-    assert units.hours(20.25) == "20.2 h"
-    assert units.hours(7320) == "7,320 h (305 days)"
+    assert formatting.hours(12 / 3600) == "12.0 s"
+    assert formatting.hours(0.5) == "30.0 min"
+    assert formatting.hours(20.25) == "20.2 h"
+    assert formatting.hours(7320) == "7,320 h (305 days)"

@@ -18,12 +18,16 @@ from test_report import made_up, printed
 from typer.testing import CliRunner, Result
 
 from lambda_kernels import NonFiniteActivationError, convert_vit, save_pretrained
-from lambda_kernels.ops import histogram as histogram_ops
-from lambda_vit import cli, layer_profile, profile_figures, profile_layers
-from lambda_vit.figure_style import new_figure
-from lambda_vit.plot_files import PLOT_SUFFIXES
-from lambda_vit.profile_table import profile_notes, profile_table
-from lambda_vit.report import write_report
+from lambda_kernels.ops.histogram import function as histogram_ops
+from lambda_vit import profile_layers
+from lambda_vit.cli import main as cli
+from lambda_vit.measure import layer_profile
+from lambda_vit.report.figures import layers
+from lambda_vit.report.figures.files import PLOT_SUFFIXES
+from lambda_vit.report.figures.style import new_figure
+from lambda_vit.report.page import write_report
+from lambda_vit.report.records import readings
+from lambda_vit.report.tables import profile_notes, profile_table
 
 pytestmark = pytest.mark.models
 
@@ -168,7 +172,7 @@ def test_what_is_written_over_is_never_kept_waiting():
 
 
 def test_what_counted_is_told(monkeypatch):
-    from lambda_kernels import _extension
+    from lambda_kernels.ops.histogram import _extension
 
     model, data = small_vit(), loader()
     counted = []
@@ -273,13 +277,13 @@ def test_table_numbers_the_lowest_attention(record):
         "1st",
         "2nd",
     ]
-    assert sorted(profile_figures.lowest(record, "histogram")) != sorted(profile_figures.lowest(record, "gaussian"))
-    assert rows[str(profile_figures.lowest(record, "histogram")[0])][1].startswith("1st ")
+    assert sorted(readings.lowest(record, "histogram")) != sorted(readings.lowest(record, "gaussian"))
+    assert rows[str(readings.lowest(record, "histogram")[0])][1].startswith("1st ")
 
 
 def test_by_block_shows_means_and_quartiles_on_one_scale(record):
     with new_figure(3.1) as figure:
-        profile_figures.draw_by_block(figure, record, {5: 1, 1: 2})
+        layers.draw_by_block(figure, record, {5: 1, 1: 2})
         gaussian, histogram = figure.axes
     for axes, name in ((gaussian, "gaussian"), (histogram, "histogram")):
         for line, layer in zip(axes.lines, ("attn", "mlp"), strict=True):
@@ -296,7 +300,7 @@ def test_by_block_shows_means_and_quartiles_on_one_scale(record):
 
 def test_ranking_goes_from_the_lowest_attention_to_the_highest(record):
     with new_figure(3.1) as figure:
-        profile_figures.draw_ranking(figure, record)
+        layers.draw_ranking(figure, record)
         panels = figure.axes
     for axes, name in zip(panels, ("gaussian", "histogram"), strict=True):
         order = [int(label.get_text()) for label in axes.get_xticklabels()]
@@ -317,7 +321,7 @@ def test_plots_of_all_kinds_are_written(record, suffix, blocks, tmp_path):
         ({**record, "blocks": rows}, {**record, "blocks": bare}, one_number_per_layer(max(blocks, 3)))
     ):
         path = tmp_path / "new" / f"{number}{suffix}"
-        profile_figures.save_plot(path, one)
+        layers.save_plot(path, one)
         content = path.read_bytes()
         assert content.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix])
         if suffix == ".png":
@@ -421,9 +425,8 @@ def test_command_with_one_estimator(command):
     ],
 )
 def test_bad_paths_are_refused_before_the_work(command, options, kind, words, monkeypatch, tmp_path):
-    import lambda_vit.loading
 
-    monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: pytest.fail("work began"))
+    monkeypatch.setattr("lambda_vit.cli.models.open_model", lambda *a, **k: pytest.fail("work began"))
     monkeypatch.chdir(tmp_path)
     done = command(*options)
     assert isinstance(done.exception, kind)
@@ -441,7 +444,7 @@ def test_real_weights_and_images(real_data, tmp_path):
     assert done.exit_code == 0, done.output
     record = json.loads(out.read_text(encoding="utf-8"))
     for name in ("gaussian", "histogram"):
-        low = profile_figures.lowest(record, name)
+        low = readings.lowest(record, name)
         assert set(low[:2]) == {5, 11}
         assert low[2] in (3, 4)  # which are closer together than two draws of images
     for row in record["blocks"]:

@@ -18,10 +18,10 @@ import timm
 import torch
 from torch.nn import functional as F
 
-import lambda_vit.cli as cli
+import lambda_vit.cli.main as cli
 from lambda_kernels import CheckpointError, from_pretrained
-from lambda_kernels.published import PUBLISHED, load_released
-from lambda_kernels.weights import read_weights
+from lambda_kernels.checkpoints.published import PUBLISHED, load_released
+from lambda_kernels.checkpoints.weights import read_weights
 
 pytestmark = pytest.mark.models
 

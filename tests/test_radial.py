@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lambda_vit import radial
-from lambda_vit.radial import AMPLITUDE_FLOOR, radial_bins, radial_spectra
+from lambda_vit.measure import radial
+from lambda_vit.measure.radial import AMPLITUDE_FLOOR, radial_bins, radial_spectra
 
 SHAPES = [(2, 2), (14, 14), (7, 7), (3, 5), (4, 8), (8, 4), (2, 9), (6, 10), (5, 37), (37, 37)]
 

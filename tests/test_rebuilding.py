@@ -8,7 +8,7 @@ import torch
 from conftest import small_vit
 from torch import nn
 
-from lambda_kernels.rebuilding import find_model_args, first_difference, ratio_for, visible_args
+from lambda_kernels.checkpoints.rebuilding import find_model_args, first_difference, ratio_for, visible_args
 
 pytestmark = pytest.mark.models
 

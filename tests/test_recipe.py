@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lambda_vit.dilution import LambdaSchedule
+from lambda_vit.training.dilution import LambdaSchedule
 from lambda_vit.training.recipe import FOLDER, Recipe, load_recipe, shipped
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}

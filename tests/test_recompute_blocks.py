@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
-from lambda_kernels.ops import recomputed
+from lambda_kernels.ops.ln_mlp import recompute as recomputed
 
 CPU = torch.device("cpu")
 F32 = torch.float32

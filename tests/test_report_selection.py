@@ -9,11 +9,14 @@ import pytest
 from selection_records import CRITERIA, selection_record, steps_of
 from test_report import Page, assert_tables_are_whole, made_up, printed
 
-from lambda_vit import figures, report, report_selection, units
-from lambda_vit.figure_style import new_figure
-from lambda_vit.report import write_report
-from lambda_vit.selection_figures import score_plot, trajectory_plot
-from lambda_vit.selection_scores import blocks_of, diverging, lowest_picked, rankings, score_text
+from lambda_vit.report import page as report
+from lambda_vit.report import selection
+from lambda_vit.report.figures import page as figures
+from lambda_vit.report.figures.selection import score_plot, trajectory_plot
+from lambda_vit.report.figures.style import new_figure
+from lambda_vit.report.page import write_report
+from lambda_vit.report.records.scores import blocks_of, diverging, lowest_picked, rankings, score_text
+from lambda_vit.runtime import formatting
 
 CASES = {
     "nose": {},
@@ -42,13 +45,21 @@ def test_everything_is_told_in_all_forms(case, tmp_path):
         paths = write_report(record, tmp_path)
     page = Page(paths["html"].read_text(encoding="utf-8"))
     trajectory, digits = record["trajectory"], 2 if record["trajectory"]["images"] >= 10_000 else 1
-    wanted = [report_selection.headline(record), *trajectory["recommended"]["reason"].splitlines(), "recommended"]
+    wanted = [selection.headline(record), *trajectory["recommended"]["reason"].splitlines(), "recommended"]
     wanted += [record["selection"]["stop"], record["selection"]["criterion"], "What every pick does"]
     wanted += [c["what"] for c in record["next_commands"]]
     for step in trajectory["steps"]:
-        wanted += [units.count(step["parameters"]), units.flops(step["flops"]), units.size(step["weight_bytes"])]
-        wanted += [units.size(step["peak_memory_bytes"]), f"{step['images_per_second']:.0f}", f"{step['speedup']:.2f}×"]
-        wanted += [units.bits(step["entropy"]), f"{step['agreement']:.{digits}f}", units.fine(step["kl"])]
+        wanted += [
+            formatting.count(step["parameters"]),
+            formatting.flops(step["flops"]),
+            formatting.size(step["weight_bytes"]),
+        ]
+        wanted += [
+            formatting.size(step["peak_memory_bytes"]),
+            f"{step['images_per_second']:.0f}",
+            f"{step['speedup']:.2f}×",
+        ]
+        wanted += [formatting.bits(step["entropy"]), f"{step['agreement']:.{digits}f}", formatting.fine(step["kl"])]
         if step["top1"] is not None:
             wanted += [f"{step['top1']:.{digits}f}", "–".join(f"{end:.{digits}f}" for end in step["top1_interval"])]
     text = score_text(record["selection"])
@@ -75,9 +86,9 @@ def test_terminal_shows_steps_and_recommendation_in_80_columns(case):
                    if re.match(rf"\s*(→ )?{n} ", line))  # fmt: skip
         assert (row[0] == "→") == (n == recommended)
         assert row[-1] == f"{step['speedup']:.2f}×"
-        assert units.bits(step["entropy"]) in row
-        assert units.three(step["parameters"] / 1e6) in row
-        assert units.three(step["flops"] / 1e9) in row
+        assert formatting.bits(step["entropy"]) in row
+        assert formatting.three(step["parameters"] / 1e6) in row
+        assert formatting.three(step["flops"] / 1e9) in row
 
 
 def test_recommendation_and_commands_come_first():
@@ -93,22 +104,22 @@ def test_recommendation_and_commands_come_first():
 
 def test_key_numbers_are_those_of_the_recommended_step():
     record = selection_record()
-    compared = report_selection.key_numbers(record)
+    compared = selection.key_numbers(record)
     number = record["trajectory"]["recommended"]["step"]
     full, step = record["trajectory"]["steps"][0], record["trajectory"]["steps"][number]
     rows = {row["name"]: row for row in compared["rows"]}
     assert rows["Top-1, nothing trained"]["after"] == f"{step['top1']:.1f} %"
     assert rows["Top-1, nothing trained"]["note"].startswith("95 % interval of the difference −")
     assert rows["Same answer as the full model"]["after"] == f"{step['agreement']:.1f} %"
-    assert rows["Parameters"]["change"] == units.change_of(full["parameters"], step["parameters"])
+    assert rows["Parameters"]["change"] == formatting.change_of(full["parameters"], step["parameters"])
     assert rows["Images per second, batch 64"]["after"] == f"{step['images_per_second']:.0f}"
-    assert compared["after"] == f"Attention of {units.ranges(step['removed'])} removed"
+    assert compared["after"] == f"Attention of {formatting.ranges(step['removed'])} removed"
 
 
 def test_nothing_recommended_has_no_key_numbers():
     record = selection_record()
     record["trajectory"]["recommended"] = {"step": 0, "reason": "Too much is lost at once."}
-    assert report_selection.key_numbers(record) is None
+    assert selection.key_numbers(record) is None
     assert "Recommended without training: keep every attention layer." in markdown(record)
     assert "Too much is lost at once." in printed(record, 80)
 
@@ -116,7 +127,7 @@ def test_nothing_recommended_has_no_key_numbers():
 def test_own_summary_is_kept():
     record = selection_record() | {"summary": "What I found."}
     assert "What I found." in markdown(record)
-    assert report_selection.headline(record) not in plain(record)
+    assert selection.headline(record) not in plain(record)
 
 
 @pytest.mark.parametrize("field", ["kl", "peak_memory_bytes", "images_per_second", "images_per_second_interval", "speedup",
@@ -217,7 +228,7 @@ def test_every_strategy_is_explained_in_its_own_terms(strategy):
     criterion = CRITERIA[strategy]
     assert f"| Strategy | {strategy}: " in text
     assert f"| Criterion | {criterion}" in text
-    assert report_selection._CRITERIA[criterion].split(" once ")[0] in text
+    assert selection._CRITERIA[criterion].split(" once ")[0] in text
     if criterion not in ("TE", "|TE|"):
         assert "output's entropy is" not in text
 
@@ -277,4 +288,4 @@ def test_hostile_text_stays_text():
      (0.00996, "0.010"), (12.34, "12.3")],
 )  # fmt: skip
 def test_fine_scores(value, text):
-    assert units.fine(value) == text
+    assert formatting.fine(value) == text

@@ -13,13 +13,16 @@ import pytest
 from test_report import Page, assert_tables_are_whole, printed
 from training_records import COMMAND, LAYERS, variants, write_run
 
-import lambda_vit.cli as cli
-from lambda_vit import environment, report, report_training, training_record
-from lambda_vit.evaluate import wilson_interval
-from lambda_vit.figure_style import new_figure
-from lambda_vit.report_training import write_training_report
+import lambda_vit.cli.main as cli
+from lambda_vit.measure.intervals import wilson_interval
+from lambda_vit.report import page as report
+from lambda_vit.report import training
+from lambda_vit.report.figures.style import new_figure
+from lambda_vit.report.figures.training import course_plot
+from lambda_vit.report.page import write_training_report
+from lambda_vit.report.records import training as training_record
+from lambda_vit.runtime import environment
 from lambda_vit.training.recipe import Recipe
-from lambda_vit.training_figures import course_plot
 
 SMALL = {"steps_per_epoch": 11, "every": 5, "images": 360, "batch_size": 128, "micro_batch": None}
 CASES: dict[str, dict[str, Any]] = {
@@ -65,8 +68,8 @@ def test_every_kind_of_run_is_a_whole_report(case, tmp_path):
     record = json.loads(paths["json"].read_text(encoding="utf-8"))
     page = Page(paths["html"].read_text(encoding="utf-8"))
     markdown = paths["md"].read_text(encoding="utf-8")
-    assert report_training.headline(record) in page.text
-    assert report_training.headline(record) in plain(record)
+    assert training.headline(record) in page.text
+    assert training.headline(record) in plain(record)
     assert_tables_are_whole(markdown)
     assert re.findall(r"^## (.+)$", markdown, flags=re.MULTILINE) == [
         title for title in re.findall(r"<h2[^>]*>([^<]+)</h2>", paths["html"].read_text(encoding="utf-8"))
@@ -81,7 +84,7 @@ def test_every_kind_of_run_is_a_whole_report(case, tmp_path):
 
 def test_a_finished_run_says_what_was_removed_and_how_good_it_is(tmp_path):
     record = record_of(tmp_path, **CASES["short"])
-    text = report_training.headline(record)
+    text = training.headline(record)
     run = record["finetuning"]
     low, high = run["result"]["top1_interval"]
     for words in (
@@ -103,19 +106,17 @@ def test_a_finished_run_says_what_was_removed_and_how_good_it_is(tmp_path):
 
 
 def test_the_boundary_between_epochs_is_named_by_its_epoch(tmp_path):
-    assert "λ reached 0 after epoch 299 (step 11,960)" in report_training.headline(
-        record_of(tmp_path, **CASES["the paper's"])
-    )
+    assert "λ reached 0 after epoch 299 (step 11,960)" in training.headline(record_of(tmp_path, **CASES["the paper's"]))
 
 
 def test_a_running_run_claims_nothing_final(tmp_path):
     record = record_of(tmp_path, **CASES["diluting"])
-    text = report_training.headline(record)
+    text = training.headline(record)
     assert text.startswith("Not finished: 9 of 30 epochs (940 of 3,000 steps)")
     assert "is still there in part" in text
     assert "not yet that of the smaller network" in text
     assert "Key numbers" not in plain(record)
-    assert [name for _, name, _ in report_training.status(record)] == ["not finished", "went on after 1 stop"]
+    assert [name for _, name, _ in training.status(record)] == ["not finished", "went on after 1 stop"]
     assert "not_exercised" not in record
 
 
@@ -205,7 +206,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert "latency and throughput" in whole
     assert "FLOPs and memory of a forward" in whole
     no_images = record_of(tmp_path / "b", **CASES["no validation"])
-    assert "Its accuracy was not measured." in report_training.headline(no_images)
+    assert "Its accuracy was not measured." in training.headline(no_images)
     assert "there were no validation images" in plain(no_images)
     assert "## Accuracy" not in plain(no_images)
 
@@ -217,7 +218,7 @@ def test_a_new_classifier_is_no_rival(tmp_path):
         row if row["name"] == "model" else {**row, "trained": False} for row in rows
     ]  # as `rows_before` marks them
     record = changed(tmp_path, command=f"{COMMAND} --num-classes 100", variants=marked)
-    assert "before the training the classifier was new" in report_training.headline(record)
+    assert "before the training the classifier was new" in training.headline(record)
     assert "Top-1 accuracy" not in plain(record)
     assert "Both models answered" not in plain(record)
     assert "--reference" not in record["next_commands"][0]["command"]

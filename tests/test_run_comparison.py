@@ -11,12 +11,15 @@ from test_report import Page
 from training_support import recipe, tiny_vit, train_set, validation
 
 from lambda_kernels import convert_vit, from_pretrained
-from lambda_vit import report_training
-from lambda_vit.evaluate import cost, evaluate
-from lambda_vit.processes import Processes
-from lambda_vit.training import comparison, live_log, run
+from lambda_vit.measure import comparison
+from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.measure.cost import cost
+from lambda_vit.report import page as report_training
+from lambda_vit.runtime.processes import Processes
+from lambda_vit.training import run_record
+from lambda_vit.training.images.stream import TensorStream
 from lambda_vit.training.run import run_finetuning
-from lambda_vit.training.stream import TensorStream
+from lambda_vit.training.storage import log as live_log
 
 
 def finetuned(out: Any, **options: Any) -> Any:
@@ -59,7 +62,7 @@ def test_what_a_run_starts_from_is_measured_once(tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(run, "rows_before", refuse)
+    monkeypatch.setattr(run_record, "rows_before", refuse)
     assert finetuned(tmp_path).record["variants"] == before
 
 
@@ -76,7 +79,7 @@ def test_nothing_removed_is_compared_with_what_it_was(tmp_path):
 @pytest.mark.parametrize(("allowed", "names"), [(0, []), (3, ["full"])])
 def test_a_stop_leaves_out_what_was_not_measured(allowed, names):
     asked = iter([0] * allowed)  # the validation images come in three batches
-    rows = comparison.rows_before(tiny_vit(), (1,), validation(), Processes(), asked=lambda: next(asked, 15))
+    rows = run_record.rows_before(tiny_vit(), (1,), validation(), Processes(), asked=lambda: next(asked, 15))
     assert [row["name"] for row in rows] == names
 
 

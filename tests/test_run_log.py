@@ -19,8 +19,8 @@ import pytest
 import torch
 from runstate_support import dead_process, in_a_child
 
-from lambda_vit.processes import Processes
-from lambda_vit.training.run_log import RunLog, check_tensorboard, read_log
+from lambda_vit.runtime.processes import Processes
+from lambda_vit.training.storage.log import RunLog, check_tensorboard, read_log
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 

@@ -13,8 +13,8 @@ from conftest import small_vit
 from runstate_support import assert_same, filled, listing, names, sample
 from torch import nn
 
-from lambda_vit.training.checkpoint_file import prepare
-from lambda_vit.training.runstate import Checkpoints
+from lambda_vit.training.storage.checkpoint_file import prepare
+from lambda_vit.training.storage.checkpoints import Checkpoints
 
 NEWEST = "step-000000030"
 

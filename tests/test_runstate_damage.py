@@ -16,7 +16,7 @@ import torch
 from runstate_support import assert_same, filled, in_a_child, listing, names, sample
 
 from lambda_kernels.errors import CheckpointError
-from lambda_vit.training.runstate import Checkpoints
+from lambda_vit.training.storage.checkpoints import Checkpoints
 
 NEWEST = "step-000000030"
 

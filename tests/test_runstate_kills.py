@@ -18,8 +18,8 @@ import pytest
 import torch
 from runstate_support import assert_same, dead_process, filled, in_a_child, listing, names, sample
 
-from lambda_vit.training import checkpoint_file
-from lambda_vit.training.runstate import Checkpoints
+from lambda_vit.training.storage import checkpoint_file
+from lambda_vit.training.storage.checkpoints import Checkpoints
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from runstate_support import assert_same, filled, listing, names, sample
 
 from lambda_kernels.errors import CheckpointError
-from lambda_vit.processes import Processes
-from lambda_vit.training.runstate import Checkpoints, StopRequest
+from lambda_vit.runtime.processes import Processes
+from lambda_vit.runtime.signals import StopRequest
+from lambda_vit.training.storage.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo backend"

@@ -14,7 +14,8 @@ from conftest import IMAGES, images, small_vit
 
 from lambda_kernels import EntropyMeter, NonFiniteActivationError, convert_vit
 from lambda_vit import Selection, profile_layers, select_layers, transfer_entropy
-from lambda_vit.transfer import Measurement, skip_attention
+from lambda_vit.models.views import skip_attention
+from lambda_vit.selection.measurement import Measurement
 
 
 def loader(count: int = 40, batch: int = 16, **options: int) -> list:
@@ -244,7 +245,9 @@ def test_skip_attention_shares_the_weights():
 @pytest.mark.slow
 def test_real_deit_tiny_against_a_plain_timm_loop(deit_tiny, real_data):
     """200 real images: the entropy with each attention skipped, to 0.01 bits of what timm alone gives."""
-    from lambda_vit.data import make_loader, open_images, subset, transforms_for
+    from lambda_vit.data.images import open_images
+    from lambda_vit.data.loader import make_loader, subset
+    from lambda_vit.data.transforms import transforms_for
 
     dataset = open_images(real_data / IMAGES, "train", transform=transforms_for(deit_tiny), num_classes=1000)
     batches = list(make_loader(subset(dataset, 200), 50))

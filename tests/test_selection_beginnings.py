@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from selection_support import labelled
 
 from lambda_vit import select_layers
-from lambda_vit.beginnings import Beginnings, nodes, positions
-from lambda_vit.paths import FULL, PathRunner, node, skip_attention
-from lambda_vit.transfer import Measurement
+from lambda_vit.models.views import skip_attention
+from lambda_vit.selection.activation_cache import Beginnings, nodes, positions
+from lambda_vit.selection.measurement import Measurement
+from lambda_vit.selection.paths import FULL, PathRunner, node
 
 DEPTH = 5
-pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.SelectionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.SelectionWarning")
 EACH = 5 * 48 * 4  # bytes of the tokens of a 32×32 image in `small_vit`
 
 

@@ -12,14 +12,15 @@ from conftest import images, small_vit
 from safetensors import SafetensorError
 from selection_support import CountingLoader, Endless, labelled
 
-from lambda_vit import embeddings, select_layers
-from lambda_vit.embeddings import Batch
-from lambda_vit.transfer import Measurement
+from lambda_vit import select_layers
+from lambda_vit.selection import activation_cache
+from lambda_vit.selection.activation_cache import Batch
+from lambda_vit.selection.measurement import Measurement
 
 TOKENS, WIDTH = 5, 48  # of `small_vit` on 32×32 images: four patches and the class token
 # Of an image: its tokens, its label, and the full model's logits.
 EACH = TOKENS * WIDTH * 4 + 8 + 10 * 4
-pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.SelectionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.SelectionWarning")
 
 PATHS = [frozenset(path) for path in ((), (1,), (0, 2))]
 
@@ -38,7 +39,7 @@ def test_the_same_selection_whichever_way(strategy, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def plan_of(cache: str, loader: object = None, **options: object) -> embeddings.CachePlan:
+def plan_of(cache: str, loader: object = None, **options: object) -> activation_cache.CachePlan:
     with Measurement(small_vit(), labelled() if loader is None else loader, cache=cache, **options) as measurement:
         measurement.measure(PATHS)
         measurement.measure(PATHS)
@@ -47,8 +48,10 @@ def plan_of(cache: str, loader: object = None, **options: object) -> embeddings.
 
 def test_the_size_is_known_before_anything_is_kept(monkeypatch):
     kept = []
-    keep = embeddings.Embeddings._keep
-    monkeypatch.setattr(embeddings.Embeddings, "_keep", lambda self, batch: (kept.append(self.plan), keep(self, batch)))
+    keep = activation_cache.Embeddings._keep
+    monkeypatch.setattr(
+        activation_cache.Embeddings, "_keep", lambda self, batch: (kept.append(self.plan), keep(self, batch))
+    )
     plan = plan_of("ram", cache_budget=24 * EACH)
     assert (plan.kind, plan.bytes) == ("ram", 24 * EACH)
     assert kept[0] == plan
@@ -80,14 +83,14 @@ def test_sizes_of_uneven_batches():
 
 
 def test_processes_of_one_machine_share_what_is_free(monkeypatch, tmp_path):
-    usage = types.SimpleNamespace(free=embeddings.DISK_RESERVE + 24 * EACH)
+    usage = types.SimpleNamespace(free=activation_cache.DISK_RESERVE + 24 * EACH)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert plan_of("disk", cache_folder=tmp_path).kind == "disk"
-    memory = embeddings._free_memory()
+    memory = activation_cache._free_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="what may be taken of the disk"):
         plan_of("disk", cache_folder=tmp_path)
-    assert embeddings._free_memory() == pytest.approx(memory / 2, rel=0.2)
+    assert activation_cache._free_memory() == pytest.approx(memory / 2, rel=0.2)
 
 
 def test_loaders_without_a_length():
@@ -125,14 +128,14 @@ def test_the_folder_goes_after_an_error_too(tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    usage = types.SimpleNamespace(free=embeddings.DISK_RESERVE + 100)
+    usage = types.SimpleNamespace(free=activation_cache.DISK_RESERVE + 100)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(
             ValueError, match=r"does not fit: 24 images take .*KiB, what may be taken of the disk .*100 B"
         ):
             select_layers(small_vit(), labelled(), 1, cache="disk", cache_folder=tmp_path)
-    save = embeddings.save_file
+    save = activation_cache.save_file
     for failure in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
 
         def fail_later(tensors, path, failure=failure):
@@ -141,7 +144,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
             save(tensors, path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(embeddings, "save_file", fail_later)
+            patch.setattr(activation_cache, "save_file", fail_later)
             with pytest.raises(OSError, match=r"cannot write the cache .*No space left.*--cache none"):
                 select_layers(small_vit(), labelled(), 1, cache="disk", cache_folder=tmp_path)
         assert list(tmp_path.iterdir()) == []

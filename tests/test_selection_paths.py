@@ -10,8 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from lambda_kernels import UnsupportedModelError, convert_vit
 from lambda_vit import select_layers
-from lambda_vit.paths import FULL, PathRunner, skip_attention
-from lambda_vit.transfer import Measurement
+from lambda_vit.models.views import skip_attention
+from lambda_vit.selection.measurement import Measurement
+from lambda_vit.selection.paths import FULL, PathRunner
 
 pytestmark = pytest.mark.models
 

@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.skipif(
         not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo backend"
     ),
-    pytest.mark.filterwarnings("ignore::lambda_vit.selection.SelectionWarning"),
+    pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.SelectionWarning"),
 ]
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore",

@@ -15,11 +15,12 @@ from selection_support import CountingLoader, labelled
 from torch.utils.data import DataLoader, TensorDataset
 
 import lambda_kernels.files
-from lambda_vit import select_layers, stopping
-from lambda_vit.data import make_loader
-from lambda_vit.selection_progress import Progress, ProgressMismatchError
+from lambda_vit import select_layers
+from lambda_vit.data.loader import make_loader
+from lambda_vit.selection import budget
+from lambda_vit.selection.search_state import Progress, ProgressMismatchError
 
-pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.SelectionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.SelectionWarning")
 RUNS = {
     "nose": {"count": 3},
     "beam": {"count": 3, "strategy": "kl", "beam": 3},
@@ -118,7 +119,7 @@ def test_what_earlier_rounds_saw_is_not_forgotten(tmp_path, monkeypatch):
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(stopping.Stop, "met", stop)
+        patch.setattr(budget.Stop, "met", stop)
         with pytest.raises(OSError, match="plug"):
             select_layers(network(), labelled(), 2, progress_file=path)
     record = json.loads(path.read_text())
@@ -132,7 +133,7 @@ def test_what_earlier_rounds_saw_is_not_forgotten(tmp_path, monkeypatch):
 def test_a_finished_ranking_is_not_measured_again(tmp_path, monkeypatch):
     """Nor is the throughput that decided how long it is, which would come out differently."""
     speeds = iter([1.1, 1.3, 1.05])
-    monkeypatch.setattr(stopping.Stop, "speedup", lambda self, layers: next(speeds))
+    monkeypatch.setattr(budget.Stop, "speedup", lambda self, layers: next(speeds))
     data = CountingLoader(labelled())
     options = {"throughput": 1.2, "strategy": "one-shot", "progress_file": tmp_path / "p.json"}
     first = select_layers(network(), data, **options)
@@ -143,7 +144,7 @@ def test_a_finished_ranking_is_not_measured_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["nose", "one-shot"])
 def test_what_was_not_reached_is_said_again(strategy, tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping.Stop, "speedup", lambda self, layers: 1 + len(layers) / 100)
+    monkeypatch.setattr(budget.Stop, "speedup", lambda self, layers: 1 + len(layers) / 100)
     options = {"throughput": 2.0, "strategy": strategy, "progress_file": tmp_path / "p.json"}
     first = select_layers(network(), labelled(), **options)
     assert "throughput=2 was not reached: without the attention of 4 blocks 1.04 × was measured" in first.warnings

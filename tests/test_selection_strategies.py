@@ -11,14 +11,15 @@ from conftest import small_vit
 from selection_support import labelled, plain_result
 
 from lambda_kernels import NonFiniteActivationError, convert_vit
-from lambda_vit import Selection, select_layers, stopping
-from lambda_vit.evaluate import count_flops
-from lambda_vit.selection import SelectionWarning
-from lambda_vit.transfer import Measurement
+from lambda_vit import Selection, select_layers
+from lambda_vit.measure.cost import count_flops
+from lambda_vit.selection import budget
+from lambda_vit.selection.measurement import Measurement
+from lambda_vit.selection.result import SelectionWarning
 
 DEPTH = 5
 
-pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.SelectionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.SelectionWarning")
 
 
 def with_strong_attention(seed: int) -> torch.nn.Module:
@@ -225,7 +226,7 @@ def test_shares_are_met_exactly():
     """1 − 7/10 is more than 0.3 in floating point."""
     model = torch.nn.Module()
     model.blocks = range(10)
-    stop = stopping.Stop.__new__(stopping.Stop)
+    stop = budget.Stop.__new__(budget.Stop)
     stop.kind, stop.value, stop._total, stop._parts = "params", 0.3, 10, dict.fromkeys(range(10), 1)
     assert stop.met(range(7))
     assert not stop.met(range(6))
@@ -239,7 +240,7 @@ def test_throughput(strategy, model, monkeypatch):
         asked.append(tuple(layers))
         return 1 + 0.1 * len(layers)
 
-    monkeypatch.setattr(stopping.Stop, "speedup", speedup)
+    monkeypatch.setattr(budget.Stop, "speedup", speedup)
     options = {"strategy": strategy, "layers": (4, 1, 0, 2) if strategy == "explicit" else None}
     reached = select_layers(model, DATA, throughput=1.25, **options)
     assert len(reached.layers) == 3
@@ -254,7 +255,7 @@ def test_throughput(strategy, model, monkeypatch):
 
 
 def test_throughput_is_measured_with_the_attention_gone(model):
-    assert stopping.Stop(model, "throughput", 1.1, range(5), 4).speedup((0, 1, 2, 3)) > 0
+    assert budget.Stop(model, "throughput", 1.1, range(5), 4).speedup((0, 1, 2, 3)) > 0
 
 
 @pytest.mark.parametrize(

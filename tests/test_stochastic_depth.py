@@ -9,7 +9,7 @@ from mlp_cases import DEVICE, relative_error
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
-from lambda_kernels.ops import tracing
+from lambda_kernels.ops.ln_mlp import tracing
 
 ARCHITECTURES = {"vit": "vit_tiny_patch16_224", "deit3": "deit3_small_patch16_224"}
 

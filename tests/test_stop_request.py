@@ -14,8 +14,7 @@ import pytest
 from runstate_support import in_a_child
 from test_selection_processes import ENVIRONMENT
 
-from lambda_vit.training.runstate import StopRequest, spare_worker
-from lambda_vit.worker_signals import STOPPING, held_back, started
+from lambda_vit.runtime.signals import STOPPING, StopRequest, held_back, spare_worker, started
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="stops by signal")
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -113,8 +112,8 @@ RUN = """
 import os, signal, sys, time
 import torch
 from torch.utils.data import DataLoader, Dataset
-from lambda_vit.training.runstate import StopRequest, spare_worker
-from lambda_vit.worker_signals import STOPPING, held_back, started
+from lambda_vit.training.storage.checkpoints import StopRequest, spare_worker
+from lambda_vit.runtime.signals import STOPPING, held_back, started
 
 class Images(Dataset):
     def __len__(self):

@@ -1,4 +1,4 @@
-"""lambda_vit.training.stream: the same micro-batches whatever computes them, and images that cannot be read."""
+"""lambda_vit.training.images.stream: the same micro-batches whatever computes them, and images that cannot be read."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ from stream_support import (
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_tensor
 
-from lambda_vit.data import BadImage, CorruptImageError, digits, make_loader, open_images
+from lambda_vit.data.digits import digits
+from lambda_vit.data.images import BadImage, CorruptImageError, open_images
+from lambda_vit.data.loader import make_loader
+from lambda_vit.runtime.seeding import mixed_seed, preserved, seed_all
+from lambda_vit.runtime.signals import spare_worker
+from lambda_vit.training.images.stream import DatasetStream, LoaderStream, TensorStream, read_micro_batch
 from lambda_vit.training.recipe import Recipe
-from lambda_vit.training.seeds import mixed_seed, preserved, seed_all
-from lambda_vit.training.stop_request import spare_worker
-from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream, read_micro_batch
 
 
 @pytest.fixture(scope="module")

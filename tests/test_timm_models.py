@@ -23,8 +23,8 @@ from lambda_kernels import (
     from_pretrained,
     save_pretrained,
 )
-from lambda_kernels.weights import read_weights
-from lambda_vit.loading import open_model
+from lambda_kernels.checkpoints.weights import read_weights
+from lambda_vit.cli.models import open_model
 
 pytestmark = pytest.mark.models
 

@@ -24,10 +24,9 @@ from training_support import (
 
 from lambda_kernels import AttentionFreeBlock, from_pretrained
 from lambda_vit import dilute, finish_dilution, set_lambda
-from lambda_vit.dilution import diluted_blocks
-from lambda_vit.evaluate import evaluate
-from lambda_vit.training.scoring import Score
-from lambda_vit.training.stream import TensorStream
+from lambda_vit.measure.accuracy import Score, evaluate
+from lambda_vit.training.dilution import diluted_blocks
+from lambda_vit.training.images.stream import TensorStream
 
 
 def test_a_step_is_the_step_of_a_bare_loop():
@@ -127,7 +126,7 @@ def test_history_and_log():
 
 
 def test_weights_and_average_are_validated_at_the_lambda_of_the_moment(monkeypatch):
-    from lambda_vit.training import engine
+    from lambda_vit.training.loop import trainer as engine
 
     seen = []
 
@@ -178,7 +177,7 @@ def test_a_run_that_starts_without_attention_goes_on_from_its_first_checkpoint()
 
 def test_nothing_is_the_best_before_the_attention_is_gone(tmp_path, monkeypatch):
     """Also where the network with the attention scores higher than ever after."""
-    from lambda_vit.training import engine
+    from lambda_vit.training.loop import trainer as engine
 
     seen = []
 
@@ -201,7 +200,7 @@ def test_nothing_is_the_best_before_the_attention_is_gone(tmp_path, monkeypatch)
 
 
 def test_best_is_the_better_of_weights_and_average_and_the_first_of_equals(tmp_path, monkeypatch):
-    from lambda_vit.training import engine
+    from lambda_vit.training.loop import trainer as engine
 
     scores = iter([9, 9, 5, 9, 7, 7, 3, 8])  # of the weights and of their average, after each of four epochs
 

@@ -14,14 +14,14 @@ from test_training_resume import forked as in_a_fork
 from training_support import train_set, trainer
 
 from lambda_kernels import from_pretrained
-from lambda_vit.data import BadImage, CorruptImageError
-from lambda_vit.evaluate import evaluate
-from lambda_vit.training import learner
-from lambda_vit.training.open_data import open_training_data
-from lambda_vit.training.preparing import prepare_model
+from lambda_vit.data.images import BadImage, CorruptImageError
+from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.training.images.opening import open_training_data
+from lambda_vit.training.images.stream import DatasetStream
+from lambda_vit.training.loop import train_state
+from lambda_vit.training.loop.model_setup import prepare_model
 from lambda_vit.training.recipe import Recipe
 from lambda_vit.training.run import FinetuningRun, run_finetuning
-from lambda_vit.training.stream import DatasetStream
 
 # 29 readable images, four steps an epoch; λ is 0 after two of three epochs.
 RECIPE = Recipe(
@@ -52,7 +52,7 @@ def test_from_end_to_end(images, tmp_path):
     whole = fine_tune(images, tmp_path / "whole")
 
     def work() -> FinetuningRun:
-        killed_at(learner.Learner, "step", 5)()
+        killed_at(train_state.Learner, "step", 5)()
         return fine_tune(images, tmp_path / "killed", workers=0)
 
     assert in_a_fork(work) == -9

@@ -15,12 +15,13 @@ from timm.layers import DropPath
 from torch import nn
 from training_support import Notes, largest_difference, plain, recipe, same_weights, tiny_vit, train_set, trainer
 
-from lambda_kernels import AttentionFreeBlock, FusedMlp, blocks, convert_vit
+from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
+from lambda_kernels.blocks import mlp_half
 from lambda_vit import dilute
-from lambda_vit.training.boundary import BoundaryError, remove_faded
-from lambda_vit.training.losses import Objective, label_loss
-from lambda_vit.training.preparing import prepare_model, set_training_mode
-from lambda_vit.training.stream import LoaderStream, MicroBatch, TensorStream
+from lambda_vit.training.dilution import BoundaryError, remove_faded
+from lambda_vit.training.images.stream import LoaderStream, MicroBatch, TensorStream
+from lambda_vit.training.loop.model_setup import prepare_model, set_training_mode
+from lambda_vit.training.loop.train_state import Objective, label_loss
 
 
 def test_losses():
@@ -187,7 +188,7 @@ def test_lower_precision(amp):
 
 
 def test_overflow_in_fp16_is_skipped_and_a_run_of_it_is_an_error(monkeypatch):
-    from lambda_vit.training import engine
+    from lambda_vit.training.loop import trainer as engine
 
     found = trainer(plain(amp="fp16"))
     found.learner._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -223,14 +224,14 @@ def test_every_schedule_falls_from_its_peak_to_its_end(sched):
 
 def test_fused_mlps_recompute_what_they_are_told_to(monkeypatch):
     """Once the attention is gone; the average of the weights, which is not trained, may do as it likes."""
-    asked, whole = set(), blocks.ln_mlp
+    asked, whole = set(), mlp_half.ln_mlp
 
     def noted(*arguments: object, **options: object) -> torch.Tensor:
         if torch.is_grad_enabled():
             asked.add(options["recompute"])
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(blocks, "ln_mlp", noted)
+    monkeypatch.setattr(mlp_half, "ln_mlp", noted)
     own = trainer(recipe(recompute="act"), tiny_vit())
     own.train()
     assert asked == {"act"}
@@ -317,18 +318,18 @@ def test_the_caller_keeps_its_images():
 
 @torch.no_grad()
 def test_the_boundary_finds_a_network_that_computes_something_else(monkeypatch):
-    from lambda_vit.training import boundary
+    from lambda_vit.training import dilution
 
     model = dilute(small_vit(), (1, 2), lam=0.4)
     difference, bound = remove_faded(copy.deepcopy(model))
     assert difference <= bound < 1e-2
-    wrong = boundary.finish_dilution
+    wrong = dilution.finish_dilution
 
     def broken(network):
         wrong(network)
         network.blocks[1].residual_scale = 1.9
 
-    monkeypatch.setattr(boundary, "finish_dilution", broken)
+    monkeypatch.setattr(dilution, "finish_dilution", broken)
     with pytest.raises(BoundaryError, match=r"attention of blocks \[1, 2\] moved a logit by .* in float32"):
         remove_faded(copy.deepcopy(model), images())
     monkeypatch.undo()
@@ -376,11 +377,11 @@ def test_refusals():
 
 
 def test_the_batch_that_the_boundary_is_checked_on(monkeypatch):
-    from lambda_vit.training import learner
+    from lambda_vit.training.loop import train_state
 
     seen = []
-    whole = learner.remove_faded
-    monkeypatch.setattr(learner, "remove_faded", lambda model, x: (seen.append(x), whole(model, x))[1])
+    whole = train_state.remove_faded
+    monkeypatch.setattr(train_state, "remove_faded", lambda model, x: (seen.append(x), whole(model, x))[1])
     found = trainer(recipe())
     found.train()
     last = list(found.stream.steps(1))[2]

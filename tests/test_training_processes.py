@@ -19,11 +19,11 @@ from test_selection_processes import launch
 from test_training_resume import OWN, check_same_end, run
 from training_support import Notes, largest_difference, recipe, same_weights, tiny_vit, train_set, trainer, validation
 
-from lambda_vit.processes import Processes, process_group
-from lambda_vit.training import learner
-from lambda_vit.training.run_log import read_log
-from lambda_vit.training.runstate import Checkpoints
-from lambda_vit.training.stream import TensorStream
+from lambda_vit.runtime.processes import Processes, process_group
+from lambda_vit.training.images.stream import TensorStream
+from lambda_vit.training.loop import train_state
+from lambda_vit.training.storage.checkpoints import Checkpoints
+from lambda_vit.training.storage.log import read_log
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo backend"
@@ -113,16 +113,16 @@ def test_gpus_talk_directly_where_each_process_has_its_own(gpus, here, expected,
 
 def stopped(folder: Path, rank: int) -> int:
     """Rank 1 alone is asked to stop while the fifth step is made; both do, after the same step."""
-    whole = learner.Learner.step
+    whole = train_state.Learner.step
 
     def asked(self: object, position: int, *args: object, **kwargs: object) -> object:
         if rank == 1 and position == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, position, *args, **kwargs)
 
-    learner.Learner.step = asked
+    train_state.Learner.step = asked
     found = run(folder / "run", stream=stream(OWN), val_loader=validation(shard=(rank, 2)))
-    learner.Learner.step = whole
+    train_state.Learner.step = whole
     return found.exit_code
 
 

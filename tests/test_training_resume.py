@@ -25,20 +25,22 @@ from conftest import REPOSITORY
 from training_support import plain, recipe, same_weights, tiny_vit, train_set, validation
 
 from lambda_kernels import AttentionFreeBlock, CheckpointError, UnsupportedModelError, from_pretrained
-from lambda_vit.data import make_loader
-from lambda_vit.evaluate import evaluate
-from lambda_vit.training import best, checkpoint_file, engine, learner
+from lambda_vit.data.loader import make_loader
+from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.runtime.signals import spare_worker
+from lambda_vit.training.images.stream import DatasetStream, LoaderStream, TensorStream
+from lambda_vit.training.loop import train_state, trainer
 from lambda_vit.training.recipe import Recipe, load_recipe
 from lambda_vit.training.run import FinetuningRun, continued, run_finetuning
-from lambda_vit.training.run_log import read_log
-from lambda_vit.training.runstate import Checkpoints, spare_worker
-from lambda_vit.training.stream import DatasetStream, LoaderStream, TensorStream
+from lambda_vit.training.storage import best_model, checkpoint_file
+from lambda_vit.training.storage.checkpoints import Checkpoints
+from lambda_vit.training.storage.log import read_log
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 running = sys.modules["lambda_vit.training.run"]
-measuring = sys.modules["lambda_vit.evaluate"]
+measuring = sys.modules["lambda_vit.measure.accuracy"]
 
 # What a clock or the machine has a part in.
 OTHERWISE = ("time", "seconds", "images_per_second", "memory_bytes")
@@ -180,7 +182,7 @@ def test_a_fresh_process_finds_the_claimed_accuracy(whole):
     record = json.loads((whole / "run.json").read_text())
     script = (
         "import sys\nfrom training_support import validation\nfrom lambda_kernels import from_pretrained\n"
-        "from lambda_vit.evaluate import evaluate\n"
+        "from lambda_vit.measure.accuracy import evaluate\n"
         "print(repr(evaluate(from_pretrained(sys.argv[1]), validation()).top1))"
     )
     paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "python", REPOSITORY / "tests")))
@@ -198,16 +200,16 @@ def test_a_fresh_process_finds_the_claimed_accuracy(whole):
 
 STEPS = random.Random(6).sample(range(1, 10), 5)
 KILLS = {
-    **{f"in step {step}": killed_at(learner.Learner, "_clip", step) for step in STEPS},
-    "before its first checkpoint": killed_at(learner.Learner, "step", 2),
+    **{f"in step {step}": killed_at(train_state.Learner, "_clip", step) for step in STEPS},
+    "before its first checkpoint": killed_at(train_state.Learner, "step", 2),
     "writing a checkpoint": killed_at(checkpoint_file._Recorder, "write", 500),
     "having written a checkpoint": killed_at(torch, "save", 3, after=True),
     "between a checkpoint's two files": killed_before_a_manifest,
-    "before the boundary": killed_at(learner.Learner, "remove", 1),
-    "in the boundary": killed_at(learner, "forget_removed", 1),
-    "after the boundary": killed_at(learner.Learner, "remove", 1, after=True),
-    "after the boundary's checkpoint": killed_at(engine.Trainer, "_finish_epoch", 2),
-    "having found the best": killed_at(best.Best, "offer", 3, after=True),
+    "before the boundary": killed_at(train_state.Learner, "remove", 1),
+    "in the boundary": killed_at(train_state, "forget_removed", 1),
+    "after the boundary": killed_at(train_state.Learner, "remove", 1, after=True),
+    "after the boundary's checkpoint": killed_at(trainer.Trainer, "_finish_epoch", 2),
+    "having found the best": killed_at(best_model.Best, "offer", 3, after=True),
     "putting the best in its place": killed_at(Path, "rename", 1),
     "loading the model": killed_at(running, "from_pretrained", 1),
 }
@@ -229,7 +231,7 @@ def test_killed(where, whole, tmp_path):
 
 def test_killed_again_and_again(whole, tmp_path):
     for _ in range(3):
-        killed(tmp_path, killed_at(learner.Learner, "step", 4))
+        killed(tmp_path, killed_at(train_state.Learner, "step", 4))
     run(tmp_path)
     check_same_end(tmp_path, whole)
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl")[0] if row["kind"] == "resume"][-1] == 6
@@ -257,10 +259,10 @@ def send(number: int, owner: object, name: str, call: int) -> Callable[[], None]
 @pytest.mark.parametrize(
     ("number", "owner", "name", "call", "step"),
     [
-        (signal.SIGTERM, learner.Learner, "step", 5, 5),
-        (signal.SIGTERM, learner.Learner, "step", 3, 3),  # what goes on begins with validation, at the λ of then
-        (signal.SIGUSR1, learner.Learner, "step", 9, 9),
-        (signal.SIGINT, engine, "score", 3, 6),  # validation is given up
+        (signal.SIGTERM, train_state.Learner, "step", 5, 5),
+        (signal.SIGTERM, train_state.Learner, "step", 3, 3),  # what goes on begins with validation, at the λ of then
+        (signal.SIGUSR1, train_state.Learner, "step", 9, 9),
+        (signal.SIGINT, trainer, "score", 3, 6),  # validation is given up
     ],
 )
 def test_signals(number, owner, name, call, step, whole, tmp_path):
@@ -279,7 +281,7 @@ def test_signals(number, owner, name, call, step, whole, tmp_path):
 
 
 def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
-    killed(tmp_path, killed_at(learner.Learner, "step", 8))
+    killed(tmp_path, killed_at(train_state.Learner, "step", 8))
     newest = Checkpoints(tmp_path / "checkpoints").newest()
     os.truncate(newest.path, newest.path.stat().st_size // 2)
     run(tmp_path)
@@ -300,7 +302,7 @@ def test_a_damaged_checkpoint_is_passed_over_where_it_knew_of_a_better_model(tmp
             break
     assert second is not None
     out, step = tmp_path / "run", 3 * (second + 1)
-    killed(out, killed_at(learner.Learner, "step", step + 1), own=own)
+    killed(out, killed_at(train_state.Learner, "step", step + 1), own=own)
     newest = Checkpoints(out / "checkpoints").newest()
     assert newest.step == step
     os.truncate(newest.path, 100)
@@ -310,14 +312,14 @@ def test_a_damaged_checkpoint_is_passed_over_where_it_knew_of_a_better_model(tmp
 
 def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, capfd):
     def work() -> FinetuningRun:
-        step = learner.Learner.step
+        step = train_state.Learner.step
 
         def filling(self: object, position: int, *args: Any, **kwargs: Any) -> Any:
             if position == 6:  # a checkpoint does not fit any more
                 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
             return step(self, position, *args, **kwargs)
 
-        learner.Learner.step = filling
+        train_state.Learner.step = filling
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         return run(tmp_path)
 
@@ -353,7 +355,7 @@ def test_another_run_is_refused_by_name(whole, tmp_path):
         ({"stream": TensorStream(train_set(97), recipe())}, r"data\.data was .*data\.images was 96, is 97"),
         ({"val_loader": fewer}, r"validation\.data was .*validation\.images was 90, is 60"),
     ):
-        with pytest.raises(engine.ResumeMismatchError, match=words):
+        with pytest.raises(trainer.ResumeMismatchError, match=words):
             run(out, **options)
     with pytest.raises(ValueError, match=r"3 processes cannot share the 2 micro-batches of a step evenly: start 1, 2"):
         TensorStream(train_set(), recipe(), shard=(0, 3))
@@ -414,7 +416,7 @@ def test_a_loader_of_ones_own_goes_on_and_says_what_that_means(tmp_path):
     batches = list(make_loader(train_set(), 32))
     own = plain(checkpoint_every=2)
     stream = {"own": own, "stream": LoaderStream(batches)}
-    killed(tmp_path, killed_at(learner.Learner, "step", 6), **stream)
+    killed(tmp_path, killed_at(train_state.Learner, "step", 6), **stream)
     found = run(tmp_path, **stream)
     (text,) = (row["text"] for row in read_log(tmp_path / "log.jsonl")[0] if row["kind"] == "notice")
     assert "not exactly where it stopped: the batches come from a loader of your own" in text
@@ -425,7 +427,7 @@ def test_a_loader_of_ones_own_goes_on_and_says_what_that_means(tmp_path):
 def test_what_cannot_be_saved_is_refused_before_training(tmp_path, monkeypatch):
     model = tiny_vit()
     model.pretrained_cfg = {}
-    monkeypatch.setattr(learner.Learner, "step", die)
+    monkeypatch.setattr(train_state.Learner, "step", die)
     with pytest.raises(CheckpointError, match="does not say which timm model it is"):
         run(tmp_path / "run", model=model)
     with pytest.raises(UnsupportedModelError):
@@ -477,7 +479,7 @@ def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
     }
 
     def work() -> FinetuningRun:
-        check, count, step = measuring._check_labels, [0], learner.Learner.step
+        check, count, step = measuring._check_labels, [0], train_state.Learner.step
 
         def stepping(*args: Any, **options: Any) -> object:
             count[0] = 1  # what is measured before the training does not count
@@ -491,7 +493,7 @@ def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             check(*args)
 
-        measuring._check_labels, learner.Learner.step = counted, stepping
+        measuring._check_labels, train_state.Learner.step = counted, stepping
         return run(tmp_path, own, **loaders)
 
     assert forked(work) == 128 + signal.SIGTERM

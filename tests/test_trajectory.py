@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from lambda_kernels import convert_vit
 from lambda_kernels.errors import UnsupportedModelError
-from lambda_vit.evaluate import cost
-from lambda_vit.trajectory import measure_costs, paired_interval, recommend
+from lambda_vit.measure.cost import cost
+from lambda_vit.measure.intervals import paired_interval
+from lambda_vit.report.records.recommendation import recommend
+from lambda_vit.selection.trajectory import measure_costs
 
 
 def made(top1: list[float | None], agreement: list[float] | None = None) -> list[dict]:
@@ -44,16 +46,16 @@ def test_costs_are_those_of_converted_copies():
 
 
 def test_throughput_follows_from_the_times(monkeypatch):
-    from lambda_vit import evaluate
+    from lambda_vit.measure import latency
 
     seen = {}
 
     def times(models, batch_sizes, **options):
         seen.update(options, batches=batch_sizes, models=models)
-        values = (evaluate.Latency(20.0, 16.0, 25.0, 5), evaluate.Latency(10.0, 8.0, 12.5, 5))
+        values = (latency.Latency(20.0, 16.0, 25.0, 5), latency.Latency(10.0, 8.0, 12.5, 5))
         return {name: {8: value} for name, value in zip(models, values, strict=True)}
 
-    monkeypatch.setattr(evaluate, "compare_latency", times)
+    monkeypatch.setattr(latency, "compare_latency", times)
     model = small_vit()
     full, without = measure_costs(model, [3], batch_size=8, seconds=7.0, rounds=9)
     assert (seen["batches"], seen["seconds"], seen["rounds"]) == ((8,), 7.0, 9)

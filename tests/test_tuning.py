@@ -32,8 +32,8 @@ from tuning_support import (
     usual,
 )
 
-from lambda_kernels.ops import tuning
-from lambda_kernels.ops.tuning import Candidate, Problem, TuningWarning
+from lambda_kernels.ops.ln_mlp.fused import tuning
+from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate, Problem, TuningWarning
 
 # What is chosen
 

@@ -30,8 +30,8 @@ from tuning_support import (
     usual,
 )
 
-from lambda_kernels.ops import tuning
-from lambda_kernels.ops.tuning import TuningWarning
+from lambda_kernels.ops.ln_mlp.fused import tuning
+from lambda_kernels.ops.ln_mlp.fused.tuning import TuningWarning
 
 # Where nothing is measured
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lambda_vit.evaluate import wilson_interval
+from lambda_vit.measure.intervals import wilson_interval
 from lambda_vit.training.recipe import Recipe
 
 LAYERS = [3, 5, 6, 7]

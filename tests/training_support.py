@@ -8,11 +8,12 @@ import torch
 from conftest import small_vit
 from torch import nn
 
-from lambda_vit.data import Digits, digits, make_loader
-from lambda_vit.processes import Processes
-from lambda_vit.training.engine import Trainer
+from lambda_vit.data.digits import Digits, digits
+from lambda_vit.data.loader import make_loader
+from lambda_vit.runtime.processes import Processes
+from lambda_vit.training.images.stream import TensorStream
+from lambda_vit.training.loop.trainer import Trainer
 from lambda_vit.training.recipe import Recipe
-from lambda_vit.training.stream import TensorStream
 
 
 def tiny_vit(**options: Any) -> nn.Module:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lambda_kernels.ops import tuning
-from lambda_kernels.ops.kernels.configs import Config
-from lambda_kernels.ops.tuning import Candidate, Problem, TuningWarning
+from lambda_kernels.ops.ln_mlp.fused import tuning
+from lambda_kernels.ops.ln_mlp.fused.kernels.configs import Config
+from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate, Problem, TuningWarning
 
 CUDA = torch.device("cuda", 0)
 CORRECTED = Candidate("corrected", Config(128, 128, 64, 8, 4))

@@ -15,11 +15,6 @@ from typing import Any
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
-from .refusals import NO_BLOCKS, SUBCLASS, UNKNOWN_BLOCK, qualified_name, refusal_of
-
-_FEATURES = "convert the whole model first, then wrap it: lambda_kernels.features.feature_model(converted, out_indices)"
-
 
 @dataclass(frozen=True)
 class Family:
@@ -86,6 +81,7 @@ class Family:
 
 _MASKS = {"attn_mask": None, "is_causal": False}
 
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -96,144 +92,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(block: nn.Module) -> Family | None:
-    """The family of timm's own block, or of a block of this library that stands for one; None for all others."""
-    from .blocks import MlpHalf  # which describes itself by the families here
-
-    if isinstance(block, MlpHalf):
-        return FAMILIES[block.family]
-    return next((family for family in FAMILIES.values() if type(block) is family.block), None)
-
-
 def layer_scale(block: nn.Module, scale: str) -> Tensor | None:
     """γ [C] of a LayerScale of a block, by its name in the block's family; None for none."""
     found = getattr(block, scale, None)
     return getattr(found, "gamma", None) if isinstance(found, nn.Module) else found
-
-
-@dataclass(frozen=True)
-class Front:
-    """What a model does before its blocks, so that a view of it can take tokens in place of images.
-
-    Attributes:
-        identities: Submodules that then do nothing.
-        absent: Attributes that are then None.
-        no_tokens: Prefix tokens `[1, n, C]` of which none is then put before the others.
-        pos_embed: What `_pos_embed` gives besides tokens; None where the model has no such method.
-    """
-
-    identities: tuple[str, ...]
-    absent: tuple[str, ...] = ()
-    no_tokens: tuple[str, ...] = ()
-    pos_embed: tuple[None, ...] | None = ()
-
-
-_VIT_FRONT = Front(("patch_embed", "patch_drop", "norm_pre"))
-_FRONTS: dict[type[nn.Module], Front] = {
-    eva.Eva: Front(("patch_embed", "norm_pre"), pos_embed=(None,)),
-    beit.Beit: Front(("patch_embed",), ("pos_embed", "rel_pos_bias"), ("cls_token",), None),
-}
-
-
-def front_of(model: nn.Module) -> Front:
-    """How to leave out what `model` does before its blocks; that of a ViT for models of unknown classes."""
-    return next((_FRONTS[cls] for cls in type(model).__mro__ if cls in _FRONTS), _VIT_FRONT)
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What matters about a supported model before and after its attention layers are removed.
-
-    Blocks that keep their attention count alike, whether they are timm's own or `FusedMlp`.
-    """
-
-    depth: int
-    removed: tuple[int, ...]
-    residual_scale: float | None  # of the removed blocks; None when none was removed
-    pooling: str  # timm's global_pool: "token", "avg", "map" …
-    has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
-    families: tuple[str, ...] = field(default=("vit",))  # of the blocks, each once, in order
-    merging: tuple[int, ...] = ()  # blocks that merge tokens
-
-
-def inspect_model(model: nn.Module) -> Anatomy:
-    """Describe `model`, or refuse it.
-
-    Raises:
-        UnsupportedModelError: The model is wrapped, has no `blocks`, or its blocks are of a class whose attention cannot
-            be removed alone. Names the class, the reason and an alternative. The model is never changed.
-    """
-    from .blocks import AttentionFreeBlock, FusedMlp
-    from .merging_block import MergingBlock
-
-    _refuse_wrappers(model)
-    blocks = getattr(model, "blocks", None)
-    name = type(model).__name__
-    refusal = refusal_of(model)
-    if refusal is None and (not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0):
-        refusal = NO_BLOCKS
-    if refusal is not None:
-        raise UnsupportedModelError(f"{name} is not supported: {refusal.reason}. {refusal.instead}")
-    known = {family.block for family in FAMILIES.values()} | {FusedMlp, MergingBlock, AttentionFreeBlock}
-    strangers = {i: block for i, block in enumerate(blocks) if type(block) not in known}
-    if strangers:
-        index, stranger = next(iter(strangers.items()))
-        refusal = refusal_of(stranger)
-        if refusal is None:
-            refusal = SUBCLASS if isinstance(stranger, tuple(known)) else UNKNOWN_BLOCK
-        # A block that stands in for another one for a while can say itself what has to be done first.
-        reason = getattr(stranger, "why_not_convertible", None) or refusal.reason
-        raise UnsupportedModelError(
-            f"{name} is not supported: blocks[{index}] is {qualified_name(stranger)} "
-            f"({len(strangers)} of {len(blocks)} blocks are of no supported class): {reason}. {refusal.instead}"
-        )
-    removed = tuple(i for i, block in enumerate(blocks) if type(block) is AttentionFreeBlock)
-    scales = {blocks[i].residual_scale for i in removed}
-    if len(scales) > 1:
-        raise UnsupportedModelError(f"{name} mixes attention-free blocks of residual_scale {sorted(scales)}")
-    norms = (getattr(model, "norm", None), getattr(model, "fc_norm", None))
-    pooling = getattr(model, "global_pool", "")
-    return Anatomy(
-        depth=len(blocks),
-        removed=removed,
-        residual_scale=scales.pop() if scales else None,
-        pooling=pooling if isinstance(pooling, str) else str(pooling),
-        has_final_norm=any(n is not None and not isinstance(n, nn.Identity) for n in norms),
-        families=tuple(dict.fromkeys(family_of(block).name for block in blocks)),
-        merging=tuple(i for i, block in enumerate(blocks) if type(block) is MergingBlock),
-    )
-
-
-def refuse_merging(anatomy: Anatomy, doing: str) -> None:
-    """Refuse what works on a network block by block, where nothing hands on the sizes of merged tokens.
-
-    Args:
-        anatomy: From `inspect_model`.
-        doing: What is refused, for the message.
-
-    Raises:
-        UnsupportedModelError: Some block merges tokens.
-    """
-    if anatomy.merging:
-        raise UnsupportedModelError(
-            f"{doing} works on blocks that keep their tokens, and blocks {list(anatomy.merging)} merge some. Merging comes "
-            "last: take it off with convert_vit(model, remove, tome_r=0), and put it on again afterwards"
-        )
-
-
-def _refuse_wrappers(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    remedies = {
-        "DistributedDataParallel": ("module", "convert before wrapping, or pass model.module and wrap again"),
-        "FullyShardedDataParallel": ("module", "convert before wrapping"),
-        "DataParallel": ("module", "convert before wrapping, or pass model.module and wrap again"),
-        "OptimizedModule": ("_orig_mod", "convert before torch.compile, or pass model._orig_mod and compile again"),
-        "FeatureGetterNet": ("model", _FEATURES),
-        "FeatureModel": ("model", _FEATURES),
-    }
-    wrapper = type(model).__name__
-    if wrapper in remedies:
-        inner, remedy = remedies[wrapper]
-        if isinstance(getattr(model, inner, None), nn.Module):
-            raise UnsupportedModelError(f"{wrapper} wraps the model, and would keep what it saw before: {remedy}")

@@ -7,14 +7,30 @@ copies, threads and forwards cannot meet.
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from .blocks import FusedMlp
+from ..errors import UnsupportedModelError
+from ..ops.token_merging import (
+    Merge,
+    follow,
+    match_tokens,
+    merge_tokens,
+    mergeable,
+    proportional_attention,
+    unmerge_tokens,
+)
+from .fused_mlp import FusedMlp
 from .hooks import is_altered
-from .ops.merging import Merge, follow, match_tokens, merge_tokens, mergeable, proportional_attention, unmerge_tokens
+from .mlp_half import replacement_obstacles
+from .refusals import qualified_name
 
 _ALONE = (
     "this block merges tokens and has to know their sizes, which only a whole `model.blocks` hands on; it was called alone, "
@@ -121,3 +137,87 @@ class MergingSequential(nn.Sequential):
         for block in self:
             x = block(x, carried=carried) if type(block) is MergingBlock else block(x)
         return x if carried.place is None else unmerge_tokens(x, carried.place)
+
+
+# What timm's Attention is made of in the versions that are known; another part would do something that is not done here.
+_ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"}
+
+_OPTIONAL_PARTS = {"norm", "gate"}
+
+_KNOWN_ARGUMENTS = {"self", "x", "attn_mask", "is_causal"}
+
+_UNKNOWN_ARGUMENTS = sorted(set(inspect.signature(Attention.forward).parameters) - _KNOWN_ARGUMENTS)
+
+
+def merging_obstacles(block: nn.Module) -> list[str]:
+    """Why `block` cannot merge tokens; empty when it can."""
+    if type(block) not in (Block, FusedMlp, MergingBlock):
+        return [f"it is {qualified_name(block)}, and merging knows timm.models.vision_transformer.Block alone"]
+    found = [] if type(block) is MergingBlock else replacement_obstacles(block)
+    attn = block._modules.get("attn")
+    if type(attn) is not Attention:
+        return [*found, f"its attention is {qualified_name(attn)}, whose keys are not known"]
+    if _UNKNOWN_ARGUMENTS:
+        found.append(f"the attention of this version of timm takes {', '.join(_UNKNOWN_ARGUMENTS)}")
+    parts = set(attn._modules)
+    if not _ATTENTION_PARTS <= parts <= _ATTENTION_PARTS | _OPTIONAL_PARTS:
+        names = ", ".join(sorted((parts ^ _ATTENTION_PARTS) - _OPTIONAL_PARTS))
+        found.append(f"its attention has other parts than timm's ({names})")
+    if is_altered(attn):
+        found.append("a hook or a replaced forward on its attention would not run")
+    return found
+
+
+def merging(
+    block: nn.Module, tome_r: int, prefix_tokens: int, fuse: bool, backend: str, recompute: str
+) -> MergingBlock:
+    """`block` as one that merges tokens; itself where it is that already. `block` is left as it is."""
+    if type(block) is not MergingBlock:
+        options = {"fuse": fuse, "backend": backend, "recompute": recompute}
+        return MergingBlock.from_block(block, tome_r=tome_r, prefix_tokens=prefix_tokens, **options)
+    asked = {"tome_r": tome_r, "prefix_tokens": prefix_tokens, "fuse": fuse, "backend": backend, "recompute": recompute}
+    if all(getattr(block, name) == value for name, value in asked.items()):
+        return block
+    twin = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
+    for name, value in asked.items():
+        setattr(twin, name, value)
+    return twin
+
+
+def without_merging(block: nn.Module) -> nn.Module:
+    """`block` as one that does not merge: itself, or a `FusedMlp` around the submodules of a `MergingBlock`.
+
+    Raises:
+        UnsupportedModelError: It carries hooks or anything else that would be lost.
+    """
+    if type(block) is not MergingBlock:
+        return block
+    found = replacement_obstacles(block)
+    if found:
+        raise UnsupportedModelError(f"a block that merges tokens cannot be put back: {'; '.join(found)}")
+    return FusedMlp.from_block(block)
+
+
+def arranged(blocks: nn.Sequential | nn.ModuleList, merges: bool) -> nn.Sequential | nn.ModuleList:
+    """The sequence of blocks as one that hands on the sizes of tokens, or as a plain one; itself where it is that already."""
+    if merges == (type(blocks) is MergingSequential):
+        return blocks
+    new = (MergingSequential if merges else nn.Sequential)(OrderedDict(blocks.named_children()))
+    new.training = blocks.training
+    return new
+
+
+def token_counts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[int, int]] | None:
+    """(tokens that go in, tokens merged) of each block, for images of the size that the model was built for.
+
+    None where nothing is merged, or where the model does not say how many patches it has.
+    """
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if patches is None or not any(type(block) is MergingBlock for block in blocks):
+        return None
+    counts, tokens = [], patches + model.num_prefix_tokens
+    for block in blocks:
+        merged = mergeable(tokens, block.tome_r, block.prefix_tokens) if type(block) is MergingBlock else 0
+        counts.append((tokens, merged))
+        tokens -= merged
+    return counts

@@ -12,19 +12,22 @@ from timm.models.vision_transformer import LayerScale  # timm.layers has another
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .families import FAMILIES, Family, family_of, layer_scale
+from ..ops.checks import check_choice
+from ..ops.ln_mlp import recompute as recomputed
+from ..ops.ln_mlp.dispatch import Choice, choose
+from ..ops.ln_mlp.function import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
+from .families import FAMILIES, Family, layer_scale
 from .hooks import global_hooks, is_altered
-from .ops import recomputed
-from .ops.checks import check_choice
-from .ops.dispatch import Choice, choose
-from .ops.ln_mlp import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
 
 if TYPE_CHECKING:
-    from typing_extensions import Self  # part of Python 3.11
+    pass  # part of Python 3.11
+
 
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
+
 _BARE = frozenset(vars(nn.Module()))
+
 _SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "family", "tome_r", "prefix_tokens"))
 
 
@@ -293,186 +296,15 @@ def _settle(new: _Half, block: nn.Module, options: dict[str, Any]) -> _Half:
     return new
 
 
-class AttentionFreeBlock(MlpHalf):
-    """A ViT block whose attention is gone: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`.
-
-    Takes over the parts of the block it replaces, under timm's names, so state-dict keys survive. `forward` takes all that
-    timm's block takes; without attention, masks, rotary embeddings and position biases have nothing to act on.
-
-    Args:
-        norm2: The norm before the MLP.
-        mlp: The MLP.
-        ls2: LayerScale, the bare parameter γ of families that have one, or None.
-        drop_path2: Stochastic depth or None.
-        residual_scale: s; 1 where the attention was skipped, 2 where it was diluted into the identity.
-        fuse: Compute through `ln_mlp` where that is possible.
-        backend: Passed on to `ln_mlp`.
-        recompute: What a training step computes again instead of saving it: "auto", "none", "act" or "all", as for `ln_mlp`.
-            Where the submodules run one by one it is done by running them twice; `recomputed(...)` says whether they can.
-        family: A name of `families.FAMILIES`: what the parts are called and what `forward` takes.
-    """
-
-    def __init__(
-        self,
-        norm2: nn.Module,
-        mlp: nn.Module,
-        ls2: nn.Module | None = None,
-        drop_path2: nn.Module | None = None,
-        *,
-        residual_scale: float = 1.0,
-        fuse: bool = True,
-        backend: str = "auto",
-        recompute: str = "auto",
-        family: str = "vit",
-    ) -> None:
-        super().__init__(residual_scale, fuse, backend, recompute, family)
-        self.norm2 = norm2
-        self.mlp = mlp
-        described = FAMILIES[family]
-        setattr(self, described.scales[1], nn.Identity() if ls2 is None and not described.bare else ls2)
-        self.drop_path2 = drop_path2 if drop_path2 is not None else nn.Identity()
-        self.register_load_state_dict_pre_hook(_explain_attention_keys)
-
-    @classmethod
-    def from_block(cls, block: nn.Module, **options: Any) -> Self:
-        """Take over the MLP half of a block of a known family or of a `FusedMlp`; its parameters are shared, not copied.
-
-        Args:
-            block: timm's, or a `FusedMlp`.
-            **options: Keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
-        """
-        family = _family(block)
-        scale = getattr(block, family.scales[1])
-        return _settle(
-            cls(block.norm2, block.mlp, scale, block.drop_path2, family=family.name, **options), block, options
-        )
-
-    def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
-        """Tokens `x` [N, T, C] to tokens; `arguments` and `named`, meant for the attention, are checked and left."""
-        FAMILIES[self.family].for_attention(arguments, named)  # refuses what timm's block refuses
-        return self._mlp_half(x)
-
-    def extra_repr(self) -> str:
-        return f"residual_scale={self.residual_scale:g}" + ("" if self.family == "vit" else f", family={self.family}")
-
-
-class FusedMlp(MlpHalf):
-    """A ViT block that keeps its attention and runs its MLP half through `ln_mlp`: the same function as timm's block.
-
-    Holds the parts of the block it stands for, under timm's names and in timm's order, so that state-dict keys, the
-    order of the parameters and optimizer groups survive. It is no `Block` itself: code that patches every `Block` of a
-    model must not take it for one.
-
-    Args:
-        norm1: The norm before the attention.
-        attn: The attention; called with what timm's block of the family passes on to it.
-        ls1: LayerScale or an identity; of families with bare parameters γ or None.
-        drop_path1: Stochastic depth or an identity.
-        norm2: The norm before the MLP.
-        mlp: The MLP.
-        ls2: As ls1.
-        drop_path2: Stochastic depth or an identity.
-        fuse: Compute the MLP half through `ln_mlp` where that is possible.
-        backend: Passed on to `ln_mlp`.
-        recompute: As for `AttentionFreeBlock`; of the MLP half alone. What the attention saves is not touched.
-        family: As for `AttentionFreeBlock`.
-    """
-
-    def __init__(
-        self,
-        norm1: nn.Module,
-        attn: nn.Module,
-        ls1: nn.Module | nn.Parameter | None,
-        drop_path1: nn.Module,
-        norm2: nn.Module,
-        mlp: nn.Module,
-        ls2: nn.Module | nn.Parameter | None,
-        drop_path2: nn.Module,
-        *,
-        fuse: bool = True,
-        backend: str = "auto",
-        recompute: str = "auto",
-        family: str = "vit",
-    ) -> None:
-        super().__init__(1.0, fuse, backend, recompute, family)
-        parts = (norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2)
-        for name, part in zip(FAMILIES[family].parts, parts, strict=True):
-            setattr(self, name, part)
-
-    @classmethod
-    def from_block(cls, block: nn.Module, **options: Any) -> Self:
-        """Take over all parts of a block of a known family; its parameters are shared, not copied.
-
-        Args:
-            block: timm's.
-            **options: Keyword arguments of the constructor.
-        """
-        family = _family(block)
-        new = cls(*(getattr(block, name) for name in family.parts), family=family.name, **options)
-        _take_attributes(new, block, family)
-        return _settle(new, block, options)
-
-    def to_timm(self) -> nn.Module:
-        """timm's own block around the same parts, as they are now."""
-        # Built without __init__, which would need the sizes and make modules to throw away. Nothing of the block that this
-        # one came from is kept beside its parts: a second reference would be stale once one of them is replaced.
-        family = FAMILIES[self.family]
-        block = family.block.__new__(family.block)
-        nn.Module.__init__(block)
-        for name in family.parts:
-            setattr(block, name, getattr(self, name))
-        _take_attributes(block, self, family)
-        block.training = self.training
-        return block
-
-    def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
-        """Tokens `x` [N, T, C] to tokens; `arguments` and `named` are what timm's block hands on to its attention."""
-        return self._mlp_half(x + self._attention_branch(x, arguments, named))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        # No hook, which would stay behind where the submodules move to another block.
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        here = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-        if here and not any(key.startswith("attn.") for key in here):
-            missing.append(
-                f"{prefix.rstrip('.')} has attention, but the checkpoint holds none for it: it was saved from a converted "
-                "model. Load it with from_pretrained, or into a model converted with the same `remove`"
-            )
-
-
 def _family(block: nn.Module) -> Family:
     """That of `block`; of a module of an unknown class with the parts of a ViT block, that of timm's `Block`."""
     return family_of(block) or FAMILIES["vit"]
 
 
-def _take_attributes(new: nn.Module, block: nn.Module, family: Family) -> None:
-    for name in family.attributes:
-        if name in vars(block):
-            setattr(new, name, vars(block)[name])
+def family_of(block: nn.Module) -> Family | None:
+    """The family of timm's own block, or of a block of this library that stands for one; None for all others."""
+    pass  # which describes itself by the families here
 
-
-def _explain_attention_keys(
-    module: AttentionFreeBlock,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: dict[str, Any],
-    strict: bool,
-    *lists: list[str],
-) -> None:
-    # A checkpoint of the full model would otherwise only give a list of unexpected keys. The reason goes among them: PyTorch
-    # always calls this with strict=True, and an error of its own would be raised with strict=False too.
-    _, unexpected, _ = lists
-    if any(key.startswith((f"{prefix}attn.", f"{prefix}norm1.")) for key in state_dict):
-        unexpected.append(
-            f"{prefix.rstrip('.')} has no attention any more, but the checkpoint holds some for it. Load a full checkpoint "
-            "into the full model first and convert that"
-        )
+    if isinstance(block, MlpHalf):
+        return FAMILIES[block.family]
+    return next((family for family in FAMILIES.values() if type(block) is family.block), None)

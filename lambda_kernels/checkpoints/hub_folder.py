@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint import CONFIG, PREFIX, WEIGHTS
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from .folder import CONFIG, PREFIX, WEIGHTS
 from .weights import blocks_with_attention, read_weights
 
 # In the order in which timm looks for them.

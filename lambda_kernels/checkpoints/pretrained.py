@@ -18,27 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__
-from .convert import FUSE, ConversionInfo, remove_attention
-from .errors import CheckpointError
-from .families import inspect_model
-from .files import atomic_write, remove_leftovers, sha256, write_json
-from .ops.checks import check_choice
-from .ops.dispatch import BACKENDS
-from .ops.ln_mlp import RECOMPUTE
+from .._version import __version__
+from ..blocks.anatomy import inspect_model
+from ..convert.conversion import FUSE, ConversionInfo, remove_attention
+from ..errors import CheckpointError
+from ..files import atomic_write, remove_leftovers, sha256, write_json
+from ..ops.checks import check_choice
+from ..ops.ln_mlp.dispatch import BACKENDS
+from ..ops.ln_mlp.function import RECOMPUTE
+from .folder import _MERGING, _OPTIONAL, _PLAIN, CONFIG, PREFIX, PREVIOUS, WEIGHTS, _check_config, _read_json
 from .rebuilding import build, build_skeleton, find_model_args, first_difference, is_json
 from .weights import load_state_dict, read_weights
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# The weights that an existing config.json belongs to, kept until the new one has replaced it.
-PREVIOUS = "model.previous.safetensors"
-# The newest that is read. A model gets the lowest that builds it: a reader that passed over a field of a higher one would
-# build another model. Fields that only tell more (versions, selection) came within format 1; folders without them load.
-_PLAIN, _MERGING = 1, 2
-FORMAT = _MERGING
-
-# Names that start so are this library's own entry points in timm; see `timm_models`.
-PREFIX = "lambda_"
 
 
 @dataclass(frozen=True)
@@ -278,42 +268,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     return config, weights
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "architecture": str,
-    "model_args": dict,
-    "pretrained_cfg": dict,
-    "lambda_kernels": dict,
-    "lambda_kernels.format": int,
-    "lambda_kernels.removed": list,
-    "lambda_kernels.residual_scale": (int, float),
-    "lambda_kernels.fuse": str,
-    "lambda_kernels.sha256": str,
-}
-# Newer than the first folders of format 1.
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {"lambda_kernels.versions": dict, "lambda_kernels.selection": dict}
 # Of format 2; models that merge no tokens have none of them.
 _OPTIONAL |= {"lambda_kernels.tome_r": (int, list), "lambda_kernels.tome_start": int}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a config written by save_pretrained: {error}") from error
-
-
-def _check_config(config: Any, path: Path) -> None:
-    for name, kind in {**_KINDS, **_OPTIONAL}.items():
-        value = config
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is None and name in _OPTIONAL:
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise CheckpointError(f"{path} is not a config written by save_pretrained: {name} is {value!r}")
-    found = config["lambda_kernels"]["format"]
-    if found > FORMAT:
-        raise CheckpointError(f"{path} has format {found}, this version reads up to {FORMAT}; update lambda-kernels")
 
 
 def _check_room(folder: Path, state: dict[str, Tensor]) -> None:

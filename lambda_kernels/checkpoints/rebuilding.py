@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import AttentionFreeBlock, MlpHalf
-from .convert import check_indices, remove_attention
-from .errors import CheckpointError
-from .families import FAMILIES, inspect_model
-from .merging import DEFAULT_START
+from ..blocks.anatomy import inspect_model
+from ..blocks.attention_free import AttentionFreeBlock
+from ..blocks.families import FAMILIES
+from ..blocks.mlp_half import MlpHalf
+from ..convert.checks import check_indices
+from ..convert.conversion import remove_attention
+from ..convert.token_merging import DEFAULT_START
+from ..errors import CheckpointError
 
 # Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them. The last
 # one is a mark that torch.compile leaves on what it was given.
 _NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing", "_is_torch_compile")
+
 
 # Arguments of timm.create_model that name weights. Older timm (seen in 1.0.15) runs the code in a file of checkpoint_path.
 _SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_dir"}

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import copy
-import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from .blocks import AttentionFreeBlock, FusedMlp, MlpHalf, replacement_obstacles
-from .errors import AlreadyConvertedError, BackendUnavailableError, UnsupportedModelError
-from .families import Anatomy, family_of, inspect_model, layer_scale
-from .hooks import has_hooks
-from .merging import DEFAULT_START, arranged, merging, plan_merging, settings_for, token_counts, without_merging
-from .ops import tuning
-from .ops.checks import check_choice
-from .ops.dispatch import BACKENDS
-from .ops.ln_mlp import RECOMPUTE
+from ..blocks.anatomy import inspect_model
+from ..blocks.attention_free import AttentionFreeBlock
+from ..blocks.fused_mlp import FusedMlp
+from ..blocks.hooks import has_hooks
+from ..blocks.merging_block import arranged, merging, token_counts, without_merging
+from ..blocks.mlp_half import MlpHalf, family_of, replacement_obstacles
+from ..errors import AlreadyConvertedError, BackendUnavailableError
+from ..ops.checks import check_choice
+from ..ops.ln_mlp.dispatch import BACKENDS
+from ..ops.ln_mlp.function import RECOMPUTE
+from ..ops.ln_mlp.fused import tuning
+from .checks import _place, check_indices, check_removal
+from .token_merging import DEFAULT_START, plan_merging, settings_for
 
 FUSE = ("all", "removed", "none")
-
-# Below this, LayerScale makes the MLP branch so small that a doubled residual drowns it.
-SMALL_GAMMA = 0.05
 
 
 @dataclass(frozen=True)
@@ -76,87 +75,6 @@ class ConversionInfo:
             "kernels": list(self.kernels),
             "tome_r": self.tome_r if isinstance(self.tome_r, int) else list(self.tome_r),
         }
-
-
-def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int, ...]:
-    """Return block indices, sorted, or raise ValueError naming the wrong one and the range.
-
-    Args:
-        layers: Integers, or any object with a `layers` attribute that holds them (a `Selection`).
-        depth: Number of blocks.
-        name: The argument's name for the message.
-    """
-    layers = getattr(layers, "layers", layers)
-    allowed = f"block indices are integers from 0 to {depth - 1}"
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise ValueError(f"{name} must be a sequence of block indices; got {layers!r}. {allowed}")
-    checked: list[int] = []
-    for value in layers:
-        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-            raise ValueError(f"{name} holds {value!r}: {allowed}")
-        try:
-            index = operator.index(value)
-        except TypeError:
-            raise ValueError(f"{name} holds {value!r}: {allowed}") from None
-        if not 0 <= index < depth:
-            raise ValueError(f"{name} holds {index}, but {allowed}")
-        if index in checked:
-            raise ValueError(f"{name} holds {index} twice")
-        checked.append(index)
-    return tuple(sorted(checked))
-
-
-def check_removal(
-    model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, residual_scale: float, *, stacklevel: int = 3
-) -> None:
-    """Refuse removals that would leave a model that cannot work; warn about those that look wrong.
-
-    `stacklevel` is that of `warnings.warn`, counted from within.
-
-    Raises:
-        ValueError: A class token would be cut off from the image.
-        UnsupportedModelError: No norm would absorb a residual scaled in every removed block.
-    """
-    if anatomy.pooling == "token" and len(removed) == anatomy.depth:
-        raise ValueError(
-            f"removing the attention of all {anatomy.depth} blocks cuts the class token off from the image: every image "
-            "would get the same logits. Keep at least one"
-        )
-    trailing = 0
-    while trailing < len(removed) and anatomy.depth - 1 - trailing in removed:
-        trailing += 1
-    if anatomy.pooling == "token" and trailing:
-        warnings.warn(
-            f"the last {trailing} block(s) would have no attention: nothing computed there for the image's patches reaches "
-            "the class token, only its own MLP acts",
-            stacklevel=stacklevel,
-        )
-    if residual_scale == 1.0 or not removed:
-        return
-    if not anatomy.has_final_norm:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no norm after its last block, so its features would grow "
-            f"{residual_scale ** len(removed):g}-fold with residual_scale={residual_scale:g}. Use residual_scale=1.0"
-        )
-    if residual_scale > 1.0 and _place(model)[1] is torch.float16:
-        warnings.warn(
-            f"the model is in float16, which ends at 65504, and residual_scale={residual_scale:g} makes its features up to "
-            f"{residual_scale ** len(removed):g} times larger. lambda_vit.half_range.check_float16 tells by a batch whether "
-            "they fit; bfloat16 holds them",
-            stacklevel=stacklevel,
-        )
-    small = []
-    for index in removed:
-        family = family_of(model.blocks[index])
-        gamma = None if family is None else layer_scale(model.blocks[index], family.scales[1])
-        if gamma is not None and not gamma.is_meta and gamma.detach().abs().mean() < SMALL_GAMMA:
-            small.append(index)
-    if small:
-        warnings.warn(
-            f"blocks {small} have LayerScale gammas below {SMALL_GAMMA} on average: a residual scaled by "
-            f"{residual_scale:g} dwarfs their MLP. Only right if the model was trained that way",
-            stacklevel=stacklevel,
-        )
 
 
 def remove_attention(
@@ -365,11 +283,6 @@ def _widths(blocks: Iterable[nn.Module]) -> tuple[tuple[int, int], ...]:
     linears = (getattr(block.mlp, "fc1", None) for block in ours)
     found = {(fc1.in_features, fc1.out_features) for fc1 in linears if isinstance(fc1, nn.Linear)}
     return tuple(sorted(found))
-
-
-def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    weight = next(model.parameters(), torch.empty(0))
-    return weight.device, weight.dtype
 
 
 def _describe(model: nn.Module, blocks: Sequence[nn.Module], fuse: str) -> tuple[BlockInfo, ...]:

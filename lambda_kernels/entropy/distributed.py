@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
-from .entropy_state import State, What, extremes
-from .errors import NonFiniteActivationError
-from .ops.grids import dyadic_grid, regrid_unchecked
+from ..errors import NonFiniteActivationError
+from ..ops.histogram import reference
+from ..ops.histogram.grids import dyadic_grid, regrid_unchecked
+from .state import State, What, extremes
 
 if TYPE_CHECKING:
     Group = dist.ProcessGroup | None  # None: all processes
+
 
 _HEADER_BYTES = 4096
 

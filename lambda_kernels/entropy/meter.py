@@ -22,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import entropy_exchange, entropy_state, entropy_storage
-from .entropy_state import STD_FLOOR, Batch, State, Watch, What
-from .ops import histogram as ops
-from .ops.checks import check_choice, check_tensor
+from ..ops.checks import check_choice, check_tensor
+from ..ops.histogram import function as ops
+from . import distributed, storage
+from . import state as entropy_state
+from .state import STD_FLOOR, Batch, State, Watch, What
 
 __all__ = ["KINDS", "PER", "STD_FLOOR", "EntropyMeter", "gaussian_entropy", "histogram_entropy", "update_together"]
 
+
 KINDS = ("gaussian", "histogram")
+
 PER = ops.PER
 
 
@@ -262,7 +265,7 @@ class EntropyMeter:
             state = self._state()
         except ValueError as error:
             problem = error
-        state, updates = entropy_exchange.all_reduce(self._what, state, self._options(), self.updates, problem, group)
+        state, updates = distributed.all_reduce(self._what, state, self._options(), self.updates, problem, group)
         self._parts, self.updates = [] if state is None else [state], updates
         return self
 
@@ -401,7 +404,7 @@ class EntropyMeter:
         Raises:
             NonFiniteActivationError: On a CUDA device: a batch held NaN or infinity.
         """
-        return entropy_storage.pack(self._what, self._state(), self._options(), self.updates)
+        return storage.pack(self._what, self._state(), self._options(), self.updates)
 
     def load_state_dict(self, state: dict[str, Any], *, device: torch.device | str | None = None) -> None:
         """Replace what was seen by a `state_dict` of a meter with the same options.
@@ -413,13 +416,13 @@ class EntropyMeter:
         Raises:
             ValueError: The options differ, or the state is damaged or none of a meter; nothing has changed then.
         """
-        restored, updates = entropy_storage.unpack(self._what, state, self._options())
+        restored, updates = storage.unpack(self._what, state, self._options())
         self._parts = [] if restored is None else [restored.to(device)]
         self.updates, self._watch = updates, Watch()
 
     def save(self, path: str | Path) -> None:
         """Write the meter to a file, atomically: a process that is killed leaves the last file that was complete."""
-        entropy_storage.write(path, self.name, self.state_dict())
+        storage.write(path, self.name, self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> EntropyMeter:
@@ -432,7 +435,7 @@ class EntropyMeter:
         Raises:
             ValueError: The file is missing, damaged or something else; names it.
         """
-        name, state = entropy_storage.read(path)
+        name, state = storage.read(path)
         try:
             meter = cls(**state["options"], name=name)
             meter.load_state_dict(state, device=device)

@@ -21,10 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .errors import NonFiniteActivationError
-from .ops.grids import LARGEST_MAGNITUDE, MAX_BINS, CodeGrid, Grid, dyadic_grid, regrid_unchecked, uniform_grid
-from .ops.histogram import histogram, rows_of
+from ..errors import NonFiniteActivationError
+from ..ops.histogram import reference
+from ..ops.histogram.function import histogram, rows_of
+from ..ops.histogram.grids import (
+    LARGEST_MAGNITUDE,
+    MAX_BINS,
+    CodeGrid,
+    Grid,
+    dyadic_grid,
+    regrid_unchecked,
+    uniform_grid,
+)
 
 # A row that never changes has log σ = −∞. One below this standard deviation is given it, counted and reported.
 STD_FLOOR = 2.0**-24

@@ -9,14 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .entropy_state import State, What, canonical
-from .files import atomic_write, remove_leftovers
-from .ops.grids import dyadic_grid
-from .reference import MOMENTS
+from ..files import atomic_write, remove_leftovers
+from ..ops.histogram.grids import dyadic_grid
+from ..ops.histogram.reference import MOMENTS
+from .state import State, What, canonical
 
 FORMAT = 2
+
 _COLUMNS = {1: 5, FORMAT: MOMENTS}  # of `moments`; format 1 has no low parts
+
 TENSORS = ("moments", "counts", "outside", "grid")
+
 _KEYS = {"format", "options", "updates", *TENSORS}
 
 

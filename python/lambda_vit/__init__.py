@@ -8,23 +8,37 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .export.write import export_aoti, export_onnx, export_program
+    from .measure.frequency import compare_frequencies, feature_frequencies
+    from .measure.layer_profile import profile_layers
+    from .models.views import skip_attention
+    from .selection.measurement import transfer_entropy
+    from .selection.result import Selection
+    from .selection.search import select_layers
+    from .training.dilution import dilute, finish_dilution, set_lambda
+    from .training.finetune import finetune
+    from .training.plan.planning import plan_training
+
+
 _PUBLIC = {
-    "Selection": "selection",
-    "compare_frequencies": "frequency",
-    "dilute": "dilution",
-    "export_aoti": "export",
-    "export_onnx": "export",
-    "export_program": "export",
-    "feature_frequencies": "frequency",
-    "finetune": "finetuning",
-    "finish_dilution": "dilution",
-    "plan_training": "planning",
-    "profile_layers": "layer_profile",
-    "select_layers": "selection",
-    "set_lambda": "dilution",
-    "skip_attention": "transfer",
-    "transfer_entropy": "transfer",
+    "Selection": "selection.result",
+    "compare_frequencies": "measure.frequency",
+    "dilute": "training.dilution",
+    "export_aoti": "export.write",
+    "export_onnx": "export.write",
+    "export_program": "export.write",
+    "feature_frequencies": "measure.frequency",
+    "finetune": "training.finetune",
+    "finish_dilution": "training.dilution",
+    "plan_training": "training.plan.planning",
+    "profile_layers": "measure.layer_profile",
+    "select_layers": "selection.search",
+    "set_lambda": "training.dilution",
+    "skip_attention": "models.views",
+    "transfer_entropy": "selection.measurement",
 }
+
 
 __all__ = [
     "Selection",
@@ -43,16 +57,6 @@ __all__ = [
     "skip_attention",
     "transfer_entropy",
 ]
-
-if TYPE_CHECKING:
-    from .dilution import dilute, finish_dilution, set_lambda
-    from .export import export_aoti, export_onnx, export_program
-    from .finetuning import finetune
-    from .frequency import compare_frequencies, feature_frequencies
-    from .layer_profile import profile_layers
-    from .planning import plan_training
-    from .selection import Selection, select_layers
-    from .transfer import skip_attention, transfer_entropy
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,7 @@
 """`python -m lambda_vit`, and `torchrun -m lambda_vit`."""
 
-from .cli import main
+from __future__ import annotations
+
+from .cli.main import main
 
 main()

@@ -17,18 +17,21 @@ from torch import nn
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.files import atomic_write
 
-from . import environment
-from .data import Digits, ImageLoader, digits, make_loader
-from .evaluate import compare_latency
-from .finetuning import Epoch, finetune
-from .layer_profile import profile_layers
-from .progress import task
-from .report import console_summary, write_report
-from .selection import Selection, select_layers
-from .validation import kernel_paths, path_lines, variant
+from .data.digits import Digits, digits
+from .data.loader import ImageLoader, make_loader
+from .measure.comparison import kernel_paths, path_lines, variant
+from .measure.latency import compare_latency
+from .measure.layer_profile import profile_layers
+from .report.page import console_summary, write_report
+from .runtime import environment
+from .runtime.progress import task
+from .selection.result import Selection
+from .selection.search import select_layers
+from .training.finetune import Epoch, finetune
 
 # A ViT small enough to train in seconds. timm's default initialisation reaches only about 42 % here, "moco" over 90.
 ARCHITECTURE = "vit_tiny_patch16_224"
+
 MODEL_ARGS = {
     "img_size": 8,
     "patch_size": 2,
@@ -40,6 +43,7 @@ MODEL_ARGS = {
     "mlp_ratio": 2.0,
     "weight_init": "moco",
 }
+
 LEAST_BASELINE = 90.0
 
 

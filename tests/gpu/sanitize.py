@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
 from toolkit import shared_library
 
-from lambda_kernels import _extension, ln_mlp, reference
-from lambda_kernels.ops import tracing, tuning
+from lambda_kernels import ln_mlp
+from lambda_kernels.ops.histogram import _extension
+from lambda_kernels.ops.ln_mlp import reference, tracing
+from lambda_kernels.ops.ln_mlp.fused import tuning
 
 DTYPE = torch.bfloat16
 LIBRARY = dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library")

@@ -15,10 +15,11 @@ from conftest import images, small_vit
 from mlp_cases import NAMES, TOLERANCES, errors, problem, relative_error
 
 from lambda_kernels import AttentionFreeBlock, convert_vit, ln_mlp
-from lambda_kernels.convert import describe_blocks
-from lambda_kernels.ops import dispatch, tracing, tuning
-from lambda_kernels.ops.kernels import configs
-from lambda_kernels.ops.tuning import Candidate
+from lambda_kernels.convert.conversion import describe_blocks
+from lambda_kernels.ops.ln_mlp import dispatch, tracing
+from lambda_kernels.ops.ln_mlp.fused import tuning
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs
+from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

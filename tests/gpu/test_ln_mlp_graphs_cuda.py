@@ -11,8 +11,9 @@ import torch
 from conftest import images, small_vit
 from mlp_cases import NAMES, in_float64, problem, relative_error
 
-from lambda_kernels import convert_vit, ln_mlp, reference
-from lambda_kernels.ops import tracing, tuning
+from lambda_kernels import convert_vit, ln_mlp
+from lambda_kernels.ops.ln_mlp import reference, tracing
+from lambda_kernels.ops.ln_mlp.fused import tuning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
 
-from lambda_kernels import ln_mlp, reference
-from lambda_kernels.ops import tracing, tuning
+from lambda_kernels import ln_mlp
+from lambda_kernels.ops.ln_mlp import reference, tracing
+from lambda_kernels.ops.ln_mlp.fused import tuning
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import small_vit
 
-from lambda_vit import plan_training, planning
+from lambda_vit import plan_training
+from lambda_vit.training.plan import planning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

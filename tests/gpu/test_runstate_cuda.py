@@ -6,8 +6,8 @@ import pytest
 import torch
 from runstate_support import assert_same, sample
 
-from lambda_vit.training.checkpoint_file import prepare
-from lambda_vit.training.runstate import Checkpoints
+from lambda_vit.training.storage.checkpoint_file import prepare
+from lambda_vit.training.storage.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from training_support import Notes, largest_difference, plain, recipe, same_weights, tiny_vit, train_set, trainer
 
-from lambda_vit.data import make_loader
-from lambda_vit.training.engine import MOST_SKIPPED
-from lambda_vit.training.stream import LoaderStream
+from lambda_vit.data.loader import make_loader
+from lambda_vit.training.images.stream import LoaderStream
+from lambda_vit.training.loop.trainer import MOST_SKIPPED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -9,16 +9,20 @@ from types import ModuleType
 
 import torch
 
-from .errors import ExtensionUnavailableError
+from ...errors import ExtensionUnavailableError
 
 REMEDY = (
     "Build it with `pip install --no-build-isolation --no-deps -e .` from a checkout, or reinstall the package, on a "
     "machine with a C++ compiler; `-v` shows what is built and why"
 )
 
+
 _lock = threading.Lock()
+
 _loaded: ModuleType | None = None
+
 _failure: Exception | None = None
+
 _cpu_capability = "unknown"
 
 
@@ -81,7 +85,7 @@ def why_unavailable() -> str | None:
         return None
     if _failure is None:
         return None
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[2]
     if isinstance(_failure, ModuleNotFoundError) and not list(folder.glob("_C.*")):
         return f"the extension is not built: there is no _C library in {folder}"
     reason = " ".join(str(_failure).split())

@@ -14,20 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
-from .. import reference as twin
-from ..errors import BackendUnavailableError
-from .checks import FLOATING, check_choice, check_same_device, check_tensor
-from .grids import (
-    MAX_BINS,
-    CodeGrid,
-    Grid,
-    bfloat16_codes,
-    dyadic_grid,
-    regrid,
-    regrid_codes,
-    uniform_grid,
-)
+from ...errors import BackendUnavailableError
+from ..checks import FLOATING, check_choice, check_same_device, check_tensor
+from . import _extension
+from . import reference as twin
+from .grids import MAX_BINS, CodeGrid, Grid, bfloat16_codes, dyadic_grid, regrid, regrid_codes, uniform_grid
 from .moments import Moments
 
 __all__ = [
@@ -51,7 +42,9 @@ __all__ = [
     "uniform_grid",
 ]
 
+
 BACKENDS = ("auto", "extension", "torch")
+
 PER = twin.PER
 
 

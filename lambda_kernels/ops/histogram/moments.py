@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import reference as twin
+from . import reference as twin
 
 
 @dataclass(frozen=True)

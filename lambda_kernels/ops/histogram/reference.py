@@ -6,29 +6,34 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Which values share a row of a histogram's results; the operator's `per` is an index into this.
 PER = ("channel", "layer", "sample")
+
 _CHANNEL, _LAYER, _SAMPLE = range(3)
+
 
 # Counters for what no bin holds: underflow, overflow, NaN, +Inf, −Inf.
 _OUTSIDE = 5
+
 # Columns of moments: number, mean, M2, the low parts of these two, minimum and maximum.
 MOMENTS = 7
+
 # Elements of a histogram's input that are turned into float64 at a time: bounds the memory to some megabytes.
 _CHUNK_ELEMENTS = 1 << 18
 
+
 # The bfloat16 codes: magnitudes in [2^-24, 2^16), and the bits of the first of them.
 CODES_PER_SIGN = 40 * 128
+
 FIRST_CODE = (127 - 24) * 128
 
 
 def histogram(
     x: Sequence[Tensor], grid: Tensor | None, bins: int, per: int, statistics: bool, only: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Histograms and moments, by the bin rule of `lambda_kernels.ops.histogram` in the same float64 operations.
+    """Histograms and moments, by the bin rule of `lambda_kernels.ops.histogram.function` in the same float64 operations.
 
     Args:
         x: Tensors [outer, rows, columns] of one floating-point dtype and device, any strides.
@@ -179,49 +184,3 @@ def _added(high: Tensor, low: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
     rest = rest.masked_fill(~total.isfinite(), 0.0)
     high = total + rest
     return high, rest.sub_((high - total).nan_to_num_(0.0))
-
-
-def ln_mlp(
-    x: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    eps: float,
-    residual_scale: float = 1.0,
-    layer_scale: Tensor | None = None,
-    branch_scale: Tensor | None = None,
-    approximate: str = "none",
-) -> Tensor:
-    """`s·x + k·ls·(GELU(LN(s·x) @ w1.T + b1) @ w2.T + b2)`; arguments as for `lambda_kernels.ln_mlp`.
-
-    The same calls in the same order as timm's `Block`, so that it rounds as timm does.
-    """
-    y = scaled(x, residual_scale)
-    pre = F.linear(normalized(y, ln_weight, ln_bias, eps), w1, b1)
-    return after_gelu(y, F.gelu(pre, approximate=approximate), w2, b2, layer_scale, branch_scale)
-
-
-def scaled(x: Tensor, by: float) -> Tensor:
-    """x times a number; x itself where that is 1."""
-    return x if by == 1.0 else by * x
-
-
-def normalized(y: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float) -> Tensor:
-    """LN(y) for y = s·x."""
-    return F.layer_norm(y, (y.shape[-1],), ln_weight, ln_bias, eps)
-
-
-def after_gelu(
-    y: Tensor, act: Tensor, w2: Tensor, b2: Tensor | None, layer_scale: Tensor | None, branch_scale: Tensor | None
-) -> Tensor:
-    """The output for y = s·x, and for what GELU gave, [..., H]."""
-    branch = F.linear(act, w2, b2)
-    if layer_scale is not None:
-        branch = branch * layer_scale
-    if branch_scale is not None:
-        branch = branch * branch_scale.to(branch.dtype).unsqueeze(-1)
-    return y + branch

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import BackendUnavailableError
+from ...errors import BackendUnavailableError
+from ..checks import autocast_enabled, check_choice
 from . import onednn
-from .checks import autocast_enabled, check_choice
 
 BACKENDS = ("auto", "triton", "onednn", "torch")
+
 
 # Operators for which this version ships a Triton kernel.
 TRITON_OPERATORS = frozenset({"ln_mlp"})
 
+
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 # Compute capability from which the kernels' products run on bfloat16 tensor cores.
 _OLDEST_CAPABILITY = (8, 0)

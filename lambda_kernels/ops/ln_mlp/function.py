@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import checks, dispatch, onednn, operators, recomputed
+from .. import checks
+from . import arguments, dispatch, onednn, reference
+from . import recompute as recomputed
 
 # At this width and below, products are cheaper than the memory traffic of saved activations.
 RECOMPUTE_ALL_BELOW = 256
 
+
 APPROXIMATIONS = ("auto", "none", "tanh")
+
 RECOMPUTE = ("auto", "none", "act", "all")
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -119,7 +123,7 @@ def ln_mlp(
     if branch_scale is not None:
         branch_scale = branch_scale.expand(x.shape[:-1]).reshape(-1).to(torch.float32).contiguous()
     tensors = (tokens, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
-    save = resolve_recompute(recompute, channels) if saving else operators.SAVE_NOTHING
+    save = resolve_recompute(recompute, channels) if saving else arguments.SAVE_NOTHING
     out, *_ = torch.ops.lambda_kernels.ln_mlp(*tensors, branch_scale, float(eps), float(residual_scale), form, save)
     return out.reshape(x.shape)
 

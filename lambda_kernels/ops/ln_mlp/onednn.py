@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import reference
-from . import tracing
+from . import reference, tracing
 
 _SCHEMAS = {
     "_linear_pointwise": ("default", ["X", "W", "B", "attr", "scalars", "algorithm"]),

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import reference
-from . import checks, dispatch
+from .. import checks
+from . import dispatch, reference
 
 # Rows at a time. A CPU is as fast with rows whose hidden values its caches hold; a GPU wants enough of them to fill it.
 ROWS = {"cpu": 1024}
+
 ROWS_ELSEWHERE = 16384
 
 

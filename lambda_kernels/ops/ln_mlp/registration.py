@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# `save` where no gradient will be asked for; its other values are those of `recompute`.
-SAVE_NOTHING = "nothing"
+from .arguments import SAVE_NOTHING
 
 # A fragment, since the compiled extension registers operators under the same name.
 _library = torch.library.Library("lambda_kernels", "FRAGMENT")
+
 
 _PARAMETERS = (
     "Tensor? ln_weight, Tensor? ln_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? layer_scale, "
     "Tensor? branch_scale, float eps, float residual_scale, str approximate"
 )
 
+
 # `save` says what the backward gets: nothing, or by `recompute` "all" (row statistics), "act" (and p, what GELU is applied
 # to), "none" (and GELU(p)). What is not saved comes back empty.
 _library.define(
     f"ln_mlp(Tensor x, {_PARAMETERS}, str save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre, Tensor act)"
 )
+
 # Gradients of x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, empty where `needs` says so.
 _library.define(
     f"ln_mlp_backward(Tensor grad, Tensor x, {_PARAMETERS}, Tensor mean, Tensor rstd, Tensor? pre, Tensor? act, "
@@ -38,11 +40,12 @@ _library.define(
 def _forward(
     x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale, eps, residual_scale, approximate, save
 ) -> tuple[Tensor, ...]:
-    from . import fused
+    from . import arguments
+    from .fused import stages
 
-    parameters = fused.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
-    options = fused.Options(eps, residual_scale, approximate)
-    out, saved = fused.forward(x, parameters, options, save)
+    parameters = arguments.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
+    options = arguments.Options(eps, residual_scale, approximate)
+    out, saved = stages.forward(x, parameters, options, save)
     return out, *(x.new_empty(0) if saved[k] is None else saved[k] for k in ("mean", "rstd", "pre", "act"))
 
 
@@ -66,15 +69,16 @@ def _backward(
     act,
     needs,
 ) -> tuple[Tensor, ...]:
-    from . import fused
+    from . import arguments
+    from .fused import stages
 
-    gradients = fused.backward(
+    gradients = stages.backward(
         grad.contiguous(),
         x,
-        fused.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale),
-        fused.Options(eps, residual_scale, approximate),
-        fused.Saved(mean, rstd, pre, act),
-        fused.Needs(*needs),
+        arguments.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale),
+        arguments.Options(eps, residual_scale, approximate),
+        arguments.Saved(mean, rstd, pre, act),
+        arguments.Needs(*needs),
     )
     return tuple(grad.new_empty(0) if g is None else g for g in gradients)
 
@@ -167,6 +171,7 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd("lambda_kernels::ln_mlp", _differentiate, setup_context=_setup_context, lib=_library)
+
 torch.library.register_autograd("lambda_kernels::ln_mlp_backward", _no_second_derivative, lib=_library)
 
 

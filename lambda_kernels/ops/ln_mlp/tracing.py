@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 _lists: list[list[str]] = []
+
 _paused = 0
 
 

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .command_options import (
+from .app import app, make_console
+from .models import check_made_for, chosen_layers
+from .options import (
     BatchSize,
     Data,
     Device,
+    Estimators,
     Model,
     Pretrained,
     Remove,
@@ -19,10 +22,6 @@ from .command_options import (
     SkipBad,
     Weights,
     Workers,
-    app,
-    check_made_for,
-    chosen_layers,
-    make_console,
     open_data,
     report_bad,
 )
@@ -30,7 +29,7 @@ from .command_options import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from .selection import Selection
+    from ..selection.result import Selection
 
 
 @app.command()
@@ -57,11 +56,13 @@ def frequency(
     """Print the amplitude of features by frequency, block by block, before and after attention is removed."""
     from lambda_kernels.files import write_json
 
-    from . import environment, frequency_figures, progress
-    from .frequency import compare_frequencies, feature_frequencies
-    from .frequency_table import frequency_notes, frequency_table, subject
-    from .loading import open_model
-    from .plot_files import check_outputs
+    from ..measure.frequency import compare_frequencies, feature_frequencies
+    from ..report.figures import frequency as frequency_figures
+    from ..report.records.readings import subject
+    from ..report.tables import frequency_notes, frequency_table
+    from ..runtime import environment, progress
+    from .models import open_model
+    from .options import check_outputs
 
     chosen = _chosen(selection, remove, compare)
     check_outputs(out, plot)
@@ -112,9 +113,9 @@ def _chosen(selection: Path | None, remove: str, compare: Path | None) -> Select
 def _other(
     network: nn.Module, chosen: Selection | tuple[int, ...] | None, compare: Path | None, device: str
 ) -> nn.Module | None:
-    from .loading import open_model
-    from .paths import skip_attention
-    from .validation import check_preparation
+    from ..measure.comparison import check_preparation
+    from ..models.views import skip_attention
+    from .models import open_model
 
     if chosen is not None:
         return skip_attention(network, chosen)
@@ -123,3 +124,49 @@ def _other(
     other = open_model(str(compare), device=device, option="--compare")
     check_preparation({"--model": network, "--compare": other}, "Measure each alone")
     return other
+
+
+@app.command()
+def profile(
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "train",
+    samples: Samples = 256,
+    estimator: Annotated[Estimators, typer.Option(help="Of the entropy.")] = Estimators.both,
+    bins: Annotated[int, typer.Option(min=2, max=65536, help="Of the histogram of a channel.")] = 256,
+    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,  # noqa: UP045
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    skip_bad: SkipBad = 0,
+    device: Device = "auto",
+) -> None:
+    """Print the entropy of every attention and MLP output, block by block."""
+    from lambda_kernels.files import write_json
+
+    from ..measure.layer_profile import profile_layers
+    from ..report.figures import layers as profile_figures
+    from ..report.tables import profile_notes, profile_table
+    from ..runtime import progress
+    from .models import open_model
+    from .options import check_outputs
+
+    check_outputs(out, plot)
+    with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        loader = open_data(network, data, split, samples, batch_size, workers, skip_bad)
+        record = {"model": model, **profile_layers(network, loader, estimator=estimator.value, bins=bins).to_dict()}
+    console = make_console()
+    console.print(f"{model}: mean entropy per channel, bits ({record['samples']} images)", soft_wrap=True)
+    console.print(profile_table(record))
+    for line in profile_notes(record):
+        console.print(line, soft_wrap=True)
+    report_bad(console, loader)
+    if out is not None:
+        write_json(out, record)
+    if plot is not None:
+        profile_figures.save_plot(plot, record)
+    for written in filter(None, (out, plot)):
+        console.print(f"Written: {written}", soft_wrap=True)

@@ -7,7 +7,24 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .command_options import app, make_console, parse_indices, print_next
+from .app import app, make_console, print_next
+from .models import check_made_for, chosen_layers, weights_options
+from .options import (
+    BatchSize,
+    ClassMap,
+    Data,
+    Device,
+    Model,
+    Pretrained,
+    Remove,
+    SelectionFile,
+    SkipBad,
+    Weights,
+    Workers,
+    open_data,
+    parse_indices,
+    report_bad,
+)
 
 
 @app.command("import-ref")
@@ -24,10 +41,10 @@ def import_ref(
 ) -> None:
     """Turn a released checkpoint of the paper into a folder that the other commands read. Runs no code out of the file."""
     from lambda_kernels import save_pretrained
+    from lambda_kernels.checkpoints.published import RESIDUAL_SCALE, load_released
     from lambda_kernels.files import check_writable
-    from lambda_kernels.published import RESIDUAL_SCALE, load_released
 
-    from . import progress
+    from ..runtime import progress
 
     indices = parse_indices(remove, "--remove") if remove else None
     check_writable(out / "config.json")
@@ -60,3 +77,119 @@ def _lines(found: Any, scale: float) -> list[str]:
             f"Published top-1 on ImageNet-1k: {old:.2f} % (torch 1.7.1), {new:.2f} % (torch 1.12.1); not measured here"
         )
     return lines
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for config.json and model.safetensors.", show_default=False)],
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    selection: SelectionFile = None,
+    remove: Remove = "",
+    residual_scale: Annotated[
+        float, typer.Option(help="1: attention skipped. 2: it was diluted while training.")
+    ] = 1.0,
+    tome_r: Annotated[str, typer.Option(help="Tokens to merge per block with attention: 8, or one each: 8,6,4.")] = "",
+    tome_start: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="The first of the blocks with attention to merge tokens, from 0.", show_default="1"),
+    ] = None,
+) -> None:
+    """Delete attention layers, or merge tokens, and save the smaller model."""
+    from lambda_kernels import convert_vit, save_pretrained
+    from lambda_kernels.files import check_writable
+
+    from ..measure.comparison import kernel_paths, merging_lines
+    from ..runtime import progress
+    from .models import open_model
+
+    merged = parse_indices(tome_r, "--tome-r") or None
+    chosen = chosen_layers(selection, remove) if selection or remove or merged is None else ()
+    check_writable(out / "config.json")
+    with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
+    if selection is not None and not isinstance(chosen, tuple):
+        check_made_for(chosen, selection, network, model)
+    before = sum(p.numel() for p in network.parameters())
+    merging: dict[str, Any] = {"tome_r": merged[0] if merged and len(merged) == 1 else merged, "tome_start": tome_start}
+    network = convert_vit(network, chosen, residual_scale=residual_scale, inplace=True, **merging)
+    after = sum(p.numel() for p in network.parameters())
+    save_pretrained(network, out, selection=chosen if selection is not None else None)
+    console = make_console()
+    removed = ", ".join(map(str, network.lambda_kernels_info.removed))
+    console.print(
+        f"Removed the attention of {f'blocks {removed}' if removed else 'no block'}: {before:,} → {after:,} parameters "
+        f"(−{100 * (1 - after / before):.1f} %). Written: {out}/",
+        soft_wrap=True,
+    )
+    for line in merging_lines(kernel_paths(network)):
+        console.print(line, soft_wrap=True)
+    following = ["validate", "--model", out, "--reference", model]
+    print_next(console, *following, *weights_options("--reference-", weights, pretrained), "--data", "path/to/images")
+
+
+@app.command()
+def validate(
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    reference: Annotated[Optional[str], typer.Option(help="The original, to compare with.", show_default=False)] = None,  # noqa: UP045
+    reference_weights: Weights = None,
+    reference_pretrained: Annotated[bool, typer.Option("--reference-pretrained", help="As --pretrained.")] = False,
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    class_map: ClassMap = None,
+    samples: Annotated[Optional[int], typer.Option(min=1, help="Fewer images than all.", show_default=False)] = None,  # noqa: UP045
+    crop_pct: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Share of an image's shorter side, for both models in place of their own.", show_default=False
+        ),
+    ] = None,
+    latency: Annotated[bool, typer.Option(help="Take times at batch 1 and --batch-size.")] = True,
+    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    skip_bad: SkipBad = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure accuracy, agreement with the original, size, FLOPs, memory and latency."""
+    from lambda_kernels.files import write_json
+
+    from ..measure.comparison import check_classifier, check_crop, compare, path_lines, set_crop
+    from ..report.page import console_summary
+    from ..runtime import progress
+    from .models import open_model
+    from .options import check_outputs
+
+    check_outputs(out)
+    check_crop(crop_pct)
+    labels = {"reference": reference, "model": model}
+    models = {}
+    with progress.shown():
+        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        if reference is not None:
+            models["reference"] = open_model(
+                reference,
+                weights=reference_weights,
+                pretrained=reference_pretrained,
+                device=device,
+                option="--reference",
+            )
+        models["model"] = network
+        check_classifier(models)
+        if crop_pct is not None:
+            set_crop(models.values(), crop_pct)
+        loader = open_data(
+            network, data, split, samples, batch_size, workers, skip_bad, labelled=True, class_map=class_map
+        )
+        record = compare(models, labels, loader, (1, batch_size) if latency else (), cost_batch=batch_size)
+    console = make_console()
+    console.print(console_summary(record))
+    for line in path_lines(record["kernel_paths"]):
+        console.print(line, soft_wrap=True)
+    report_bad(console, loader)
+    if out is not None:
+        write_json(out, record)
+        console.print(f"Written: {out}")

@@ -9,21 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .command_options import (
-    Device,
-    FailureError,
-    Model,
-    Pretrained,
-    Weights,
-    app,
-    make_console,
-    read_class_map,
-)
+from .app import FailureError, app, make_console
+from .options import Device, Model, Pretrained, Weights, read_class_map
 
 if TYPE_CHECKING:
-    from .evaluate import Latency
-    from .export import Exported
-    from .export_trace import Traced
+    from ..export.tracing import Traced
+    from ..export.write import Exported
+    from ..measure.latency import Latency
 
 
 class Dtype(str, enum.Enum):
@@ -76,12 +68,12 @@ def export(
     """Write a model as ONNX, as a program of torch.export or compiled, and check that the file computes the same."""
     from lambda_kernels.files import write_json
 
-    from . import environment, progress
-    from .export import WRITERS, check_opset, check_target, require_compiler, require_packages
-    from .export_check import ExportMismatchError, measure_latency
-    from .export_trace import trace_model
-    from .loading import open_model
-    from .plot_files import check_outputs
+    from ..export.check import ExportMismatchError
+    from ..export.tracing import trace_model
+    from ..export.write import WRITERS, check_opset, check_target, measure_latency, require_compiler, require_packages
+    from ..runtime import environment, progress
+    from .models import open_model
+    from .options import check_outputs
 
     given = {"onnx": onnx, "torch-export": torch_export, "aoti": aoti}
     targets = {form: path for form, path in given.items() if path is not None}
@@ -156,7 +148,7 @@ def _check_targets(targets: dict[str, Path], overwrite: bool, check: Callable[[P
 
 def describe(file: Exported) -> list[str]:
     """What was written, and how far it is from the model."""
-    from .units import size, small
+    from ..runtime.formatting import size, small
 
     form = {"onnx": f"ONNX, opset {file.opset}", "torch-export": "torch.export", "aoti": "AOTInductor"}[file.form]
     beside = "" if file.data is None else f" with its weights in {file.data.name}"
@@ -170,7 +162,7 @@ def describe(file: Exported) -> list[str]:
 
 def describe_times(times: dict[str, dict[int, Latency]], versions: dict[str, str]) -> list[str]:
     """Ratios to the model in PyTorch, as medians of calls that took turns."""
-    from .units import milliseconds, three
+    from ..runtime.formatting import milliseconds, three
 
     lines = []
     for name in [name for name in times if name != "eager"]:
@@ -202,7 +194,7 @@ def record(
     model: str, traced: Traced, files: dict[str, Exported], times: dict[str, dict[int, Latency]]
 ) -> dict[str, Any]:
     """All of it, in plain JSON types."""
-    from . import environment
+    from ..runtime import environment
 
     return {
         "model": model,

@@ -5,16 +5,24 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.checkpoint import CONFIG, PREFIX, from_pretrained
-from lambda_kernels.families import inspect_model
-from lambda_kernels.weights import blocks_with_attention, load_state_dict, read_weights
+from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.checkpoints.folder import CONFIG, PREFIX
+from lambda_kernels.checkpoints.pretrained import from_pretrained
+from lambda_kernels.checkpoints.weights import blocks_with_attention, load_state_dict, read_weights
 
-from .progress import task
+from ..models.properties import same_model
+from ..runtime.progress import task
+from .options import parse_indices
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..selection.result import Selection
 
 
 def open_model(
@@ -128,3 +136,48 @@ def check_device(device: str) -> torch.device:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(f"--device {device} cannot be used here ({error}). There is: {', '.join(there)}") from error
     return torch.device(device)
+
+
+def weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:
+    if weights is not None:
+        return [f"{prefix}weights", weights]
+    return [f"{prefix}pretrained"] if pretrained else []
+
+
+def chosen_layers(selection: Path | None, remove: str) -> Selection | tuple[int, ...]:
+    """The layers that --selection FILE or --remove INDICES names: a `Selection`, or indices that nobody checked yet.
+
+    Raises:
+        ValueError: Neither or both were given, the file is no selection, or the indices are no numbers.
+    """
+    from ..selection.result import Selection
+
+    if (selection is None) == (not remove):
+        raise ValueError("pass either --selection FILE or --remove 1,5,4,11")
+    if selection is None:
+        return parse_indices(remove, "--remove")
+    return Selection.from_json(selection / "selection.json" if selection.is_dir() else selection)
+
+
+def check_made_for(chosen: Selection, path: Path, network: nn.Module, model: str) -> None:
+    """Refuse a selection that was made for another model.
+
+    Args:
+        chosen: What `path` holds.
+        path: For messages.
+        network: The model it is meant for now.
+        model: What --model said.
+
+    Raises:
+        ValueError: Another number of blocks, another architecture or other weights.
+    """
+    from lambda_kernels.blocks.anatomy import inspect_model
+
+    from ..models.properties import model_name
+
+    depth = inspect_model(network).depth
+    if chosen.depth not in (None, depth):
+        raise ValueError(f"{path} was made for a model of {chosen.depth} blocks, {model} has {depth}")
+    name = model_name(network)
+    if chosen.model is not None and not same_model(chosen.model, name):
+        raise ValueError(f"{path} was made for {chosen.model}, not for {name}; select on this model")

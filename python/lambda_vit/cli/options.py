@@ -5,73 +5,56 @@ from __future__ import annotations
 import enum
 import json
 import re
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from typer.core import TyperGroup
+
+from lambda_kernels.files import check_writable
+
+from ..report.figures.files import PLOT_SUFFIXES, plot_format
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from .data import ImageLoader
-    from .selection import Selection
+    from ..data.loader import ImageLoader
 
-ORDER = (
-    "demo",
-    "profile",
-    "frequency",
-    "select",
-    "plan",
-    "finetune",
-    "report",
-    "convert",
-    "validate",
-    "export",
-    "import-ref",
-    "doctor",
-)
-
-
-class _InOrder(TyperGroup):
-    """Lists commands in the order of work, whichever module was imported first."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-
-
-app = typer.Typer(
-    cls=_InOrder,
-    help="Find the attention layers a vision transformer does not need, fade them out, delete them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 # typer evaluates annotations, so that Optional stays until Python 3.10 is gone (PEP 604 unions work only from its 0.12).
 Model = Annotated[str, typer.Option(help="timm's name of the model, or a folder saved by convert.", show_default=False)]
+
 Weights = Annotated[Optional[Path], typer.Option(help="State dict, .safetensors or .pth.", show_default=False)]  # noqa: UP045
+
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights from the hub.")]
+
 # The layers to remove, one way or the other; `chosen_layers` reads them.
 SelectionFile = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="What select wrote, or the folder that holds it as selection.json.", show_default=False),
 ]
+
 Remove = Annotated[str, typer.Option(help="Block indices instead: 1,5,4,11.", show_default=False)]
+
 Data = Annotated[Path, typer.Option(help="Folder or zip with train/<class>/* and val/<class>/*.", show_default=False)]
+
 Samples = Annotated[int, typer.Option(min=1, help="Images to measure on, spread evenly over the classes.")]
+
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward.")]
+
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+
 ClassMap = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
         help="JSON: class folder → output of the model, where neither names nor number tell.", show_default=False
     ),
 ]
+
 SkipBad = Annotated[int, typer.Option(min=0, help="Leave out up to this many unreadable images.")]
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+
 Out = Annotated[Path, typer.Option(help="Where to write.", show_default=False)]
 
 
@@ -129,13 +112,6 @@ class Score(str, enum.Enum):
     pre_logits = "pre_logits"
 
 
-def make_console() -> Console:
-    from rich.console import Console
-
-    # Paths and model names are printed as they are: brackets in them are no markup.
-    return Console(highlight=False, markup=False)
-
-
 def open_data(
     model: nn.Module,
     data: Path,
@@ -150,7 +126,9 @@ def open_data(
     shard: tuple[int, int] = (0, 1),
 ) -> ImageLoader:
     """A loader; unless it is `labelled`, class folders only spread the samples and need not be the model's classes."""
-    from .data import make_loader, open_images, subset, transforms_for
+    from ..data.images import open_images
+    from ..data.loader import make_loader, subset
+    from ..data.transforms import transforms_for
 
     classes = model.num_classes or None if labelled else None
     mapping = None if class_map is None else read_class_map(class_map)
@@ -173,20 +151,6 @@ def read_class_map(path: Path) -> dict[str, int]:
 def report_bad(console: Console, loader: ImageLoader) -> None:
     for path in loader.bad:
         console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
-
-
-def weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:
-    if weights is not None:
-        return [f"{prefix}weights", weights]
-    return [f"{prefix}pretrained"] if pretrained else []
-
-
-def print_next(console: Console, *arguments: object) -> None:
-    console.print(f"Next: lambda-vit {shlex.join(map(str, arguments))}", soft_wrap=True)
-
-
-class FailureError(RuntimeError):
-    """The command did its work, and the outcome is a failure."""
 
 
 def parse_indices(text: str, option: str) -> tuple[int, ...]:
@@ -215,46 +179,18 @@ def parse_bytes(text: str, option: str) -> int | None:
     return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
-def chosen_layers(selection: Path | None, remove: str) -> Selection | tuple[int, ...]:
-    """The layers that --selection FILE or --remove INDICES names: a `Selection`, or indices that nobody checked yet.
+def check_outputs(out: Path | None, plot: Path | None = None) -> None:
+    """Raise before the work whose results could not be written: a record to `out`, a figure to `plot`.
 
     Raises:
-        ValueError: Neither or both were given, the file is no selection, or the indices are no numbers.
+        ValueError: A suffix does not fit, or a path is a folder.
+        OSError: A place cannot be written to.
     """
-    from .selection import Selection
-
-    if (selection is None) == (not remove):
-        raise ValueError("pass either --selection FILE or --remove 1,5,4,11")
-    if selection is None:
-        return parse_indices(remove, "--remove")
-    return Selection.from_json(selection / "selection.json" if selection.is_dir() else selection)
-
-
-def check_made_for(chosen: Selection, path: Path, network: nn.Module, model: str) -> None:
-    """Refuse a selection that was made for another model.
-
-    Args:
-        chosen: What `path` holds.
-        path: For messages.
-        network: The model it is meant for now.
-        model: What --model said.
-
-    Raises:
-        ValueError: Another number of blocks, another architecture or other weights.
-    """
-    from lambda_kernels.families import inspect_model
-
-    from .selection import model_name
-
-    depth = inspect_model(network).depth
-    if chosen.depth not in (None, depth):
-        raise ValueError(f"{path} was made for a model of {chosen.depth} blocks, {model} has {depth}")
-    name = model_name(network)
-    if chosen.model is not None and not same_model(chosen.model, name):
-        raise ValueError(f"{path} was made for {chosen.model}, not for {name}; select on this model")
-
-
-def same_model(one: str, other: str | None) -> bool:
-    """Whether two names mean one architecture and, where both say which, the same weights."""
-    first, second = one.partition("."), (other or "").partition(".")
-    return first[0] == second[0] and (first[2] == second[2] or not (first[2] and second[2]))
+    if plot is not None:
+        plot_format(plot)
+    if out is not None and out.suffix.lower() in PLOT_SUFFIXES:
+        raise ValueError(f"--out writes JSON; got {str(out)!r}. A figure is drawn with --plot")
+    for path in filter(None, (out, plot)):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file in it")
+        check_writable(path)

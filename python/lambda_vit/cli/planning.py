@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .command_options import (
-    Device,
-    Model,
-    Pretrained,
-    Recompute,
-    Remove,
-    SelectionFile,
-    SkipBad,
-    Weights,
-    Workers,
-    app,
-    check_made_for,
-    chosen_layers,
-    make_console,
-    print_next,
-    report_bad,
-    weights_options,
-)
+from ..report.tables import plan_notes, plan_table
+from .app import app, make_console, print_next
+from .models import check_made_for, chosen_layers, weights_options
+from .options import Device, Model, Pretrained, Recompute, Remove, SelectionFile, SkipBad, Weights, Workers, report_bad
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
-    from .data import ImageLoader
-    from .planning import NetworkPlan, Plan
+    from ..data.loader import ImageLoader
+
 
 Epochs = Annotated[Optional[int], typer.Option(min=1, help="In all.", show_default="400")]  # noqa: UP045
 
@@ -78,10 +62,10 @@ def plan(
     """Dry run: what removing attention layers saves, and the memory and hours that the training for it takes."""
     from lambda_kernels.files import write_json
 
-    from . import environment, progress
-    from .loading import check_device, open_model
-    from .planning import plan_training, split_epochs
-    from .plot_files import check_outputs
+    from ..runtime import environment, progress
+    from ..training.plan.planning import plan_training, split_epochs
+    from .models import check_device, open_model
+    from .options import check_outputs
 
     chosen = chosen_layers(selection, remove)
     if (data is None) == (images is None):
@@ -130,130 +114,11 @@ def plan(
 def _training_loader(
     network: nn.Module, data: Path, batch_size: int, workers: int, skip_bad: int, device: str
 ) -> ImageLoader:
-    from .data import make_loader, open_images, transforms_for
+    from ..data.images import open_images
+    from ..data.loader import make_loader
+    from ..data.transforms import transforms_for
 
     dataset = open_images(data, "train", transform=transforms_for(network, training=True))
     return make_loader(
         dataset, batch_size, workers=workers, shuffle=True, skip_bad=skip_bad, pin_memory=device == "cuda"
     )
-
-
-def plan_table(result: Plan) -> Table:
-    """The three networks side by side, and the change from the full one to the final one."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from .units import NONE, change_of
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for title in ("full", "diluting", "without", "change"):
-        table.add_column(title, justify="right", no_wrap=True)
-    networks = [result.networks[name] for name in ("full", "diluting", "final")]
-    for name, value, show in _rows(result):
-        values = [value(network) for network in networks]
-        if not any(values):
-            continue
-        change = change_of(values[0], values[2]) if None not in values else NONE
-        cells = [NONE if v is None else show(v) for v in values]
-        # Text, not str: rich would take brackets for markup.
-        table.add_row(*map(Text, (name, *cells, change)))
-    return table
-
-
-def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | None], Callable[[float], str]]]:
-    from .units import count, milliseconds, size, three
-
-    batch = result.batch_size
-    yield "parameters", lambda n: n.parameters, count
-    yield "FLOPs of a forward, per image", lambda n: n.flops, count
-    yield "weights", lambda n: n.weight_bytes, size
-    yield "gradients", lambda n: n.gradient_bytes, size
-    yield "AdamW's state", lambda n: n.optimizer_bytes, size
-    yield "saved for backward, per image", lambda n: n.saved_bytes_per_image, size
-    yield "saved for backward, fixed", lambda n: n.saved_bytes_fixed, size
-    yield f"memory of a step, batch {batch}", lambda n: n.step_bytes, size
-    yield "  measured peak", lambda n: n.peak_bytes, size
-    yield f"time of a step, batch {batch}", lambda n: n.step.median_ms if n.step else None, milliseconds
-    yield "  images per second", lambda n: 1000 * batch / n.step.median_ms if n.step else None, three
-
-
-def _recomputing(result: Plan) -> list[str]:
-    """What the networks compute again in the backward, where one does."""
-    parts = []
-    for name, title in (("full", "full"), ("diluting", "diluting"), ("final", "without")):
-        levels = [level for level in result.networks[name].recomputed if level != "none"]
-        for level in dict.fromkeys(levels):
-            parts.append(f"{title}: {level!r} in {levels.count(level)} of {result.depth} blocks")
-    if not parts:
-        return []
-    return [
-        f"- Computed again in the backward instead of saved, of MLP halves alone: {'; '.join(parts)}. The time of a step holds "
-        "it; what one block needs for it at a time is scratch memory."
-    ]
-
-
-def plan_notes(result: Plan) -> list[str]:
-    """Hours of each phase, what limits them, and what the numbers rest on."""
-    from .planning import COUNTED_AT
-    from .units import hours, milliseconds, size, three
-
-    lines = []
-    names = {"dilution": ("Dilution", "diluting"), "recovery": ("Without attention", "final")}
-    for phase, times in result.phases.items():
-        title, network = names[phase]
-        step = result.networks[network].step
-        lines.append(
-            f"{title}: {hours(times.hours)} for {times.epochs} epochs of {times.steps // times.epochs:,} steps, "
-            f"{milliseconds(step.median_ms)} each (quartiles of {step.rounds} steps {three(step.low_ms)}–"
-            f"{three(step.high_ms)} ms: {hours(times.low_hours)} to {hours(times.high_hours)})"
-        )
-    phases = result.phases.values()
-    lines.append(
-        f"In all: {hours(sum(p.hours for p in phases))} of training steps on {result.devices} × {result.device}"
-    )
-    if result.loading is not None:
-        speed = result.loading.images_per_second
-        how = (
-            f"with --workers {result.loading.workers}"
-            if result.loading.workers
-            else "without workers, so that training waits for it"
-        )
-        lines.append(
-            f"Loading: {speed:,.0f} images per second ({how}; {result.loading.images:,} timed). The slower one is "
-            f"{result.limited_by}; both together: {hours(sum(p.hours_with_loading for p in phases))}"
-        )
-    shape = "×".join(map(str, result.input_shape))
-    lines += [
-        "",
-        "What this rests on:",
-        f"- {result.images:,} images per epoch, {result.batch_size} per step and device; the last step of an epoch counts "
-        "in full.",
-        f"- Steps were timed here on random {result.dtype} images of {shape}: forward, loss, backward, clipping, AdamW.",
-        "- " + ("Loading was timed alone, with timm's random crops and flips." if result.loading else "Loading images is")
-        + ("" if result.loading else " left out; --data measures it.") + " Validation and checkpoints are left out.",
-        f"- Saved for backward: what autograd keeps of forwards of {COUNTED_AT[0]} and {COUNTED_AT[1]} images, each storage "
-        "once, weights left out.",
-        "- Memory of a step: weights, gradients, AdamW's two float32 per trainable parameter, and what is saved. Scratch "
-        "memory inside operators comes on top.",
-        *_recomputing(result),
-    ]  # fmt: skip
-    unsteady = max(n.step.high_ms / n.step.low_ms for n in result.networks.values() if n.step)
-    if unsteady > 1.5:
-        lines.append(
-            f"- The quartiles of the step times are a factor of {three(unsteady)} apart: something else was using this "
-            "machine. Repeat it while that is quiet."
-        )
-    if result.devices > 1:
-        lines.append(
-            f"- {result.devices} devices are taken to be exactly {result.devices} times as fast as one; nothing was "
-            "measured on more than one."
-        )
-    peak = result.networks["diluting"].peak_bytes
-    if peak is None:
-        lines.append("- The real peak is measured on CUDA only.")
-    elif peak > result.networks["diluting"].step_bytes:
-        over = peak - result.networks["diluting"].step_bytes
-        lines.append(f"- The measured peak is {size(over)} above the count: scratch memory of operators.")
-    return lines

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .command_options import (
+from .app import app, make_console
+from .models import weights_options
+from .options import (
     BatchSize,
     Cache,
     ClassMap,
@@ -25,21 +27,19 @@ from .command_options import (
     Strategy,
     Weights,
     Workers,
-    app,
-    make_console,
     open_data,
     parse_bytes,
     parse_indices,
-    weights_options,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from .data import ImageLoader
-    from .processes import Processes
-    from .selection import Selection
+    from ..data.loader import ImageLoader
+    from ..runtime.processes import Processes
+    from ..selection.result import Selection
+
 
 # Images whose layers' outputs are profiled: entropies per channel need no more, since every token counts.
 PROFILE_IMAGES = 128
@@ -111,10 +111,12 @@ def select(
     """
     from lambda_kernels.files import check_writable
 
-    from . import progress
-    from .loading import open_model
-    from .processes import ended_in_order, local_device, process_group
-    from .selection import Budget, SelectionWarning, check_search, run_selection
+    from ..runtime import progress
+    from ..runtime.processes import ended_in_order, local_device, process_group
+    from ..selection.budget import Budget
+    from ..selection.result import SelectionWarning
+    from ..selection.search import check_search, run_selection
+    from .models import open_model
 
     console = make_console()
     excluded, given = parse_indices(exclude, "--exclude"), parse_indices(layers, "--layers")
@@ -243,17 +245,19 @@ def _measure(
     bins: int,
 ) -> dict[str, Any]:
     """The trajectory and the layer profile of a record; the same in all processes."""
-    from .data import make_loader, subset
-    from .layer_profile import profile_layers
-    from .selection_record import caught, measure_trajectory
+    from ..data.loader import make_loader, subset
+    from ..measure.layer_profile import profile_layers
+    from ..report.records.recommendation import add_recommendation
+    from ..selection.trajectory import caught, measure_trajectory
 
     record: dict[str, Any] = {"trajectory": None, "profile": None, "notes": []}
     if trial is not None:
-        record["trajectory"] = measure_trajectory(
+        trajectory = measure_trajectory(
             network, trial["loader"], selection, split=trial["split"], held_out=trial["held_out"],
-            labelled=trial["labelled"], throughput_batch=throughput_batch, tolerance=tolerance, bins=bins,
+            labelled=trial["labelled"], throughput_batch=throughput_batch, bins=bins,
             processes=processes,
         )  # fmt: skip
+        record["trajectory"] = add_recommendation(trajectory, selection, tolerance)
     if profile:
         with processes.together("Profile"):
             if processes.leads:
@@ -266,7 +270,7 @@ def _measure(
 
 def _data_of(loader: ImageLoader, trial: dict[str, Any] | None) -> dict[str, Any]:
     """What all processes have to have opened alike: each sees its own disks."""
-    from .selection_progress import data_fingerprint
+    from ..data.fingerprints import data_fingerprint
 
     found = {f"picked on, {name}": value for name, value in data_fingerprint(loader).items()}
     if trial is not None:
@@ -335,9 +339,9 @@ def _report(
     notes: list[str],
     described: dict[str, Any],
 ) -> None:
-    from . import environment
-    from .report import console_summary, write_report
-    from .selection_record import selection_record
+    from ..report.page import console_summary, write_report
+    from ..report.records.selection import selection_record
+    from ..runtime import environment
 
     record = selection_record(
         network,

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .progress import track
+from ..runtime.progress import track
 
 VAL_NAMES = ("val", "validation", "valid", "test")
+
 SPLIT_NAMES = ("train", *VAL_NAMES)
 
 

@@ -5,28 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
-from .evaluate import Latency, compare_latency
-from .placement import eval_mode, one_device
+from ..models.properties import one_device
+from .tracing import Runner, _as_runner, run_eagerly
 
 if TYPE_CHECKING:
-    from .export import Exported
-    from .export_trace import Traced
+    from .tracing import Traced
+
 
 # Of the largest difference, relative to the largest output, or to 1 where that is smaller. float32: hundreds of sums in
 # another order leave some 1e-6. float16 and bfloat16: some units in the last place (2⁻¹¹, 2⁻⁸) after a dozen blocks.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+
 # One image, which tracing is most easily wrong about, and another number than it was traced with.
 BATCHES = (1, 3)
-
-Runner = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class ExportMismatchError(RuntimeError):
@@ -105,53 +102,3 @@ def open_file(form: str, path: Path, traced: Traced) -> Runner:
 
         index = one_device(traced.model).index
         return _as_runner(aoti_load_package(file, device_index=-1 if index is None else index))
-
-
-def _as_runner(run: Callable[[Tensor], Any]) -> Runner:
-    def runner(images: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            found = run(images)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
-
-    return runner
-
-
-def run_eagerly(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of a model in eval mode, without autocast."""
-    with eval_mode(model):
-        return _as_runner(model)(images)
-
-
-def random_images(count: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`count` images [count, channels, height, width], the same each time."""
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(count)).to(device, dtype)
-
-
-def measure_latency(
-    traced: Traced, files: Mapping[str, Exported], *, seconds: float = 10.0
-) -> dict[str, dict[int, Latency]]:
-    """Time the files against the model run eagerly, taking turns; by name ("eager" is the model) and batch size.
-
-    An ONNX file is left out where it was not checked, or where the model is not on a CPU.
-    """
-    models: dict[str, nn.Module] = {"eager": traced.model}
-    for name, file in files.items():
-        if file.checked.why_not is None and (file.form != "onnx" or one_device(traced.model).type == "cpu"):
-            models[name] = _Timed(open_file(file.form, file.path, traced), traced)
-    if len(models) == 1:
-        return {}
-    batches = [traced.batch_size] if traced.batch_size else [1, 8]
-    return compare_latency(models, batches, seconds=seconds, image_size=traced.shape)
-
-
-class _Timed(nn.Module):
-    """A runner where a module is expected."""
-
-    def __init__(self, run: Runner, traced: Traced) -> None:
-        super().__init__()
-        # By it the inputs are made: of this device and dtype.
-        self.place = nn.Parameter(torch.empty(0, device=one_device(traced.model), dtype=traced.dtype))
-        self.run = run
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.run(images)

@@ -7,26 +7,25 @@ import copy
 import dataclasses
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from lambda_kernels import __version__
-from lambda_kernels.blocks import MlpHalf
+from lambda_kernels._version import __version__
+from lambda_kernels.blocks.anatomy import Anatomy, inspect_model
+from lambda_kernels.blocks.mlp_half import MlpHalf
 from lambda_kernels.errors import BackendUnavailableError, NonFiniteActivationError
-from lambda_kernels.families import Anatomy, inspect_model
 from lambda_kernels.features import FeatureModel
 
-from . import environment
-from .data import data_config
-from .evaluate import input_shape
-from .export_check import random_images, run_eagerly
-from .placement import eval_mode, one_device, one_dtype
+from ..data.transforms import data_config
+from ..models.properties import eval_mode, input_shape, one_device, one_dtype
+from ..runtime import environment
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 # What torch.export is shown where the batch is left open: of one image it would conclude that there is always one.
 _EXAMPLE_BATCH = 2
@@ -274,3 +273,26 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     with torch.no_grad(), torch.autocast(device.type, enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+Runner = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _as_runner(run: Callable[[Tensor], Any]) -> Runner:
+    def runner(images: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            found = run(images)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    return runner
+
+
+def run_eagerly(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of a model in eval mode, without autocast."""
+    with eval_mode(model):
+        return _as_runner(model)(images)
+
+
+def random_images(count: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`count` images [count, channels, height, width], the same each time."""
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(count)).to(device, dtype)

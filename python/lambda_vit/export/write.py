@@ -12,28 +12,36 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lambda_kernels.files import atomic_write, check_writable, remove_leftovers, runs_beside
 
-from .export_check import Checked, check_file
-from .export_trace import Traced, trace_model, undisturbed
-from .packages import optional
-from .placement import one_device
+from ..measure.latency import Latency, compare_latency
+from ..models.properties import one_device
+from ..runtime.optional_packages import optional
+from .check import Checked, check_file, open_file
+from .tracing import Runner, Traced, trace_model, undisturbed
+
+if TYPE_CHECKING:
+    from .tracing import Traced
+
 
 # A protobuf file ends at 2 GiB, and what is not a weight needs room in it too.
 EXTERNAL_ABOVE = 3 << 29
 
+
 # What PyTorch's exporter has operators for; asked for newer ones it writes files that are no valid ONNX (seen for 28).
 OPSETS = range(18, 24)
 
+
 # Under this name a .pt2 program holds the metadata, as JSON.
 PROGRAM_METADATA = "lambda_kernels.json"
+
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 
@@ -299,3 +307,33 @@ def _stale_data(path: Path, keep: Path | None) -> list[Path]:
         for other, named in found
         if other != keep and (os.fsencode(other.name) in current or not runs_beside(int(named[1])))
     ]
+
+
+def measure_latency(
+    traced: Traced, files: Mapping[str, Exported], *, seconds: float = 10.0
+) -> dict[str, dict[int, Latency]]:
+    """Time the files against the model run eagerly, taking turns; by name ("eager" is the model) and batch size.
+
+    An ONNX file is left out where it was not checked, or where the model is not on a CPU.
+    """
+    models: dict[str, nn.Module] = {"eager": traced.model}
+    for name, file in files.items():
+        if file.checked.why_not is None and (file.form != "onnx" or one_device(traced.model).type == "cpu"):
+            models[name] = _Timed(open_file(file.form, file.path, traced), traced)
+    if len(models) == 1:
+        return {}
+    batches = [traced.batch_size] if traced.batch_size else [1, 8]
+    return compare_latency(models, batches, seconds=seconds, image_size=traced.shape)
+
+
+class _Timed(nn.Module):
+    """A runner where a module is expected."""
+
+    def __init__(self, run: Runner, traced: Traced) -> None:
+        super().__init__()
+        # By it the inputs are made: of this device and dtype.
+        self.place = nn.Parameter(torch.empty(0, device=one_device(traced.model), dtype=traced.dtype))
+        self.run = run
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.run(images)

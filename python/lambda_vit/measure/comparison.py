@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 
-from lambda_kernels.convert import describe_blocks
-from lambda_kernels.families import inspect_model
+from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.convert.conversion import describe_blocks
+from lambda_kernels.errors import UnsupportedModelError
 
-from . import environment
-from .evaluate import Latency, compare_latency, cost, evaluate, input_shape
-from .progress import task
+from ..models.properties import input_shape
+from ..runtime import environment
+from ..runtime.processes import Processes
+from ..runtime.progress import task
+from .accuracy import Score, evaluate
+from .cost import cost
+from .latency import Latency, compare_latency
 
 
 def variant(
@@ -189,4 +196,36 @@ def compare(
         "environment": environment.versions(),
         "variants": variants,
         "kernel_paths": kernel_paths(models["model"]),
+    }
+
+
+# Images of the forward whose memory is measured, as in `validate`'s comparison.
+COST_BATCH = 64
+
+
+def row_of(
+    name: str, label: str, model: nn.Module, found: Score, processes: Processes, *, trained: bool = True, note: str = ""
+) -> dict[str, Any]:
+    """One row, as `validation.variant` makes them, of what `score` found; all processes call it, one counts the cost."""
+    price = None
+    with processes.together(f"Cost of {label}"):
+        if processes.leads:
+            price = cost(model, batch_size=COST_BATCH)
+    price = processes.share(price)
+    removed, scale = [], 1.0
+    with contextlib.suppress(UnsupportedModelError):  # where nothing is removed, any network can be trained
+        anatomy = inspect_model(model)
+        removed, scale = list(anatomy.removed), anatomy.residual_scale or 1.0
+    return {
+        "name": name,
+        "label": label,
+        "removed": removed,
+        "residual_scale": scale,
+        "trained": trained,
+        **found.to_dict(),
+        "parameters": price.parameters,
+        "flops": price.flops,
+        "weight_bytes": price.weight_bytes,
+        "peak_memory_bytes": price.peak_memory_bytes,
+        "note": note,
     }

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lambda_kernels.blocks import AttentionFreeBlock
-from lambda_kernels.convert import check_indices
+from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
+from lambda_kernels.blocks.attention_free import AttentionFreeBlock
+from lambda_kernels.convert.checks import check_indices
 from lambda_kernels.errors import AlreadyConvertedError, NonFiniteActivationError
-from lambda_kernels.families import inspect_model, refuse_merging
 
-from . import batches
-from .batches import Images
-from .paths import with_blocks
-from .placement import eval_mode, one_device, one_dtype
+from ..data import batches
+from ..data.batches import Images
+from ..models.properties import eval_mode, one_device, one_dtype
+from ..models.views import with_blocks
 
 LIMIT = torch.finfo(torch.float16).max
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
+from lambda_kernels.blocks.refusals import qualified_name
 from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
-from lambda_kernels.families import inspect_model, qualified_name, refuse_merging
 
-from . import batches
-from .placement import eval_mode, one_device, one_dtype
-from .progress import track
+from ..data import batches
+from ..models.properties import eval_mode, one_device, one_dtype
+from ..runtime.progress import track
 from .radial import radial_bins, radial_spectra
 
 _PADDED = "timm.models.naflexvit.NaFlexVit"  # by name: not every timm has it

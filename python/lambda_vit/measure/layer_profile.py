@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels import _extension
-from lambda_kernels.blocks import AttentionFreeBlock
-from lambda_kernels.entropy import STD_FLOOR, EntropyMeter, update_together
-from lambda_kernels.families import inspect_model, refuse_merging
+from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
+from lambda_kernels.blocks.attention_free import AttentionFreeBlock
+from lambda_kernels.entropy.meter import EntropyMeter, update_together
+from lambda_kernels.entropy.state import STD_FLOOR
 from lambda_kernels.ops.checks import check_choice
-from lambda_kernels.ops.histogram import histogram_backend
+from lambda_kernels.ops.histogram import _extension
+from lambda_kernels.ops.histogram.function import histogram_backend
 
-from . import batches
-from .placement import eval_mode, one_device, one_dtype
-from .progress import track
+from ..data import batches
+from ..models.properties import eval_mode, one_device, one_dtype
+from ..runtime.progress import track
 
 # What can be asked for, and what is then measured.
 ESTIMATORS = {
@@ -27,10 +28,13 @@ ESTIMATORS = {
     "gaussian": ("gaussian",),
     "histogram": ("histogram",),
 }
+
 LAYERS = ("attn", "mlp")
+
 
 # With fewer tokens per bin the corrected histogram entropy of a normal channel is 0.03 bits too low, and soon more.
 TOKENS_PER_BIN = 4
+
 
 # On a CUDA device a call per layer would cost more than its counting: layers wait until this much of them is there.
 TOGETHER_BYTES = 256 << 20

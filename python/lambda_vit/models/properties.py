@@ -52,3 +52,53 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
         # One by one: train() would put frozen parts into training mode too.
         for module, training in modes.items():
             module.training = training
+
+
+def same_model(one: str, other: str | None) -> bool:
+    """Whether two names mean one architecture and, where both say which, the same weights."""
+    first, second = one.partition("."), (other or "").partition(".")
+    return first[0] == second[0] and (first[2] == second[2] or not (first[2] and second[2]))
+
+
+def input_shape(model: nn.Module, image_size: int | tuple[int, int, int] | None = None) -> tuple[int, int, int]:
+    """The (channels, height, width) a model takes: what it was built for, or `image_size`.
+
+    The patch embedding is asked first, because timm's `pretrained_cfg` keeps the published sizes when the model is
+    built with an `img_size` or `in_chans` of its own.
+
+    Raises:
+        ValueError: `image_size` is not one or three positive integers, or is None and the model does not say.
+    """
+    if isinstance(image_size, (tuple, list)):
+        if len(image_size) != 3 or any(not isinstance(n, int) or n < 1 for n in image_size):
+            raise ValueError(f"image_size={image_size!r}: expected (channels, height, width), all at least 1")
+        channels, height, width = image_size
+        return channels, height, width
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size={image_size!r}: expected pixels, or (channels, height, width)")
+    model = _unwrapped(model)
+    published = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else published and published[0]
+    sides = (image_size,) * 2 if image_size else getattr(getattr(model, "patch_embed", None), "img_size", None)
+    sides = sides or (published and published[1:])
+    if not channels or not sides:
+        raise ValueError(
+            f"{type(model).__name__} does not say its input size: pass image_size=(channels, height, width)"
+        )
+    return (channels, *sides)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a compiled, DDP or DataParallel wrapper."""
+    for name in ("_orig_mod", "module"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            return _unwrapped(getattr(model, name))
+    return model
+
+
+def model_name(model: nn.Module) -> str | None:
+    """timm's name of a model with the tag of its weights, as far as the model knows it."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name, tag = cfg.get("architecture"), cfg.get("tag")
+    return f"{name}.{tag}" if name and tag else name

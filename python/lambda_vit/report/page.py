@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lambda_kernels.files import atomic_writes
 
-from . import figures, report_sections, report_selection, report_training
+from . import sections as report_sections
+from . import selection, training
+from .figures import page as figures
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
 
 # What an entry must have when its section is there; all else may be left out and shows as a dash.
 _REQUIRED = {
@@ -59,7 +62,7 @@ def write_report(record: dict[str, Any], folder: str | Path) -> dict[str, Path]:
         raise TypeError(f"record must be a dict, got {type(record).__name__}")
     _check_json(record, "")
     _check_keys(record, "", "")
-    report_selection.check(record)
+    selection.check(record)
     contents = {
         "json": (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
         "md": _render("report.md.j2", record).encode(),
@@ -92,7 +95,7 @@ def console_summary(record: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     _check_keys(record, "", "")
-    report_selection.check(record)
+    selection.check(record)
     parts: list[RenderableType] = []
     for table in report_sections.console_parts(record):
         if isinstance(table, str):
@@ -175,7 +178,7 @@ def _render(template: str, record: dict[str, Any]) -> str:
         text = {section.figure: f"{section.title}. {section.caption}" for section in sections if section.figure}
         drawn = {p.name: Markup(figures.to_svg(p, record, text[p.name])) for p in figures.plots(record)}
     return environment.get_template(template).render(
-        summary=record.get("summary") or report_training.headline(record) or report_selection.headline(record),
+        summary=record.get("summary") or training.headline(record) or selection.headline(record),
         title=record.get("title") or "Report",
         facts=report_sections.facts(record),
         status=report_sections.status(record),
@@ -201,3 +204,21 @@ def _fence(text: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}sh\n{text}\n{fence}"
+
+
+def write_training_report(folder: str | Path) -> dict[str, Path]:
+    """Write report.html, .md, .json and .png of the fine-tuning in `folder` beside its run.json.
+
+    They are made from run.json and log.jsonl alone: it can be called while the run goes on, and of one that was killed.
+
+    Returns:
+        The path of each file, under "json", "md", "png" and "html".
+
+    Raises:
+        FileNotFoundError: `folder` has no run.json.
+        ValueError: run.json is not the record of a fine-tuning.
+        OSError: The folder cannot be written; what was there stays.
+    """
+    from .records.training import training_record
+
+    return write_report(training_record(folder), folder)

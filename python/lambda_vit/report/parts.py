@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .units import NONE
+from ..runtime.formatting import NONE
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import report_selection, report_training
-from .figures import baseline, percent_digits, validation_images
-from .profile_figures import LAYER_NAMES, estimators, lowest, mean
-from .report_parts import Cell, Column, Section, Table, columns_of, filled, percent
-from .selection_scores import score_text
-from .units import NONE, bits2, change_of, count, flops, listed, milliseconds, ranges, size, spread, three
+from ..runtime.formatting import NONE, bits2, change_of, count, flops, listed, milliseconds, ranges, size, spread, three
+from . import selection as report_selection
+from . import training
+from .parts import Cell, Column, Section, Table, columns_of, filled, percent
+from .records.readings import LAYER_NAMES, baseline, estimators, lowest, mean, percent_digits, validation_images
+from .records.scores import score_text
 
 
 def _subject(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -101,7 +101,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     if data := record.get("data"):
         sizes = [f"{data[key]:,} {key}" for key in ("train", "validation", "calibration") if data.get(key) is not None]
         facts.append(("Data", " · ".join(filter(None, [data.get("description", ""), *sizes]))))
-    facts += report_training.facts(record)
+    facts += training.facts(record)
     facts += [(name.capitalize(), str(record[name])) for name in ("command", "seed") if record.get(name) is not None]
     if record.get("created"):
         facts.append(("Created", record["created"].replace("T", " ", 1)))
@@ -110,7 +110,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(anchor, text, tone): what a sceptical reader wants to know before any number."""
-    status = report_training.status(record)
+    status = training.status(record)
     if checks := record.get("checks"):
         failed = sum(not check["ok"] for check in checks)
         passed = f"all {len(checks)} checks passed" if len(checks) > 1 else "1 check passed"
@@ -133,19 +133,19 @@ def tried(record: dict[str, Any]) -> str:
 
 def sections(record: dict[str, Any]) -> list[Section]:
     makers = (
-        report_training.result,
+        training.result,
         report_selection.recommendation,
         report_selection.steps,
         _profile,
         report_selection.selection,
         _variants,
         _training,
-        report_training.course,
+        training.course,
         _costs,
         _checks,
         _paths,
-        report_training.events,
-        report_training.recipe,
+        training.events,
+        training.recipe,
     )
     sections = [section for maker in makers if (section := maker(record)) is not None]
     if environment := record.get("environment"):
@@ -316,7 +316,7 @@ def _paths(record: dict[str, Any]) -> Section | None:
 
 def console_parts(record: dict[str, Any]) -> list[Table | str]:
     """What a terminal shows: narrow enough for 80 columns, wide matters turned into rows."""
-    tables: list[Table | str] = [text] if (text := report_training.headline(record)) else []
+    tables: list[Table | str] = [text] if (text := training.headline(record)) else []
     if (section := _profile(record)) is not None:
         rounds: list[dict[str, Any]] = (record.get("selection") or {}).get("rounds") or []
         first = (rounds[0].get("scores") if rounds else None) or {}

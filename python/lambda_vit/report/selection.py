@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .report_parts import Cell, Column, Section, Table, filled, percent
-from .selection_figures import score_plot, trajectory_plot
-from .selection_scores import (
+from ..measure.intervals import paired_interval
+from ..runtime.formatting import NONE, bits, change_of, count, fine, flops, listed, ranges, size, three
+from .figures.selection import score_plot, trajectory_plot
+from .parts import Cell, Column, Section, Table, filled, percent
+from .records.scores import (
     Ranking,
     blocks_of,
     diverging,
@@ -18,8 +20,6 @@ from .selection_scores import (
     score_text,
     score_unit,
 )
-from .trajectory import paired_interval
-from .units import NONE, bits, change_of, count, fine, flops, listed, ranges, size, three
 
 _STRATEGIES = {
     "nose": "NOSE (arXiv 2404.05657): in each round every layer left is scored together with those picked before, and the "
@@ -33,6 +33,7 @@ _STRATEGIES = {
     "first": "a control that measures nothing: the first blocks",
     "explicit": "given by hand",
 }
+
 _CRITERIA = {
     "|TE|": "how far the output's entropy is from the full model's once this attention is skipped",
     "TE": "how far the output's entropy is below the full model's once this attention is skipped",
@@ -40,6 +41,7 @@ _CRITERIA = {
     "top-1 lost": "how many points of top-1 are lost once this attention is skipped",
     "1 − cosine": "how much this attention changes the direction of the tokens that pass it; 0: not at all",
 }
+
 _OUTPUTS = {"logits": "the logits", "pre_logits": "what goes into the classifier"}
 
 

@@ -7,30 +7,18 @@ What is shown is a record: {"model": name, "before": `FeatureFrequencies.to_dict
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .units import bits2, bits3, listed, ranges, signed3, small
+from ..runtime.formatting import bits2, bits3, ranges, signed3, small
+from .records.readings import CLEAR, LAYER_NAMES, _highest, at, direction, estimators, lowest, mean, verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
-# A change that is larger than so many standard errors is called one.
-CLEAR = 2.0
-
-
-def direction(change: float, error: float) -> str:
-    """ "↑", "↓", or "" for a change that is within `CLEAR` standard errors of none."""
-    if abs(change) <= CLEAR * error:
-        return ""
-    return "↑" if change > 0 else "↓"
-
-
-def at(record: Mapping[str, Any]) -> str:
-    """The highest frequency on the axes of the map, in words."""
-    before = record["before"]
-    value = before["frequencies"][before["highest"]]
-    return "π" if value == 1 else f"{value:.2f} π"
+    from ..training.plan.planning import NetworkPlan, Plan
 
 
 def frequency_table(record: Mapping[str, Any]) -> Table:
@@ -65,10 +53,6 @@ def frequency_table(record: Mapping[str, Any]) -> Table:
             cells += [f"{row['amplitude'][k]:.3g}" for k in (0, highest)]
         table.add_row(*map(Text, cells))
     return table
-
-
-def _highest(change: Mapping[str, Any], highest: int) -> tuple[float, float]:
-    return change["relative"][highest], change["relative_error"][highest]
 
 
 def _factor(difference: float) -> str:
@@ -114,24 +98,174 @@ def frequency_notes(record: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def verdict(record: Mapping[str, Any]) -> str:
-    """In which blocks the highest frequencies grew or fell, in one sentence."""
-    highest = record["before"]["highest"]
-    found: dict[str, list[int]] = {"↑": [], "↓": [], "": []}
-    for change in record["changes"]:
-        found[direction(*_highest(change, highest))].append(change["block"])
-    return (
-        f"At {at(record)}, against frequency 0, amplitudes grow in blocks: {ranges(found['↑'])}; fall in: "
-        f"{ranges(found['↓'])}; no clear change in: {ranges(found[''])}."
+def plan_table(result: Plan) -> Table:
+    """The three networks side by side, and the change from the full one to the final one."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..runtime.formatting import NONE, change_of
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for title in ("full", "diluting", "without", "change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    networks = [result.networks[name] for name in ("full", "diluting", "final")]
+    for name, value, show in _rows(result):
+        values = [value(network) for network in networks]
+        if not any(values):
+            continue
+        change = change_of(values[0], values[2]) if None not in values else NONE
+        cells = [NONE if v is None else show(v) for v in values]
+        # Text, not str: rich would take brackets for markup.
+        table.add_row(*map(Text, (name, *cells, change)))
+    return table
+
+
+def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | None], Callable[[float], str]]]:
+    from ..runtime.formatting import count, milliseconds, size, three
+
+    batch = result.batch_size
+    yield "parameters", lambda n: n.parameters, count
+    yield "FLOPs of a forward, per image", lambda n: n.flops, count
+    yield "weights", lambda n: n.weight_bytes, size
+    yield "gradients", lambda n: n.gradient_bytes, size
+    yield "AdamW's state", lambda n: n.optimizer_bytes, size
+    yield "saved for backward, per image", lambda n: n.saved_bytes_per_image, size
+    yield "saved for backward, fixed", lambda n: n.saved_bytes_fixed, size
+    yield f"memory of a step, batch {batch}", lambda n: n.step_bytes, size
+    yield "  measured peak", lambda n: n.peak_bytes, size
+    yield f"time of a step, batch {batch}", lambda n: n.step.median_ms if n.step else None, milliseconds
+    yield "  images per second", lambda n: 1000 * batch / n.step.median_ms if n.step else None, three
+
+
+def _recomputing(result: Plan) -> list[str]:
+    """What the networks compute again in the backward, where one does."""
+    parts = []
+    for name, title in (("full", "full"), ("diluting", "diluting"), ("final", "without")):
+        levels = [level for level in result.networks[name].recomputed if level != "none"]
+        for level in dict.fromkeys(levels):
+            parts.append(f"{title}: {level!r} in {levels.count(level)} of {result.depth} blocks")
+    if not parts:
+        return []
+    return [
+        f"- Computed again in the backward instead of saved, of MLP halves alone: {'; '.join(parts)}. The time of a step holds "
+        "it; what one block needs for it at a time is scratch memory."
+    ]
+
+
+def plan_notes(result: Plan) -> list[str]:
+    """Hours of each phase, what limits them, and what the numbers rest on."""
+    from ..runtime.formatting import hours, milliseconds, size, three
+    from ..training.plan.planning import COUNTED_AT
+
+    lines = []
+    names = {"dilution": ("Dilution", "diluting"), "recovery": ("Without attention", "final")}
+    for phase, times in result.phases.items():
+        title, network = names[phase]
+        step = result.networks[network].step
+        lines.append(
+            f"{title}: {hours(times.hours)} for {times.epochs} epochs of {times.steps // times.epochs:,} steps, "
+            f"{milliseconds(step.median_ms)} each (quartiles of {step.rounds} steps {three(step.low_ms)}–"
+            f"{three(step.high_ms)} ms: {hours(times.low_hours)} to {hours(times.high_hours)})"
+        )
+    phases = result.phases.values()
+    lines.append(
+        f"In all: {hours(sum(p.hours for p in phases))} of training steps on {result.devices} × {result.device}"
     )
+    if result.loading is not None:
+        speed = result.loading.images_per_second
+        how = (
+            f"with --workers {result.loading.workers}"
+            if result.loading.workers
+            else "without workers, so that training waits for it"
+        )
+        lines.append(
+            f"Loading: {speed:,.0f} images per second ({how}; {result.loading.images:,} timed). The slower one is "
+            f"{result.limited_by}; both together: {hours(sum(p.hours_with_loading for p in phases))}"
+        )
+    shape = "×".join(map(str, result.input_shape))
+    lines += [
+        "",
+        "What this rests on:",
+        f"- {result.images:,} images per epoch, {result.batch_size} per step and device; the last step of an epoch counts "
+        "in full.",
+        f"- Steps were timed here on random {result.dtype} images of {shape}: forward, loss, backward, clipping, AdamW.",
+        "- " + ("Loading was timed alone, with timm's random crops and flips." if result.loading else "Loading images is")
+        + ("" if result.loading else " left out; --data measures it.") + " Validation and checkpoints are left out.",
+        f"- Saved for backward: what autograd keeps of forwards of {COUNTED_AT[0]} and {COUNTED_AT[1]} images, each storage "
+        "once, weights left out.",
+        "- Memory of a step: weights, gradients, AdamW's two float32 per trainable parameter, and what is saved. Scratch "
+        "memory inside operators comes on top.",
+        *_recomputing(result),
+    ]  # fmt: skip
+    unsteady = max(n.step.high_ms / n.step.low_ms for n in result.networks.values() if n.step)
+    if unsteady > 1.5:
+        lines.append(
+            f"- The quartiles of the step times are a factor of {three(unsteady)} apart: something else was using this "
+            "machine. Repeat it while that is quiet."
+        )
+    if result.devices > 1:
+        lines.append(
+            f"- {result.devices} devices are taken to be exactly {result.devices} times as fast as one; nothing was "
+            "measured on more than one."
+        )
+    peak = result.networks["diluting"].peak_bytes
+    if peak is None:
+        lines.append("- The real peak is measured on CUDA only.")
+    elif peak > result.networks["diluting"].step_bytes:
+        over = peak - result.networks["diluting"].step_bytes
+        lines.append(f"- The measured peak is {size(over)} above the count: scratch memory of operators.")
+    return lines
 
 
-def subject(record: Mapping[str, Any]) -> str:
-    """What was measured, or compared with what."""
-    name, after = record["model"], record.get("after")
-    if not after:
-        return name
-    if record.get("compared"):
-        return f"{name} → {record['compared']}"
-    gone = sorted(set(after["removed"]) - set(record["before"]["removed"]))
-    return f"{name} → without the attention of blocks {listed(gone)}"
+def profile_table(record: Mapping[str, Any]) -> Table:
+    """The means of a profile's record, a row per block; the lowest attention entropies are bold and numbered."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    names = estimators(record)
+    table = RichTable()
+    table.add_column("block", justify="right")
+    columns: list[tuple[str, str, dict[int, str]]] = []
+    for layer, title in LAYER_NAMES.items():
+        for name in names:
+            order = lowest(record, name) if layer == "attn" else []
+            columns.append((layer, name, {block: _ordinal(n) for n, block in enumerate(order, 1)}))
+            table.add_column(f"{title}\n{name}", justify="right")
+    for row in record["blocks"]:
+        cells = [Text(str(row["block"]))]
+        for layer, name, places in columns:
+            value, place = mean(row, layer, name), places.get(row["block"])
+            text = "removed" if value is None else bits3(value)
+            cells.append(Text(text) if place is None else Text(f"{place} {text}", style="bold"))
+        table.add_row(*cells)
+    return table
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def profile_notes(record: Mapping[str, Any]) -> list[str]:
+    """What the numbers are, what counted them, and which layers have channels that never change."""
+    notes = []
+    if any(row["attn"] is not None for row in record["blocks"]):
+        notes.append("1st, 2nd …: the quarter of the attention layers that has the least entropy.")
+    if "gaussian" in estimators(record):
+        notes.append("gaussian: mean log2 σ of the channels, without the normal's constant of 2.05 bits.")
+    if "histogram" in estimators(record):
+        notes.append(f"histogram: mean differential entropy of the channels, {record['bins']} bins each.")
+    layer = record["blocks"][0]["mlp"]
+    notes.append(f"{layer['tokens']:,} tokens of {layer['channels']:,} channels per layer, {record['dtype']}, "
+                 f"counted by {record['counted_by']}.")  # fmt: skip
+    for row in record["blocks"]:
+        for name in LAYER_NAMES:
+            layer = row[name]
+            if layer is not None and layer["constant_channels"]:
+                notes.append(
+                    f"blocks[{row['block']}].{name}: {layer['constant_channels']} of {layer['channels']} channels never "
+                    "change; each counts as −24 bits."
+                )
+    return notes

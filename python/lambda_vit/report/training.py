@@ -5,32 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from .report_parts import Cell, Column, Section, Table, filled, percent
-from .training_figures import course_plot, panels
-from .trajectory import paired_interval
-from .units import NONE, change_of, count, flops, hours, ranges, size, small, three
-
-
-def write_training_report(folder: str | Path) -> dict[str, Path]:
-    """Write report.html, .md, .json and .png of the fine-tuning in `folder` beside its run.json.
-
-    They are made from run.json and log.jsonl alone: it can be called while the run goes on, and of one that was killed.
-
-    Returns:
-        The path of each file, under "json", "md", "png" and "html".
-
-    Raises:
-        FileNotFoundError: `folder` has no run.json.
-        ValueError: run.json is not the record of a fine-tuning.
-        OSError: The folder cannot be written; what was there stays.
-    """
-    from .report import write_report
-    from .training_record import training_record
-
-    return write_report(training_record(folder), folder)
+from ..measure.intervals import paired_interval
+from ..runtime.formatting import NONE, change_of, count, flops, hours, ranges, size, small, three
+from .figures.training import course_plot, panels
+from .parts import Cell, Column, Section, Table, filled, percent
 
 
 def _run(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -406,7 +386,7 @@ def recipe(record: Mapping[str, Any]) -> Section | None:
     run = _run(record)
     if not run:
         return None
-    from .training.recipe import Recipe
+    from ..training.recipe import Recipe
 
     defaults, used = Recipe().to_dict(), run["recipe"]
     changed = [name for name, value in used.items() if name not in defaults or defaults[name] != value]

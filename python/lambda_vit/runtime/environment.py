@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from lambda_kernels import _extension
-from lambda_kernels.ops import tuning
-from lambda_kernels.ops.dispatch import choose, onednn_obstacles
-from lambda_kernels.ops.histogram import histogram_backend
+from lambda_kernels.ops.histogram import _extension
+from lambda_kernels.ops.histogram.function import histogram_backend
+from lambda_kernels.ops.ln_mlp.dispatch import choose, onednn_obstacles
+from lambda_kernels.ops.ln_mlp.fused import tuning
 
 
 def versions() -> dict[str, str]:

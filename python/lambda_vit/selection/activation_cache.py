@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import batches
-from .batches import Images
-from .beginnings import Beginnings
-from .memory import free_memory
-from .paths import PathRunner, Tokens
-from .units import size
+from ..data import batches
+from ..data.batches import Images
+from ..runtime.formatting import size
+from ..runtime.memory import free_memory
+from .paths import Node, PathRunner, SkippedBlocks, Tokens, node
 
 CACHES = ("auto", "ram", "disk", "none")
 
+
 # Of the memory that is free, what a cache takes without having been told; of the disk, what it leaves free.
 RAM_SHARE = 0.25
+
 DISK_RESERVE = 1 << 30
+
+
+class Beginnings:
+    """Of one batch. What it holds never exceeds what the paths that were announced last have as beginnings."""
+
+    def __init__(self) -> None:
+        self._wanted: frozenset[Node] = frozenset()
+        self._tokens: dict[Node, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def announce(self, paths: Collection[SkippedBlocks], chosen: Collection[int]) -> None:
+        """Keep from now on what `paths` begin with up to the blocks `chosen`, and drop all else."""
+        self._wanted = frozenset(node(path, at) for path in paths for at in chosen)
+        self._tokens = {key: x for key, x in self._tokens.items() if key in self._wanted}
+
+    def find(self, key: Node) -> Tensor | None:
+        """The tokens that go into block `key[0]`, if they are kept."""
+        return self._tokens.get(key)
+
+    def offer(self, key: Node, x: Tensor) -> None:
+        """Keep `x`, if it is wanted."""
+        if key in self._wanted:
+            self._tokens[key] = x
 
 
 @dataclass
@@ -276,3 +302,24 @@ def _free_memory() -> int:
 
 def _processes_here() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def positions(paths: Collection[SkippedBlocks], depth: int, each: int, budget: int) -> tuple[int, ...]:
+    """Before which blocks to keep tokens: every block, or every second, third …, as the budget allows; () for none.
+
+    Args:
+        paths: Of the round.
+        depth: Number of blocks.
+        each: Bytes of the tokens of all images, at one place of one path.
+        budget: Bytes for all that is kept.
+    """
+    for stride in range(1, depth):
+        chosen = tuple(range(stride, depth, stride))
+        if nodes(paths, chosen) * each <= budget:
+            return chosen
+    return ()
+
+
+def nodes(paths: Collection[SkippedBlocks], chosen: Collection[int]) -> int:
+    """How many different beginnings `paths` have up to the blocks `chosen`."""
+    return len({node(path, at) for path in paths for at in chosen})

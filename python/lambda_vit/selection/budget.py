@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .evaluate import compare_latency, count_flops, input_shape
-from .paths import skip_attention
-from .placement import eval_mode, one_device, one_dtype
+from ..measure.cost import count_flops
+from ..measure.latency import compare_latency
+from ..models.properties import eval_mode, input_shape, one_device, one_dtype
+from ..models.views import skip_attention
 
 # Rounds of the comparison that a budget of throughput rests on, and images per forward.
 _SPEED_ROUNDS, _SPEED_BATCH = 15, 16
@@ -93,6 +95,7 @@ class Stop:
 
 
 _NAMES = {"params": "parameters", "flops": "FLOPs"}
+
 _MISSED = "was not reached:"
 
 
@@ -130,3 +133,27 @@ def attention_flops(model: nn.Module) -> tuple[int, dict[int, int]]:
 def _flops(model: nn.Module, image: torch.Tensor) -> int:
     with eval_mode(model), torch.no_grad():
         return count_flops(model, image)
+
+
+DEFAULT_COUNT = 5
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What to stop at: one of `count` layers, shares of the parameters or FLOPs left, or a factor of throughput."""
+
+    count: int | None = None
+    params: float | None = None
+    flops: float | None = None
+    throughput: float | None = None
+
+    def asked(self) -> tuple[str, float]:
+        """The one that was given, by name.
+
+        Raises:
+            ValueError: There are several.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"pass one of count, params, flops and throughput; got {', '.join(given)}")
+        return next(iter(given.items()), ("count", DEFAULT_COUNT))

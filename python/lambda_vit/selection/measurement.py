@@ -10,27 +10,31 @@ import math
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lambda_kernels.convert import check_indices
+from lambda_kernels.convert.checks import check_indices
 from lambda_kernels.errors import NonFiniteActivationError
 from lambda_kernels.ops.checks import check_choice
 
-from . import batches, beginnings
-from .embeddings import Batch, Embeddings
+from ..data import batches
+from ..models.properties import eval_mode, one_device, one_dtype
+from ..models.views import skip_attention
+from ..runtime.processes import Processes
+from ..runtime.progress import task
+from . import activation_cache
+from .activation_cache import Batch, Embeddings
 from .path_statistics import PathResult, PathStatistics
-from .paths import FULL, Outputs, Path, PathRunner, skip_attention
-from .placement import eval_mode, one_device, one_dtype
-from .processes import Processes
-from .progress import task
+from .paths import FULL, Outputs, PathRunner, SkippedBlocks
 
 __all__ = ["ESTIMATORS", "SCORES", "Measurement", "constant_note", "skip_attention", "transfer_entropy"]
 
+
 ESTIMATORS = ("gaussian", "histogram")
+
 SCORES = ("logits", "pre_logits")
 
 
@@ -69,7 +73,7 @@ class Measurement:
         bins: int = 256,
         cache: str = "auto",
         cache_budget: int | None = None,
-        cache_folder: FilePath | None = None,
+        cache_folder: Path | None = None,
         processes: Processes | None = None,
     ) -> None:
         check_choice("estimator", estimator, ESTIMATORS)
@@ -107,13 +111,13 @@ class Measurement:
     @torch.inference_mode()
     def measure(
         self,
-        paths: Collection[Path],
+        paths: Collection[SkippedBlocks],
         description: str = "Measure",
         *,
         compare: bool = False,
         label: bool = False,
         keep: bool = False,
-    ) -> dict[Path, PathResult]:
+    ) -> dict[SkippedBlocks, PathResult]:
         """All `paths`, in one pass over the data.
 
         Args:
@@ -187,12 +191,12 @@ class Measurement:
             "kept": {"before_blocks": list(self._kept), "bytes": self._kept_bytes} if self._kept else None,
         }
 
-    def _kept_before(self, paths: list[Path]) -> tuple[int, ...]:
+    def _kept_before(self, paths: list[SkippedBlocks]) -> tuple[int, ...]:
         """Before which blocks of `paths` tokens are kept for the next round."""
         plan = self.embeddings.plan
         assert plan is not None, "the embeddings were kept before any path ran"
-        chosen = beginnings.positions(paths, self.runner.depth, plan.inside, plan.spare) if plan.spare else ()
-        taken = beginnings.nodes(paths, chosen) * plan.inside
+        chosen = activation_cache.positions(paths, self.runner.depth, plan.inside, plan.spare) if plan.spare else ()
+        taken = activation_cache.nodes(paths, chosen) * plan.inside
         if taken > self._kept_bytes:
             self._kept, self._kept_bytes = chosen, taken
         return chosen
@@ -210,9 +214,11 @@ class Measurement:
         self.passes += 1
         self.seconds["passes"] += time.perf_counter() - started
 
-    def _measure_batch(self, batch: Batch, paths: list[Path], statistics: PathStatistics, compare: bool) -> None:
+    def _measure_batch(
+        self, batch: Batch, paths: list[SkippedBlocks], statistics: PathStatistics, compare: bool
+    ) -> None:
         wanted = [FULL, *paths] if compare and batch.full is None else paths
-        found: dict[Path, Outputs] = dict(self.runner.outputs(batch.start, wanted, batch.beginnings))
+        found: dict[SkippedBlocks, Outputs] = dict(self.runner.outputs(batch.start, wanted, batch.beginnings))
         if compare and batch.full is None:
             batch.full = found[FULL].logits
         started = time.perf_counter()
@@ -220,7 +226,7 @@ class Measurement:
         statistics.check()  # while this batch's tokens are there to be looked at
         self.seconds["statistics"] += time.perf_counter() - started
 
-    def _culprit(self, batch: Batch, paths: list[Path]) -> str:
+    def _culprit(self, batch: Batch, paths: list[SkippedBlocks]) -> str:
         where = f"batch {batch.number}"
         if self.processes.size > 1:
             where += f" of rank {self.processes.rank}"

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lambda_kernels.entropy import EntropyMeter, update_together
+from lambda_kernels.entropy.meter import EntropyMeter, update_together
 from lambda_kernels.errors import NonFiniteActivationError
 
-from .paths import Outputs, Path
-from .processes import Processes
+from ..runtime.processes import Processes
+from .paths import Outputs, SkippedBlocks
 
 # The sums that are kept of each path.
 _CORRECT, _LOSS, _SAME, _DIVERGENCE = range(4)
@@ -57,7 +57,7 @@ class PathStatistics:
     """
 
     def __init__(
-        self, paths: Collection[Path], estimator: str, score: str, bins: int, *, compare: bool, label: bool
+        self, paths: Collection[SkippedBlocks], estimator: str, score: str, bins: int, *, compare: bool, label: bool
     ) -> None:
         self._compare, self._label = compare, label
         self._meters = {
@@ -67,7 +67,7 @@ class PathStatistics:
         self._images = 0
         self._number = {path: n for n, path in enumerate(self._meters)}
 
-    def add(self, found: dict[Path, Outputs], full: Tensor | None, targets: Tensor | None) -> None:
+    def add(self, found: dict[SkippedBlocks, Outputs], full: Tensor | None, targets: Tensor | None) -> None:
         """Add the outputs of all paths for one batch.
 
         Raises:
@@ -108,7 +108,7 @@ class PathStatistics:
         for meter in self._meters.values():
             meter.check()
 
-    def results(self, processes: Processes) -> dict[Path, PathResult]:
+    def results(self, processes: Processes) -> dict[SkippedBlocks, PathResult]:
         """Over all processes, the same on each.
 
         Raises:

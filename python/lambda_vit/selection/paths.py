@@ -7,55 +7,36 @@ the model around other blocks, and nothing of it is written again here.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.blocks import AttentionFreeBlock
-from lambda_kernels.convert import check_indices
+from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
+from lambda_kernels.blocks.attention_free import AttentionFreeBlock
 from lambda_kernels.errors import UnsupportedModelError
-from lambda_kernels.families import front_of, inspect_model, refuse_merging
 
-from . import batches
-from .batches import Images
+from ..data import batches
+from ..data.batches import Images
+from ..models.views import _Inject, _without_attention, _without_front, with_blocks
 
 if TYPE_CHECKING:
-    from .selection import Selection
+    pass
 
-Path = frozenset[int]
-FULL: Path = frozenset()
+
+SkippedBlocks = frozenset[int]
+
+FULL: SkippedBlocks = frozenset()
+
 
 # What decides about the tokens that go into a block: the block, and what was skipped before it.
-Node = tuple[int, Path]
+Node = tuple[int, SkippedBlocks]
 
 
-def node(path: Path, at: int) -> Node:
+def node(path: SkippedBlocks, at: int) -> Node:
     """Where `path` is when it comes to block `at`."""
     return at, frozenset(block for block in path if block < at)
-
-
-def skip_attention(model: nn.Module, skip: Sequence[int] | Selection) -> nn.Module:
-    """A view of `model` in which the attention of the blocks `skip` is passed over; parameters and modules are shared.
-
-    Args:
-        model: A timm vision transformer, which is left as it is.
-        skip: Block indices.
-
-    Returns:
-        A model that shares everything with `model` but the order of what runs; its blocks in `skip` are x + MLP(LN(x)).
-
-    Raises:
-        ValueError: An index is wrong.
-        UnsupportedModelError: The model cannot be changed block by block.
-    """
-    anatomy = inspect_model(model)
-    refuse_merging(anatomy, "skipping attention")
-    skip = check_indices(skip, anatomy.depth, "skip")
-    blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
-    return with_blocks(model, blocks)
 
 
 # What a block is given beyond its tokens: rotary embeddings, position biases, a mask.
@@ -133,8 +114,8 @@ class PathRunner:
         return Tokens(tokens, None if self.why_images is None else images)
 
     def outputs(
-        self, start: Tokens, paths: Collection[Path], memory: Memory | None = None
-    ) -> Iterator[tuple[Path, Outputs]]:
+        self, start: Tokens, paths: Collection[SkippedBlocks], memory: Memory | None = None
+    ) -> Iterator[tuple[SkippedBlocks, Outputs]]:
         """The outputs of all `paths`, each once, in an order of their own: beginnings that paths share are run once.
 
         Args:
@@ -148,7 +129,7 @@ class PathRunner:
             for path in group:
                 yield path, found
 
-    def first_bad_block(self, start: Tokens, path: Path) -> int | None:
+    def first_bad_block(self, start: Tokens, path: SkippedBlocks) -> int | None:
         """The first block of a path that gives NaN or infinity; None: it comes behind the last one."""
         x = start.tokens
         for index, given in enumerate(self._given_to_blocks(start)):
@@ -189,7 +170,7 @@ class PathRunner:
         positional, named = given
         return (self._without(index) if skipped else self._blocks[index])(x, *positional, **named)
 
-    def _walk(self, place: _Place, group: list[Path]) -> Iterator[tuple[_Place, list[Path]]]:
+    def _walk(self, place: _Place, group: list[SkippedBlocks]) -> Iterator[tuple[_Place, list[SkippedBlocks]]]:
         """Depth first, so that no more tokens are alive than paths have branched off on the way here."""
         for at in range(place.at, self.depth):
             skipping = [path for path in group if at in path]
@@ -261,7 +242,7 @@ class _Place:
     """The tokens at a node of the paths, run only when somebody asks for them."""
 
     def __init__(
-        self, runner: PathRunner, given: list[Given], at: int, skipped: Path, memory: Memory | None, *,
+        self, runner: PathRunner, given: list[Given], at: int, skipped: SkippedBlocks, memory: Memory | None, *,
         tokens: Tensor | None = None, before: _Place | None = None,
     ) -> None:  # fmt: skip
         self.at = at
@@ -299,46 +280,6 @@ class _Tap(nn.Module):
     def forward(self, x: Tensor, *positional: object, **named: object) -> Tensor:
         self.seen.append((x, (positional, named)))
         return x
-
-
-class _Inject(nn.Module):
-    """Stands for all blocks: gives what comes out of them."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-    def forward(self, x: Tensor, *positional: object, **named: object) -> Tensor:
-        return self.tokens
-
-
-def _without_attention(block: nn.Module) -> nn.Module:
-    return block if isinstance(block, AttentionFreeBlock) else AttentionFreeBlock.from_block(block)
-
-
-def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
-    """A shallow copy of `model` around other blocks; everything else is shared, and `model` keeps its own."""
-    view = copy.copy(model)
-    view._modules = dict(model._modules)
-    view._modules["blocks"] = nn.Sequential(*blocks)
-    return view
-
-
-def _without_front(model: nn.Module) -> nn.Module:
-    """A shallow copy of a timm model that takes what comes out of the last block for images."""
-    view, front = with_blocks(model, ()), front_of(model)
-    view._parameters = dict(model._parameters)
-    for name in front.identities:
-        if name in view._modules:
-            view._modules[name] = nn.Identity()
-    for name in front.absent:
-        held = view._parameters if name in view._parameters else view._modules
-        held[name] = None
-    for name in front.no_tokens:
-        view._parameters[name] = nn.Parameter(getattr(model, name).detach()[:, :0], requires_grad=False)
-    if front.pos_embed is not None and hasattr(view, "_pos_embed"):
-        view._pos_embed = lambda x: (x, *front.pos_embed) if front.pos_embed else x  # type: ignore[assignment]  # over its method
-    return view
 
 
 def _same_given(found: Sequence[Given], wanted: Sequence[Given]) -> bool:

@@ -2,140 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lambda_kernels.convert import check_indices, check_removal
-from lambda_kernels.families import Anatomy, inspect_model
-from lambda_kernels.files import write_json
+from lambda_kernels.blocks.anatomy import Anatomy, inspect_model
+from lambda_kernels.convert.checks import check_indices, check_removal
 from lambda_kernels.ops.checks import check_choice
 
-from .processes import Processes
-from .progress import task
-from .selection_progress import Progress, data_fingerprint, model_fingerprint, refuse_search
-from .stopping import Stop
-from .strategies import STRATEGIES, Criterion, Found, Round, Strategy, control_order, greedy_round, ranking, shortened
-from .transfer import Measurement, constant_note
-
-FORMAT = 1
-DEFAULT_COUNT = 5
-
-
-class SelectionWarning(UserWarning):
-    """Something about a selection that deserves a second look; the selection itself lists it too."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The layers to remove, in the order they were picked, and all that was measured on the way.
-
-    Attributes:
-        layers: Block indices.
-        strategy: Its name, as for `select_layers`.
-        criterion: What layers were judged by, and `unit` that of its scores; None for a control.
-        stop: What was asked for.
-        beam: How many sets of layers the search kept from round to round.
-        estimator: Of the entropies, which are of `score`; None where no path was run.
-        signed: Whether the sign of TE counted.
-        model: timm's name of the model it was made for, of `depth` blocks; None where that is not known.
-        entropy_full: Of the full model's output, in bits.
-        samples: Images, and `channels` of the output that entropies are of.
-        rounds: Of the search, in order; a ranking has one, from which all layers come.
-        seed: Of a random draw.
-        warnings: What has to be said of the measurement.
-    """
-
-    layers: tuple[int, ...]
-    strategy: str = "explicit"
-    criterion: str | None = None
-    unit: str | None = None
-    stop: str | None = None
-    beam: int = 1
-    estimator: str | None = None
-    signed: bool = False
-    score: str | None = None
-    model: str | None = None
-    depth: int | None = None
-    entropy_full: float | None = None
-    samples: int | None = None
-    channels: int | None = None
-    seed: int | None = None
-    rounds: tuple[Round, ...] = ()
-    warnings: tuple[str, ...] = field(default=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; block indices that are keys become strings."""
-        rounds = [r.to_dict() for r in self.rounds]
-        own = {k: v for k, v in vars(self).items() if k != "rounds"}
-        lists = {"layers": list(self.layers), "warnings": list(self.warnings), "rounds": rounds}
-        return {"format": FORMAT, **own, **lists}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Selection:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: `value` is no selection of a format that this version reads.
-        """
-        layers = value.get("layers") if isinstance(value, dict) else None
-        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-            raise ValueError("not a selection: there is no list of block indices named 'layers'")
-        if not isinstance(value.get("format", FORMAT), int):
-            raise ValueError(f"not a selection: format is {value['format']!r}")
-        if value.get("format", FORMAT) > FORMAT:
-            raise ValueError(f"selection of format {value['format']}; this version reads up to {FORMAT}")
-        try:
-            rounds = tuple(map(Round.from_dict, value.get("rounds", ())))
-            known = {k: v for k, v in value.items() if k in cls.__dataclass_fields__}
-            known |= {"layers": tuple(value["layers"]), "warnings": tuple(value.get("warnings", ())), "rounds": rounds}
-            return cls(**known)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"not a selection: {type(error).__name__}: {error}") from error
-
-    def to_json(self, path: str | Path) -> None:
-        """Write to `path`, atomically."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> Selection:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: The file is missing or no selection.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ValueError(f"cannot read the selection {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What to stop at: one of `count` layers, shares of the parameters or FLOPs left, or a factor of throughput."""
-
-    count: int | None = None
-    params: float | None = None
-    flops: float | None = None
-    throughput: float | None = None
-
-    def asked(self) -> tuple[str, float]:
-        """The one that was given, by name.
-
-        Raises:
-            ValueError: There are several.
-        """
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) > 1:
-            raise ValueError(f"pass one of count, params, flops and throughput; got {', '.join(given)}")
-        return next(iter(given.items()), ("count", DEFAULT_COUNT))
+from ..data.fingerprints import data_fingerprint, model_fingerprint
+from ..models.properties import model_name
+from ..runtime.processes import Processes
+from ..runtime.progress import task
+from .budget import DEFAULT_COUNT, Budget, Stop
+from .measurement import Measurement, constant_note
+from .result import Selection, SelectionWarning
+from .search_state import Found, Progress, refuse_search
+from .strategies import STRATEGIES, Criterion, Strategy, control_order, greedy_round, ranking, shortened
 
 
 def select_layers(
@@ -403,13 +289,6 @@ def _measured_notes(measurement: Measurement) -> tuple[str, ...]:
             "Use more images"
         )
     return tuple(notes)
-
-
-def model_name(model: nn.Module) -> str | None:
-    """timm's name of a model with the tag of its weights, as far as the model knows it."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    name, tag = cfg.get("architecture"), cfg.get("tag")
-    return f"{name}.{tag}" if name and tag else name
 
 
 def _most(candidates: Sequence[int], anatomy: Anatomy) -> int:

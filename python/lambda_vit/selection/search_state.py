@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import re
-from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-
 from lambda_kernels.files import remove_leftovers, write_json
 
-from .strategies import Found
+from .path_statistics import PathResult
+from .result import Round
 
 FORMAT = 1
 
@@ -92,45 +86,61 @@ def refuse_search(path: Path, control: str, restart: bool) -> None:
         )
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
-    return _digest(model.state_dict().items())
+@dataclass(frozen=True)
+class Branch:
+    """A set of layers that a search has come to, and the rounds that led there."""
+
+    layers: tuple[int, ...] = ()
+    rounds: tuple[Round, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"layers": list(self.layers), "rounds": [r.to_dict() for r in self.rounds]}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Branch:
+        """The inverse of `to_dict`."""
+        return cls(tuple(value["layers"]), tuple(map(Round.from_dict, value["rounds"])))
 
 
-def data_fingerprint(loader: Any, *, labelled: bool = False) -> dict[str, Any]:
-    """What is known of the data without decoding images: the data set's own fingerprint, its length, batch size, transform.
+@dataclass(frozen=True)
+class Found:
+    """Where a search stands: its branches, the best first, and what was measured of the full model.
 
-    Tensors that are in memory already are read. With `labelled`, labels count too, where the data set has them in a list.
+    Attributes:
+        branches: One for a greedy search; up to `beam` for a beam search.
+        full: The full model's result; None before the first round, and where no path is run.
+        done: Whether the first branch is the answer.
+        samples: Images of a pass.
+        constant_channels: The most output channels that never changed on a path.
+        notes: What has to be said of the measurement.
     """
-    found: dict[str, Any] = {}
-    dataset: Any = getattr(loader, "dataset", None)
-    if hasattr(dataset, "fingerprint"):
-        found["data"] = dataset.fingerprint()
-    elif isinstance(dataset, TensorDataset):
-        found["data"] = _digest(enumerate(dataset.tensors))
-    elif isinstance(loader, (list, tuple)):
-        found["data"] = _digest(enumerate(part for item in loader for part in _tensors(item)))
-    if labelled and hasattr(dataset, "targets"):
-        found["labels"] = hashlib.sha256(repr(list(map(int, dataset.targets))).encode()).hexdigest()
-    name, sized = ("images", dataset) if hasattr(dataset, "__len__") else ("batches", loader)
-    with contextlib.suppress(TypeError):  # a DataLoader has the method even where it cannot tell
-        found[name] = len(sized)
-    transform = getattr(dataset, "transform", None)
-    if transform is not None:
-        found["transform"] = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # the same one lies elsewhere each time
-    found["batch size"] = getattr(loader, "batch_size", None)
-    return found
 
+    branches: tuple[Branch, ...] = (Branch(),)
+    full: PathResult | None = None
+    done: bool = False
+    samples: int | None = None
+    constant_channels: int = 0
+    notes: tuple[str, ...] = ()
 
-def _tensors(item: object) -> list[Tensor]:
-    return [part for part in (item if isinstance(item, (list, tuple)) else [item]) if isinstance(part, Tensor)]
+    def noted(self, done: bool, samples: int, constant_channels: int, notes: tuple[str, ...]) -> Found:
+        """The same with what is known after the round."""
+        return replace(self, done=done, samples=samples, constant_channels=constant_channels, notes=notes)
 
+    def with_layers(self, layers: tuple[int, ...]) -> Found:
+        """The same with other layers in its first branch."""
+        return replace(self, branches=(replace(self.branches[0], layers=layers), *self.branches[1:]))
 
-def _digest(tensors: Iterable[tuple[object, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        if values.numel():
-            digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        full = None if self.full is None else asdict(self.full)
+        branches = [b.to_dict() for b in self.branches]
+        return {**vars(self), "branches": branches, "full": full, "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Found:
+        """The inverse of `to_dict`."""
+        full = None if value["full"] is None else PathResult(**value["full"])
+        branches = tuple(map(Branch.from_dict, value["branches"]))
+        known: dict[str, Any] = {"branches": branches, "full": full, "notes": tuple(value["notes"])}
+        return cls(**known, **{name: value[name] for name in ("done", "samples", "constant_channels")})

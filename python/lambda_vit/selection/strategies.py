@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
+from .budget import Stop
+from .measurement import Measurement
 from .path_statistics import PathResult
-from .paths import FULL, Path
-from .stopping import Stop
-from .transfer import Measurement
+from .paths import FULL, SkippedBlocks
+from .result import Round
+from .search_state import Branch, Found
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,15 @@ def _lost_accuracy(result: PathResult, full: PathResult) -> tuple[float, float]:
 
 
 ABSOLUTE_TE = Criterion("|TE|", "bits", _absolute_te)
+
 TE = Criterion("TE", "bits", _te)
+
 DIVERGENCE = Criterion("KL", "bits", _divergence, compare=True)
+
 LOST_ACCURACY = Criterion("top-1 lost", "points", _lost_accuracy, label=True)
+
 COSINE = Criterion("1 − cosine", "", None)
+
 
 STRATEGIES = {
     "nose": Strategy("greedy", ABSOLUTE_TE, "the smallest change of the output's entropy, layer by layer"),
@@ -88,93 +94,6 @@ STRATEGIES = {
     "first": Strategy("control", None, "blocks 0, 1, 2 …"),
     "explicit": Strategy("control", None, "the layers given"),
 }
-
-
-@dataclass(frozen=True)
-class Round:
-    """One step of a search.
-
-    Attributes:
-        picked: The block picked.
-        scores: Of every candidate.
-        entropy: Of the output with `skipped` and `picked` skipped; None where no path was run.
-        skipped: The blocks picked before, in order.
-    """
-
-    picked: int
-    scores: dict[int, float]
-    entropy: float | None = None
-    skipped: tuple[int, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; block indices that are keys become strings."""
-        return {**asdict(self), "scores": {str(k): v for k, v in self.scores.items()}, "skipped": list(self.skipped)}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Round:
-        """The inverse of `to_dict`; rounds written before there was `skipped` are read too."""
-        scores = {int(k): float(v) for k, v in value["scores"].items()}
-        return cls(value["picked"], scores, value["entropy"], tuple(value.get("skipped", ())))
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A set of layers that a search has come to, and the rounds that led there."""
-
-    layers: tuple[int, ...] = ()
-    rounds: tuple[Round, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return {"layers": list(self.layers), "rounds": [r.to_dict() for r in self.rounds]}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Branch:
-        """The inverse of `to_dict`."""
-        return cls(tuple(value["layers"]), tuple(map(Round.from_dict, value["rounds"])))
-
-
-@dataclass(frozen=True)
-class Found:
-    """Where a search stands: its branches, the best first, and what was measured of the full model.
-
-    Attributes:
-        branches: One for a greedy search; up to `beam` for a beam search.
-        full: The full model's result; None before the first round, and where no path is run.
-        done: Whether the first branch is the answer.
-        samples: Images of a pass.
-        constant_channels: The most output channels that never changed on a path.
-        notes: What has to be said of the measurement.
-    """
-
-    branches: tuple[Branch, ...] = (Branch(),)
-    full: PathResult | None = None
-    done: bool = False
-    samples: int | None = None
-    constant_channels: int = 0
-    notes: tuple[str, ...] = ()
-
-    def noted(self, done: bool, samples: int, constant_channels: int, notes: tuple[str, ...]) -> Found:
-        """The same with what is known after the round."""
-        return replace(self, done=done, samples=samples, constant_channels=constant_channels, notes=notes)
-
-    def with_layers(self, layers: tuple[int, ...]) -> Found:
-        """The same with other layers in its first branch."""
-        return replace(self, branches=(replace(self.branches[0], layers=layers), *self.branches[1:]))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        full = None if self.full is None else asdict(self.full)
-        branches = [b.to_dict() for b in self.branches]
-        return {**vars(self), "branches": branches, "full": full, "notes": list(self.notes)}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Found:
-        """The inverse of `to_dict`."""
-        full = None if value["full"] is None else PathResult(**value["full"])
-        branches = tuple(map(Branch.from_dict, value["branches"]))
-        known: dict[str, Any] = {"branches": branches, "full": full, "notes": tuple(value["notes"])}
-        return cls(**known, **{name: value[name] for name in ("done", "samples", "constant_channels")})
 
 
 def control_order(
@@ -200,7 +119,7 @@ def greedy_round(
     measurement: Measurement, criterion: Criterion, found: Found, candidates: Sequence[int], beam: int, description: str
 ) -> Found:
     """Measure every branch with one more layer skipped, in one pass, and keep the best `beam`."""
-    children: dict[Path, list[tuple[Branch, int]]] = {}
+    children: dict[SkippedBlocks, list[tuple[Branch, int]]] = {}
     for branch in found.branches:
         for layer in candidates:
             if layer not in branch.layers:

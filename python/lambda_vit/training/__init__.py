@@ -1,1 +1,3 @@
 """Training: recipes, data, the loop, checkpoints."""
+
+from __future__ import annotations

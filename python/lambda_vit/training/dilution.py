@@ -19,15 +19,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.blocks import MlpHalf
-from lambda_kernels.convert import check_indices, check_removal, convert_vit, remove_attention
-from lambda_kernels.families import family_of, inspect_model, refuse_merging
+from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
+from lambda_kernels.blocks.mlp_half import MlpHalf, family_of
+from lambda_kernels.convert.checks import check_indices, check_removal
+from lambda_kernels.convert.conversion import convert_vit, remove_attention
 from lambda_kernels.ops.checks import check_choice
 
+from ..models.properties import eval_mode, input_shape, one_device, one_dtype
+
 if TYPE_CHECKING:
-    from .selection import Selection
+    from ..selection.result import Selection
+
 
 SHAPES = ("linear", "cosine", "step")
+
 
 # What (2 − λ) is at λ = 0: the factor on the residual of a block whose attention was diluted away.
 DILUTED_SCALE = 2.0
@@ -237,3 +242,77 @@ class LambdaSchedule:
         if self.shape == "step":
             return 1 - math.floor(done * 10) / 10
         return 1 - done
+
+
+# By how much deleting the attention may move a logit, as a share of the largest one. The block computes the same at
+# λ = 0 with the attention and without; a fused kernel only adds up in another order.
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+TF32_BOUND = 2e-2  # products of float32 that keep ten bits of each factor
+
+
+# Images that are compared; more would say nothing else.
+COMPARED = 16
+
+
+class BoundaryError(RuntimeError):
+    """The network without the faded attention does not compute what it did with it."""
+
+
+@torch.no_grad()
+def remove_faded(model: nn.Module, images: Tensor | None = None) -> tuple[float, float]:
+    """Delete the attention of all blocks under dilution, in place, with λ at 0.
+
+    Args:
+        model: Has blocks under dilution.
+        images: [N, C, H, W] to compare on; None takes seeded noise.
+
+    Returns:
+        The largest |difference| of a logit before and after, and what was allowed.
+
+    Raises:
+        BoundaryError: More than was allowed, or logits that are not finite.
+    """
+    device, dtype = one_device(model), one_dtype(model)
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(COMPARED, *input_shape(model), generator=generator)
+    images = images[:COMPARED].to(device, dtype)
+    set_lambda(model, 0.0)
+    layers = tuple(diluted_blocks(model))
+    with eval_mode(model):
+        before = model(images)
+    finish_dilution(model)
+    with eval_mode(model):
+        after = model(images)
+    difference = float((after - before).abs().max())
+    bound = _bound(device, dtype) * (1 + float(before.abs().max()))
+    if not difference <= bound:  # NaN too
+        raise BoundaryError(
+            f"deleting the faded attention of blocks {list(layers)} moved a logit by {difference:.3g}, more than rounding "
+            f"explains ({bound:.3g} in {str(dtype).removeprefix('torch.')}): the network would not be what was trained"
+        )
+    return difference, bound
+
+
+def _bound(device: torch.device, dtype: torch.dtype) -> float:
+    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return TF32_BOUND if tf32 else BOUNDS[dtype]
+
+
+def forget_removed(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Take parameters that are no longer in `model` out of the optimizer, with their state.
+
+    The others keep their group, hence their learning rate and weight decay, and what the optimizer knows of them. A group
+    that loses all stays, empty: schedulers count groups.
+    """
+    alive = {id(parameter) for parameter in model.parameters()}
+    # timm's lookahead shares the groups of the optimizer it wraps, which keeps the state of both.
+    states = [optimizer.state, getattr(getattr(optimizer, "_base_optimizer", None), "state", {})]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in alive:
+                parameter.grad = None
+                for state in states:
+                    state.pop(parameter, None)
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) in alive]

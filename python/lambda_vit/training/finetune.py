@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from .batches import SizedLoader
-    from .selection import Selection
+    from ..data.batches import SizedLoader
+    from ..selection.result import Selection
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def finetune(
         ValueError: Options or layers are wrong, the loader is empty, or the loss became NaN or infinite.
         UnsupportedModelError: Layers are to be diluted and the model cannot be changed block by block.
     """
-    from .training.engine import Trainer
-    from .training.recipe import Recipe
-    from .training.stream import LoaderStream
+    from .images.stream import LoaderStream
+    from .loop.trainer import Trainer
+    from .recipe import Recipe
 
     indices: Any = getattr(layers, "layers", layers)
     steps = len(train_loader)

@@ -14,6 +14,7 @@ from lambda_kernels.files import atomic_write
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dilution": ("linear", "cosine", "step", "none"),
     "dilution_per": ("step", "epoch"),
@@ -25,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "recompute": ("auto", "none", "act", "all"),
     "distillation": ("none", "soft", "hard"),
 }
+
 
 # Where each number has to lie; a round bracket leaves the bound itself out.
 _BOUNDS: dict[str, str] = {

@@ -39,51 +39,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
-from lambda_kernels.checkpoint import CONFIG, WEIGHTS
-from lambda_kernels.files import alone, atomic_writes, check_writable, write_json
+from lambda_kernels.checkpoints.folder import CONFIG, WEIGHTS
+from lambda_kernels.files import alone, atomic_writes, check_writable
 
-from .. import environment
-from ..dilution import DILUTED_SCALE
-from ..evaluate import input_shape
-from ..placement import one_device
-from ..processes import Processes
-from ..selection import Selection
-from ..validation import kernel_paths
-from .comparison import row_of, rows_before
-from .engine import Trainer
-from .live_log import LiveLog
-from .preparing import prepare_model
+from ..measure.accuracy import score
+from ..models.properties import one_device
+from ..runtime.processes import Processes
+from ..runtime.signals import StopRequest
+from ..selection.result import Selection
+from .loop.model_setup import prepare_model
+from .loop.trainer import Trainer
 from .recipe import Recipe, load_recipe
-from .runstate import Checkpoints, Found
-from .scoring import score
-from .stop_request import StopRequest
+from .run_record import _Record, _scale
+from .storage.checkpoints import Checkpoints, Found
+from .storage.log import LiveLog
 
 if TYPE_CHECKING:
-    from .stream import TrainingStream
-
-FORMAT = 1
-FILES = {
-    "config.yaml": "the recipe as it was used",
-    "log.jsonl": "every epoch, and a row every few steps",
-    "checkpoints/": "what a killed run goes on from; may be removed once it is finished",
-    "best/": "the best model while training",
-    "model/": "config.json and model.safetensors of the best model, for from_pretrained",
-    "run.json": "all figures",
-    "report.html": "the report as one page",
-    "report.md": "the same as text",
-    "report.png": "its figures",
-}
+    from .images.stream import TrainingStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +124,7 @@ def run_finetuning(
     new_classifier: bool = False,
     description: str = "Fine-tune",
     tell: Callable[[str], None] = lambda line: None,
+    report: Callable[[Path], object] | None = None,
 ) -> FinetuningRun:
     """Fine-tune `model` in the folder `out`, or go on with what is there.
 
@@ -166,6 +149,7 @@ def run_finetuning(
         new_classifier: `model` has one that was never trained: its accuracy is none to compare with.
         description: Of the progress bar.
         tell: Called on rank 0 with a line for a reader: where the run begins, what is wrong there, and each epoch.
+        report: Called on rank 0 with `out` after epochs, to write its report; an exception that it raises is ignored.
 
     Raises:
         ResumeMismatchError: `out` holds a run with another model, recipe or data; names what differs. `out` is untouched.
@@ -196,8 +180,9 @@ def run_finetuning(
             _forget(out, checkpoints, processes)
         found = checkpoints.newest()
         log = LiveLog(
-            out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None, tell=tell
-        )
+            out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None, tell=tell,
+            report=report,
+        )  # fmt: skip
         trainer = Trainer(
             model, recipe, stream, layers=layers, processes=processes, val_loader=val_loader, teacher=teacher,
             checkpoints=checkpoints, log=log, asked=lambda: stop.signal or 0, best=out / "best", saving=saving,
@@ -274,10 +259,6 @@ def _rehearse(model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _scale(recipe: Recipe) -> float:
-    return 1.0 if recipe.dilution == "none" else DILUTED_SCALE
-
-
 def _forget(out: Path, checkpoints: Checkpoints, processes: Processes) -> None:
     checkpoints.clear()
     with processes.together("Start over"):
@@ -299,123 +280,3 @@ def _finish(out: Path, trainer: Trainer, processes: Processes) -> nn.Module:
     trainer.best.settle()
     with processes.together("Load the model"):
         return from_pretrained(out / "model", device=one_device(trainer.model))
-
-
-class _Record:
-    """run.json, and the effective recipe beside it."""
-
-    def __init__(
-        self,
-        out: Path,
-        model: nn.Module,
-        recipe: Recipe,
-        stream: TrainingStream,
-        val_loader: Iterable,
-        trainer: Trainer,
-        processes: Processes,
-    ) -> None:
-        self._out, self._trainer, self._processes, self._val_loader = out, trainer, processes, val_loader
-        self._recipe = recipe
-        if stream.batch_size == recipe.batch_size:
-            self._recipe = dataclasses.replace(recipe, micro_batch=stream.micro_batch_size)
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        self.record: dict[str, Any] = {
-            "format": FORMAT,
-            "status": "running",
-            "command": environment.command_line(),
-            "seed": recipe.seed,
-            "environment": environment.versions(),
-            "processes": processes.size,
-            "device": str(one_device(trainer.model)),
-            "starts": [],
-            "model": {
-                "architecture": cfg.get("architecture"),
-                "blocks": len(model.blocks),
-                "input": list(input_shape(model)),
-                "classes": model.num_classes,
-                "parameters": {"before": _parameters(model), "after": None},
-            },
-            "layers": list(trainer.layers),
-            "residual_scale": _scale(recipe) if trainer.layers else None,
-            "recipe": self._recipe.to_dict(),
-            "data": stream.describe(),
-            "validation": None,
-            "steps": recipe.epochs * stream.steps_per_epoch,
-            "steps_per_epoch": stream.steps_per_epoch,
-            "result": None,
-            "variants": [],
-            "kernel_paths": [],
-            "files": FILES,
-        }
-
-    def start(self) -> None:
-        """Note that the run starts here, or goes on."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            before = json.loads((self._out / "run.json").read_text(encoding="utf-8"))
-            self.record["starts"] = before["starts"]
-            self.record["variants"] = [row for row in before["variants"] if row["name"] != "model"]
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        entry = {"time": now, "step": self._trainer.position, "processes": self._processes.size}
-        self.record["starts"] = [*self.record["starts"], entry]
-        with self._processes.together("Write the recipe"):
-            if self._processes.leads:
-                self._recipe.write(self._out / "config.yaml")
-        self.write("running")
-
-    def compare(self, model: nn.Module, loader: Iterable, asked: Callable[[], int], *, trained: bool) -> None:
-        """Measure what the training starts from, unless that was done before the run went on."""
-        wanted = 1 + bool(self._trainer.layers)
-        known = self._processes.share(self.record["variants"])
-        if len(known) < wanted:
-            known = rows_before(model, self._trainer.layers, loader, self._processes, asked=asked, trained=trained)
-        self.record["variants"] = known
-        self.write("running")
-
-    def write(self, status: str, **more: Any) -> None:
-        """Write run.json as things stand."""
-        trainer = self._trainer
-        self.record |= {
-            "status": status,
-            "position": trainer.position,
-            "history": trainer.history,
-            "boundary": trainer.boundary,
-            "best": trainer.best.to_dict(),
-            "unreadable": self._unreadable(),
-            **more,
-        }
-        with self._processes.together("Write run.json"):
-            if self._processes.leads:
-                write_json(self._out / "run.json", self.record)
-
-    def _unreadable(self) -> list[str]:
-        own = [*self._trainer.stream.bad, *getattr(self._val_loader, "bad", ())]
-        return sorted({path for paths in self._processes.gather(own) for path in paths})
-
-    def finish(self, network: nn.Module, result: Any) -> None:
-        """What the saved model reached."""
-        self.record["model"]["parameters"]["after"] = _parameters(network)
-        same = result.hits == self._trainer.best.score.hits
-        row = row_of("model", "Fine-tuned", network, result, self._processes)
-        self.write(
-            "finished",
-            result={**result.to_dict(), "same": same},
-            validation={"images": result.images},
-            variants=[*self.record["variants"], row],
-            kernel_paths=kernel_paths(network),
-        )
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Say in run.json that the run failed, where it does; as far as that can still be written."""
-        try:
-            yield
-        except Exception as error:
-            if self._processes.leads:
-                with contextlib.suppress(Exception):
-                    said = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                    write_json(self._out / "run.json", self.record | said | {"position": self._trainer.position})
-            raise
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

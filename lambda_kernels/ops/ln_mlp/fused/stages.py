@@ -9,49 +9,21 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch, tracing, tuning
+from .. import tracing
+from ..arguments import SAVE, Needs, Options, Parameters, Saved
+from . import launch, tuning
 from .kernels import configs
-from .operators import SAVE_NOTHING
 from .tuning import Candidate, Problem
 
 LIBRARY = Candidate("library")
+
 STAGED = Candidate("staged")
-
-# What the forward saves for the backward, by `recompute`: "nothing" where no gradient is wanted.
-SAVE = {SAVE_NOTHING: (), "all": ("stats",), "act": ("stats", "pre"), "none": ("stats", "pre", "act")}
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """γ [C], β [C], W1 [H, C], b1 [H], W2 [C, H], b2 [C], LayerScale [C], the branch's factor for each token, float32 [M].
-
-    All but the matrices may be None.
-    """
-
-    gamma: Tensor | None
-    beta: Tensor | None
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-    ls: Tensor | None
-    keep: Tensor | None
-
-
-@dataclass(frozen=True)
-class Options:
-    """LayerNorm's epsilon, the residual's factor s, and the form of GELU: "none" or "tanh"."""
-
-    eps: float
-    scale: float
-    approximate: str
 
 
 @functools.lru_cache
@@ -281,33 +253,6 @@ def _output(act, x, p, o, candidate, tma) -> Tensor:
     made = launch.fc2(act, p.w2, p.b2, p.ls, p.keep, x, out, scale=o.scale, math=math, config=candidate.config, tma=tma)
     _run(made, candidate.config)
     return out
-
-
-# Backward
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are wanted."""
-
-    x: bool
-    gamma: bool
-    beta: bool
-    w1: bool
-    b1: bool
-    w2: bool
-    b2: bool
-    ls: bool
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What the forward kept: row statistics always, p and GELU(p) [M, H] if it was asked to."""
-
-    mean: Tensor
-    rstd: Tensor
-    pre: Tensor | None
-    act: Tensor | None
 
 
 @_settled

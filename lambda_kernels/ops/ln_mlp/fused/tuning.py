@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 
-from ..files import write_json
-from . import tracing
-from .checks import check_choice
+from ....files import write_json
+from ...checks import check_choice
+from .. import tracing
 from .kernels.configs import Config
 
 try:
@@ -42,15 +42,22 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
+
 # Raised by whoever changes the kernels or their launches: what was measured before says nothing about them.
 KERNEL_REVISION = 1
 
+
 SWITCH = "LAMBDA_KERNELS_TUNING"
 
+
 _FORMAT = 1
+
 _TOLERANCE = 1.02
+
 _LOCK_SECONDS = 10.0
+
 _CAPTURING = "the stream is being captured"
+
 
 # Errors that tell of the moment, not of the candidate: no memory just now, or a device lost to an earlier kernel.
 _PASSING = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -100,8 +107,11 @@ class Decision:
 
 
 _Key = tuple[object, ...]
+
 _Offer = tuple[Candidate, ...]
+
 _Memory = dict[_Key, tuple[tuple[_Offer, Decision], ...]]
+
 _Entry = dict[str, Any]  # "candidate": str, "times_us": {str: µs}, as in the file
 
 
@@ -148,6 +158,7 @@ class _State:
 
 
 _state = _State()
+
 
 # Held while measuring, so that threads neither measure twice nor disturb each other's times. Reentrant because a
 # composite candidate chooses among ways to compute its parts while it is being timed.

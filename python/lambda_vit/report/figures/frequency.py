@@ -13,12 +13,13 @@ from typing import Any
 
 from lambda_kernels.files import atomic_write
 
-from .figure_style import INK, MUTED, PAPER, PICK, SERIES, new_figure, shortened
-from .frequency_table import CLEAR, at, subject, verdict
-from .plot_files import encode, plot_format
+from ..records.readings import CLEAR, at, subject, verdict
+from .files import encode, plot_format
+from .style import INK, MUTED, PAPER, PICK, SERIES, new_figure, shortened
 
 # From the first block to the last, darker and darker: the order stays visible without colour.
 _DEPTH = ("#e0a10f", SERIES[0], INK)
+
 _LABEL = "Δ log amplitude (natural log)"
 
 

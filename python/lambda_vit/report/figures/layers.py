@@ -14,54 +14,26 @@ from typing import Any
 
 from lambda_kernels.files import atomic_write
 
-from .figure_style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, new_figure, numbers, shortened
-from .plot_files import encode, plot_format
-from .units import listed
+from ...runtime.formatting import listed
+from ..records.readings import LAYER_NAMES, _ranked, estimators, lowest, mean, spread
+from .files import encode, plot_format
+from .style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, new_figure, numbers, shortened
 
-LAYER_NAMES = {"attn": "attention", "mlp": "MLP"}
 # Filled against hollow and solid against dashed: the two stay apart without colour.
 _LOOKS = {
     "attn": {"color": SERIES[0], "marker": "o", "markersize": 5, "markerfacecolor": SERIES[0]},
     "mlp": {"color": SERIES[1], "marker": "s", "markersize": 5, "markerfacecolor": PAPER},
 }
+
 _DASHES = {"attn": "-", "mlp": (0, (4, 1.5))}
+
 _AXIS = {"gaussian": "mean log₂ σ", "histogram": "differential entropy"}
+
 # What a normal distribution's differential entropy has on top of log2 σ.
 _CONSTANT = 0.5 * math.log2(2 * math.pi * math.e)
+
 # Panels that hold more blocks lie one below the other.
 _MOST_BESIDE = 16
-
-
-def estimators(profile: Mapping[str, Any]) -> list[str]:
-    """Names of the estimators that a profile's record holds values of."""
-    return list(profile.get("estimators") or [profile.get("estimator") or ""])
-
-
-def spread(row: Mapping[str, Any], layer: str, estimator: str) -> dict[str, float]:
-    """{"mean": …}, with the quartiles "low", "median" and "high" where they are known, of a layer of a block's record.
-
-    Empty where the block has no such layer.
-    """
-    value = row.get(layer)
-    if isinstance(value, Mapping):
-        return dict(value.get(estimator) or {})
-    return {} if value is None else {"mean": value}
-
-
-def mean(row: Mapping[str, Any], layer: str, estimator: str) -> float | None:
-    """Mean entropy of the channels of a layer of a block's record; None where there is no such layer."""
-    return spread(row, layer, estimator).get("mean")
-
-
-def lowest(profile: Mapping[str, Any], estimator: str) -> list[int]:
-    """The quarter of the blocks (at least one) whose attention has the least entropy, the lowest first."""
-    ranked = _ranked(profile, estimator)
-    return [row["block"] for row in ranked[: max(1, len(ranked) // 4)]]
-
-
-def _ranked(profile: Mapping[str, Any], estimator: str) -> list[Mapping[str, Any]]:
-    rows = [row for row in profile["blocks"] if mean(row, "attn", estimator) is not None]
-    return sorted(rows, key=lambda row: mean(row, "attn", estimator))
 
 
 def by_block_height(profile: Mapping[str, Any]) -> float:

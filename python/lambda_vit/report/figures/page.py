@@ -11,37 +11,24 @@ import re
 import textwrap
 from typing import Any
 
-from . import profile_figures, selection_figures, training_figures
-from .figure_style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure, numbers
+from ..records.readings import baseline, percent_digits
+from . import layers as profile_figures
+from . import selection, training
+from .style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure, numbers
 
 # Runs share a schedule, so their curves lie on each other: dashes let the lower one show.
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
+
 _MARKERS = ("o", "s", "^", "D")
-
-
-def validation_images(record: dict[str, Any]) -> int:
-    """How many images the accuracies rest on; 0 if the record does not say."""
-    counted = [variant.get("images") or 0 for variant in record.get("variants") or ()]
-    return max(counted, default=0) or (record.get("data") or {}).get("validation") or 0
-
-
-def percent_digits(record: dict[str, Any]) -> int:
-    """Decimals that the validation set can carry: one image out of 10,000 is 0.01 %."""
-    return 2 if validation_images(record) >= 10_000 else 1
-
-
-def baseline(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The variant that the others are compared with."""
-    return next((v for v in record.get("variants") or () if v["name"] in ("full", "reference")), None)
 
 
 def plots(record: dict[str, Any]) -> list[Plot]:
     """The figures that this record has data for, in reading order."""
-    found = [plot] if (plot := selection_figures.trajectory_plot(record)) else []
+    found = [plot] if (plot := selection.trajectory_plot(record)) else []
     if (record.get("profile") or {}).get("blocks"):
         height = profile_figures.by_block_height(record["profile"])
         found.append(Plot("entropy", "Entropy by block", height, _draw_entropy))
-    found += [plot] if (plot := selection_figures.score_plot(record)) else []
+    found += [plot] if (plot := selection.score_plot(record)) else []
     measured = [v for v in record.get("variants") or () if v.get("top1") is not None]
     if measured:
         lines = sum(0.32 + 0.15 * _wrap(v["label"]).count("\n") for v in measured)
@@ -51,7 +38,7 @@ def plots(record: dict[str, Any]) -> list[Plot]:
         legend = 0.24 * sum(bool(run.get("epochs")) for run in record["training"])
         height = 0.55 + legend + 1.15 * sum(weight for _, _, weight in panels)
         found.append(Plot("training", "Training", height, _draw_training))
-    found += [plot] if (plot := training_figures.course_plot(record)) else []
+    found += [plot] if (plot := training.course_plot(record)) else []
     return found
 
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .figure_style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, Plot, numbers
-from .selection_scores import (
-    blocks_of,
-    diverging,
-    in_unit,
-    lowest_picked,
-    rankings,
-    score_text,
-)
+from ..records.scores import blocks_of, diverging, in_unit, lowest_picked, rankings, score_text
+from .style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, Plot, numbers
 
 # Up to here the blocks of one ranking have room for numbers side by side.
 _MOST_BESIDE = 16

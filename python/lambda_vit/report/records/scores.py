@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .units import bits, fine
+from ...runtime.formatting import bits, fine
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .evaluate import wilson_interval
-from .training.run_log import read_log
-from .units import ranges, small
+from ...measure.intervals import wilson_interval
+from ...runtime.formatting import ranges, small
+from ...training.storage.log import read_log
 
 # Points per curve: more than a figure can show, and little enough for a page that is sent around.
 MOST_POINTS = 400
@@ -339,6 +339,7 @@ def _again(command: str, processes: int) -> str:
 
 
 _FLAGS = ("--pretrained",)
+
 _VALUES = ("--model", "--weights", "--data", "--val-data", "--class-map", "--num-classes", "--skip-bad", "--img-size")
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import BadImage, decoded_sample
-from ..image_sources import VAL_NAMES
-from ..packages import optional
+from ...data.images import BadImage, decoded_sample
+from ...data.sources import VAL_NAMES
+from ...runtime.optional_packages import optional
 
 
 @dataclasses.dataclass(eq=False)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..data import make_loader, open_images, transforms_for
-from ..evaluate import input_shape
-from ..processes import Processes
-from .recipe import Recipe
-from .stop_request import spare_worker
+from ...data.images import open_images
+from ...data.loader import make_loader
+from ...data.transforms import transforms_for
+from ...models.properties import input_shape
+from ...runtime.processes import Processes
+from ...runtime.signals import spare_worker
+from ..recipe import Recipe
 from .stream import DatasetStream, TrainingStream
 
 if TYPE_CHECKING:
@@ -140,7 +142,7 @@ def _open(
     """A dataset; or, of shards, what has a `stream` and a `loader`."""
     where = os.fspath(data)
     if where.startswith("hfds/"):
-        from .hub_data import open_hub
+        from .hub import open_hub
 
         return open_hub(where.removeprefix("hfds/"), split, transform, num_classes, class_to_idx)
     if where.startswith("wds/"):

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..data import BadImage, CorruptImageError, corrupt_message, decoded_sample
-from ..image_sources import VAL_NAMES, extensions
-from ..packages import optional
-from ..progress import track
-from ..worker_signals import held_back, started
-from .recipe import Recipe
-from .seeds import mixed_seed
-from .stop_request import spare_worker
+from ...data.images import BadImage, CorruptImageError, corrupt_message, decoded_sample
+from ...data.sources import VAL_NAMES, extensions
+from ...runtime.optional_packages import optional
+from ...runtime.progress import track
+from ...runtime.seeding import mixed_seed
+from ...runtime.signals import held_back, spare_worker, started
+from ..recipe import Recipe
 from .stream import Answer, MicroBatch, TrainingStream, as_it_is, read_micro_batch
 
 BUFFER = 1024  # undecoded samples among which the next one is drawn

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..batches import SizedLoader
-from ..data import BadImage, CorruptImageError, SizedDataset, corrupt_message
-from ..selection_progress import data_fingerprint
-from ..worker_signals import held_back, started
-from .recipe import Recipe
-from .seeds import mixed_seed, preserved, seed_all
-from .stop_request import spare_worker
+from ...data.batches import SizedLoader
+from ...data.fingerprints import data_fingerprint
+from ...data.images import BadImage, CorruptImageError, SizedDataset, corrupt_message
+from ...runtime.seeding import mixed_seed, preserved, seed_all
+from ...runtime.signals import held_back, spare_worker, started
+from ..recipe import Recipe
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..processes import Processes
+from ...runtime.processes import Processes
 
 T = TypeVar("T")
 

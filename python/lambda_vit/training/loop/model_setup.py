@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..evaluate import input_shape
-from .recipe import Recipe
+from ...models.properties import input_shape
+from ..recipe import Recipe
 
 # timm's names of what comes before the blocks.
 EMBEDDING = (

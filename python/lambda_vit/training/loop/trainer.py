@@ -17,27 +17,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lambda_kernels.convert import check_indices
+from lambda_kernels.convert.checks import check_indices
 
+from ...data.fingerprints import data_fingerprint, model_fingerprint
+from ...measure.accuracy import Score, score
+from ...models.properties import one_device
+from ...runtime.processes import Processes, ProcessLostError
+from ...runtime.progress import task
 from ..dilution import LambdaSchedule
-from ..placement import one_device
-from ..processes import Processes, ProcessLostError
-from ..progress import task
-from ..selection_progress import data_fingerprint, model_fingerprint
-from .best import Best
-from .learner import Learner
-from .pulse import Beat, Pulse
-from .recipe import Recipe
-from .scoring import Score, score
+from ..recipe import Recipe
+from ..storage.best_model import Best
+from .loss_sync import Beat, Pulse
+from .train_state import Learner
 
 if TYPE_CHECKING:
-    from ..selection import Selection
-    from .run_log import RunLog
-    from .runstate import Checkpoints
-    from .stream import TrainingStream
+    from ...selection.result import Selection
+    from ..images.stream import TrainingStream
+    from ..storage.checkpoints import Checkpoints
+    from ..storage.log import RunLog
+
 
 # fp16: so many steps in a row whose gradient overflows are no search for the right scale any more.
 MOST_SKIPPED = 25
+
 
 # Recipe fields that a run may change when it goes on: the one changes nothing it ends with, the data tell of the other.
 _FREE = ("checkpoint_every", "micro_batch")

@@ -16,25 +16,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lambda_kernels.blocks import MlpHalf
-from lambda_kernels.convert import check_indices
-from lambda_kernels.families import inspect_model
+from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.mlp_half import MlpHalf
+from lambda_kernels.convert.checks import check_indices
 
-from .dilution import finish_dilution, prepare, set_lambda
-from .evaluate import cost, input_shape
-from .memory import free_memory
-from .placement import one_device, one_dtype
-from .progress import task
-from .training_step import Loading, StepTime, measure_loading, random_images, saved_bytes, time_steps
-from .units import size
+from ...measure.cost import cost
+from ...models.properties import input_shape, one_device, one_dtype
+from ...runtime.formatting import size
+from ...runtime.memory import free_memory
+from ...runtime.progress import task
+from ..dilution import finish_dilution, prepare, set_lambda
+from .step_timing import Loading, StepTime, measure_loading, random_images, saved_bytes, time_steps
 
 if TYPE_CHECKING:
-    from .selection import Selection
+    from ...selection.result import Selection
+
 
 # The paper's schedule: λ goes from 1 to 0 in the first, and the network trains on without attention in the second.
 DILUTION_EPOCHS, RECOVERY_EPOCHS = 300, 100
 
+
 COUNTED_AT = (2, 4)  # images: what autograd saves is a fixed part and a part per image, so two batches tell both
+
 _MOMENTS = 2 * 4  # bytes of AdamW's two float32 per parameter
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import count, images_of
-from .evaluate import MINIMUM_ROUNDS, input_shape
-from .placement import one_device, one_dtype
-from .progress import task
+from ...data.batches import count, images_of
+from ...measure.latency import MINIMUM_ROUNDS
+from ...models.properties import input_shape, one_device, one_dtype
+from ...runtime.progress import task
 
 _ROUNDS, _WARMUP = 30, 2
 

@@ -12,8 +12,8 @@ from torch import nn
 from lambda_kernels import CheckpointError, save_pretrained
 from lambda_kernels.files import write_json
 
-from ..processes import Processes
-from .scoring import Score
+from ...measure.accuracy import Score
+from ...runtime.processes import Processes
 
 SCORE = "score.json"
 

@@ -14,11 +14,11 @@ from typing import Any
 from lambda_kernels.errors import CheckpointError
 from lambda_kernels.files import remove_leftovers
 
-from ..processes import Processes
-from ..units import size as readable
+from ...runtime.formatting import size as readable
+from ...runtime.processes import Processes
+from ...runtime.signals import StopRequest, spare_worker
 from . import checkpoint_file
 from .checkpoint_file import FILE, LEFTOVER, Manifest, UnusableError, manifest_path, wrong_size
-from .stop_request import StopRequest, spare_worker
 
 __all__ = ["Checkpoints", "Found", "StopRequest", "spare_worker"]
 

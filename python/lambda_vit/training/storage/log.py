@@ -20,14 +20,16 @@ import errno
 import json
 import math
 import os
+import time
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_kernels.files import atomic_write, remove_leftovers
 
-from ..packages import optional
-from ..processes import Processes
+from ...runtime.optional_packages import optional
+from ...runtime.processes import Processes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -222,3 +224,60 @@ def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:
     if not isinstance(value, (str, int, float, type(None))):
         raise TypeError(f"{name} of a row of the log is a {type(value).__module__}.{type(value).__qualname__}")
     return value
+
+
+# A report may take this share of the time since the one before it; the first waits as if one had taken FIRST seconds.
+SHARE = 0.02
+
+FIRST = 3.0
+
+
+class LiveLog(RunLog):
+    """Calls back while a run trains: with a line for each epoch and notice, and for a report after an epoch.
+
+    Args:
+        tell: Receives each line.
+        report: Writes the report of the folder it receives. It is called where that costs next to nothing: runs with
+            epochs of seconds have theirs from time to time. Whoever runs them writes the last one.
+
+    Other arguments are those of `RunLog`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        tell: Callable[[str], None] = lambda line: None,
+        report: Callable[[Path], object] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._tell, self._report = tell, report
+        self._reported, self._took = time.monotonic(), FIRST
+
+    def write(self, kind: str, **fields: Any) -> None:
+        super().write(kind, **fields)
+        if self._processes.leads and kind in ("epoch", "notice"):
+            self._tell(fields["text"] if kind == "notice" else _line(fields))
+        now = time.monotonic()
+        if kind != "epoch" or self._report is None or not self._processes.leads:
+            return
+        if self._took > SHARE * (now - self._reported):
+            return
+        # The training is worth more than a picture of it: a full disk is told when the next checkpoint meets it.
+        with contextlib.suppress(Exception):
+            self._report(self.path.parent)
+        self._reported = time.monotonic()
+        self._took = self._reported - now
+
+
+def _line(row: dict[str, Any]) -> str:
+    """An epoch, for a reader."""
+    parts = [f"Epoch {row['epoch']}"]
+    for name, form in (("loss", "loss {:.3f}"), ("top1", "top-1 {:.2f} %"), ("top1_ema", "averaged {:.2f} %")):
+        if row.get(name) is not None:
+            parts.append(form.format(row[name]))
+    if row.get("attention") == "diluting":
+        parts.append(f"λ {row['lambda']:.2f}")
+    if row.get("best"):
+        parts.append("the best so far")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""Saved models: the folder layout, saving and loading, published networks, rebuilding a timm model."""

@@ -1,0 +1,1 @@
+"""Batched histograms, moments and extrema of many tensors in one read."""

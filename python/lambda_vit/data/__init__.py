@@ -1,0 +1,1 @@
+"""Images from folders, zips and arrays: sources, transforms, loaders, fingerprints."""

@@ -1,0 +1,81 @@
+"""Fingerprints of models and of data, by which an interrupted run recognises its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+
+class FingerprintedSet(Protocol):
+    """A data set that can tell what it holds without decoding images."""
+
+    split: str
+    classes: Any
+    num_classes: Any
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str: ...
+
+
+def describe_dataset(dataset: FingerprintedSet, root: str) -> dict[str, Any]:
+    """What a report says of a data set."""
+    return {
+        "root": root,
+        "split": dataset.split,
+        "images": len(dataset),
+        "classes": len(dataset.classes),
+        "num_classes": dataset.num_classes,
+        "fingerprint": dataset.fingerprint(),
+    }
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of all parameters and buffers."""
+    return _digest(model.state_dict().items())
+
+
+def data_fingerprint(loader: Any, *, labelled: bool = False) -> dict[str, Any]:
+    """What is known of the data without decoding images: the data set's own fingerprint, its length, batch size, transform.
+
+    Tensors that are in memory already are read. With `labelled`, labels count too, where the data set has them in a list.
+    """
+    found: dict[str, Any] = {}
+    dataset: Any = getattr(loader, "dataset", None)
+    if hasattr(dataset, "fingerprint"):
+        found["data"] = dataset.fingerprint()
+    elif isinstance(dataset, TensorDataset):
+        found["data"] = _digest(enumerate(dataset.tensors))
+    elif isinstance(loader, (list, tuple)):
+        found["data"] = _digest(enumerate(part for item in loader for part in _tensors(item)))
+    if labelled and hasattr(dataset, "targets"):
+        found["labels"] = hashlib.sha256(repr(list(map(int, dataset.targets))).encode()).hexdigest()
+    name, sized = ("images", dataset) if hasattr(dataset, "__len__") else ("batches", loader)
+    with contextlib.suppress(TypeError):  # a DataLoader has the method even where it cannot tell
+        found[name] = len(sized)
+    transform = getattr(dataset, "transform", None)
+    if transform is not None:
+        found["transform"] = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # the same one lies elsewhere each time
+    found["batch size"] = getattr(loader, "batch_size", None)
+    return found
+
+
+def _tensors(item: object) -> list[Tensor]:
+    return [part for part in (item if isinstance(item, (list, tuple)) else [item]) if isinstance(part, Tensor)]
+
+
+def _digest(tensors: Iterable[tuple[object, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        if values.numel():
+            digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

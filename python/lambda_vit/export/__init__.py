@@ -1,0 +1,1 @@
+"""Files that run without this library: ONNX, `torch.export` and AOTInductor."""

@@ -1,0 +1,125 @@
+"""What a model costs: parameters, FLOPs and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from ..models.properties import eval_mode, input_shape
+from .runner import _check_positive, _Figures, _Runner, _weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost(_Figures):
+    """What a model takes to keep and to run."""
+
+    parameters: int
+    weight_bytes: int  # parameters and persistent buffers: what a checkpoint holds
+    flops: int  # per image, two per multiply-add, matrix products and convolutions only
+    peak_memory_bytes: int  # one forward of `batch_size` images, weights and images included
+    peak_memory_method: str
+    batch_size: int
+    input_shape: tuple[int, int, int]
+
+
+def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None, batch_size: int = 1) -> Cost:
+    """Count parameters, bytes, FLOPs and peak memory of a forward in eval mode, where the model is.
+
+    Args:
+        model: A classifier, or any module of images [N, C, H, W].
+        image_size: (channels, height, width), or pixels a side. Default: what the model was built for.
+        batch_size: Of the forward whose memory is measured. FLOPs are always per image.
+    """
+    _check_positive("batch_size", batch_size)
+    shape = input_shape(model, image_size)
+    runner = _Runner(model, None)
+    parameters = sum(p.numel() for p in model.parameters())
+    saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    with eval_mode(model), torch.inference_mode(False), torch.no_grad():
+        flops = count_flops(model, runner.images(1, shape))
+        measure = _cuda_peak if runner.device.type == "cuda" else _traced_peak
+        peak, method = measure(model, runner.images(batch_size, shape))
+    resident = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(model)}
+    return Cost(
+        parameters=parameters,
+        weight_bytes=sum(t.numel() * t.element_size() for t in saved.values()),
+        flops=flops,
+        peak_memory_bytes=sum(resident.values()) + peak,
+        peak_memory_method=method,
+        batch_size=batch_size,
+        input_shape=shape,
+    )
+
+
+class _Trace(TorchDispatchMode):
+    """Notes which operators run, and follows the storages they return from birth to release. What an operator allocates
+    and frees inside itself is not seen."""
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._live = {t.untyped_storage()._cdata for t in known}
+        self._bytes = self.peak = 0
+        self.operators: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.add(func._overloadpacket)
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.follow(leaf.untyped_storage())
+        return result
+
+    def follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live:
+            return
+        self._live.add(key)
+        self._bytes += size
+        self.peak = max(self.peak, self._bytes)
+        # PyTorch keeps one Python object per storage for as long as the storage lives, so its end is the storage's end.
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self._bytes -= size
+
+
+def count_flops(model: nn.Module, images: Tensor) -> int:
+    """FLOPs of a forward of `images`, two per multiply-add; in the mode that `model` is in."""
+    # The math path spells attention out as matrix products, which every version of the counter knows.
+    with sdpa_kernel(SDPBackend.MATH), _Trace() as trace, FlopCounterMode(display=False) as counter:
+        model(images)
+    own = {"aten", "prim", "prims"}
+    unknown = sorted(str(op) for op in trace.operators - set(flop_registry) if str(op).split(".")[0] not in own)
+    if unknown:
+        warnings.warn(f"FLOPs leave out {', '.join(unknown)}: no formula is registered for it", stacklevel=3)
+    return counter.get_total_flops()
+
+
+def _traced_peak(model: nn.Module, images: Tensor) -> tuple[int, str]:
+    mode = _Trace(_weights(model))
+    mode.follow(images.untyped_storage())
+    with mode:
+        model(images)
+    return mode.peak, "live tensors between operators"
+
+
+def _cuda_peak(model: nn.Module, images: Tensor) -> tuple[int, str]:
+    device = images.device
+    model(images)  # workspaces that stay allocated are not this forward's
+    torch.cuda.synchronize(device)
+    others = torch.cuda.memory_allocated(device) - images.nbytes
+    torch.cuda.reset_peak_memory_stats(device)
+    model(images)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - others, "torch.cuda.max_memory_allocated"

@@ -1,0 +1,73 @@
+"""Runs of a model on batches, as every measurement needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lambda_kernels.errors import NonFiniteActivationError
+
+from ..models.properties import one_device
+
+
+@dataclasses.dataclass(frozen=True)
+class _Figures:
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+class _Runner:
+    """A model with the one device and dtype that its inputs need."""
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
+        self.model = model
+        weightless = not _weights(model)
+        self.device = _resolved(device or "cpu") if weightless else one_device(model)
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        # With mixed dtypes the model has a policy of its own (autocast, a cast inside): leave the images as they are.
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def images(self, count: int, shape: tuple[int, int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(count, *shape, generator=generator).to(self.device, self.dtype)
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor, where: str) -> Tensor:
+        """Logits [N, classes] in float64 on the CPU, checked; the copy also waits for the device."""
+        output = self.model(
+            images.to(self.device, self.dtype if images.is_floating_point() else None, non_blocking=True)
+        )
+        if isinstance(output, (tuple, list)):
+            if self.model.training:
+                raise ValueError(
+                    f"{type(self.model).__name__} gives {len(output)} outputs and ignores eval(): fix its mode"
+                )
+            output = torch.stack(tuple(output)).mean(0)
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"{type(self.model).__name__} must give logits [N, classes], got {got}")
+        output = output.cpu().double()
+        if not output.isfinite().all():
+            raise NonFiniteActivationError(
+                f"logits of {where} of {type(self.model).__name__} hold NaN or infinity (dtype {self.dtype}): "
+                "check the weights, or evaluate in float32 or bfloat16"
+            )
+        return output
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _resolved(device: torch.device | str) -> torch.device:
+    """The device with its index, as tensors report it."""
+    return torch.empty(0, device=device).device
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")

@@ -1,0 +1,1 @@
+"""Properties of models, and views that share their parameters."""

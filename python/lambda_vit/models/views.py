@@ -1,0 +1,81 @@
+"""Views of a model that share its parameters: without some attention layers, or from one block on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from lambda_kernels.blocks.anatomy import front_of, inspect_model, refuse_merging
+from lambda_kernels.blocks.attention_free import AttentionFreeBlock
+from lambda_kernels.convert.checks import check_indices
+
+
+class SupportsLayers(Protocol):
+    """What names the layers of a model in `layers`, such as a `Selection`."""
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+
+
+def skip_attention(model: nn.Module, skip: Sequence[int] | SupportsLayers) -> nn.Module:
+    """A view of `model` in which the attention of the blocks `skip` is passed over; parameters and modules are shared.
+
+    Args:
+        model: A timm vision transformer, which is left as it is.
+        skip: Block indices, or what has them as `layers`, such as a `Selection`.
+
+    Returns:
+        A model that shares everything with `model` but the order of what runs; its blocks in `skip` are x + MLP(LN(x)).
+
+    Raises:
+        ValueError: An index is wrong.
+        UnsupportedModelError: The model cannot be changed block by block.
+    """
+    anatomy = inspect_model(model)
+    refuse_merging(anatomy, "skipping attention")
+    skip = check_indices(skip, anatomy.depth, "skip")
+    blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
+    return with_blocks(model, blocks)
+
+
+class _Inject(nn.Module):
+    """Stands for all blocks: gives what comes out of them."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor, *positional: object, **named: object) -> Tensor:
+        return self.tokens
+
+
+def _without_attention(block: nn.Module) -> nn.Module:
+    return block if isinstance(block, AttentionFreeBlock) else AttentionFreeBlock.from_block(block)
+
+
+def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    """A shallow copy of `model` around other blocks; everything else is shared, and `model` keeps its own."""
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    view._modules["blocks"] = nn.Sequential(*blocks)
+    return view
+
+
+def _without_front(model: nn.Module) -> nn.Module:
+    """A shallow copy of a timm model that takes what comes out of the last block for images."""
+    view, front = with_blocks(model, ()), front_of(model)
+    view._parameters = dict(model._parameters)
+    for name in front.identities:
+        if name in view._modules:
+            view._modules[name] = nn.Identity()
+    for name in front.absent:
+        held = view._parameters if name in view._parameters else view._modules
+        held[name] = None
+    for name in front.no_tokens:
+        view._parameters[name] = nn.Parameter(getattr(model, name).detach()[:, :0], requires_grad=False)
+    if front.pos_embed is not None and hasattr(view, "_pos_embed"):
+        view._pos_embed = lambda x: (x, *front.pos_embed) if front.pos_embed else x  # type: ignore[assignment]  # over its method
+    return view

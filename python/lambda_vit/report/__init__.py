@@ -1,0 +1,1 @@
+"""Reports: records of what was measured, and their pages, tables and figures."""

@@ -1,0 +1,224 @@
+"""The recommendation of a selection: where to stop, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...measure.intervals import paired_interval
+from ...selection.budget import missed
+from ...selection.result import Selection
+
+TOLERANCE = 5.0  # points
+
+# From here on one percent is ten images, which nobody needs to be told.
+_MANY = 1000
+
+
+def add_recommendation(
+    trajectory: dict[str, Any], selection: Selection, tolerance: float = TOLERANCE
+) -> dict[str, Any]:
+    """A trajectory with "recommended": what `recommend` says of its steps."""
+    recommended = recommend(
+        trajectory["steps"],
+        tolerance=tolerance,
+        wanted=selection.stop,
+        images=trajectory["images"],
+        held_out=trajectory["held_out"],
+        reached=not missed(selection.warnings),
+    )
+    return trajectory | {"recommended": recommended}
+
+
+def recommend(
+    steps: Sequence[Mapping[str, Any]],
+    *,
+    tolerance: float = TOLERANCE,
+    wanted: str | None = None,
+    images: int | None = None,
+    held_out: bool | None = None,
+    reached: bool = True,
+) -> dict[str, Any]:
+    """The last step up to which top-1 with nothing trained stays within `tolerance` points of the full model's.
+
+    Without labels the agreement with the full model's answers takes the place of top-1. A step counts only if all earlier
+    ones are within the tolerance too: what comes back after a breakdown is luck more often than not.
+
+    Args:
+        steps: A trajectory's steps, the full model first: "removed", and "top1" or "agreement" in percent.
+        tolerance: In points.
+        wanted: The budget that was asked for, in words ("5 layers", "85 % of the parameters").
+        images: How many images the figures rest on; None says nothing about noise.
+        held_out: Whether none of these images was used for picking; None says nothing about it.
+        reached: Whether the last step meets `wanted`.
+
+    Returns:
+        {"step": its index, "reason": paragraphs in plain words, one per line, "tolerance", "measure": "top1" or
+        "agreement"}.
+
+    Raises:
+        ValueError: No steps, a tolerance that is negative or not finite, or a step with neither top-1 nor agreement.
+    """
+    if not steps:
+        raise ValueError("steps is empty: step 0 is the full model")
+    if isinstance(tolerance, bool) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance!r}: expected a number of points, at least 0")
+    measure = "top1" if all(step.get("top1") is not None for step in steps) else "agreement"
+    values = [step.get(measure) for step in steps]
+    values[0] = 100.0 if measure == "agreement" else values[0]
+    for n, value in enumerate(values):
+        if value is None:
+            raise ValueError(f"steps[{n}] has neither 'top1' nor 'agreement': there is nothing to go by")
+    within = [value >= values[0] - tolerance - 1e-9 for value in values]
+    chosen = within.index(False) - 1 if False in within else len(steps) - 1
+    view = _View(steps, values, measure, tolerance, images)
+    if len(steps) == 1:
+        paragraphs = ["No layer was picked: there is nothing but the full model to recommend."]
+    else:
+        paragraphs = [
+            view.choice(chosen, within),
+            view.confidence(chosen, held_out),
+            _outlook(steps, chosen, wanted, reached),
+        ]
+    return {"step": chosen, "reason": "\n".join(filter(None, paragraphs)), "tolerance": tolerance, "measure": measure}
+
+
+class _View:
+    """The steps by the one figure that decides, in words."""
+
+    def __init__(
+        self,
+        steps: Sequence[Mapping[str, Any]],
+        values: Sequence[float],
+        measure: str,
+        tolerance: float,
+        images: int | None,
+    ) -> None:
+        self.steps, self.values, self.measure, self.tolerance, self.images = steps, values, measure, tolerance, images
+        self.digits = 2 if (images or 0) >= 10_000 else 1
+
+    def percent(self, value: float) -> str:
+        return f"{value:.{self.digits}f} %"
+
+    def _gap(self, step: int) -> str:
+        gap = f"{self.values[0] - self.values[step]:.{self.digits}f}"
+        return f"{gap} points {'less' if self.measure == 'top1' else 'short of 100 %'}"
+
+    def choice(self, chosen: int, within: Sequence[bool]) -> str:
+        """What is recommended, why, and what happens at the next pick."""
+        removed, last = self.steps[chosen]["removed"], len(self.steps) - 1
+        limit = f"the tolerance of {self.tolerance:g} points"
+        name = "top-1" if self.measure == "top1" else "agreement with the full model's answers"
+        words = []
+        if chosen:
+            words.append(f"Remove the attention of {_blocks(removed)}: {_picks(chosen, last)}.")
+        else:
+            words.append("Remove nothing unless you train afterwards.")
+        if self.measure == "agreement":
+            words.append("There are no labels, so this goes by how often the answer stays the full model's.")
+        if chosen:
+            figure = f"With nothing trained, {name} is {self.percent(self.values[chosen])}"
+            figure += f", against {self.percent(self.values[0])} of the full model" if self.measure == "top1" else ""
+            if self.values[chosen] >= self.values[0]:
+                earlier = f", and every earlier pick stays within {limit}" if chosen > 1 else ""
+                words.append(f"{figure}: no loss{earlier}.")
+            else:
+                earlier = ", as after every earlier pick" if chosen > 1 else ""
+                words.append(f"{figure}: {self._gap(chosen)}, within {limit}{earlier}.")
+        if chosen < last:
+            words.append(self._next(chosen + 1, name, limit))
+            back = [n for n in range(chosen + 2, last + 1) if within[n]]
+            if back:
+                words.append(f"After {back[0]} picks it is within the tolerance again; one does not build on that.")
+        else:
+            words.append("No pick leaves the tolerance: nothing here says that one more layer would be too many.")
+        return " ".join(words)
+
+    def _next(self, step: int, name: str, limit: str) -> str:
+        block = self.steps[step].get("picked")
+        which = "the first pick" if step == 1 else "the next pick"
+        which += "" if block is None else f", block {block},"
+        text = f"{which[0].upper()}{which[1:]} takes {name} to {self.percent(self.values[step])}: "
+        text += f"{self._gap(step)}, more than {limit}"
+        span = self._interval(step)
+        if span and span[1] >= -self.tolerance:
+            text += f" (95 % interval {_signed(span)} points: more images could decide otherwise)"
+        return text + "."
+
+    def _interval(self, step: int) -> tuple[float, float] | None:
+        if not self.images:
+            return None
+        if self.measure == "top1":
+            return paired_interval(self.steps[0], self.steps[step], self.images)
+        low, high = _wilson(round(self.images * self.values[step] / 100), self.images)
+        return 100 * low - 100, 100 * high - 100
+
+    def confidence(self, chosen: int, held_out: bool | None) -> str:
+        """How far the figures carry: noise, the number of images, whether they were held out."""
+        words = []
+        span = self._interval(chosen) if chosen else None
+        if span and self.measure == "top1":
+            difference = self.values[chosen] - self.values[0]
+            words.append(
+                f"On the same {self.images:,} images, the 95 % interval of the difference is {_signed(span)} points"
+            )
+            words[-1] += ": it includes 0, so chance alone could have made it." if span[0] <= 0 <= span[1] else (
+                f": the {'gain' if difference > 0 else 'loss'} is more than chance."
+            )  # fmt: skip
+            if span[0] < -self.tolerance:
+                words.append("Its lower end lies beyond the tolerance.")
+        elif span:
+            words.append(f"The 95 % interval of the agreement, on {self.images:,} images, is "
+                         f"{100 + span[0]:.1f} to {100 + span[1]:.1f} %.")  # fmt: skip
+        if self.images and self.images < _MANY:
+            one = self.images / 100
+            stands = f"{one:.1f}".removesuffix(".0")
+            words.append(f"One percent stands for {stands} image{'s' if stands != '1' else ''}.")
+        if held_out is not None:
+            words.append(
+                "The images were held out: none of them was used for picking."
+                if held_out
+                else "The images were not held out: layers were picked on them too, which flatters these figures."
+            )
+        return " ".join(words)
+
+
+def _outlook(steps: Sequence[Mapping[str, Any]], chosen: int, wanted: str | None, reached: bool) -> str:
+    """What training may change, and whether the budget is met."""
+    last = len(steps) - 1
+    words = ["Training after the removal usually wins accuracy back; how much, these figures cannot predict."]
+    if wanted and not reached:
+        words.append(f"What was asked for ({wanted}) is not met by {_picks(last, last)} either.")
+    elif wanted and chosen == last:
+        words.append(f"This meets what was asked for: {wanted}.")
+    elif wanted:
+        rest = _blocks([step["picked"] for step in steps[chosen + 1 :] if step.get("picked") is not None])
+        words.append(
+            f"This does not meet what was asked for ({wanted}): that takes {_picks(last, last)}"
+            f"{f', {rest} too' if rest and chosen else ''}, and training to make up for them."
+        )
+    return " ".join(words)
+
+
+def _blocks(blocks: Sequence[int]) -> str:
+    if not blocks:
+        return ""
+    *most, last = map(str, blocks)
+    return f"blocks {', '.join(most)} and {last}" if most else f"block {last}"
+
+
+def _picks(chosen: int, last: int) -> str:
+    if chosen < last:
+        return f"the first {chosen} of {last} picks" if chosen > 1 else f"the first of {last} picks"
+    return f"all {last} picks" if last > 1 else "the only pick"
+
+
+def _signed(span: Sequence[float]) -> str:
+    return " to ".join(f"{0.0 if abs(end) < 0.05 else end:+.1f}".replace("+0.0", "0").replace("-", "−") for end in span)
+
+
+def _wilson(correct: int, total: int) -> tuple[float, float]:
+    from ...measure.intervals import wilson_interval
+
+    return wilson_interval(correct, total)

@@ -1,0 +1,1 @@
+"""What every long command needs: processes, signals, progress, seeds, formatting, the environment."""

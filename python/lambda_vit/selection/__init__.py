@@ -1,0 +1,1 @@
+"""The choice of layers to remove: strategies, the search, its cache and its budget."""

@@ -1,0 +1,1 @@
+"""Images for training: streams, shards, and sets of the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""What a training run writes: checkpoints, the best model, logs."""
