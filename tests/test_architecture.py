@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -13,22 +14,52 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-# Left to right: a module may import from its own layer and from those before it.
-LAYERS = [
-    r"lambda_kernels\.(errors|files)",
-    r"lambda_kernels\.(_extension|reference)",
-    r"lambda_kernels\.ops(\..*)?",
-    r"lambda_kernels(\..*)?",
-    r"lambda_vit\.(?!cli$|__main__$|command_).*|lambda_vit",
-    r"lambda_vit\.command_.*",
-    r"lambda_vit\.(cli|__main__)",
+# Rooms of both packages, low to high: a module may import from its own room and from those before it.
+ROOMS = [
+    "lambda_kernels._version",
+    "lambda_kernels.errors",
+    "lambda_kernels.files",
+    "lambda_kernels.ops",
+    "lambda_kernels.blocks",
+    "lambda_kernels.entropy",
+    "lambda_kernels.audit",
+    "lambda_kernels.convert",
+    "lambda_kernels.features",
+    "lambda_kernels.checkpoints",
+    "lambda_kernels.timm_models",
+    "lambda_kernels",
+    "lambda_vit.runtime",
+    "lambda_vit.models",
+    "lambda_vit.data",
+    "lambda_vit.measure",
+    "lambda_vit.selection",
+    "lambda_vit.export",
+    "lambda_vit.training",
+    "lambda_vit.report",
+    "lambda_vit.demo",
+    "lambda_vit",
+    "lambda_vit.cli",
+    "lambda_vit.__main__",
 ]
+# Likewise inside rooms that have rooms of their own: what stands before the others, and what uses them.
+INNER = {
+    "lambda_kernels.ops": ["checks", "token_merging", "histogram", "ln_mlp"],
+    "lambda_kernels.ops.ln_mlp.fused": ["kernels", "tuning", "launch", "stages"],
+    "lambda_vit.training": ["dilution", "recipe", "images", "storage", "loop", "plan", "finetune", "run_record", "run"],
+    "lambda_vit.report": ["records", "figures", "parts", "tables", "selection", "training", "sections", "page"],
+}
+MOST_ENTRIES = 13
 
 
-def layer(module: str) -> int:
-    return next(i for i, pattern in enumerate(LAYERS) if re.fullmatch(pattern, module))
+def room(module: str) -> str:
+    """The room of a module: itself, or the longest listed package that it is in."""
+    found = [name for name in ROOMS if module == name or module.startswith(f"{name}.")]
+    exact = [name for name in found if name not in ("lambda_kernels", "lambda_vit") or module == name]
+    assert exact, f"{module} is in no room: add it to ROOMS, where its imports allow it"
+    return max(exact, key=len)
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for root, package in ((REPOSITORY, "lambda_kernels"), (REPOSITORY / "python", "lambda_vit")):
@@ -39,20 +70,11 @@ def modules() -> dict[str, Path]:
 
 
 def imported(name: str, path: Path) -> set[str]:
-    """Absolute names of the modules imported anywhere in a file, in functions too; type-only imports left out."""
+    """Absolute names of the modules that a file imports anywhere: in functions and under TYPE_CHECKING too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     result = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    type_only = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
-        for node in ast.walk(branch)
-    }
     known = modules()
-    for node in ast.walk(tree):
-        if id(node) in type_only:
-            continue
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -65,20 +87,77 @@ def imported(name: str, path: Path) -> set[str]:
     return result
 
 
-def test_imports_go_one_way():
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Which modules of both packages each one imports."""
     known = modules()
-    assert len(known) > 20
-    for name, path in known.items():
-        for target in imported(name, path):
-            top = target.split(".")[0]
-            assert top not in ("tests", "benchmarks"), f"{name} imports {target}"
-            if top in ("lambda_kernels", "lambda_vit"):
-                assert layer(target) <= layer(name), f"{name} imports {target}, which stands to its right"
+    return {name: {target for target in imported(name, path) if target in known} for name, path in known.items()}
+
+
+def is_face(module: str) -> bool:
+    """Whether a module is a package's `__init__`, which hands names of its own room on."""
+    return modules()[module].name == "__init__.py"
+
+
+def test_rooms_import_downwards_only():
+    assert len(graph()) > 120
+    for name, targets in graph().items():
+        for target in targets:
+            assert ROOMS.index(room(target)) <= ROOMS.index(room(name)) or is_face(name), f"{name} imports {target}"
+
+
+def test_faces_hand_on_names_of_their_own_room_alone():
+    for name, targets in graph().items():
+        if is_face(name):
+            assert all(target.startswith(f"{name}.") for target in targets), name
+
+
+@pytest.mark.parametrize("package", INNER)
+def test_inner_rooms_import_downwards_only(package):
+    order = INNER[package]
+
+    def inner(module: str) -> str | None:
+        return module[len(package) + 1 :].split(".")[0] if module.startswith(f"{package}.") else None
+
+    assert {inner(name) for name in graph()} - {None} == set(order), (
+        f"INNER[{package!r}] lists other rooms than there are"
+    )
+    for name, targets in graph().items():
+        for target in targets:
+            if inner(name) and inner(target):
+                assert order.index(inner(target)) <= order.index(inner(name)), f"{name} imports {target}"
+
+
+def test_modules_import_without_circles():
+    edges = {name: targets - {name} for name, targets in graph().items() if not is_face(name)}
+    edges = {name: targets & set(edges) for name, targets in edges.items()}
+    while leaves := {name for name, targets in edges.items() if not targets}:
+        edges = {name: targets - leaves for name, targets in edges.items() if name not in leaves}
+    assert not edges, "these import each other, or what does"
+
+
+def test_nothing_imports_tests_or_benchmarks():
+    for name, path in modules().items():
+        assert not {target.split(".")[0] for target in imported(name, path)} & {"tests", "benchmarks"}, name
+
+
+def test_a_level_has_few_entries():
+    for folder in (REPOSITORY / "lambda_kernels", REPOSITORY / "python" / "lambda_vit"):
+        for level in [folder, *(path for path in folder.rglob("*") if path.is_dir() and path.name != "__pycache__")]:
+            entries = [
+                path.name
+                for path in level.iterdir()
+                if path.name not in ("__pycache__", "__init__.py", "py.typed")
+                and not path.name.startswith((".", "_C."))
+            ]
+            assert len(entries) <= MOST_ENTRIES, (
+                f"{level} has {len(entries)} entries: does one subject deserve a folder?"
+            )
 
 
 def test_operators_know_no_models():
     for name, path in modules().items():
-        if layer(name) <= 2:
+        if ROOMS.index(room(name)) <= ROOMS.index("lambda_kernels.ops"):
             heavy = {t for t in imported(name, path) if t.split(".")[0] in ("timm", "torchvision", "rich", "typer")}
             assert not heavy, f"{name} imports {heavy}"
 
@@ -93,17 +172,6 @@ def test_only_one_module_imports_the_extension():
 def test_no_module_shadows_the_standard_library():
     names = {name.rpartition(".")[2] for name in modules()}
     assert not names & set(sys.stdlib_module_names)
-
-
-def test_files_stay_readable():
-    long = {
-        str(path.relative_to(REPOSITORY)): lines
-        for folder in ("lambda_kernels", "python", "csrc", "tests", "benchmarks")
-        for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".cu", ".h")
-        and (lines := len(path.read_text(encoding="utf-8").splitlines())) > 500
-    }
-    assert not long
 
 
 def test_every_file_begins_with_what_lives_in_it():

@@ -13,7 +13,7 @@ from lambda_kernels.blocks.refusals import refused_classes
 
 sys.path.insert(0, str(REPOSITORY / "docs"))
 
-from models_page import Row, Table, page, scan  # noqa: E402 (docs/ is no package)
+from models_page import Row, Table, page, scan
 
 pytestmark = pytest.mark.models
 
