@@ -16,9 +16,14 @@ from torch.utils.data import TensorDataset
 class FingerprintedSet(Protocol):
     """A data set that can tell what it holds without decoding images."""
 
-    split: str
-    classes: Any
-    num_classes: Any
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def classes(self) -> Any: ...
+
+    @property
+    def num_classes(self) -> Any: ...
 
     def __len__(self) -> int: ...
 
