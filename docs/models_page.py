@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from lambda_kernels.blocks.anatomy import inspect_model
 from lambda_kernels.blocks.fused_mlp import FusedMlp
-from lambda_kernels.blocks.refusals import Refusal, qualified_name, refusal_of, refused_classes
+from lambda_kernels.blocks.refusals import Refusal, find_refusal, qualified_name, refused_classes
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.errors import UnsupportedModelError
 
 # timm's modules whose models' blocks differ by their arguments, so that each has to be built to know them.
@@ -90,7 +90,7 @@ def scan() -> Table:
                     known[module, kind] = _skeleton(lambda name=name: timm.create_model(name))
                 model = known[module, kind]
             try:
-                anatomy = inspect_model(model)
+                structure = inspect_model(model)
             except UnsupportedModelError:
                 refusal = _named_refusal(model)
                 if refusal is None:
@@ -98,12 +98,12 @@ def scan() -> Table:
                 else:
                     refused.setdefault(refusal, (refused_classes()[refusal], []))[1].append(name)
                 continue
-            title = "naflex" if hasattr(model, "embeds") else anatomy.families[0]
+            title = "naflex" if hasattr(model, "embeds") else structure.families[0]
             mlp, path = _mlp(model.blocks[0])
             row = rows[title].setdefault((mlp, path), Row(mlp, path))
             row.names.append(name)
             row.pooling[_pooling(model)] += 1
-            for note in _notes(model, anatomy.has_final_norm):
+            for note in _notes(model, structure.has_final_norm):
                 row.notes[note] += 1
     ordered = {
         title: sorted(rows[title].values(), key=lambda row: (row.path != "fused", -len(row.names), row.mlp))
@@ -148,7 +148,7 @@ def _named_refusal(model: nn.Module) -> str | None:
     blocks = getattr(model, "blocks", None)
     first = blocks[0] if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks) else None
     for value in (model, first):
-        if value is not None and refusal_of(value) is not None:
+        if value is not None and find_refusal(value) is not None:
             return qualified_name(value)
     return None
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from .blocks.anatomy import inspect_model, refuse_merging
+from .blocks.structure import inspect_model, refuse_merging
 from .errors import UnsupportedModelError
 from .ops.checks import check_choice
 
@@ -35,9 +35,9 @@ def residual_scales(model: nn.Module) -> tuple[float, ...]:
     Raises:
         UnsupportedModelError: The model is wrapped or of an unknown kind.
     """
-    anatomy = inspect_model(model)
-    scale = 1.0 if anatomy.residual_scale is None else anatomy.residual_scale
-    return tuple(scale ** sum(removed <= i for removed in anatomy.removed) for i in range(anatomy.depth))
+    structure = inspect_model(model)
+    scale = 1.0 if structure.residual_scale is None else structure.residual_scale
+    return tuple(scale ** sum(removed <= i for removed in structure.removed) for i in range(structure.depth))
 
 
 class FeatureModel(FeatureGetterNet):
@@ -97,9 +97,9 @@ def feature_model(
         raise ValueError(
             "norm=True takes the scale out already, and what it gives has no scale to divide by; set one only"
         )
-    anatomy = inspect_model(model)
-    refuse_merging(anatomy, "a feature model")
-    indices = _block_indices(out_indices, anatomy.depth)
+    structure = inspect_model(model)
+    refuse_merging(structure, "a feature model")
+    indices = _block_indices(out_indices, structure.depth)
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
         raise UnsupportedModelError(f"{type(model).__name__} has no forward_intermediates in this version of timm")
     if norm and isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):

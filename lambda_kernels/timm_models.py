@@ -32,7 +32,7 @@ from timm.models import (
 )
 from torch import nn
 
-from .blocks.anatomy import inspect_model
+from .blocks.structure import inspect_model
 from .checkpoints.folder import PREFIX
 from .checkpoints.published import RESIDUAL_SCALE
 from .checkpoints.rebuilding import find_model_args, is_json
@@ -87,9 +87,9 @@ def model_args(model: nn.Module) -> dict:
 
 
 def _removal(model: nn.Module) -> dict:
-    anatomy = inspect_model(model)
-    args = {"removed": list(anatomy.removed), "residual_scale": anatomy.residual_scale or 1.0}
-    if anatomy.merging:
+    structure = inspect_model(model)
+    args = {"removed": list(structure.removed), "residual_scale": structure.residual_scale or 1.0}
+    if structure.merging:
         info = model.lambda_kernels_info.to_dict()
         args |= {"tome_r": info["tome_r"], "tome_start": info["tome_start"]}
     return args

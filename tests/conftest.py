@@ -109,11 +109,11 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def mlp_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The keyword arguments of every call of `ln_mlp` by a block."""
-    from lambda_kernels.blocks import mlp_half
+    from lambda_kernels.blocks import mlp_block
 
     seen = []
-    genuine = mlp_half.ln_mlp
-    monkeypatch.setattr(mlp_half, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
+    genuine = mlp_block.ln_mlp
+    monkeypatch.setattr(mlp_block, "ln_mlp", lambda *a, **k: seen.append(k) or genuine(*a, **k))
     return seen
 
 

@@ -13,7 +13,7 @@ from conftest import small_vit
 from timm.models import is_model_in_modules, list_models, list_modules
 from torch import Tensor, nn
 
-from lambda_kernels.blocks.refusals import refusal_of
+from lambda_kernels.blocks.refusals import find_refusal
 
 # The modules of timm that hold models of the supported families, beside a few that are refused.
 MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "naflexvit")
@@ -85,7 +85,7 @@ def sweep(module: str) -> tuple[dict[str, str], dict[str, nn.Module]]:
     first: dict[str, str] = {}
     for name in names(module):
         model = build(name, module)
-        if any(refusal_of(block) for block in model.blocks):
+        if any(find_refusal(block) for block in model.blocks):
             continue
         alike[name] = first.setdefault(signature(model), name)
         if alike[name] == name:

@@ -9,7 +9,7 @@ from conftest import images, small_vit
 from torch import nn
 
 from lambda_kernels import AlreadyConvertedError, NonFiniteActivationError, UnsupportedModelError, convert_vit
-from lambda_kernels.blocks.mlp_half import family_of
+from lambda_kernels.blocks.mlp_block import find_family
 from lambda_vit import dilute, profile_layers, select_layers, transfer_entropy
 from lambda_vit.models.views import skip_attention
 
@@ -85,7 +85,7 @@ def test_wrong_indices_in_every_family(name, layers, words):
         with pytest.raises(ValueError, match=argument) as caught:
             use()
         assert words in str(caught.value)
-    assert {type(block) for block in model.blocks} == {family_of(model.blocks[0]).block}
+    assert {type(block) for block in model.blocks} == {find_family(model.blocks[0]).block}
 
 
 @pytest.mark.parametrize("name", ["eva02", "beit"])

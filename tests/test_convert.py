@@ -20,7 +20,7 @@ from lambda_kernels import (
     UnsupportedModelError,
     convert_vit,
 )
-from lambda_kernels.blocks import mlp_half
+from lambda_kernels.blocks import mlp_block
 from lambda_kernels.convert.conversion import describe_blocks
 from lambda_kernels.ops.ln_mlp.fused import tuning
 
@@ -110,8 +110,8 @@ def test_gradients_reach_every_parameter_that_is_left():
 def test_which_path_runs(monkeypatch):
     """ln_mlp serves the eligible blocks, the modules the others; the info says the same."""
     calls = []
-    genuine = mlp_half.ln_mlp
-    monkeypatch.setattr(mlp_half, "ln_mlp", lambda *a, **k: calls.append(k) or genuine(*a, **k))
+    genuine = mlp_block.ln_mlp
+    monkeypatch.setattr(mlp_block, "ln_mlp", lambda *a, **k: calls.append(k) or genuine(*a, **k))
     for name, expected, path in (("tanh", 2, "torch"), ("deit3", 2, "torch"), ("gated", 0, "modules")):
         for fuse, kept in (("removed", "timm"), ("all", path)):
             calls.clear()

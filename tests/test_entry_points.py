@@ -16,9 +16,9 @@ from entry_points import DEPTH, MODULES, attention_free, picture
 from torch import Tensor, nn
 
 from lambda_kernels import convert_vit
-from lambda_kernels.blocks.anatomy import inspect_model
 from lambda_kernels.blocks.families import FAMILIES
-from lambda_kernels.blocks.mlp_half import family_of
+from lambda_kernels.blocks.mlp_block import find_family
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_vit.selection.paths import PathRunner
 
 pytestmark = pytest.mark.models
@@ -64,7 +64,7 @@ def classified(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def attention_parameters(block: nn.Module) -> int:
-    scale = getattr(block, family_of(block).scales[0])
+    scale = getattr(block, find_family(block).scales[0])
     own = scale.parameters() if isinstance(scale, nn.Module) else [] if scale is None else [scale]
     return sum(p.numel() for part in (block.norm1, block.attn) for p in part.parameters()) + sum(p.numel() for p in own)
 

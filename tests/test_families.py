@@ -14,9 +14,9 @@ from entry_points import attention_free, picture
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, convert_vit
-from lambda_kernels.blocks.anatomy import inspect_model
 from lambda_kernels.blocks.families import FAMILIES
-from lambda_kernels.blocks.mlp_half import family_of, replacement_obstacles
+from lambda_kernels.blocks.mlp_block import find_family, find_replacement_obstacles
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_vit import dilute, finish_dilution, select_layers, set_lambda, transfer_entropy
 from lambda_vit.export.tracing import trace_model
 from lambda_vit.measure.layer_profile import profile_layers
@@ -84,7 +84,7 @@ def test_a_block_takes_what_timms_takes(name):
     assert torch.equal(twin(x, *named.values()), block(x, *named.values()))
     assert torch.equal(free(x, **named), free(x))
     assert torch.equal(free(x, *named.values()), free(x))
-    if "attn_mask" in family_of(block).accepted:
+    if "attn_mask" in find_family(block).accepted:
         mask = torch.eye(x.shape[1], dtype=torch.bool)
         masked = twin(x, **{**named, "attn_mask": mask})
         assert torch.equal(masked, block(x, **{**named, "attn_mask": mask}))
@@ -92,8 +92,8 @@ def test_a_block_takes_what_timms_takes(name):
     again = twin.to_timm()
     assert type(again) is type(block)
     assert vars(again).keys() == vars(block).keys()
-    assert [vars(again).get(name) for name in family_of(block).attributes] == [
-        vars(block).get(name) for name in family_of(block).attributes
+    assert [vars(again).get(name) for name in find_family(block).attributes] == [
+        vars(block).get(name) for name in find_family(block).attributes
     ]
     assert torch.equal(again(x, **named), block(x, **named))
     for each in (block, twin, free):
@@ -101,7 +101,7 @@ def test_a_block_takes_what_timms_takes(name):
             each(x, unheard_of=1)
         with pytest.raises(TypeError):
             each(x, *[None] * 9)
-        first = family_of(block).accepted[0]
+        first = find_family(block).accepted[0]
         with pytest.raises(TypeError, match=first):
             each(x, None, **{first: None})
 
@@ -121,7 +121,7 @@ def test_bare_scales_keep_their_names_and_their_gradients(name):
             assert parameter.grad is not None, key
             assert bool(parameter.grad.abs().sum() > 0) or "rel_pos" in key or "relative_position" in key, key
     block = pickle.loads(pickle.dumps(copy.deepcopy(converted))).blocks[0]
-    assert family_of(block) is family_of(model.blocks[0])
+    assert find_family(block) is find_family(model.blocks[0])
     assert list(block.state_dict()) == list(converted.blocks[0].state_dict())
 
 
@@ -282,13 +282,13 @@ def test_small_scales_are_warned_of():
 
 def test_what_is_on_a_block_beside_its_parts_keeps_it():
     block = build("eva").blocks[0]
-    assert replacement_obstacles(block) == []
-    assert replacement_obstacles(build("beit without scales").blocks[0]) == []
+    assert find_replacement_obstacles(block) == []
+    assert find_replacement_obstacles(build("beit without scales").blocks[0]) == []
     block.adapter = nn.Linear(2, 2)
-    assert "adapter" in replacement_obstacles(block)[0]
+    assert "adapter" in find_replacement_obstacles(block)[0]
     other = build("eva").blocks[0]
     other.prompt = nn.Parameter(torch.zeros(3))
-    assert "prompt" in replacement_obstacles(other)[0]
+    assert "prompt" in find_replacement_obstacles(other)[0]
     with pytest.raises(ValueError, match=r"family must be one of .*'swin'"):
         AttentionFreeBlock(nn.LayerNorm(2), nn.Identity(), family="swin")
 

@@ -15,7 +15,7 @@ from conftest import images, small_vit
 from test_radial import spectra_by_loops
 
 from lambda_kernels import NonFiniteActivationError, UnsupportedModelError, convert_vit
-from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_vit import compare_frequencies, feature_frequencies, skip_attention
 from lambda_vit.measure.frequency import BlockFrequencies
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit, from_pretrained, save_pretrained
-from lambda_kernels.blocks.anatomy import inspect_model
-from lambda_kernels.blocks.mlp_half import replacement_obstacles
+from lambda_kernels.blocks.mlp_block import find_replacement_obstacles
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.conversion import describe_blocks
 from lambda_vit import dilute, finetune, finish_dilution, select_layers, set_lambda, transfer_entropy
 from lambda_vit.measure.accuracy import evaluate
@@ -315,10 +315,10 @@ def test_a_block_that_carries_something_of_its_own_stays():
     assert [type(block) for block in converted.blocks] == [FusedMlp, Block, Block, Block]
     extended = build().blocks[0]
     extended.adapter = nn.Linear(48, 48)
-    assert "adapter" in replacement_obstacles(extended)[0]
+    assert "adapter" in find_replacement_obstacles(extended)[0]
     hooked = build().blocks[0]
     hooked.register_state_dict_post_hook(lambda *args: None)
-    assert replacement_obstacles(hooked) == ["a hook on the block itself would be lost"]
+    assert find_replacement_obstacles(hooked) == ["a hook on the block itself would be lost"]
 
 
 def test_a_hook_on_a_fused_block_outlives_other_settings():

@@ -13,8 +13,8 @@ from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, convert_vit
-from lambda_kernels.blocks.anatomy import inspect_model
-from lambda_kernels.blocks.merging_block import MergingBlock, MergingSequential, merging_obstacles
+from lambda_kernels.blocks.merging_block import MergingBlock, MergingSequential, find_merging_obstacles
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.conversion import describe_blocks, remove_attention
 from lambda_kernels.features import feature_model
 from lambda_vit.measure.comparison import kernel_paths, path_lines
@@ -138,15 +138,15 @@ def test_models_that_cannot():
 
 def test_other_families():
     for block in (timm.models.eva.EvaBlock(48, 3), timm.models.beit.Block(48, 3)):
-        (found,) = merging_obstacles(block)
+        (found,) = find_merging_obstacles(block)
         assert found == (
             f"it is {type(block).__module__}.{type(block).__name__}, and merging knows "
             "timm.models.vision_transformer.Block alone"
         )
     rotary = FusedMlp.from_block(small_vit().blocks[0])
     rotary.attn = timm.models.eva.EvaBlock(48, 3).attn
-    assert "its attention is timm.models.eva.EvaAttention, whose keys are not known" in merging_obstacles(rotary)
-    assert merging_obstacles(small_vit().blocks[0]) == []
+    assert "its attention is timm.models.eva.EvaAttention, whose keys are not known" in find_merging_obstacles(rotary)
+    assert find_merging_obstacles(small_vit().blocks[0]) == []
 
 
 @torch.no_grad()

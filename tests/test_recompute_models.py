@@ -12,7 +12,7 @@ from memory_support import saved_bytes
 from timm.models.vision_transformer import Block
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit, from_pretrained, save_pretrained
-from lambda_kernels.blocks import mlp_half
+from lambda_kernels.blocks import mlp_block
 from lambda_kernels.convert.conversion import describe_blocks
 from lambda_vit import dilute, finetune, finish_dilution, plan_training, set_lambda
 from lambda_vit.training.dilution import DilutedBlock, prepare
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.models
 def calls(monkeypatch) -> list:
     """`recompute` of every call of `ln_mlp` by a block."""
     seen = []
-    genuine = mlp_half.ln_mlp
-    monkeypatch.setattr(mlp_half, "ln_mlp", lambda *a, **k: seen.append(k["recompute"]) or genuine(*a, **k))
+    genuine = mlp_block.ln_mlp
+    monkeypatch.setattr(mlp_block, "ln_mlp", lambda *a, **k: seen.append(k["recompute"]) or genuine(*a, **k))
     return seen
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lambda_kernels import UnsupportedModelError, convert_vit
-from lambda_kernels.blocks.anatomy import inspect_model
 from lambda_kernels.blocks.refusals import NO_BLOCKS, UNKNOWN_BLOCK, refused_classes
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_vit import dilute, profile_layers, select_layers, transfer_entropy
 
 pytestmark = pytest.mark.models

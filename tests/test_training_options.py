@@ -16,7 +16,7 @@ from torch import nn
 from training_support import Notes, largest_difference, plain, recipe, same_weights, tiny_vit, train_set, trainer
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
-from lambda_kernels.blocks import mlp_half
+from lambda_kernels.blocks import mlp_block
 from lambda_vit import dilute
 from lambda_vit.training.dilution import BoundaryError, remove_faded
 from lambda_vit.training.images.stream import LoaderStream, MicroBatch, TensorStream
@@ -224,14 +224,14 @@ def test_every_schedule_falls_from_its_peak_to_its_end(sched):
 
 def test_fused_mlps_recompute_what_they_are_told_to(monkeypatch):
     """Once the attention is gone; the average of the weights, which is not trained, may do as it likes."""
-    asked, whole = set(), mlp_half.ln_mlp
+    asked, whole = set(), mlp_block.ln_mlp
 
     def noted(*arguments: object, **options: object) -> torch.Tensor:
         if torch.is_grad_enabled():
             asked.add(options["recompute"])
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(mlp_half, "ln_mlp", noted)
+    monkeypatch.setattr(mlp_block, "ln_mlp", noted)
     own = trainer(recipe(recompute="act"), tiny_vit())
     own.train()
     assert asked == {"act"}

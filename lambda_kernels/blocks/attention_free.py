@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .families import FAMILIES
-from .mlp_half import MlpHalf, _family, _settle
+from .mlp_block import MlpBlockBase, copy_runtime_settings, find_family_or_vit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class AttentionFreeBlock(MlpHalf):
+class AttentionFreeBlock(MlpBlockBase):
     """A ViT block whose attention is gone: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`.
 
     Takes over the parts of the block it replaces, under timm's names, so state-dict keys survive. `forward` takes all that
@@ -61,9 +61,9 @@ class AttentionFreeBlock(MlpHalf):
             block: timm's, or a `FusedMlp`.
             **options: Keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
         """
-        family = _family(block)
+        family = find_family_or_vit(block)
         scale = getattr(block, family.scales[1])
-        return _settle(
+        return copy_runtime_settings(
             cls(block.norm2, block.mlp, scale, block.drop_path2, family=family.name, **options), block, options
         )
 

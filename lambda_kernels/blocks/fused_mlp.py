@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .families import FAMILIES, Family
-from .mlp_half import MlpHalf, _family, _settle
+from .mlp_block import MlpBlockBase, copy_runtime_settings, find_family_or_vit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FusedMlp(MlpHalf):
+class FusedMlp(MlpBlockBase):
     """A ViT block that keeps its attention and runs its MLP half through `ln_mlp`: the same function as timm's block.
 
     Holds the parts of the block it stands for, under timm's names and in timm's order, so that state-dict keys, the
@@ -64,10 +64,10 @@ class FusedMlp(MlpHalf):
             block: timm's.
             **options: Keyword arguments of the constructor.
         """
-        family = _family(block)
+        family = find_family_or_vit(block)
         new = cls(*(getattr(block, name) for name in family.parts), family=family.name, **options)
         _take_attributes(new, block, family)
-        return _settle(new, block, options)
+        return copy_runtime_settings(new, block, options)
 
     def to_timm(self) -> nn.Module:
         """timm's own block around the same parts, as they are now."""

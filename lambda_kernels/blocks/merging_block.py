@@ -29,7 +29,7 @@ from ..ops.token_merging import (
 )
 from .fused_mlp import FusedMlp
 from .hooks import is_altered
-from .mlp_half import replacement_obstacles
+from .mlp_block import find_replacement_obstacles
 from .refusals import qualified_name
 
 _ALONE = (
@@ -149,11 +149,11 @@ _KNOWN_ARGUMENTS = {"self", "x", "attn_mask", "is_causal"}
 _UNKNOWN_ARGUMENTS = sorted(set(inspect.signature(Attention.forward).parameters) - _KNOWN_ARGUMENTS)
 
 
-def merging_obstacles(block: nn.Module) -> list[str]:
+def find_merging_obstacles(block: nn.Module) -> list[str]:
     """Why `block` cannot merge tokens; empty when it can."""
     if type(block) not in (Block, FusedMlp, MergingBlock):
         return [f"it is {qualified_name(block)}, and merging knows timm.models.vision_transformer.Block alone"]
-    found = [] if type(block) is MergingBlock else replacement_obstacles(block)
+    found = [] if type(block) is MergingBlock else find_replacement_obstacles(block)
     attn = block._modules.get("attn")
     if type(attn) is not Attention:
         return [*found, f"its attention is {qualified_name(attn)}, whose keys are not known"]
@@ -168,7 +168,7 @@ def merging_obstacles(block: nn.Module) -> list[str]:
     return found
 
 
-def merging(
+def make_merging_block(
     block: nn.Module, tome_r: int, prefix_tokens: int, fuse: bool, backend: str, recompute: str
 ) -> MergingBlock:
     """`block` as one that merges tokens; itself where it is that already. `block` is left as it is."""
@@ -178,13 +178,13 @@ def merging(
     asked = {"tome_r": tome_r, "prefix_tokens": prefix_tokens, "fuse": fuse, "backend": backend, "recompute": recompute}
     if all(getattr(block, name) == value for name, value in asked.items()):
         return block
-    twin = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
+    copied = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
     for name, value in asked.items():
-        setattr(twin, name, value)
-    return twin
+        setattr(copied, name, value)
+    return copied
 
 
-def without_merging(block: nn.Module) -> nn.Module:
+def remove_merging(block: nn.Module) -> nn.Module:
     """`block` as one that does not merge: itself, or a `FusedMlp` around the submodules of a `MergingBlock`.
 
     Raises:
@@ -192,13 +192,13 @@ def without_merging(block: nn.Module) -> nn.Module:
     """
     if type(block) is not MergingBlock:
         return block
-    found = replacement_obstacles(block)
+    found = find_replacement_obstacles(block)
     if found:
         raise UnsupportedModelError(f"a block that merges tokens cannot be put back: {'; '.join(found)}")
     return FusedMlp.from_block(block)
 
 
-def arranged(blocks: nn.Sequential | nn.ModuleList, merges: bool) -> nn.Sequential | nn.ModuleList:
+def wrap_block_sequence(blocks: nn.Sequential | nn.ModuleList, merges: bool) -> nn.Sequential | nn.ModuleList:
     """The sequence of blocks as one that hands on the sizes of tokens, or as a plain one; itself where it is that already."""
     if merges == (type(blocks) is MergingSequential):
         return blocks

@@ -160,7 +160,7 @@ def qualified_name(value: object) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def refusal_of(value: nn.Module) -> Refusal | None:
+def find_refusal(value: nn.Module) -> Refusal | None:
     """What is said about the class of `value`, a model or a block; None where it is in no list."""
     return _BY_CLASS.get(qualified_name(value))
 

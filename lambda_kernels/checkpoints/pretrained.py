@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..blocks.anatomy import inspect_model
+from ..blocks.structure import inspect_model
 from ..convert.conversion import FUSE, ConversionInfo, remove_attention
 from ..errors import CheckpointError
 from ..files import atomic_write, remove_leftovers, sha256, write_json
@@ -77,7 +77,7 @@ def save_pretrained(
         OSError: No room on the disk; nothing was written.
     """
     folder = Path(folder)
-    anatomy = inspect_model(model)
+    structure = inspect_model(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     architecture = (architecture or cfg.get("architecture") or "").removeprefix(PREFIX)
     if not architecture:
@@ -88,7 +88,7 @@ def save_pretrained(
     cfg = {key: value for key, value in cfg.items() if is_json(value)}
     if "architecture" in cfg:
         cfg["architecture"] = cfg["architecture"].removeprefix(PREFIX)
-    chosen = _selection_record(model, selection, anatomy.removed)
+    chosen = _selection_record(model, selection, structure.removed)
     model_args = find_model_args(model, architecture, cfg, dict(model_args or {}))
     info: Any = getattr(model, "lambda_kernels_info", None)
     config = {
@@ -97,15 +97,15 @@ def save_pretrained(
         "model_args": model_args,
         "pretrained_cfg": cfg,
         "lambda_kernels": {
-            "format": _MERGING if anatomy.merging else _PLAIN,
+            "format": _MERGING if structure.merging else _PLAIN,
             "version": __version__,
-            "removed": list(anatomy.removed),
-            "residual_scale": anatomy.residual_scale or 1.0,
+            "removed": list(structure.removed),
+            "residual_scale": structure.residual_scale or 1.0,
             # "removed" leaves a model that was never converted as it is
             "fuse": info.fuse if info else "removed",
             "versions": _versions(),
             "selection": chosen,
-            **(_merging_of(info) if anatomy.merging else {}),
+            **(_merging_of(info) if structure.merging else {}),
         },
     }
     difference = first_difference(build_skeleton(config), model)

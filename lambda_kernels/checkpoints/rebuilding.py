@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks.anatomy import inspect_model
 from ..blocks.attention_free import AttentionFreeBlock
 from ..blocks.families import FAMILIES
-from ..blocks.mlp_half import MlpHalf
+from ..blocks.mlp_block import MlpBlockBase
+from ..blocks.structure import inspect_model
 from ..convert.checks import check_indices
 from ..convert.conversion import remove_attention
 from ..convert.token_merging import DEFAULT_START
@@ -222,7 +222,7 @@ def first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
 
 def _class_name(module: nn.Module) -> str:
     # A FusedMlp computes what timm's block does, and which of the two a block is says nothing about the weights.
-    if isinstance(module, MlpHalf) and not isinstance(module, AttentionFreeBlock):
+    if isinstance(module, MlpBlockBase) and not isinstance(module, AttentionFreeBlock):
         return FAMILIES[module.family].block.__name__
     return type(module).__name__
 

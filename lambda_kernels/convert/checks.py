@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..blocks.anatomy import Anatomy
 from ..blocks.families import layer_scale
-from ..blocks.mlp_half import family_of
+from ..blocks.mlp_block import find_family
+from ..blocks.structure import ViTStructure
 from ..errors import UnsupportedModelError
 
 # Below this, LayerScale makes the MLP branch so small that a doubled residual drowns it.
@@ -47,7 +47,7 @@ def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int
 
 
 def check_removal(
-    model: nn.Module, removed: tuple[int, ...], anatomy: Anatomy, residual_scale: float, *, stacklevel: int = 3
+    model: nn.Module, removed: tuple[int, ...], structure: ViTStructure, residual_scale: float, *, stacklevel: int = 3
 ) -> None:
     """Refuse removals that would leave a model that cannot work; warn about those that look wrong.
 
@@ -57,15 +57,15 @@ def check_removal(
         ValueError: A class token would be cut off from the image.
         UnsupportedModelError: No norm would absorb a residual scaled in every removed block.
     """
-    if anatomy.pooling == "token" and len(removed) == anatomy.depth:
+    if structure.pooling == "token" and len(removed) == structure.depth:
         raise ValueError(
-            f"removing the attention of all {anatomy.depth} blocks cuts the class token off from the image: every image "
+            f"removing the attention of all {structure.depth} blocks cuts the class token off from the image: every image "
             "would get the same logits. Keep at least one"
         )
     trailing = 0
-    while trailing < len(removed) and anatomy.depth - 1 - trailing in removed:
+    while trailing < len(removed) and structure.depth - 1 - trailing in removed:
         trailing += 1
-    if anatomy.pooling == "token" and trailing:
+    if structure.pooling == "token" and trailing:
         warnings.warn(
             f"the last {trailing} block(s) would have no attention: nothing computed there for the image's patches reaches "
             "the class token, only its own MLP acts",
@@ -73,7 +73,7 @@ def check_removal(
         )
     if residual_scale == 1.0 or not removed:
         return
-    if not anatomy.has_final_norm:
+    if not structure.has_final_norm:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no norm after its last block, so its features would grow "
             f"{residual_scale ** len(removed):g}-fold with residual_scale={residual_scale:g}. Use residual_scale=1.0"
@@ -87,7 +87,7 @@ def check_removal(
         )
     small = []
     for index in removed:
-        family = family_of(model.blocks[index])
+        family = find_family(model.blocks[index])
         gamma = None if family is None else layer_scale(model.blocks[index], family.scales[1])
         if gamma is not None and not gamma.is_meta and gamma.detach().abs().mean() < SMALL_GAMMA:
             small.append(index)

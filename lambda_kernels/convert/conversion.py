@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks.anatomy import inspect_model
 from ..blocks.attention_free import AttentionFreeBlock
 from ..blocks.fused_mlp import FusedMlp
 from ..blocks.hooks import has_hooks
-from ..blocks.merging_block import arranged, merging, token_counts, without_merging
-from ..blocks.mlp_half import MlpHalf, family_of, replacement_obstacles
+from ..blocks.merging_block import make_merging_block, remove_merging, token_counts, wrap_block_sequence
+from ..blocks.mlp_block import MlpBlockBase, find_family, find_replacement_obstacles
+from ..blocks.structure import inspect_model
 from ..errors import AlreadyConvertedError, BackendUnavailableError
 from ..ops.checks import check_choice
 from ..ops.ln_mlp.dispatch import BACKENDS
 from ..ops.ln_mlp.function import RECOMPUTE
 from ..ops.ln_mlp.fused import tuning
 from .checks import _place, check_indices, check_removal
-from .token_merging import DEFAULT_START, plan_merging, settings_for
+from .token_merging import DEFAULT_START, plan_merging, resolve_tome_settings
 
 FUSE = ("all", "removed", "none")
 
@@ -100,13 +100,13 @@ def remove_attention(
     check_choice("fuse", fuse, FUSE)
     check_choice("backend", backend, BACKENDS)
     check_choice("recompute", recompute, RECOMPUTE)
-    tome_r, tome_start = settings_for(model, tome_r, tome_start)
+    tome_r, tome_start = resolve_tome_settings(model, tome_r, tome_start)
     merges = plan_merging(model, removed, tome_r, tome_start)
     options: dict[str, Any] = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
     new = [
         AttentionFreeBlock.from_block(block, residual_scale=residual_scale, **options)
         if i in removed
-        else _keep(block, fuse, backend, recompute, _merging_of(model, merges, i))
+        else _convert_kept_block(block, fuse, backend, recompute, _merging_of(model, merges, i))
         for i, block in enumerate(model.blocks)
     ]
     rows = _describe(model, new, fuse)
@@ -118,7 +118,7 @@ def remove_attention(
     _warn_of_saving(rows, fuse, recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
-    blocks = model.blocks = arranged(model.blocks, bool(merges))
+    blocks = model.blocks = wrap_block_sequence(model.blocks, bool(merges))
     model.lambda_kernels_info = ConversionInfo(  # type: ignore[assignment]  # a record, which PyTorch does not foresee
         removed, float(residual_scale), fuse, backend, recompute, rows, _widths(blocks), tome_r, tome_start
     )
@@ -130,7 +130,7 @@ def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo], back
 
     It is eval mode that counts, as in `rows`: dropout that trains is no reason. Blocks that stay timm's were not asked.
     """
-    asked = [row for block, row in zip(blocks, rows, strict=True) if isinstance(block, MlpHalf) and block.fuse]
+    asked = [row for block, row in zip(blocks, rows, strict=True) if isinstance(block, MlpBlockBase) and block.fuse]
     alike: dict[str, list[int]] = {}
     for row in asked:
         if row.mlp == "modules":
@@ -154,11 +154,11 @@ def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> Non
 
 
 def _merging_of(model: nn.Module, merges: dict[int, int], index: int) -> tuple[int, int] | None:
-    """What `_keep` has to know of a block that is to merge tokens: how many, and how many at the front are no patches."""
+    """How many tokens a block is to merge, and how many at the front are no patches; None where it merges none."""
     return (merges[index], model.num_prefix_tokens) if index in merges else None
 
 
-def _keep(
+def _convert_kept_block(
     block: nn.Module, fuse: str, backend: str, recompute: str, merges: tuple[int, int] | None = None
 ) -> nn.Module:
     """What a block with attention becomes; itself where it is that already, or where something would be lost.
@@ -166,21 +166,21 @@ def _keep(
     `block` is left as it is: the caller may find yet that the model cannot be converted.
     """
     if merges is not None:
-        return merging(block, *merges, fuse == "all", backend, recompute)
-    block = without_merging(block)
-    family = family_of(block)
+        return make_merging_block(block, *merges, fuse == "all", backend, recompute)
+    block = remove_merging(block)
+    family = find_family(block)
     if family is None or type(block) not in (family.block, FusedMlp):
         return block
-    stays = bool(replacement_obstacles(block))
+    stays = bool(find_replacement_obstacles(block))
     if type(block) is not FusedMlp:
         return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend, recompute=recompute)
     if fuse != "all" and not stays:
         return block.to_timm()
     if (block.fuse, block.backend, block.recompute) == (fuse == "all", backend, recompute):
         return block
-    twin = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
-    twin.fuse, twin.backend, twin.recompute = fuse == "all", backend, recompute
-    return twin
+    copied = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
+    copied.fuse, copied.backend, copied.recompute = fuse == "all", backend, recompute
+    return copied
 
 
 def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, settings: tuple[Any, ...]) -> bool:
@@ -192,7 +192,7 @@ def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: floa
     fuse, backend, recompute, tome_r, tome_start = settings
     merges = plan_merging(model, removed, tome_r, tome_start)
     return all(
-        i in removed or _keep(block, fuse, backend, recompute, _merging_of(model, merges, i)) is block
+        i in removed or _convert_kept_block(block, fuse, backend, recompute, _merging_of(model, merges, i)) is block
         for i, block in enumerate(model.blocks)
     )
 
@@ -255,20 +255,20 @@ def convert_vit(
         raise ValueError(f"residual_scale must be a positive number; got {residual_scale!r}")
     if residual_scale == float("inf"):
         raise ValueError("residual_scale must be finite; got inf")
-    anatomy = inspect_model(model)
-    removed = check_indices(remove, anatomy.depth)
-    tome_r, tome_start = settings_for(model, tome_r, tome_start)
-    if anatomy.removed and (removed, float(residual_scale)) != (anatomy.removed, anatomy.residual_scale):
+    structure = inspect_model(model)
+    removed = check_indices(remove, structure.depth)
+    tome_r, tome_start = resolve_tome_settings(model, tome_r, tome_start)
+    if structure.removed and (removed, float(residual_scale)) != (structure.removed, structure.residual_scale):
         raise AlreadyConvertedError(
-            f"the model has lost the attention of blocks {list(anatomy.removed)} already (residual_scale "
-            f"{anatomy.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
+            f"the model has lost the attention of blocks {list(structure.removed)} already (residual_scale "
+            f"{structure.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
             "full model"
         )
     settings = (fuse, backend, recompute, tome_r, tome_start)
-    if removed == anatomy.removed and _is_settled(model, removed, residual_scale, settings):
+    if removed == structure.removed and _is_settled(model, removed, residual_scale, settings):
         return model
-    if not anatomy.removed:
-        check_removal(model, removed, anatomy, residual_scale)
+    if not structure.removed:
+        check_removal(model, removed, structure, residual_scale)
     model = model if inplace else copy.deepcopy(model)
     return remove_attention(model, removed, residual_scale, *settings)
 
@@ -290,7 +290,7 @@ def _describe(model: nn.Module, blocks: Sequence[nn.Module], fuse: str) -> tuple
     device, dtype = _place(model)
     rows = []
     for index, block in enumerate(blocks):
-        if isinstance(block, MlpHalf):
+        if isinstance(block, MlpBlockBase):
             choice, again = block.path(device, dtype, training=False), block.recomputed(device, dtype)
             attention = "removed" if isinstance(block, AttentionFreeBlock) else "kept"
             # A block that stands in for another one for a while says so.
@@ -308,4 +308,4 @@ def _describe(model: nn.Module, blocks: Sequence[nn.Module], fuse: str) -> tuple
 def _why_not_fused(block: nn.Module, fuse: str) -> str:
     if fuse != "all":
         return f"fuse={fuse!r}"
-    return "; ".join(replacement_obstacles(block)) or "it was put there after the conversion"
+    return "; ".join(find_replacement_obstacles(block)) or "it was put there after the conversion"

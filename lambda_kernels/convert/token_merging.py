@@ -10,14 +10,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..blocks.hooks import is_altered
-from ..blocks.merging_block import MergingSequential, merging_obstacles
+from ..blocks.merging_block import MergingSequential, find_merging_obstacles
 from ..blocks.refusals import qualified_name
 from ..errors import UnsupportedModelError
 
 DEFAULT_START = 1
 
 
-def settings_for(model: nn.Module, tome_r: object, tome_start: object) -> tuple[int | tuple[int, ...], int]:
+def resolve_tome_settings(model: nn.Module, tome_r: object, tome_start: object) -> tuple[int | tuple[int, ...], int]:
     """`tome_r` as an integer or a tuple of them, and `tome_start` as an integer; None is what `model` was converted with.
 
     Raises:
@@ -76,7 +76,7 @@ def plan_merging(
         )
     _check_model(model)
     for index in blocks:
-        found = merging_obstacles(model.blocks[index])
+        found = find_merging_obstacles(model.blocks[index])
         if found:
             raise UnsupportedModelError(f"blocks[{index}] cannot merge tokens: {'; '.join(found)}")
     return dict(zip(blocks, values * len(blocks) if isinstance(tome_r, int) else tome_r, strict=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.checkpoints.folder import CONFIG, PREFIX
 from lambda_kernels.checkpoints.pretrained import from_pretrained
 from lambda_kernels.checkpoints.weights import blocks_with_attention, load_state_dict, read_weights
@@ -171,7 +171,7 @@ def check_made_for(chosen: Selection, path: Path, network: nn.Module, model: str
     Raises:
         ValueError: Another number of blocks, another architecture or other weights.
     """
-    from lambda_kernels.blocks.anatomy import inspect_model
+    from lambda_kernels.blocks.structure import inspect_model
 
     from ..models.properties import model_name
 

@@ -15,8 +15,8 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from lambda_kernels._version import __version__
-from lambda_kernels.blocks.anatomy import Anatomy, inspect_model
-from lambda_kernels.blocks.mlp_half import MlpHalf
+from lambda_kernels.blocks.mlp_block import MlpBlockBase
+from lambda_kernels.blocks.structure import ViTStructure, inspect_model
 from lambda_kernels.errors import BackendUnavailableError, NonFiniteActivationError
 from lambda_kernels.features import FeatureModel
 
@@ -85,7 +85,7 @@ def trace_model(
             that are not PyTorch's own.
     """
     core = model.model if isinstance(model, FeatureGetterNet) else model
-    anatomy = inspect_model(core)
+    structure = inspect_model(core)
     _refuse_kernels_by_name(core)
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a number of images, or None for any; got {batch_size!r}")
@@ -103,7 +103,7 @@ def trace_model(
     own = input_shape(core)
     resized = image_size is not None and (image_size, image_size) != own[1:]
     if resized:
-        _check_image_size(core, image_size, anatomy)
+        _check_image_size(core, image_size, structure)
     if resized or any(p.is_floating_point() and p.dtype != kind for p in model.parameters()):
         model = copy.deepcopy(model)
         core = model.model if isinstance(model, FeatureGetterNet) else model
@@ -134,13 +134,15 @@ def trace_model(
         dtype=kind,
         batch_size=batch_size,
         outputs=outputs,
-        metadata=_metadata(model, core, anatomy, shape, kind, batch_size, class_names),
+        metadata=_metadata(model, core, structure, shape, kind, batch_size, class_names),
     )
 
 
 def _refuse_kernels_by_name(core: nn.Module) -> None:
     insisting = [
-        index for index, block in enumerate(core.blocks) if isinstance(block, MlpHalf) and block.backend == "triton"
+        index
+        for index, block in enumerate(core.blocks)
+        if isinstance(block, MlpBlockBase) and block.backend == "triton"
     ]
     if insisting:
         raise BackendUnavailableError(
@@ -149,7 +151,7 @@ def _refuse_kernels_by_name(core: nn.Module) -> None:
         )
 
 
-def _check_image_size(core: nn.Module, image_size: object, anatomy: Anatomy) -> None:
+def _check_image_size(core: nn.Module, image_size: object, structure: ViTStructure) -> None:
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ValueError(f"image_size must be a number of pixels; got {image_size!r}")
     if not hasattr(core, "patch_embed"):
@@ -167,10 +169,10 @@ def _check_image_size(core: nn.Module, image_size: object, anatomy: Anatomy) -> 
             f"image_size={image_size}: {type(core).__name__} takes {input_shape(core)[1]} pixels and cannot be resized in "
             "this version of timm. Build it with timm.create_model(…, img_size=…) before its weights are loaded"
         )
-    if anatomy.removed and "beit" in anatomy.families:
+    if structure.removed and "beit" in structure.families:
         raise ValueError(
             f"image_size={image_size}: {type(core).__name__} resizes the position biases of every attention, and blocks "
-            f"{list(anatomy.removed)} have none any more. Call set_input_size on the full model, and convert that"
+            f"{list(structure.removed)} have none any more. Call set_input_size on the full model, and convert that"
         )
 
 
@@ -204,7 +206,7 @@ def _check_operators(program: torch.export.ExportedProgram) -> None:
 def _metadata(
     model: nn.Module,
     core: nn.Module,
-    anatomy: Any,
+    structure: Any,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     batch_size: int | None,
@@ -218,8 +220,8 @@ def _metadata(
         "torch": torch.__version__,
         "timm": versions["timm"],
         "architecture": cfg.get("architecture") or type(core).__name__,
-        "removed_attention": list(anatomy.removed),
-        "residual_scale": anatomy.residual_scale or 1.0,
+        "removed_attention": list(structure.removed),
+        "residual_scale": structure.residual_scale or 1.0,
         "dtype": kind,
         "input": f"images [{batch_size or 'batch'}, {', '.join(map(str, shape))}] {kind}",
         "input_size": list(shape),

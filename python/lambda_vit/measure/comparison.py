@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lambda_kernels.blocks.anatomy import inspect_model
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.conversion import describe_blocks
 from lambda_kernels.errors import UnsupportedModelError
 
@@ -48,7 +48,7 @@ def variant(
         trained: Whether the weights were trained as the model now is.
         note: Shown beside the row.
     """
-    anatomy = inspect_model(model)
+    structure = inspect_model(model)
     result = evaluate(model, loader, reference=reference, description=label)
     with task(f"Cost of {label}", 1) as advance:
         price = cost(model, batch_size=cost_batch)
@@ -56,8 +56,8 @@ def variant(
     row = {
         "name": name,
         "label": label,
-        "removed": list(anatomy.removed),
-        "residual_scale": anatomy.residual_scale or 1.0,
+        "removed": list(structure.removed),
+        "residual_scale": structure.residual_scale or 1.0,
         "trained": trained,
         "top1": result.top1,
         "top1_interval": list(result.top1_interval),
@@ -214,8 +214,8 @@ def row_of(
     price = processes.share(price)
     removed, scale = [], 1.0
     with contextlib.suppress(UnsupportedModelError):  # where nothing is removed, any network can be trained
-        anatomy = inspect_model(model)
-        removed, scale = list(anatomy.removed), anatomy.residual_scale or 1.0
+        structure = inspect_model(model)
+        removed, scale = list(structure.removed), structure.residual_scale or 1.0
     return {
         "name": name,
         "label": label,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
 from lambda_kernels.blocks.attention_free import AttentionFreeBlock
+from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.convert.checks import check_indices
 from lambda_kernels.errors import AlreadyConvertedError, NonFiniteActivationError
 
@@ -37,14 +37,14 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
         NonFiniteActivationError: They are not finite in the present dtype.
         UnsupportedModelError: The model's blocks are not known; or they merge tokens, and `remove` is given.
     """
-    anatomy = inspect_model(model)
-    remove = check_indices(remove, anatomy.depth)
-    if remove and anatomy.removed:
+    structure = inspect_model(model)
+    remove = check_indices(remove, structure.depth)
+    if remove and structure.removed:
         raise AlreadyConvertedError(
-            f"the model has lost the attention of blocks {list(anatomy.removed)} already: check it without remove"
+            f"the model has lost the attention of blocks {list(structure.removed)} already: check it without remove"
         )
     if remove:
-        refuse_merging(anatomy, "checking a removal")
+        refuse_merging(structure, "checking a removal")
     blocks = [
         AttentionFreeBlock.from_block(block, residual_scale=residual_scale) if index in remove else block
         for index, block in enumerate(model.blocks)
@@ -70,7 +70,7 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
             )
     block = max(range(len(largest)), key=largest.__getitem__)
     if largest[block] > LIMIT:
-        scale, removed = (residual_scale, remove) if remove else (anatomy.residual_scale or 1.0, anatomy.removed)
+        scale, removed = (residual_scale, remove) if remove else (structure.residual_scale or 1.0, structure.removed)
         before = sum(index <= block for index in removed)
         raise ValueError(
             f"features reach {largest[block]:.4g} behind block {block}, and float16 ends at {LIMIT:.0f}: {before} removed "

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
 from lambda_kernels.blocks.refusals import qualified_name
+from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
 
 from ..data import batches

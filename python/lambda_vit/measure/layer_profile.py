@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
 from lambda_kernels.blocks.attention_free import AttentionFreeBlock
+from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.entropy.meter import EntropyMeter, update_together
 from lambda_kernels.entropy.state import STD_FLOOR
 from lambda_kernels.ops.checks import check_choice

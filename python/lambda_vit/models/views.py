@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from lambda_kernels.blocks.anatomy import front_of, inspect_model, refuse_merging
 from lambda_kernels.blocks.attention_free import AttentionFreeBlock
+from lambda_kernels.blocks.structure import find_stem, inspect_model, refuse_merging
 from lambda_kernels.convert.checks import check_indices
 
 
@@ -34,9 +34,9 @@ def skip_attention(model: nn.Module, skip: Sequence[int] | SupportsLayers) -> nn
         ValueError: An index is wrong.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    anatomy = inspect_model(model)
-    refuse_merging(anatomy, "skipping attention")
-    skip = check_indices(skip, anatomy.depth, "skip")
+    structure = inspect_model(model)
+    refuse_merging(structure, "skipping attention")
+    skip = check_indices(skip, structure.depth, "skip")
     blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
     return with_blocks(model, blocks)
 
@@ -64,18 +64,18 @@ def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
     return view
 
 
-def _without_front(model: nn.Module) -> nn.Module:
+def _without_stem(model: nn.Module) -> nn.Module:
     """A shallow copy of a timm model that takes what comes out of the last block for images."""
-    view, front = with_blocks(model, ()), front_of(model)
+    view, stem = with_blocks(model, ()), find_stem(model)
     view._parameters = dict(model._parameters)
-    for name in front.identities:
+    for name in stem.identities:
         if name in view._modules:
             view._modules[name] = nn.Identity()
-    for name in front.absent:
+    for name in stem.absent:
         held = view._parameters if name in view._parameters else view._modules
         held[name] = None
-    for name in front.no_tokens:
+    for name in stem.no_tokens:
         view._parameters[name] = nn.Parameter(getattr(model, name).detach()[:, :0], requires_grad=False)
-    if front.pos_embed is not None and hasattr(view, "_pos_embed"):
-        view._pos_embed = lambda x: (x, *front.pos_embed) if front.pos_embed else x  # type: ignore[assignment]  # over its method
+    if stem.pos_embed is not None and hasattr(view, "_pos_embed"):
+        view._pos_embed = lambda x: (x, *stem.pos_embed) if stem.pos_embed else x  # type: ignore[assignment]  # over its method
     return view

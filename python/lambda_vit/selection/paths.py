@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
 from lambda_kernels.blocks.attention_free import AttentionFreeBlock
+from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.errors import UnsupportedModelError
 
 from ..data import batches
 from ..data.batches import Images
-from ..models.views import _Inject, _without_attention, _without_front, with_blocks
+from ..models.views import _Inject, _without_attention, _without_stem, with_blocks
 
 if TYPE_CHECKING:
     pass
@@ -40,7 +40,7 @@ def node(path: SkippedBlocks, at: int) -> Node:
 
 
 # What a block is given beyond its tokens: rotary embeddings, position biases, a mask.
-Given = tuple[tuple[Any, ...], dict[str, Any]]
+BlockKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Tokens(NamedTuple):
@@ -83,17 +83,17 @@ class PathRunner:
     """
 
     def __init__(self, model: nn.Module, score: str = "logits") -> None:
-        self.anatomy = inspect_model(model)
-        refuse_merging(self.anatomy, "measuring paths")
+        self.structure = inspect_model(model)
+        refuse_merging(self.structure, "measuring paths")
         self.score = score
         self.why_images: str | None = None
         self._model = model
         self._blocks = list(model.blocks)
         self._free: dict[int, nn.Module] = {}
-        self._seen: list[tuple[Tensor, Given]] = []
+        self._seen: list[tuple[Tensor, BlockKwargs]] = []
         self._front = with_blocks(model, [_Tap(self._seen) for _ in self._blocks])
         self._back: nn.Module | None = None
-        self._given: list[Given] = []
+        self._given: list[BlockKwargs] = []
 
     @property
     def depth(self) -> int:
@@ -165,7 +165,7 @@ class PathRunner:
             self._free[index] = _without_attention(self._blocks[index])
         return self._free[index]
 
-    def run(self, index: int, skipped: bool, x: Tensor, given: Given) -> Tensor:
+    def run(self, index: int, skipped: bool, x: Tensor, given: BlockKwargs) -> Tensor:
         """A block, with its attention or without."""
         positional, named = given
         return (self._without(index) if skipped else self._blocks[index])(x, *positional, **named)
@@ -182,13 +182,13 @@ class PathRunner:
         if group:
             yield place, group
 
-    def _given_to_blocks(self, start: Tokens) -> list[Given]:
+    def _given_to_blocks(self, start: Tokens) -> list[BlockKwargs]:
         """What each block is given beyond its tokens for this batch."""
         if start.images is None or not any(positional or named for positional, named in self._given):
             return self._given
         return self._before_blocks(start.images)[1]
 
-    def _before_blocks(self, images: Images) -> tuple[Tensor, list[Given]]:
+    def _before_blocks(self, images: Images) -> tuple[Tensor, list[BlockKwargs]]:
         self._front(images)
         seen = self._seen[:]
         self._seen.clear()
@@ -218,7 +218,7 @@ class PathRunner:
     def _split(self, images: Images) -> None:
         """Find out, on a few images, whether what follows the blocks can be run without running what precedes them."""
         few = batches.first(images, 2)
-        self._back = _without_front(self._model)
+        self._back = _without_stem(self._model)
         wanted = self._model(few)
         x, self._given = self._before_blocks(few)
         for index, given in enumerate(self._given):
@@ -242,7 +242,7 @@ class _Place:
     """The tokens at a node of the paths, run only when somebody asks for them."""
 
     def __init__(
-        self, runner: PathRunner, given: list[Given], at: int, skipped: SkippedBlocks, memory: Memory | None, *,
+        self, runner: PathRunner, given: list[BlockKwargs], at: int, skipped: SkippedBlocks, memory: Memory | None, *,
         tokens: Tensor | None = None, before: _Place | None = None,
     ) -> None:  # fmt: skip
         self.at = at
@@ -273,7 +273,7 @@ class _Place:
 class _Tap(nn.Module):
     """Stands for a block: adds to `seen` what would go into it."""
 
-    def __init__(self, seen: list[tuple[Tensor, Given]]) -> None:
+    def __init__(self, seen: list[tuple[Tensor, BlockKwargs]]) -> None:
         super().__init__()
         self.seen = seen
 
@@ -282,7 +282,7 @@ class _Tap(nn.Module):
         return x
 
 
-def _same_given(found: Sequence[Given], wanted: Sequence[Given]) -> bool:
+def _same_given(found: Sequence[BlockKwargs], wanted: Sequence[BlockKwargs]) -> bool:
     """Whether blocks are given the same beyond tokens; tensors are compared by value."""
 
     def same(a: object, b: object) -> bool:
@@ -290,7 +290,7 @@ def _same_given(found: Sequence[Given], wanted: Sequence[Given]) -> bool:
             return a is b or (a.shape == b.shape and torch.equal(a, b))
         return type(a) is type(b) and a == b
 
-    def flat(given: Given) -> dict[Any, Any]:
+    def flat(given: BlockKwargs) -> dict[Any, Any]:
         return {**dict(enumerate(given[0])), **given[1]}
 
     pairs = [(flat(one), flat(other)) for one, other in zip(found, wanted, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lambda_kernels.blocks.anatomy import Anatomy, inspect_model
+from lambda_kernels.blocks.structure import ViTStructure, inspect_model
 from lambda_kernels.convert.checks import check_indices, check_removal
 from lambda_kernels.ops.checks import check_choice
 
@@ -151,17 +151,17 @@ def run_selection(
     """As `select_layers`; also tells how the work was done (`Measurement.engine`), None for a control."""
     check_search(strategy, signed=signed, beam=beam, layers=layers)
     how = STRATEGIES[strategy]
-    anatomy = inspect_model(model)
-    if anatomy.removed:
+    structure = inspect_model(model)
+    if structure.removed:
         raise ValueError(
-            f"the model has lost the attention of {list(anatomy.removed)} already; select on the full model"
+            f"the model has lost the attention of {list(structure.removed)} already; select on the full model"
         )
-    candidates = [i for i in range(anatomy.depth) if i not in check_indices(exclude, anatomy.depth, "exclude")]
-    most = _most(candidates, anatomy)
+    candidates = [i for i in range(structure.depth) if i not in check_indices(exclude, structure.depth, "exclude")]
+    most = _most(candidates, structure)
     if most < 1:
-        raise ValueError(f"exclude={list(exclude)} leaves no attention of {anatomy.depth} blocks that may go")
+        raise ValueError(f"exclude={list(exclude)} leaves no attention of {structure.depth} blocks that may go")
     if layers is not None:
-        layers = _checked_layers(layers, candidates, most, anatomy)
+        layers = _checked_layers(layers, candidates, most, structure)
         most = len(layers)
         if budget == Budget():
             budget = Budget(count=most)
@@ -171,13 +171,13 @@ def run_selection(
     common: dict[str, Any] = {
         "strategy": strategy,
         "model": model_name(model),
-        "depth": anatomy.depth,
+        "depth": structure.depth,
         "stop": stop.describe(),
     }
     processes = Processes() if processes is None else processes
     options = {
         "strategy": strategy, stop.kind: stop.value, "estimator": estimator, "score": score, "bins": bins,
-        "exclude": sorted(set(range(anatomy.depth)) - set(candidates)), "beam": beam,
+        "exclude": sorted(set(range(structure.depth)) - set(candidates)), "beam": beam,
     }  # fmt: skip
     controls = {"layers": layers, "seed": seed} if how.how == "control" else {}
     processes.agree(options | controls, "Select")
@@ -189,7 +189,7 @@ def run_selection(
             if processes.leads:  # throughput is measured, and comes out differently each time
                 settled = shortened(control_order(strategy, candidates, most, seed, layers), stop)
         order, notes = processes.share(settled)
-        notes = [*_removal_warnings(model, order, anatomy), *notes]
+        notes = [*_removal_warnings(model, order, structure), *notes]
         return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
     criterion = how.criterion
     assert criterion is not None, "controls alone have none"
@@ -218,7 +218,7 @@ def run_selection(
         found = _search(measurement, how, criterion, found, stop, candidates, most, beam, progress)
         engine = measurement.engine()
     best, full = found.branches[0], found.full
-    notes = [*_removal_warnings(model, best.layers, anatomy), *found.notes]
+    notes = [*_removal_warnings(model, best.layers, structure), *found.notes]
     for note in notes:
         warnings.warn(note, SelectionWarning, stacklevel=3)
     return Selection(
@@ -291,25 +291,27 @@ def _measured_notes(measurement: Measurement) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _most(candidates: Sequence[int], anatomy: Anatomy) -> int:
+def _most(candidates: Sequence[int], structure: ViTStructure) -> int:
     """How many attention layers may go."""
     # A class token without any attention never sees the image.
-    return len(candidates) - (len(candidates) == anatomy.depth and anatomy.pooling == "token")
+    return len(candidates) - (len(candidates) == structure.depth and structure.pooling == "token")
 
 
-def _checked_layers(layers: Sequence[int], candidates: Sequence[int], most: int, anatomy: Anatomy) -> tuple[int, ...]:
+def _checked_layers(
+    layers: Sequence[int], candidates: Sequence[int], most: int, structure: ViTStructure
+) -> tuple[int, ...]:
     """The layers in their order, as Python's own integers."""
-    known = check_indices(layers, anatomy.depth, "layers")
+    known = check_indices(layers, structure.depth, "layers")
     excluded = sorted(set(known) - set(candidates))
     if excluded:
         raise ValueError(f"layers holds {excluded}, which exclude keeps")
     if not 1 <= len(known) <= most:
-        raise ValueError(f"layers must hold 1 to {most} of {anatomy.depth} blocks; got {len(known)}")
+        raise ValueError(f"layers must hold 1 to {most} of {structure.depth} blocks; got {len(known)}")
     return tuple(int(layer) for layer in getattr(layers, "layers", layers))
 
 
-def _removal_warnings(model: nn.Module, layers: Sequence[int], anatomy: Anatomy) -> tuple[str, ...]:
+def _removal_warnings(model: nn.Module, layers: Sequence[int], structure: ViTStructure) -> tuple[str, ...]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_removal(model, tuple(sorted(layers)), anatomy, 1.0)
+        check_removal(model, tuple(sorted(layers)), structure, 1.0)
     return tuple(str(w.message) for w in caught)

@@ -59,7 +59,7 @@ def measure_costs(
         ValueError: A block index is wrong or given twice, or a number is out of range.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    from lambda_kernels.blocks.anatomy import inspect_model
+    from lambda_kernels.blocks.structure import inspect_model
     from lambda_kernels.convert.checks import check_indices
 
     from ..measure.latency import compare_latency

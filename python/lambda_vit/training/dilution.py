@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.blocks.anatomy import inspect_model, refuse_merging
-from lambda_kernels.blocks.mlp_half import MlpHalf, family_of
+from lambda_kernels.blocks.mlp_block import MlpBlockBase, find_family
+from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.convert.checks import check_indices, check_removal
 from lambda_kernels.convert.conversion import convert_vit, remove_attention
 from lambda_kernels.ops.checks import check_choice
@@ -38,7 +38,7 @@ SHAPES = ("linear", "cosine", "step")
 DILUTED_SCALE = 2.0
 
 
-class DilutedBlock(MlpHalf):
+class DilutedBlock(MlpBlockBase):
     """A ViT block whose attention is being faded out. Shares the modules of the block it stands for, under their names.
 
     λ lives in a buffer, so that changing it does not recompile; at λ = 0 attention is not computed at all, since
@@ -52,9 +52,11 @@ class DilutedBlock(MlpHalf):
     lam: Tensor
 
     def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
-        family = family_of(block)
+        family = find_family(block)
         assert family is not None, "the model was inspected"
-        own = {name: getattr(block, name) for name in ("fuse", "backend", "recompute") if isinstance(block, MlpHalf)}
+        own = {
+            name: getattr(block, name) for name in ("fuse", "backend", "recompute") if isinstance(block, MlpBlockBase)
+        }
         super().__init__(1.0, **{"fuse": True, "backend": "auto", "recompute": "auto", **own}, family=family.name)
         # All that is on the block, parts that somebody added to it too; a scale that is not there is None, as timm has it.
         held = dict(block.named_parameters(recurse=False)) | dict(block.named_children())
@@ -118,12 +120,14 @@ def dilute(
 
 def _dilutable(model: nn.Module, layers: Sequence[int] | Selection) -> tuple[int, ...]:
     """The indices of `layers`, checked."""
-    anatomy = inspect_model(model)
-    layers = check_indices(layers, anatomy.depth, "layers")
-    refuse_merging(anatomy, "dilution")
-    if anatomy.removed:
-        raise ValueError(f"the model has lost the attention of {list(anatomy.removed)} already; dilute the full model")
-    check_removal(model, layers, anatomy, DILUTED_SCALE, stacklevel=4)
+    structure = inspect_model(model)
+    layers = check_indices(layers, structure.depth, "layers")
+    refuse_merging(structure, "dilution")
+    if structure.removed:
+        raise ValueError(
+            f"the model has lost the attention of {list(structure.removed)} already; dilute the full model"
+        )
+    check_removal(model, layers, structure, DILUTED_SCALE, stacklevel=4)
     return layers
 
 
@@ -157,9 +161,9 @@ def prepare(
     chosen = _dilutable(model, indices) if len(indices) else ()
     model = model if inplace else copy.deepcopy(model)
     if recompute is not None:
-        anatomy, info = inspect_model(model), getattr(model, "lambda_kernels_info", None)
-        scale, backend = anatomy.residual_scale or 1.0, "auto" if info is None else info.backend
-        convert_vit(model, anatomy.removed, residual_scale=scale, backend=backend, recompute=recompute, inplace=True)
+        structure, info = inspect_model(model), getattr(model, "lambda_kernels_info", None)
+        scale, backend = structure.residual_scale or 1.0, "auto" if info is None else info.backend
+        convert_vit(model, structure.removed, residual_scale=scale, backend=backend, recompute=recompute, inplace=True)
     return _put_under_dilution(model, chosen, 1.0, recompute)
 
 

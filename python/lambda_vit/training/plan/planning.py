@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lambda_kernels.blocks.anatomy import inspect_model
-from lambda_kernels.blocks.mlp_half import MlpHalf
+from lambda_kernels.blocks.mlp_block import MlpBlockBase
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.checks import check_indices
 
 from ...measure.cost import cost
@@ -197,9 +197,9 @@ def plan_training(
     split_epochs(None, dilution_epochs, recovery_epochs)
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: expected a positive number of seconds to measure for")
-    anatomy = inspect_model(model)
+    structure = inspect_model(model)
     dtype = one_dtype(model)
-    chosen = check_indices(layers, anatomy.depth, "layers")
+    chosen = check_indices(layers, structure.depth, "layers")
     if not chosen:
         raise ValueError("layers is empty: there is nothing to plan. Name the blocks that lose their attention")
     if getattr(model, "grad_checkpointing", False):
@@ -235,7 +235,7 @@ def plan_training(
     steps = math.ceil(images / (batch_size * devices))
     return Plan(
         removed=chosen,
-        depth=anatomy.depth,
+        depth=structure.depth,
         images=images,
         batch_size=batch_size,
         devices=devices,
@@ -297,7 +297,7 @@ def _count(name: str, network: nn.Module, device: torch.device, batch_size: int)
 def _recomputed(network: nn.Module, device: torch.device) -> tuple[str, ...]:
     dtype = one_dtype(network)
     return tuple(
-        block.recomputed(device, dtype).level if isinstance(block, MlpHalf) else "none" for block in network.blocks
+        block.recomputed(device, dtype).level if isinstance(block, MlpBlockBase) else "none" for block in network.blocks
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
@@ -19,10 +19,6 @@ from ..ops.ln_mlp.function import RECOMPUTE, compute_dtype, ln_mlp, resolve_reco
 from .families import FAMILIES, Family, layer_scale
 from .hooks import global_hooks, is_altered
 
-if TYPE_CHECKING:
-    pass  # part of Python 3.11
-
-
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
 
@@ -31,7 +27,7 @@ _BARE = frozenset(vars(nn.Module()))
 _SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "family", "tome_r", "prefix_tokens"))
 
 
-def gelu_form(act: nn.Module) -> str | None:
+def find_gelu_form(act: nn.Module) -> str | None:
     """`approximate` of the GELU that `act` computes, or None when it is another function."""
     if type(act) is nn.GELU:
         return act.approximate
@@ -40,14 +36,14 @@ def gelu_form(act: nn.Module) -> str | None:
     return "none" if type(act) is GELU else None
 
 
-def replacement_obstacles(block: nn.Module) -> list[str]:
+def find_replacement_obstacles(block: nn.Module) -> list[str]:
     """What would be lost or go wrong if another block took over the parts of `block`; empty when nothing would.
 
     Args:
         block: One of timm's of a known family, or a `FusedMlp`.
     """
     found = []
-    family = _family(block)
+    family = find_family_or_vit(block)
     if family.unknown_arguments:
         found.append(f"this version of timm passes {', '.join(family.unknown_arguments)} to its blocks")
     present = {name for held in (block._modules, block._parameters) for name, part in held.items() if part is not None}
@@ -77,7 +73,7 @@ class Recompute:
     reason: str
 
 
-class MlpHalf(nn.Module):
+class MlpBlockBase(nn.Module):
     """What the blocks share: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
 
     Subclasses register `norm2`, `mlp`, `drop_path2` and the LayerScale of the MLP, under the names of their `family`.
@@ -156,7 +152,7 @@ class MlpHalf(nn.Module):
             found.append("norm2 uses timm's fast norm, which rounds differently")
         if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
             found.append(f"mlp's layers are {type(fc1).__name__} and {type(fc2).__name__}, not Linear")
-        if gelu_form(act) is None:
+        if find_gelu_form(act) is None:
             found.append(f"the activation is {type(act).__name__}, not GELU")
         if type(norm) is not nn.Identity:
             found.append("mlp has a norm between its layers")
@@ -239,7 +235,7 @@ class MlpHalf(nn.Module):
         norm2, mlp = self.norm2, self.mlp
         if self.fusion_obstacles():
             return self._by_modules(x)
-        form = gelu_form(mlp.act)
+        form = find_gelu_form(mlp.act)
         assert form is not None, "another activation is an obstacle"
         fc1, fc2 = mlp.fc1, mlp.fc2
         gamma = layer_scale(self, FAMILIES[self.family].scales[1])
@@ -284,27 +280,25 @@ def _stochastic_depth(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Te
     return factor.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else factor
 
 
-_Half = TypeVar("_Half", bound=MlpHalf)
+_Half = TypeVar("_Half", bound=MlpBlockBase)
 
 
-def _settle(new: _Half, block: nn.Module, options: dict[str, Any]) -> _Half:
+def copy_runtime_settings(new: _Half, block: nn.Module, options: dict[str, Any]) -> _Half:
     """Finish `new`, which took over parts of `block`: settings that `options` leave open and the mode are those of `block`."""
-    if isinstance(block, MlpHalf):
+    if isinstance(block, MlpBlockBase):
         for name in ("fuse", "backend", "recompute"):
             setattr(new, name, options.get(name, getattr(block, name)))
     new.training = block.training  # of this block alone: its parts keep the mode they have
     return new
 
 
-def _family(block: nn.Module) -> Family:
+def find_family_or_vit(block: nn.Module) -> Family:
     """That of `block`; of a module of an unknown class with the parts of a ViT block, that of timm's `Block`."""
-    return family_of(block) or FAMILIES["vit"]
+    return find_family(block) or FAMILIES["vit"]
 
 
-def family_of(block: nn.Module) -> Family | None:
+def find_family(block: nn.Module) -> Family | None:
     """The family of timm's own block, or of a block of this library that stands for one; None for all others."""
-    pass  # which describes itself by the families here
-
-    if isinstance(block, MlpHalf):
+    if isinstance(block, MlpBlockBase):
         return FAMILIES[block.family]
     return next((family for family in FAMILIES.values() if type(block) is family.block), None)

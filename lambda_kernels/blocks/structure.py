@@ -9,14 +9,14 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .families import FAMILIES
-from .mlp_half import family_of
-from .refusals import NO_BLOCKS, SUBCLASS, UNKNOWN_BLOCK, qualified_name, refusal_of
+from .mlp_block import find_family
+from .refusals import NO_BLOCKS, SUBCLASS, UNKNOWN_BLOCK, find_refusal, qualified_name
 
 _FEATURES = "convert the whole model first, then wrap it: lambda_kernels.features.feature_model(converted, out_indices)"
 
 
 @dataclass(frozen=True)
-class Front:
+class Stem:
     """What a model does before its blocks, so that a view of it can take tokens in place of images.
 
     Attributes:
@@ -32,21 +32,21 @@ class Front:
     pos_embed: tuple[None, ...] | None = ()
 
 
-_VIT_FRONT = Front(("patch_embed", "patch_drop", "norm_pre"))
+_VIT_STEM = Stem(("patch_embed", "patch_drop", "norm_pre"))
 
-_FRONTS: dict[type[nn.Module], Front] = {
-    eva.Eva: Front(("patch_embed", "norm_pre"), pos_embed=(None,)),
-    beit.Beit: Front(("patch_embed",), ("pos_embed", "rel_pos_bias"), ("cls_token",), None),
+_STEMS: dict[type[nn.Module], Stem] = {
+    eva.Eva: Stem(("patch_embed", "norm_pre"), pos_embed=(None,)),
+    beit.Beit: Stem(("patch_embed",), ("pos_embed", "rel_pos_bias"), ("cls_token",), None),
 }
 
 
-def front_of(model: nn.Module) -> Front:
+def find_stem(model: nn.Module) -> Stem:
     """How to leave out what `model` does before its blocks; that of a ViT for models of unknown classes."""
-    return next((_FRONTS[cls] for cls in type(model).__mro__ if cls in _FRONTS), _VIT_FRONT)
+    return next((_STEMS[cls] for cls in type(model).__mro__ if cls in _STEMS), _VIT_STEM)
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ViTStructure:
     """What matters about a supported model before and after its attention layers are removed.
 
     Blocks that keep their attention count alike, whether they are timm's own or `FusedMlp`.
@@ -61,7 +61,7 @@ class Anatomy:
     merging: tuple[int, ...] = ()  # blocks that merge tokens
 
 
-def inspect_model(model: nn.Module) -> Anatomy:
+def inspect_model(model: nn.Module) -> ViTStructure:
     """Describe `model`, or refuse it.
 
     Raises:
@@ -75,7 +75,7 @@ def inspect_model(model: nn.Module) -> Anatomy:
     _refuse_wrappers(model)
     blocks = getattr(model, "blocks", None)
     name = type(model).__name__
-    refusal = refusal_of(model)
+    refusal = find_refusal(model)
     if refusal is None and (not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0):
         refusal = NO_BLOCKS
     if refusal is not None:
@@ -84,7 +84,7 @@ def inspect_model(model: nn.Module) -> Anatomy:
     strangers = {i: block for i, block in enumerate(blocks) if type(block) not in known}
     if strangers:
         index, stranger = next(iter(strangers.items()))
-        refusal = refusal_of(stranger)
+        refusal = find_refusal(stranger)
         if refusal is None:
             refusal = SUBCLASS if isinstance(stranger, tuple(known)) else UNKNOWN_BLOCK
         # A block that stands in for another one for a while can say itself what has to be done first.
@@ -99,30 +99,30 @@ def inspect_model(model: nn.Module) -> Anatomy:
         raise UnsupportedModelError(f"{name} mixes attention-free blocks of residual_scale {sorted(scales)}")
     norms = (getattr(model, "norm", None), getattr(model, "fc_norm", None))
     pooling = getattr(model, "global_pool", "")
-    return Anatomy(
+    return ViTStructure(
         depth=len(blocks),
         removed=removed,
         residual_scale=scales.pop() if scales else None,
         pooling=pooling if isinstance(pooling, str) else str(pooling),
         has_final_norm=any(n is not None and not isinstance(n, nn.Identity) for n in norms),
-        families=tuple(dict.fromkeys(family_of(block).name for block in blocks)),
+        families=tuple(dict.fromkeys(find_family(block).name for block in blocks)),
         merging=tuple(i for i, block in enumerate(blocks) if type(block) is MergingBlock),
     )
 
 
-def refuse_merging(anatomy: Anatomy, doing: str) -> None:
+def refuse_merging(structure: ViTStructure, doing: str) -> None:
     """Refuse what works on a network block by block, where nothing hands on the sizes of merged tokens.
 
     Args:
-        anatomy: From `inspect_model`.
+        structure: From `inspect_model`.
         doing: What is refused, for the message.
 
     Raises:
         UnsupportedModelError: Some block merges tokens.
     """
-    if anatomy.merging:
+    if structure.merging:
         raise UnsupportedModelError(
-            f"{doing} works on blocks that keep their tokens, and blocks {list(anatomy.merging)} merge some. Merging comes "
+            f"{doing} works on blocks that keep their tokens, and blocks {list(structure.merging)} merge some. Merging comes "
             "last: take it off with convert_vit(model, remove, tome_r=0), and put it on again afterwards"
         )
 
