@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,13 +41,13 @@ def frequency(
     selection: SelectionFile = None,
     remove: Remove = "",
     compare: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A folder saved by convert instead: the model after removal.", show_default=False),
     ] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     samples: Samples = 256,
-    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
-    plot: Annotated[Optional[Path], typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
@@ -136,8 +136,8 @@ def profile(
     samples: Samples = 256,
     estimator: Annotated[Estimators, typer.Option(help="Of the entropy.")] = Estimators.both,
     bins: Annotated[int, typer.Option(min=2, max=65536, help="Of the histogram of a channel.")] = 256,
-    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
-    plot: Annotated[Optional[Path], typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +35,7 @@ def import_ref(
         str, typer.Option(help="Blocks without attention, if the file's name does not say.", show_default=False)
     ] = "",
     architecture: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="timm's name of the full model, if it is not the DeiT of that width.", show_default=False),
     ] = None,
 ) -> None:
@@ -92,7 +92,7 @@ def convert(
     ] = 1.0,
     tome_r: Annotated[str, typer.Option(help="Tokens to merge per block with attention: 8, or one each: 8,6,4.")] = "",
     tome_start: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="The first of the blocks with attention to merge tokens, from 0.", show_default="1"),
     ] = None,
 ) -> None:
@@ -135,20 +135,20 @@ def validate(
     data: Data,
     weights: Weights = None,
     pretrained: Pretrained = False,
-    reference: Annotated[Optional[str], typer.Option(help="The original, to compare with.", show_default=False)] = None,  # noqa: UP045
+    reference: Annotated[str | None, typer.Option(help="The original, to compare with.", show_default=False)] = None,
     reference_weights: Weights = None,
     reference_pretrained: Annotated[bool, typer.Option("--reference-pretrained", help="As --pretrained.")] = False,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     class_map: ClassMap = None,
-    samples: Annotated[Optional[int], typer.Option(min=1, help="Fewer images than all.", show_default=False)] = None,  # noqa: UP045
+    samples: Annotated[int | None, typer.Option(min=1, help="Fewer images than all.", show_default=False)] = None,
     crop_pct: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             help="Share of an image's shorter side, for both models in place of their own.", show_default=False
         ),
     ] = None,
     latency: Annotated[bool, typer.Option(help="Take times at batch 1 and --batch-size.")] = True,
-    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,38 +31,38 @@ def export(
     model: Model,
     weights: Weights = None,
     pretrained: Pretrained = False,
-    onnx: Annotated[Optional[Path], typer.Option(help="Write ONNX: FILE.onnx.", show_default=False)] = None,  # noqa: UP045
+    onnx: Annotated[Path | None, typer.Option(help="Write ONNX: FILE.onnx.", show_default=False)] = None,
     torch_export: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Write a program of torch.export: FILE.pt2.", show_default=False),
     ] = None,
     aoti: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Compile with AOTInductor (needs a C++ compiler): FILE.pt2.", show_default=False),
     ] = None,
     image_size: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="Pixels a side.", show_default="the model's"),
     ] = None,
     dtype: Annotated[
-        Optional[Dtype],  # noqa: UP045
+        Dtype | None,
         typer.Option(help="Of weights, images and outputs.", show_default="the model's"),
     ] = None,
     fixed_batch: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="Images of every call.", show_default="any number"),
     ] = None,
     opset: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Of ONNX.", show_default="PyTorch's choice"),
     ] = None,
     class_map: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="JSON: name of a class → output of the model, to write into the files.", show_default=False),
     ] = None,
     latency: Annotated[bool, typer.Option(help="Take times against the model in PyTorch.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
     device: Device = "cpu",
 ) -> None:
     """Write a model as ONNX, as a program of torch.export or compiled, and check that the file computes the same."""

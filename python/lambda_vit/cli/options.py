@@ -6,7 +6,7 @@ import enum
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,16 +21,15 @@ if TYPE_CHECKING:
     from ..data.loader import ImageLoader
 
 
-# typer evaluates annotations, so that Optional stays until Python 3.10 is gone (PEP 604 unions work only from its 0.12).
 Model = Annotated[str, typer.Option(help="timm's name of the model, or a folder saved by convert.", show_default=False)]
 
-Weights = Annotated[Optional[Path], typer.Option(help="State dict, .safetensors or .pth.", show_default=False)]  # noqa: UP045
+Weights = Annotated[Path | None, typer.Option(help="State dict, .safetensors or .pth.", show_default=False)]
 
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights from the hub.")]
 
 # The layers to remove, one way or the other; `chosen_layers` reads them.
 SelectionFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(help="What select wrote, or the folder that holds it as selection.json.", show_default=False),
 ]
 
@@ -45,7 +44,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
 
 ClassMap = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         help="JSON: class folder → output of the model, where neither names nor number tell.", show_default=False
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..data.loader import ImageLoader
 
 
-Epochs = Annotated[Optional[int], typer.Option(min=1, help="In all.", show_default="400")]  # noqa: UP045
+Epochs = Annotated[int | None, typer.Option(min=1, help="In all.", show_default="400")]
 
 
 @app.command()
@@ -29,32 +29,32 @@ def plan(
     selection: SelectionFile = None,
     remove: Remove = "",
     data: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder or zip with train/<class>/*: counted, and timed while loading.", show_default=False),
     ] = None,
     images: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="Instead of --data: images of one epoch, ImageNet: 1281167.", show_default=False),
     ] = None,
     epochs: Epochs = None,
     dilution_epochs: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=0, help="While attention fades.", show_default="three quarters"),
     ] = None,
     recovery_epochs: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=0, help="After that, without it.", show_default="the rest"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per training step and device.")] = 64,
     devices: Annotated[int, typer.Option(min=1, help="That share the training; taken to scale linearly.")] = 1,
     recompute: Annotated[
-        Optional[Recompute],  # noqa: UP045
+        Recompute | None,
         typer.Option(
             help="What steps compute again in MLP halves instead of saving it.", show_default="as the model is"
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.001, help="Budget for all timing.")] = 60.0,
-    out: Annotated[Optional[Path], typer.Option(help="Write JSON here.", show_default=False)] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",

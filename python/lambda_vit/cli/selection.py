@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,21 +60,21 @@ def select(
     weights: Weights = None,
     pretrained: Pretrained = False,
     count: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="How many attention layers to pick; 5 where no budget is given.", show_default=False),
     ] = None,
     params: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             help="Instead: pick until this share of the parameters is left, such as 0.85.", show_default=False
         ),
     ] = None,
     flops: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="Instead: until this share of the FLOPs is left.", show_default=False),
     ] = None,
     throughput: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             help="Instead: until this many times the throughput is measured, such as 1.2.", show_default=False
         ),
@@ -98,7 +98,7 @@ def select(
     latency: Annotated[bool, typer.Option(help="Measure the throughput after each pick.")] = True,
     cache: Annotated[Cache, typer.Option(help="Where embedded images stay between rounds.")] = Cache.auto,
     cache_budget: Annotated[str, typer.Option(help="What they may take: 8G.", show_default=False)] = "",
-    cache_dir: Annotated[Optional[Path], typer.Option(help="For disk.", show_default=False)] = None,  # noqa: UP045
+    cache_dir: Annotated[Path | None, typer.Option(help="For disk.", show_default=False)] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget the progress of an earlier run.")] = False,
     batch_size: BatchSize = 32,
     workers: Workers = 0,

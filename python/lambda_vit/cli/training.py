@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -155,9 +155,9 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
     for field in sorted(dataclasses.fields(Recipe), key=lambda field: list(panel_of).index(field.name)):
         panel, text = panel_of[field.name]
         if field.type == "bool":
-            name, kind = f"--{_dashed(field.name)}/--no-{_dashed(field.name)}", Optional[bool]  # noqa: UP045
+            name, kind = f"--{_dashed(field.name)}/--no-{_dashed(field.name)}", bool | None
         else:
-            name, kind = f"--{_dashed(field.name)}", Optional[str]  # noqa: UP045
+            name, kind = f"--{_dashed(field.name)}", str | None
         option = typer.Option(
             None, name, help=text, rich_help_panel=panel, show_default=_shown(field.default), metavar=_metavar(field)
         )
@@ -183,7 +183,7 @@ def finetune(
     selection: SelectionFile = None,
     remove: Remove = "",
     recipe: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="A shipped recipe or a YAML file; flags win over it.", show_default=False),
     ] = None,
     recipes: Annotated[
@@ -191,11 +191,11 @@ def finetune(
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Remove nothing: the model with all its attention.")] = False,
     num_classes: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=1, help="Put a new classifier with so many outputs in place.", show_default=False),
     ] = None,
     val_data: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Where val/<class>/* is, if not in --data.", show_default=False),
     ] = None,
     class_map: ClassMap = None,
