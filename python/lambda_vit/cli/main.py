@@ -12,9 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..runtime.optional_packages import MissingPackageError
-from . import (
-    export,  # noqa: F401 (each registers its command)
-)
+from . import analysis, conversion, export, planning, selection, training  # noqa: F401 (each registers its commands)
 from .app import FailureError, app, make_console
 from .options import (
     Device,
