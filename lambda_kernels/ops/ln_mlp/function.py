@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks
 from . import arguments, dispatch, onednn, reference
 from . import recompute as recomputed
+from . import registration as _registration  # noqa: F401  # registers torch.ops.lambda_kernels.ln_mlp
 
 # At this width and below, products are cheaper than the memory traffic of saved activations.
 RECOMPUTE_ALL_BELOW = 256
