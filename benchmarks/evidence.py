@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="JSON for the table and the plot, written from what is there")
     options = parser.parse_args(arguments)
     evidence = Evidence(options)
-    with progress.shown():
+    with progress.progress_bars():
         base = evidence.base()
         picks = evidence.picks(base)
         for arm in arms(options.seeds):

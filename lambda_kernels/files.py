@@ -59,11 +59,11 @@ def remove_leftovers(path: str | Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-[0-9a-f]{{8}}\.tmp")
     for leftover in path.parent.glob(".*.tmp"):
         named = pattern.fullmatch(leftover.name)
-        if named and not runs_beside(int(named[1])):
+        if named and not pid_alive(int(named[1])):
             leftover.unlink(missing_ok=True)
 
 
-def runs_beside(process: int) -> bool:
+def pid_alive(process: int) -> bool:
     """Whether a process of this number runs here, other than this one."""
     # A process of this number may have been killed in another container. Elsewhere than on POSIX, os.kill kills.
     if process == os.getpid() or os.name != "posix":

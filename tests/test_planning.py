@@ -359,7 +359,7 @@ def test_other_errors_pass(monkeypatch):
 
 
 def test_hours_in_words():
-    assert formatting.hours(12 / 3600) == "12.0 s"
-    assert formatting.hours(0.5) == "30.0 min"
-    assert formatting.hours(20.25) == "20.2 h"
-    assert formatting.hours(7320) == "7,320 h (305 days)"
+    assert formatting.format_hours(12 / 3600) == "12.0 s"
+    assert formatting.format_hours(0.5) == "30.0 min"
+    assert formatting.format_hours(20.25) == "20.2 h"
+    assert formatting.format_hours(7320) == "7,320 h (305 days)"

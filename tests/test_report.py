@@ -212,7 +212,7 @@ def test_every_section_variant_and_number_is_on_page_and_in_markdown(written):
     wanted += record["not_exercised"] + record["warnings"] + record["selection"]["warnings"]
     wanted += [c["what"] for c in record["next_commands"]] + list(record["files"].values())
     wanted += [f"{row[key]:.2f}".replace("-", "−") for row in record["profile"]["blocks"] for key in ("attn", "mlp")]
-    wanted += [formatting.bits(s) for r in record["selection"]["rounds"] for s in r["scores"].values()]
+    wanted += [formatting.format_bits(s) for r in record["selection"]["rounds"] for s in r["scores"].values()]
     assert [text for text in wanted if text not in page] == []
     assert [text for text in wanted if text not in markdown] == []
     for command in record["next_commands"]:
@@ -407,16 +407,16 @@ def test_console_summary_is_not_cut(width, blocks):
     [(None, "–"), (0.0, "0.00"), (2.04, "2.0"), (-0.31, "−0.31"), (79.13, "79.1"), (99.97, "100"), (52_000.0, "52k")],
 )
 def test_bits_are_short(value, text):
-    assert formatting.bits(value) == text
+    assert formatting.format_bits(value) == text
 
 
 @pytest.mark.parametrize(
     ("shown", "text"),
-    [(formatting.count(86_567_656), "86.6 M"), (formatting.count(999_600), "1.00 M"),
-     (formatting.count(512), "512"), (formatting.flops(1.26e9), "1.26 GFLOP"),
-     (formatting.size(1023 * 1024), "1023 KiB"), (formatting.change_of(200, 174), "−13.0 %"),
-     (formatting.change_of(2, 2.0001), "no change"), (formatting.change_of(0, 1), "–"),
-     (formatting.ranges([6, 0, 1, 3, 4, 5]), "0, 1, 3–6"), (formatting.ranges([]), "none")],
+    [(formatting.format_count(86_567_656), "86.6 M"), (formatting.format_count(999_600), "1.00 M"),
+     (formatting.format_count(512), "512"), (formatting.format_flops(1.26e9), "1.26 GFLOP"),
+     (formatting.format_size(1023 * 1024), "1023 KiB"), (formatting.format_change(200, 174), "−13.0 %"),
+     (formatting.format_change(2, 2.0001), "no change"), (formatting.format_change(0, 1), "–"),
+     (formatting.format_ranges([6, 0, 1, 3, 4, 5]), "0, 1, 3–6"), (formatting.format_ranges([]), "none")],
 )  # fmt: skip
 def test_numbers_for_people(shown, text):
     assert shown == text

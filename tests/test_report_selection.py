@@ -50,16 +50,20 @@ def test_everything_is_told_in_all_forms(case, tmp_path):
     wanted += [c["what"] for c in record["next_commands"]]
     for step in trajectory["steps"]:
         wanted += [
-            formatting.count(step["parameters"]),
-            formatting.flops(step["flops"]),
-            formatting.size(step["weight_bytes"]),
+            formatting.format_count(step["parameters"]),
+            formatting.format_flops(step["flops"]),
+            formatting.format_size(step["weight_bytes"]),
         ]
         wanted += [
-            formatting.size(step["peak_memory_bytes"]),
+            formatting.format_size(step["peak_memory_bytes"]),
             f"{step['images_per_second']:.0f}",
             f"{step['speedup']:.2f}×",
         ]
-        wanted += [formatting.bits(step["entropy"]), f"{step['agreement']:.{digits}f}", formatting.fine(step["kl"])]
+        wanted += [
+            formatting.format_bits(step["entropy"]),
+            f"{step['agreement']:.{digits}f}",
+            formatting.format_score(step["kl"]),
+        ]
         if step["top1"] is not None:
             wanted += [f"{step['top1']:.{digits}f}", "–".join(f"{end:.{digits}f}" for end in step["top1_interval"])]
     text = score_text(record["selection"])
@@ -86,9 +90,9 @@ def test_terminal_shows_steps_and_recommendation_in_80_columns(case):
                    if re.match(rf"\s*(→ )?{n} ", line))  # fmt: skip
         assert (row[0] == "→") == (n == recommended)
         assert row[-1] == f"{step['speedup']:.2f}×"
-        assert formatting.bits(step["entropy"]) in row
-        assert formatting.three(step["parameters"] / 1e6) in row
-        assert formatting.three(step["flops"] / 1e9) in row
+        assert formatting.format_bits(step["entropy"]) in row
+        assert formatting.format_number(step["parameters"] / 1e6) in row
+        assert formatting.format_number(step["flops"] / 1e9) in row
 
 
 def test_recommendation_and_commands_come_first():
@@ -111,9 +115,9 @@ def test_key_numbers_are_those_of_the_recommended_step():
     assert rows["Top-1, nothing trained"]["after"] == f"{step['top1']:.1f} %"
     assert rows["Top-1, nothing trained"]["note"].startswith("95 % interval of the difference −")
     assert rows["Same answer as the full model"]["after"] == f"{step['agreement']:.1f} %"
-    assert rows["Parameters"]["change"] == formatting.change_of(full["parameters"], step["parameters"])
+    assert rows["Parameters"]["change"] == formatting.format_change(full["parameters"], step["parameters"])
     assert rows["Images per second, batch 64"]["after"] == f"{step['images_per_second']:.0f}"
-    assert compared["after"] == f"Attention of {formatting.ranges(step['removed'])} removed"
+    assert compared["after"] == f"Attention of {formatting.format_ranges(step['removed'])} removed"
 
 
 def test_nothing_recommended_has_no_key_numbers():
@@ -288,4 +292,4 @@ def test_hostile_text_stays_text():
      (0.00996, "0.010"), (12.34, "12.3")],
 )  # fmt: skip
 def test_fine_scores(value, text):
-    assert formatting.fine(value) == text
+    assert formatting.format_score(value) == text

@@ -14,7 +14,7 @@ import pytest
 from runstate_support import in_a_child
 from test_selection_processes import ENVIRONMENT
 
-from lambda_vit.runtime.signals import STOPPING, StopRequest, held_back, spare_worker, started
+from lambda_vit.runtime.signals import STOPPING, StopRequest, block_signals, init_worker, spare_worker
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="stops by signal")
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -29,13 +29,11 @@ def test_a_signal_is_noted(number):
     def work() -> int:
         before = [signal.getsignal(other) for other in NUMBERS]
         with StopRequest() as stop:
-            assert not stop
-            assert (stop.signal, stop.exit_code) == (None, 0)
+            assert stop.signal is None
             send(number)
-            assert stop
-            assert (stop.signal, stop.exit_code) == (number, 128 + number)
+            assert stop.signal == number
         assert [signal.getsignal(other) for other in NUMBERS] == before
-        assert stop.exit_code == 128 + number
+        assert stop.signal == number
         return 77
 
     assert in_a_child(work) == 77 << 8
@@ -85,12 +83,12 @@ def test_elsewhere_than_in_the_main_thread():
 
     def work() -> None:
         with StopRequest() as stop:
-            seen.append((bool(stop), signal.getsignal(signal.SIGTERM)))
+            seen.append((stop.signal, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(False, signal.getsignal(signal.SIGTERM))]
+    assert seen == [(None, signal.getsignal(signal.SIGTERM))]
 
 
 def test_a_spared_worker():
@@ -112,8 +110,8 @@ RUN = """
 import os, signal, sys, time
 import torch
 from torch.utils.data import DataLoader, Dataset
-from lambda_vit.training.storage.checkpoints import StopRequest, spare_worker
-from lambda_vit.runtime.signals import STOPPING, held_back, started
+from lambda_vit.runtime.signals import StopRequest, spare_worker
+from lambda_vit.runtime.signals import STOPPING, block_signals, init_worker
 
 class Images(Dataset):
     def __len__(self):
@@ -135,7 +133,7 @@ if __name__ == "__main__":
                 sys.stdin.readline()
         assert step == 59 and stop.signal == signal.SIGTERM
         del loader
-    raise SystemExit(stop.exit_code)
+    raise SystemExit(128 + stop.signal)
 """
 
 
@@ -175,7 +173,7 @@ def test_workers_that_load_data(spared, start, sent, tmp_path):
         assert "is killed by signal: Terminated" in errors
 
 
-@pytest.mark.parametrize(("hold", "ends_by"), [(held_back, 0), (contextlib.nullcontext, -signal.SIGTERM)])
+@pytest.mark.parametrize(("hold", "ends_by"), [(block_signals, 0), (contextlib.nullcontext, -signal.SIGTERM)])
 def test_a_worker_that_is_just_starting(hold, ends_by):
     """A signal to the group comes before `worker_init_fn`, where PyTorch's own handler would end the worker."""
     with hold():
@@ -183,7 +181,7 @@ def test_a_worker_that_is_just_starting(hold, ends_by):
         if child == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-            started(spare_worker, 0)
+            init_worker(spare_worker, 0)
             os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)))  # none is held back any more
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ends_by
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)

@@ -66,7 +66,7 @@ def frequency(
 
     chosen = _chosen(selection, remove, compare)
     check_outputs(out, plot)
-    with progress.shown():
+    with progress.progress_bars():
         network = open_model(model, weights=weights, pretrained=pretrained, device=device)
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
@@ -154,7 +154,7 @@ def profile(
     from .options import check_outputs
 
     check_outputs(out, plot)
-    with progress.shown():
+    with progress.progress_bars():
         network = open_model(model, weights=weights, pretrained=pretrained, device=device)
         loader = open_data(network, data, split, samples, batch_size, workers, skip_bad)
         record = {"model": model, **profile_layers(network, loader, estimator=estimator.value, bins=bins).to_dict()}

@@ -48,7 +48,7 @@ def import_ref(
 
     indices = parse_indices(remove, "--remove") if remove else None
     check_writable(out / "config.json")
-    with progress.shown(), progress.task(f"Read {file}", 1) as advance:
+    with progress.progress_bars(), progress.task(f"Read {file}", 1) as advance:
         found = load_released(file, remove=indices, architecture=architecture)
         save_pretrained(found.model, out)
         advance()
@@ -107,7 +107,7 @@ def convert(
     merged = parse_indices(tome_r, "--tome-r") or None
     chosen = chosen_layers(selection, remove) if selection or remove or merged is None else ()
     check_writable(out / "config.json")
-    with progress.shown():
+    with progress.progress_bars():
         network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
     if selection is not None and not isinstance(chosen, tuple):
         check_made_for(chosen, selection, network, model)
@@ -167,7 +167,7 @@ def validate(
     check_crop(crop_pct)
     labels = {"reference": reference, "model": model}
     models = {}
-    with progress.shown():
+    with progress.progress_bars():
         network = open_model(model, weights=weights, pretrained=pretrained, device=device)
         if reference is not None:
             models["reference"] = open_model(

@@ -95,7 +95,7 @@ def export(
     names = None if class_map is None else read_class_map(class_map)
     console = make_console()
     files: dict[str, Exported] = {}
-    with progress.shown():
+    with progress.progress_bars():
         network = open_model(model, weights=weights, pretrained=pretrained, device=device)
         with progress.task("Trace", 1) as advance:
             traced = trace_model(
@@ -148,21 +148,21 @@ def _check_targets(targets: dict[str, Path], overwrite: bool, check: Callable[[P
 
 def describe(file: Exported) -> list[str]:
     """What was written, and how far it is from the model."""
-    from ..runtime.formatting import size, small
+    from ..runtime.formatting import format_scientific, format_size
 
     form = {"onnx": f"ONNX, opset {file.opset}", "torch-export": "torch.export", "aoti": "AOTInductor"}[file.form]
     beside = "" if file.data is None else f" with its weights in {file.data.name}"
-    lines = [f"Written: {file.path}{beside} ({form}, {size(file.size_bytes)})"]
+    lines = [f"Written: {file.path}{beside} ({form}, {format_size(file.size_bytes)})"]
     checked = file.checked
     if checked.why_not is not None:
         return [*lines, f"  not compared with the model: {checked.why_not}"]
-    found = ", ".join(f"{small(value)} at batch {count}" for count, value in checked.differences.items())
+    found = ", ".join(f"{format_scientific(value)} at batch {count}" for count, value in checked.differences.items())
     return [*lines, f"  largest difference from the model, run by {checked.by}: {found}"]
 
 
 def describe_times(times: dict[str, dict[int, Latency]], versions: dict[str, str]) -> list[str]:
     """Ratios to the model in PyTorch, as medians of calls that took turns."""
-    from ..runtime.formatting import milliseconds, three
+    from ..runtime.formatting import format_milliseconds, format_number, format_span
 
     lines = []
     for name in [name for name in times if name != "eager"]:
@@ -170,8 +170,8 @@ def describe_times(times: dict[str, dict[int, Latency]], versions: dict[str, str
         for batch, taken in times[name].items():
             eager = times["eager"][batch]
             parts.append(
-                f"{three(taken.median_ms / eager.median_ms)} at batch {batch} ({milliseconds(taken.median_ms)}, quartiles "
-                f"{three(taken.low_ms)}–{three(taken.high_ms)}, against {milliseconds(eager.median_ms)})"
+                f"{format_number(taken.median_ms / eager.median_ms)} at batch {batch} ({format_milliseconds(taken.median_ms)}, "
+                f"quartiles {format_span(taken.low_ms, taken.high_ms)}, against {format_milliseconds(eager.median_ms)})"
             )
         lines.append(f"Time of a call by {name}, as a part of eager PyTorch's: {'; '.join(parts)}")
     if lines:

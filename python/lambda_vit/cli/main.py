@@ -38,7 +38,7 @@ def demo(
     for name, value in environment.versions().items():
         console.print(f"  {name:15} {value}", soft_wrap=True)
     options = module.DemoOptions(seed=seed, device=str(check_device(device)))
-    with progress.shown() as bars:
+    with progress.progress_bars() as bars:
         result = module.run_demo(out, options, bars.console if bars.console.is_terminal else console)
     console.print(f"\nReport:  {out / 'report.html'}\nModel:   {out / 'model'}/")
     console.print("\nOn your own images:")

@@ -73,7 +73,7 @@ def plan(
     dilution, recovery = split_epochs(epochs, dilution_epochs, recovery_epochs)
     check_outputs(out)
     where = check_device(device)
-    with progress.shown():
+    with progress.progress_bars():
         network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)

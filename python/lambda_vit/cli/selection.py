@@ -135,8 +135,8 @@ def select(
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
     with process_group() as processes, ended_in_order(), contextlib.ExitStack() as stack:
-        if processes.leads:
-            stack.enter_context(progress.shown())
+        if processes.is_main:
+            stack.enter_context(progress.progress_bars())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", SelectionWarning)  # the selection lists them, and they are printed with it
         network = open_model(model, weights=weights, pretrained=pretrained, device=local_device(device))
@@ -148,7 +148,7 @@ def select(
             network, data, split, loader, eval_split, eval_samples, class_map=class_map, **loading
         )
         if processes.size > 1:
-            processes.agree(_data_of(loader, trial), "Select")
+            processes.assert_same(_data_of(loader, trial), "Select")
         selection, engine = run_selection(
             network,
             loader,
@@ -167,15 +167,15 @@ def select(
             restart=restart,
             processes=processes,
         )
-        with processes.together("Write the selection"):
-            if processes.leads:
+        with processes.all_or_none("Write the selection"):
+            if processes.is_main:
                 selection.to_json(selection_file)
         record = _measure(
             network, selection, loader, trial, processes, profile, batch_size if latency else None, tolerance, bins
         )
         bad = sorted({path for paths in processes.gather([*loader.bad, *trial["loader"].bad] if trial else loader.bad)
                       for path in paths})  # fmt: skip
-    if not processes.leads:
+    if not processes.is_main:
         return
     own = ["--model", model, *weights_options("--", weights, pretrained)]
     reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
@@ -259,8 +259,8 @@ def _measure(
         )  # fmt: skip
         record["trajectory"] = add_recommendation(trajectory, selection, tolerance)
     if profile:
-        with processes.together("Profile"):
-            if processes.leads:
+        with processes.all_or_none("Profile"):
+            if processes.is_main:
                 few = subset(loader.dataset, min(PROFILE_IMAGES, len(loader.dataset)))
                 images = make_loader(few, loader.batch_size, workers=loader.workers, skip_bad=loader.skip_bad)
                 found, record["notes"] = caught(lambda: profile_layers(network, images))

@@ -239,8 +239,8 @@ def finetune(
         check_tensorboard()
     console = make_console()
     with process_group(training=True) as processes, contextlib.ExitStack() as stack:
-        if processes.leads:
-            stack.enter_context(progress.shown())
+        if processes.is_main:
+            stack.enter_context(progress.progress_bars())
         network = _open(model, weights, pretrained, local_device(device), used, num_classes)
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
@@ -248,7 +248,7 @@ def finetune(
             data, network, used, val_data=val_data, class_map=mapping, workers=workers, skip_bad=skip_bad,
             processes=processes,
         )  # fmt: skip
-        if processes.leads and stream.exact is not None:
+        if processes.is_main and stream.exact is not None:
             console.print(f"a resumed run will differ: {stream.exact}", style="yellow", soft_wrap=True)
         run = run_finetuning(
             network, used, stream, val_loader, layers=chosen, out=out, processes=processes, restart=restart, keep=keep,
@@ -256,10 +256,10 @@ def finetune(
             tell=lambda line: console.print(line, soft_wrap=True),
         )  # fmt: skip
         bad = sorted({path for paths in processes.gather([*stream.bad, *val_loader.bad]) for path in paths})
-        with processes.together("Write the report"):
-            if processes.leads:
+        with processes.all_or_none("Write the report"):
+            if processes.is_main:
                 write_training_report(out)
-    if processes.leads:
+    if processes.is_main:
         for path in bad:
             console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
         _tell(console, run, restart)

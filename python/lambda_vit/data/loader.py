@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..runtime.signals import held_back, started
+from ..runtime.signals import block_signals, init_worker
 from .images import BadImage, CorruptImageError, ImageDataset, SizedDataset, corrupt_message
 
 
@@ -64,9 +64,9 @@ class ImageLoader:
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.
             generator=torch.Generator().manual_seed(int(rng.integers(2**32))),
-            worker_init_fn=None if self.worker_init is None else functools.partial(started, self.worker_init),
+            worker_init_fn=None if self.worker_init is None else functools.partial(init_worker, self.worker_init),
         )
-        with contextlib.nullcontext() if self.worker_init is None else held_back():
+        with contextlib.nullcontext() if self.worker_init is None else block_signals():
             answers = iter(batches)
         for images, targets, bad in answers:
             self._found.update((b.path, b) for b in bad)

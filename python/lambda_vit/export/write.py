@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.files import atomic_write, check_writable, remove_leftovers, runs_beside
+from lambda_kernels.files import atomic_write, check_writable, pid_alive, remove_leftovers
 
 from ..measure.latency import Latency, compare_latency
 from ..models.properties import one_device
-from ..runtime.optional_packages import optional
+from ..runtime.optional_packages import import_optional
 from .check import Checked, check_file, open_file
 from .tracing import Runner, Traced, trace_model, undisturbed
 
@@ -238,7 +238,7 @@ def require_packages(form: str) -> None:
     """
     if form == "onnx":
         for package in ("onnx", "onnxscript"):
-            optional(package, "export", "ONNX")
+            import_optional(package, "export", "ONNX")
 
 
 def check_opset(opset: int | None) -> None:
@@ -305,7 +305,7 @@ def _stale_data(path: Path, keep: Path | None) -> list[Path]:
     return [
         other
         for other, named in found
-        if other != keep and (os.fsencode(other.name) in current or not runs_beside(int(named[1])))
+        if other != keep and (os.fsencode(other.name) in current or not pid_alive(int(named[1])))
     ]
 
 

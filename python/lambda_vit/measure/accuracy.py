@@ -198,7 +198,7 @@ def score(
     """
     found: tuple[int, int | None, int, int | None] = (0, None, 0, None)
     stopped = False
-    with processes.together(description):
+    with processes.all_or_none(description):
         if not isinstance(loader, Sized) or len(loader):  # with few images, a process may have none
             try:
                 result = evaluate(model, _Watched(loader, asked), reference=reference, description=description)

@@ -208,10 +208,10 @@ def row_of(
 ) -> dict[str, Any]:
     """One row, as `validation.variant` makes them, of what `score` found; all processes call it, one counts the cost."""
     price = None
-    with processes.together(f"Cost of {label}"):
-        if processes.leads:
+    with processes.all_or_none(f"Cost of {label}"):
+        if processes.is_main:
             price = cost(model, batch_size=COST_BATCH)
-    price = processes.share(price)
+    price = processes.broadcast(price)
     removed, scale = [], 1.0
     with contextlib.suppress(UnsupportedModelError):  # where nothing is removed, any network can be trained
         structure = inspect_model(model)

@@ -54,7 +54,3 @@ def filled(title: str, columns: list[Column], rows: list[list[Cell]]) -> Table:
     """A table without the columns in which no row has anything to say."""
     kept = [n for n in range(len(columns)) if any(row[n].text not in ("", NONE) for row in rows)]
     return Table(title, [columns[n] for n in kept], [[row[n] for n in kept] for row in rows])
-
-
-def percent(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"

@@ -8,11 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..runtime.formatting import NONE, bits2, change_of, count, flops, listed, milliseconds, ranges, size, spread, three
+from ..runtime.formatting import (
+    NONE,
+    format_change,
+    format_count,
+    format_ends,
+    format_fixed,
+    format_flops,
+    format_list,
+    format_milliseconds,
+    format_number,
+    format_ranges,
+    format_signed,
+    format_size,
+    format_span,
+)
 from . import selection as report_selection
 from . import training
-from .parts import Cell, Column, Section, Table, columns_of, filled, percent
-from .records.readings import LAYER_NAMES, baseline, estimators, lowest, mean, percent_digits, validation_images
+from .parts import Cell, Column, Section, Table, columns_of, filled
+from .records.readings import LAYER_NAMES, baseline, digits_of, estimators, lowest, mean, validation_images
 from .records.scores import score_text
 
 
@@ -38,7 +52,7 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
     if subject is None:
         return report_selection.key_numbers(record)
     before, after = subject
-    digits = percent_digits(record)
+    digits = digits_of(record)
     rows = []
     # What a classifier guesses that was never trained is no accuracy to compare with.
     if None not in (before.get("top1"), after.get("top1")) and before.get("trained") is not False:
@@ -47,13 +61,19 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
         if all(spans):
             note = f"95 % intervals {_interval(before, digits)} and {_interval(after, digits)}: {_meeting(*spans)}"
         values = [f"{v['top1']:.{digits}f} %" for v in subject]
-        change = f"{after['top1'] - before['top1']:+.{digits}f} points".replace("-", "−")
+        change = f"{format_signed(after['top1'] - before['top1'], digits)} points"
         rows.append({"name": "Top-1 accuracy", "before": values[0], "after": values[1], "change": change, "note": note})
     for name, key, show in _COSTS:
         pair = [v.get(key) for v in subject]
         if None not in pair:
             rows.append(
-                {"name": name, "before": show(pair[0]), "after": show(pair[1]), "change": change_of(*pair), "note": ""}
+                {
+                    "name": name,
+                    "before": show(pair[0]),
+                    "after": show(pair[1]),
+                    "change": format_change(*pair),
+                    "note": "",
+                }
             )
     for batch in _batches(record):
         pair = [(v.get("latency_ms") or {}).get(batch) for v in subject]
@@ -61,12 +81,12 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
             medians = [p["median"] for p in pair]
             spans = [(p["low"], p["high"]) for p in pair if p.get("low") is not None and p.get("high") is not None]
             note = (
-                f"quartiles {spread(*spans[0])} and {spread(*spans[1])} ms: {_meeting(*spans)}"
+                f"quartiles {format_span(*spans[0])} and {format_span(*spans[1])} ms: {_meeting(*spans)}"
                 if len(spans) == 2
                 else ""
             )
-            row = {"name": f"Latency, batch {batch}", "change": change_of(*medians), "note": note}
-            rows.append(row | {"before": milliseconds(medians[0]), "after": milliseconds(medians[1])})
+            row = {"name": f"Latency, batch {batch}", "change": format_change(*medians), "note": note}
+            rows.append(row | {"before": format_milliseconds(medians[0]), "after": format_milliseconds(medians[1])})
     return {"before": before["label"], "after": after["label"], "rows": rows} if rows else None
 
 
@@ -77,7 +97,7 @@ def _meeting(first: Iterable[float], second: Iterable[float]) -> str:
 
 def _interval(variant: dict[str, Any], digits: int) -> str:
     ends = variant.get("top1_interval")
-    return "–".join(f"{end:.{digits}f}" for end in ends) if ends else NONE
+    return format_ends(ends, digits) if ends else NONE
 
 
 def _batches(record: dict[str, Any]) -> list[str]:
@@ -177,7 +197,7 @@ def _profile(record: dict[str, Any]) -> Section | None:
     rows = []
     for row in blocks:
         pick = Cell(f"{order[row['block']]}", tone="pick") if row["block"] in order else Cell("")
-        rows.append([Cell(str(row["block"])), *(Cell(bits2(mean(row, *key))) for key in shown), pick])
+        rows.append([Cell(str(row["block"])), *(Cell(format_fixed(mean(row, *key), 2)) for key in shown), pick])
     titles = {"attn": "Attention", "mlp": "MLP"}
     heads = [titles[layer] if len(names) == 1 else f"{titles[layer]}, {name}" for layer, name in shown]
     columns = [Column(name, True) for name in ("Block", *heads, "Pick")]
@@ -191,9 +211,10 @@ def _profile(record: dict[str, Any]) -> Section | None:
         if bottom := lowest(profile, name)[:1]:
             least = next(row for row in blocks if row["block"] == bottom[0])
             by = f" by the {name} estimator" if len(names) > 1 else ""
-            caption += f" The lowest attention entropy{by} is {bits2(mean(least, 'attn', name))}, in block {bottom[0]}."
+            entropy = format_fixed(mean(least, "attn", name), 2)
+            caption += f" The lowest attention entropy{by} is {entropy}, in block {bottom[0]}."
     if order:
-        caption += f" Shaded: the picked blocks, numbered in the order of picking ({listed(order)})."
+        caption += f" Shaded: the picked blocks, numbered in the order of picking ({format_list(order)})."
     table = Table("Entropy by block", columns, rows, folded=True)
     return Section("entropy", "Entropy by block", tables=[table], figure="entropy", caption=caption)
 
@@ -202,15 +223,15 @@ def _variants(record: dict[str, Any]) -> Section | None:
     variants = record.get("variants") or ()
     if not variants or (record.get("finetuning") and not any(v.get("top1") is not None for v in variants)):
         return None
-    digits = percent_digits(record)
+    digits = digits_of(record)
     rows = []
     for v in variants:
         scale = v.get("residual_scale")
         factor = f"{scale:g}×" if scale is not None and v.get("removed") else NONE
-        top = [percent(v.get(key), digits) for key in ("top1", "top5", "agreement")]
+        top = [format_fixed(v.get(key), digits) for key in ("top1", "top5", "agreement")]
         trained = NONE if v.get("trained") is None else "yes" if v["trained"] else "no"
         rows.append(
-            [Cell(v["label"], v.get("note") or ""), Cell(ranges(v.get("removed") or ())), Cell(factor), Cell(trained),
+            [Cell(v["label"], v.get("note") or ""), Cell(format_ranges(v.get("removed") or ())), Cell(factor), Cell(trained),
              Cell(top[0]), Cell(_interval(v, digits)), Cell(top[1]), Cell(top[2])]
         )  # fmt: skip
     columns = [Column("Variant"), Column("Removed"), Column("Identity"), Column("Trained")]
@@ -235,7 +256,7 @@ def _training(record: dict[str, Any]) -> Section | None:
     runs = [run for run in record.get("training") or () if run.get("epochs")]
     if not runs:
         return None
-    digits = percent_digits(record)
+    digits = digits_of(record)
     rows = []
     for run in runs:
         epochs = run["epochs"]
@@ -246,8 +267,8 @@ def _training(record: dict[str, Any]) -> Section | None:
         last = epochs[-1]
         rows.append(
             [Cell(run.get("label") or run.get("name", "")), Cell(str(len(epochs))), Cell(gone if fades else NONE),
-             Cell(NONE if last.get("loss") is None else three(last["loss"])), Cell(percent(last.get("top1"), digits)),
-             Cell(percent(max(scores, default=None), digits))]
+             Cell(NONE if last.get("loss") is None else format_number(last["loss"])),
+             Cell(format_fixed(last.get("top1"), digits)), Cell(format_fixed(max(scores, default=None), digits))]
         )  # fmt: skip
     names = ("Epochs", "λ = 0 from epoch", "Last loss", "Last top-1, %", "Best top-1, %")
     table = filled("Training runs", [Column("Run"), *(Column(name, True) for name in names)], rows)
@@ -274,13 +295,13 @@ def _costs(record: dict[str, Any]) -> Section | None:
         for _, key, show in costs:
             value = v.get(key)
             base = full.get(key)
-            change = change_of(base, value) if v is not full and None not in (base, value) else ""
+            change = format_change(base, value) if v is not full and None not in (base, value) else ""
             row.append(Cell(NONE if value is None else show(value), change))
         for batch in batches:
             time = (v.get("latency_ms") or {}).get(batch)
             low, high = (time.get("low"), time.get("high")) if time else (None, None)
-            spread_text = spread(low, high) if None not in (low, high) else ""
-            row.append(Cell(milliseconds(time["median"]) if time else NONE, spread_text))
+            spread_text = format_span(low, high) if None not in (low, high) else ""
+            row.append(Cell(format_milliseconds(time["median"]) if time else NONE, spread_text))
         rows.append(row)
     names = [name for name, _, _ in costs] + [f"Latency, batch {batch}" for batch in batches]
     text = f"Changes are against: {full['label']}." if full else ""
@@ -352,8 +373,8 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
 
 
 _COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("Parameters", "parameters", count),
-    ("FLOPs per image", "flops", flops),
-    ("Weights", "weight_bytes", size),
-    ("Peak memory", "peak_memory_bytes", size),
+    ("Parameters", "parameters", format_count),
+    ("FLOPs per image", "flops", format_flops),
+    ("Weights", "weight_bytes", format_size),
+    ("Peak memory", "peak_memory_bytes", format_size),
 )

@@ -6,9 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..measure.intervals import paired_interval
-from ..runtime.formatting import NONE, bits, change_of, count, fine, flops, listed, ranges, size, three
+from ..runtime.formatting import (
+    NONE,
+    format_bits,
+    format_change,
+    format_count,
+    format_ends,
+    format_fixed,
+    format_flops,
+    format_list,
+    format_number,
+    format_ranges,
+    format_rate,
+    format_score,
+    format_signed,
+    format_size,
+)
 from .figures.selection import score_plot, trajectory_plot
-from .parts import Cell, Column, Section, Table, filled, percent
+from .parts import Cell, Column, Section, Table, filled
+from .records.readings import digits_of
 from .records.scores import (
     Ranking,
     blocks_of,
@@ -68,11 +84,6 @@ def _chosen(record: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]] | None:
     return (recommended["step"], _steps(record)[recommended["step"]]) if recommended else None
 
 
-def _digits(record: Mapping[str, Any]) -> int:
-    """Decimals that the images can carry: one out of 10,000 is 0.01 %."""
-    return 2 if ((record.get("trajectory") or {}).get("images") or 0) >= 10_000 else 1
-
-
 def headline(record: Mapping[str, Any]) -> str:
     """The recommendation in one sentence, for the head of the page; empty where there is none."""
     if (found := _chosen(record)) is None:
@@ -81,10 +92,10 @@ def headline(record: Mapping[str, Any]) -> str:
     last = len(_steps(record)) - 1
     if not number:
         return "Recommended without training: keep every attention layer." if last else "No attention layer was picked."
-    full, digits = _steps(record)[0], _digits(record)
+    full, digits = _steps(record)[0], digits_of(record)
     noun = "block" if number == 1 else "blocks"
     picks = f"{number} of {last} picks" if last > 1 else "the only pick"
-    text = f"Recommended: remove the attention of {noun} {ranges(step['removed'])} ({picks})."
+    text = f"Recommended: remove the attention of {noun} {format_ranges(step['removed'])} ({picks})."
     if step.get("top1") is not None and full.get("top1") is not None:
         text += f" With nothing trained, top-1 goes from {full['top1']:.{digits}f} to {step['top1']:.{digits}f} %"
     elif step.get("agreement") is not None:
@@ -93,7 +104,7 @@ def headline(record: Mapping[str, Any]) -> str:
         return text
     gains = [f"{step['speedup']:.2f} times the images per second"] if step.get("speedup") else []
     if step.get("parameters") and full.get("parameters"):
-        gains.append(f"{change_of(full['parameters'], step['parameters'])} parameters")
+        gains.append(f"{format_change(full['parameters'], step['parameters'])} parameters")
     return f"{text}{', at ' if gains else ''}{' and '.join(gains)}."
 
 
@@ -103,29 +114,29 @@ def key_numbers(record: Mapping[str, Any]) -> dict[str, Any] | None:
     if found is None or not found[0]:
         return None
     (_, step), trajectory = found, record["trajectory"]
-    full, digits = trajectory["steps"][0], _digits(record)
+    full, digits = trajectory["steps"][0], digits_of(record)
     rows = []
 
     def add(name: str, before: str, after: str, change: str, note: str = "") -> None:
         rows.append({"name": name, "before": before, "after": after, "change": change, "note": note})
 
     if None not in (full.get("top1"), step.get("top1")):
-        change = f"{step['top1'] - full['top1']:+.{digits}f} points".replace("-", "−")
+        change = f"{format_signed(step['top1'] - full['top1'], digits)} points"
         span = paired_interval(full, step, trajectory.get("images") or 0)
         note = ""
         if span:
-            ends = " to ".join(f"{end:+.{digits}f}".replace("-", "−") for end in span)
+            ends = " to ".join(format_signed(end, digits) for end in span)
             note = f"95 % interval of the difference {ends}: it {_holds_zero(span)} 0"
         add("Top-1, nothing trained", f"{full['top1']:.{digits}f} %", f"{step['top1']:.{digits}f} %", change, note)
     if step.get("agreement") is not None:
-        change = f"{step['agreement'] - 100:+.{digits}f} points".replace("-", "−")
+        change = f"{format_signed(step['agreement'] - 100, digits)} points"
         add("Same answer as the full model", "100 %", f"{step['agreement']:.{digits}f} %", change)
     batch = trajectory.get("throughput_batch")
     for name, key, show in _COSTS:
         if None not in (full.get(key), step.get(key)):
             name += f", batch {batch}" if batch and key == "images_per_second" else ""
-            add(name, show(full[key]), show(step[key]), change_of(full[key], step[key]))
-    return {"before": "Full model", "after": f"Attention of {ranges(step['removed'])} removed", "rows": rows}
+            add(name, show(full[key]), show(step[key]), format_change(full[key], step[key]))
+    return {"before": "Full model", "after": f"Attention of {format_ranges(step['removed'])} removed", "rows": rows}
 
 
 def _holds_zero(span: Sequence[float]) -> str:
@@ -145,7 +156,7 @@ def steps(record: Mapping[str, Any]) -> Section | None:
     rows = _steps(record)
     if not rows:
         return None
-    trajectory, digits = record["trajectory"], _digits(record)
+    trajectory, digits = record["trajectory"], digits_of(record)
     found = _chosen(record)
     recommended = found[0] if found else None
     answers, costs = [], []
@@ -154,18 +165,18 @@ def steps(record: Mapping[str, Any]) -> Section | None:
         name = [Cell(str(n), "recommended" if n == recommended else "", tone),
                 Cell("full" if step.get("picked") is None else str(step["picked"]), tone=tone)]  # fmt: skip
         ends = step.get("top1_interval")
-        interval = "–".join(f"{end:.{digits}f}" for end in ends) if ends else ""
+        interval = format_ends(ends, digits) if ends else ""
         answers.append(
-            [*name, Cell(bits(step.get("entropy"))), Cell(percent(step.get("top1"), digits), interval),
-             Cell(percent(step.get("agreement"), digits)), Cell(fine(step.get("kl")))]
+            [*name, Cell(format_bits(step.get("entropy"))), Cell(format_fixed(step.get("top1"), digits), interval),
+             Cell(format_fixed(step.get("agreement"), digits)), Cell(format_score(step.get("kl")))]
         )  # fmt: skip
         cost = []
         for _, key, show in _COSTS:
             value, full = step.get(key), rows[0].get(key)
-            change = change_of(full, value) if n and None not in (full, value) else ""
+            change = format_change(full, value) if n and None not in (full, value) else ""
             cost.append(Cell(NONE if value is None else show(value), change))
         rate = step.get("images_per_second_interval")
-        cost[-1] = Cell(cost[-1].text, f"{_rate(rate[0])}–{_rate(rate[1])}" if rate else "")
+        cost[-1] = Cell(cost[-1].text, f"{format_rate(rate[0])}–{format_rate(rate[1])}" if rate else "")
         costs.append([*name, *cost, Cell(NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×")])
     names = ("Step", "Block", "Entropy, bits", "Top-1, %", "Agreement, %", "KL, bits")
     tables = [filled("Answers after each pick", [Column(name, True) for name in names], answers)]
@@ -250,14 +261,14 @@ def _score_cell(one: Ranking, block: int, text: Any) -> Cell:
 
 
 def _picked(chosen: Mapping[str, Any]) -> str:
-    parts = [f"Picked, in this order: {listed(chosen['layers'])}"]
+    parts = [f"Picked, in this order: {format_list(chosen['layers'])}"]
     if not chosen.get("criterion"):
         parts += [f"measured at the {chosen['score']}"] if chosen.get("score") else []
         parts += [f"strategy {chosen['strategy']}"] if chosen.get("strategy") else []
         parts += [f"{chosen['estimator']} estimator"] if chosen.get("estimator") else []
     if chosen.get("samples") and chosen.get("channels"):
         parts.append(f"{chosen['samples']:,} samples × {chosen['channels']:,} output channels")
-    parts += [f"H(full) = {bits(chosen['entropy_full'])} bits"] if chosen.get("entropy_full") is not None else []
+    parts += [f"H(full) = {format_bits(chosen['entropy_full'])} bits"] if chosen.get("entropy_full") is not None else []
     return " · ".join(parts) + "."
 
 
@@ -295,7 +306,7 @@ def _trace(chosen: Mapping[str, Any]) -> Table:
         own = one["scores"].get(str(one["picked"]))
         rows.append(
             [Cell(str(n)), Cell(str(one["picked"]), tone="pick"), Cell(text(own)), Cell(runner),
-             Cell(bits(one.get("entropy")))]
+             Cell(format_bits(one.get("entropy")))]
         )  # fmt: skip
     beam = (chosen.get("beam") or 1) > 1
     names = ("Round", "Picked", in_unit(chosen, ", "), "Lowest other" if beam else "Next best", "H after, bits")
@@ -342,20 +353,20 @@ def _scores_caption(chosen: Mapping[str, Any], once: bool) -> str:
 
 def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
     """The steps in a table that fits 80 columns, and the recommendation."""
-    rows, digits = _steps(record), _digits(record)
+    rows, digits = _steps(record), digits_of(record)
     if not rows:
         return []
     found = _chosen(record)
     labelled = any(step.get("top1") is not None for step in rows)
     scale, unit = _scale(rows[0].get("flops") or 0)
-    narrow = (("parameters", lambda value: three(value / 1e6)), ("flops", lambda value: three(value / scale)),
-              ("images_per_second", _rate))  # fmt: skip
+    narrow = (("parameters", lambda value: format_number(value / 1e6)), ("flops", lambda value: format_number(value / scale)),
+              ("images_per_second", format_rate))  # fmt: skip
     table = []
     for n, step in enumerate(rows):
         mark = "→ " if found and n == found[0] else ""
-        cells = [f"{mark}{n}", "full" if step.get("picked") is None else str(step["picked"]), bits(step.get("entropy")),
-                 percent(step.get("top1"), digits), percent(step.get("agreement"), digits),
-                 NONE if labelled else fine(step.get("kl"))]  # fmt: skip
+        cells = [f"{mark}{n}", "full" if step.get("picked") is None else str(step["picked"]), format_bits(step.get("entropy")),
+                 format_fixed(step.get("top1"), digits), format_fixed(step.get("agreement"), digits),
+                 NONE if labelled else format_score(step.get("kl"))]  # fmt: skip
         cells += [NONE if step.get(key) is None else show(step[key]) for key, show in narrow]
         cells.append(NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×")
         table.append([Cell(text, tone="good" if mark else "") for text in cells])
@@ -372,15 +383,10 @@ def _scale(value: float) -> tuple[float, str]:
     return (1e9, "GFLOP") if value >= 1e9 else (1e6, "MFLOP") if value >= 1e6 else (1e3, "kFLOP")
 
 
-def _rate(value: float) -> str:
-    """Images per second."""
-    return three(value) if value < 999.5 else f"{value:,.0f}" if value < 99_999.5 else count(value)
-
-
 _COSTS = (
-    ("Parameters", "parameters", count),
-    ("FLOPs per image", "flops", flops),
-    ("Weights", "weight_bytes", size),
-    ("Peak memory", "peak_memory_bytes", size),
-    ("Images per second", "images_per_second", _rate),
+    ("Parameters", "parameters", format_count),
+    ("FLOPs per image", "flops", format_flops),
+    ("Weights", "weight_bytes", format_size),
+    ("Peak memory", "peak_memory_bytes", format_size),
+    ("Images per second", "images_per_second", format_rate),
 )

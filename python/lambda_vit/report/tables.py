@@ -10,7 +10,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.formatting import bits2, bits3, ranges, signed3, small
+from ..runtime.formatting import (
+    NONE,
+    format_change,
+    format_count,
+    format_fixed,
+    format_hours,
+    format_milliseconds,
+    format_number,
+    format_ranges,
+    format_scientific,
+    format_signed,
+    format_size,
+)
 from .records.readings import CLEAR, LAYER_NAMES, _highest, at, direction, estimators, lowest, mean, verdict
 
 if TYPE_CHECKING:
@@ -46,10 +58,11 @@ def frequency_table(record: Mapping[str, Any]) -> Table:
                 ((row["relative"][highest], other["relative"][highest]), *_highest(change, highest)),
                 ((row["mean"], other["mean"]), change["mean"], change["mean_error"]),
             ):
-                cells += [*map(bits2, levels), signed3(value) + (direction(value, error) or " ")]
+                cells += [format_fixed(level, 2) for level in levels]
+                cells.append((format_signed(value, 3) if value else "0") + (direction(value, error) or " "))
             cells += [_factor(logs[1][k] - logs[0][k]) for k in (0, highest)]
         else:
-            cells += [bits3(row["relative"][highest]), bits3(row["mean"])]
+            cells += [format_fixed(row["relative"][highest], 3), format_fixed(row["mean"], 3)]
             cells += [f"{row['amplitude'][k]:.3g}" for k in (0, highest)]
         table.add_row(*map(Text, cells))
     return table
@@ -76,7 +89,7 @@ def frequency_notes(record: Mapping[str, Any]) -> list[str]:
         )
         notes += [
             f"↑ ↓: a change of more than {CLEAR:g} standard errors over the {before['samples']} images, each compared with "
-            f"itself; the largest standard error is {small(largest)}.",
+            f"itself; the largest standard error is {format_scientific(largest)}.",
             "factor: what the amplitude (geometric mean) is multiplied by. " + verdict(record),
         ]
         scale = after["residual_scale"]
@@ -93,7 +106,7 @@ def frequency_notes(record: Mapping[str, Any]) -> list[str]:
             few = "1 amplitude" if number == 1 else f"{number:,} amplitudes"
             notes.append(
                 f"{f'{title}: ' if after else ''}{few}, of {total:,} in each block, below 2^-24 counted as that in "
-                f"logarithms ({'block' if len(floored) == 1 else 'blocks'} {ranges(floored)})."
+                f"logarithms ({'block' if len(floored) == 1 else 'blocks'} {format_ranges(floored)})."
             )
     return notes
 
@@ -104,8 +117,6 @@ def plan_table(result: Plan) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from ..runtime.formatting import NONE, change_of
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for title in ("full", "diluting", "without", "change"):
@@ -115,7 +126,7 @@ def plan_table(result: Plan) -> Table:
         values = [value(network) for network in networks]
         if not any(values):
             continue
-        change = change_of(values[0], values[2]) if None not in values else NONE
+        change = format_change(values[0], values[2]) if None not in values else NONE
         cells = [NONE if v is None else show(v) for v in values]
         # Text, not str: rich would take brackets for markup.
         table.add_row(*map(Text, (name, *cells, change)))
@@ -123,20 +134,19 @@ def plan_table(result: Plan) -> Table:
 
 
 def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | None], Callable[[float], str]]]:
-    from ..runtime.formatting import count, milliseconds, size, three
 
     batch = result.batch_size
-    yield "parameters", lambda n: n.parameters, count
-    yield "FLOPs of a forward, per image", lambda n: n.flops, count
-    yield "weights", lambda n: n.weight_bytes, size
-    yield "gradients", lambda n: n.gradient_bytes, size
-    yield "AdamW's state", lambda n: n.optimizer_bytes, size
-    yield "saved for backward, per image", lambda n: n.saved_bytes_per_image, size
-    yield "saved for backward, fixed", lambda n: n.saved_bytes_fixed, size
-    yield f"memory of a step, batch {batch}", lambda n: n.step_bytes, size
-    yield "  measured peak", lambda n: n.peak_bytes, size
-    yield f"time of a step, batch {batch}", lambda n: n.step.median_ms if n.step else None, milliseconds
-    yield "  images per second", lambda n: 1000 * batch / n.step.median_ms if n.step else None, three
+    yield "parameters", lambda n: n.parameters, format_count
+    yield "FLOPs of a forward, per image", lambda n: n.flops, format_count
+    yield "weights", lambda n: n.weight_bytes, format_size
+    yield "gradients", lambda n: n.gradient_bytes, format_size
+    yield "AdamW's state", lambda n: n.optimizer_bytes, format_size
+    yield "saved for backward, per image", lambda n: n.saved_bytes_per_image, format_size
+    yield "saved for backward, fixed", lambda n: n.saved_bytes_fixed, format_size
+    yield f"memory of a step, batch {batch}", lambda n: n.step_bytes, format_size
+    yield "  measured peak", lambda n: n.peak_bytes, format_size
+    yield f"time of a step, batch {batch}", lambda n: n.step.median_ms if n.step else None, format_milliseconds
+    yield "  images per second", lambda n: 1000 * batch / n.step.median_ms if n.step else None, format_number
 
 
 def _recomputing(result: Plan) -> list[str]:
@@ -156,7 +166,6 @@ def _recomputing(result: Plan) -> list[str]:
 
 def plan_notes(result: Plan) -> list[str]:
     """Hours of each phase, what limits them, and what the numbers rest on."""
-    from ..runtime.formatting import hours, milliseconds, size, three
     from ..training.plan.planning import COUNTED_AT
 
     lines = []
@@ -165,13 +174,13 @@ def plan_notes(result: Plan) -> list[str]:
         title, network = names[phase]
         step = result.networks[network].step
         lines.append(
-            f"{title}: {hours(times.hours)} for {times.epochs} epochs of {times.steps // times.epochs:,} steps, "
-            f"{milliseconds(step.median_ms)} each (quartiles of {step.rounds} steps {three(step.low_ms)}–"
-            f"{three(step.high_ms)} ms: {hours(times.low_hours)} to {hours(times.high_hours)})"
+            f"{title}: {format_hours(times.hours)} for {times.epochs} epochs of {times.steps // times.epochs:,} steps, "
+            f"{format_milliseconds(step.median_ms)} each (quartiles of {step.rounds} steps {format_number(step.low_ms)}–"
+            f"{format_number(step.high_ms)} ms: {format_hours(times.low_hours)} to {format_hours(times.high_hours)})"
         )
     phases = result.phases.values()
     lines.append(
-        f"In all: {hours(sum(p.hours for p in phases))} of training steps on {result.devices} × {result.device}"
+        f"In all: {format_hours(sum(p.hours for p in phases))} of training steps on {result.devices} × {result.device}"
     )
     if result.loading is not None:
         speed = result.loading.images_per_second
@@ -182,7 +191,7 @@ def plan_notes(result: Plan) -> list[str]:
         )
         lines.append(
             f"Loading: {speed:,.0f} images per second ({how}; {result.loading.images:,} timed). The slower one is "
-            f"{result.limited_by}; both together: {hours(sum(p.hours_with_loading for p in phases))}"
+            f"{result.limited_by}; both together: {format_hours(sum(p.hours_with_loading for p in phases))}"
         )
     shape = "×".join(map(str, result.input_shape))
     lines += [
@@ -202,7 +211,7 @@ def plan_notes(result: Plan) -> list[str]:
     unsteady = max(n.step.high_ms / n.step.low_ms for n in result.networks.values() if n.step)
     if unsteady > 1.5:
         lines.append(
-            f"- The quartiles of the step times are a factor of {three(unsteady)} apart: something else was using this "
+            f"- The quartiles of the step times are a factor of {format_number(unsteady)} apart: something else was using this "
             "machine. Repeat it while that is quiet."
         )
     if result.devices > 1:
@@ -215,7 +224,7 @@ def plan_notes(result: Plan) -> list[str]:
         lines.append("- The real peak is measured on CUDA only.")
     elif peak > result.networks["diluting"].step_bytes:
         over = peak - result.networks["diluting"].step_bytes
-        lines.append(f"- The measured peak is {size(over)} above the count: scratch memory of operators.")
+        lines.append(f"- The measured peak is {format_size(over)} above the count: scratch memory of operators.")
     return lines
 
 
@@ -237,7 +246,7 @@ def profile_table(record: Mapping[str, Any]) -> Table:
         cells = [Text(str(row["block"]))]
         for layer, name, places in columns:
             value, place = mean(row, layer, name), places.get(row["block"])
-            text = "removed" if value is None else bits3(value)
+            text = "removed" if value is None else format_fixed(value, 3)
             cells.append(Text(text) if place is None else Text(f"{place} {text}", style="bold"))
         table.add_row(*cells)
     return table

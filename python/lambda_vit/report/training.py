@@ -8,9 +8,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..measure.intervals import paired_interval
-from ..runtime.formatting import NONE, change_of, count, flops, hours, ranges, size, small, three
+from ..runtime.formatting import (
+    NONE,
+    format_change,
+    format_count,
+    format_ends,
+    format_fixed,
+    format_flops,
+    format_hours,
+    format_number,
+    format_ranges,
+    format_rate,
+    format_scientific,
+    format_signed,
+    format_size,
+)
 from .figures.training import course_plot, panels
-from .parts import Cell, Column, Section, Table, filled, percent
+from .parts import Cell, Column, Section, Table, filled
+from .records.readings import digits_of
 
 
 def _run(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -21,15 +36,10 @@ def _row(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return next((row for row in record.get("variants") or () if row["name"] == name), {})
 
 
-def _digits(record: Mapping[str, Any]) -> int:
-    """Decimals that the images can carry: one out of 10,000 is 0.01 %."""
-    return 2 if ((record.get("data") or {}).get("validation") or 0) >= 10_000 else 1
-
-
 def _accuracy(row: Mapping[str, Any], digits: int) -> str:
     """79.1 % (78.4–79.8)."""
     ends = row.get("top1_interval")
-    span = f" ({'–'.join(f'{end:.{digits}f}' for end in ends)})" if ends else ""
+    span = f" ({format_ends(ends, digits)})" if ends else ""
     return f"{row['top1']:.{digits}f} %{span}"
 
 
@@ -57,7 +67,7 @@ def _removed(record: Mapping[str, Any]) -> str:
     layers = run.get("layers") or ()
     if not layers:
         return "Nothing was removed: the model was trained as it is."
-    which = f"The attention of block{'s' * (len(layers) > 1)} {ranges(layers)}"
+    which = f"The attention of block{'s' * (len(layers) > 1)} {format_ranges(layers)}"
     which += f" ({len(layers)} of {blocks})" if blocks else ""
     boundary = run.get("boundary")
     if boundary is None:
@@ -69,8 +79,8 @@ def _sizes(record: Mapping[str, Any]) -> str:
     """Parameters and FLOPs before and after."""
     before, after = _row(record, "full"), _row(record, "model")
     parts = [
-        f"{name} {show(before[key])} → {show(after[key])} ({change_of(before[key], after[key])})"
-        for name, key, show in (("parameters", "parameters", count), ("FLOPs per image", "flops", flops))
+        f"{name} {show(before[key])} → {show(after[key])} ({format_change(before[key], after[key])})"
+        for name, key, show in (("parameters", "parameters", format_count), ("FLOPs per image", "flops", format_flops))
         if before.get(key) and after.get(key) and before[key] != after[key]
     ]
     text = ", ".join(parts)
@@ -78,7 +88,7 @@ def _sizes(record: Mapping[str, Any]) -> str:
 
 
 def _answers(record: Mapping[str, Any]) -> str:
-    before, after, digits = _row(record, "full"), _row(record, "model"), _digits(record)
+    before, after, digits = _row(record, "full"), _row(record, "model"), digits_of(record)
     if after.get("top1") is None:
         return "Its accuracy was not measured."
     images = after.get("images")
@@ -121,12 +131,12 @@ def _unfinished(run: Mapping[str, Any]) -> str:
 
 def _interim(record: Mapping[str, Any]) -> str:
     """How far the attention has gone, and the last accuracy."""
-    run, digits = _run(record), _digits(record)
+    run, digits = _run(record), digits_of(record)
     text = ""
     fading = run.get("layers") and run.get("boundary") is None and run["recipe"].get("dilution") != "none"
     if fading:
         lambdas = [row["lambda"] for row in (*run["history"], *run["course"]) if row.get("lambda") is not None]
-        which = f"he attention of block{'s' * (len(run['layers']) > 1)} {ranges(run['layers'])} is still there"
+        which = f"he attention of block{'s' * (len(run['layers']) > 1)} {format_ranges(run['layers'])} is still there"
         text = f"λ is {min(lambdas):.2f}: t{which} in part." if lambdas else f"T{which}."
     elif run.get("layers"):
         text = _removed(record)
@@ -169,7 +179,7 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (run.get("processes") or 1) > 1:
         parts.append(f"{run['processes']} processes")
     seconds = [row["seconds"] for row in run["history"] if row.get("seconds") is not None]
-    parts += [f"{hours(sum(seconds) / 3600)} in all" if len(seconds) == done else ""] if seconds else []
+    parts += [f"{format_hours(sum(seconds) / 3600)} in all" if len(seconds) == done else ""] if seconds else []
     return [("Training", " · ".join(filter(None, parts)))]
 
 
@@ -179,7 +189,7 @@ def result(record: Mapping[str, Any]) -> Section | None:
     if not run:
         return None
     text = []
-    digits = _digits(record)
+    digits = digits_of(record)
     if run.get("status") == "finished":
         text += [_choice(record)]
         if run.get("result"):
@@ -194,8 +204,8 @@ def result(record: Mapping[str, Any]) -> Section | None:
     if untrained.get("top1") is not None:
         text.append(f"With the attention removed and nothing trained, top-1 is {_accuracy(untrained, digits)}.")
     if boundary := run.get("boundary"):
-        bound = f" (allowed: {small(boundary['bound'])})" if boundary.get("bound") is not None else ""
-        moved = f"by more than {small(boundary['difference'])}" if boundary["difference"] else "at all"
+        bound = f" (allowed: {format_scientific(boundary['bound'])})" if boundary.get("bound") is not None else ""
+        moved = f"by more than {format_scientific(boundary['difference'])}" if boundary["difference"] else "at all"
         text.append(
             f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit {moved}{bound}."
         )
@@ -204,14 +214,14 @@ def result(record: Mapping[str, Any]) -> Section | None:
 
 def _difference(record: Mapping[str, Any]) -> list[str]:
     """How far the final model is from the one before, where it is known on how many images they disagree."""
-    before, after, digits = _row(record, "full"), _row(record, "model"), _digits(record)
+    before, after, digits = _row(record, "full"), _row(record, "model"), digits_of(record)
     if None in (before.get("top1"), after.get("top1"), after.get("agreement")) or before.get("trained") is False:
         return []
     span = paired_interval(before, after, after["images"])
     if not span or before["images"] != after["images"]:
         return []
-    ends = " to ".join(f"{end:+.{digits}f}".replace("-", "−") for end in span)
-    change = f"{after['top1'] - before['top1']:+.{digits}f}".replace("-", "−")
+    ends = " to ".join(format_signed(end, digits) for end in span)
+    change = format_signed(after["top1"] - before["top1"], digits)
     verdict = "which chance alone could have made" if span[0] <= 0 <= span[1] else "more than chance"
     return [
         f"Both models answered the same images: the difference is {change} points (95 % interval {ends}), {verdict}. "
@@ -264,7 +274,7 @@ def course(record: Mapping[str, Any]) -> Section | None:
         text.append("No accuracy was measured during training." if over else "No accuracy was measured yet.")
     if run.get("memory_bytes") is not None:
         where = "main memory" if str(run.get("device") or "cpu").startswith("cpu") else "memory"
-        text.append(f"Most {where} that a process had while training: {size(run['memory_bytes'])}.")
+        text.append(f"Most {where} that a process had while training: {format_size(run['memory_bytes'])}.")
     caption = f"From the top: {'; '.join(_SHOWN[name] for name in panels(run))}."
     if any("loss_low" in point for point in run["course"]):
         caption += (
@@ -276,7 +286,7 @@ def course(record: Mapping[str, Any]) -> Section | None:
 
 
 def _phases(record: Mapping[str, Any]) -> Table | None:
-    run, digits = _run(record), _digits(record)
+    run, digits = _run(record), digits_of(record)
     names = {"diluting": "Attention fading", "removed": "Attention gone", "full": "Training"}
     rows = []
     for key, label in names.items():
@@ -286,16 +296,19 @@ def _phases(record: Mapping[str, Any]) -> Table | None:
         seconds = [row.get("seconds") for row in epochs]
         speed = run["speed"].get("diluting" if key == "diluting" else "after") or {}
         rate = (
-            Cell(_rate(speed["median"]), f"{_rate(speed['low'])}–{_rate(speed['high'])}" if "low" in speed else "")
+            Cell(
+                format_rate(speed["median"]),
+                f"{format_rate(speed['low'])}–{format_rate(speed['high'])}" if "low" in speed else "",
+            )
             if speed
             else Cell(NONE)
         )
         scores = [row[k] for row in epochs for k in ("top1", "top1_ema") if row.get(k) is not None]
         rows.append(
             [Cell(label), Cell(f"{epochs[0]['epoch']}–{epochs[-1]['epoch']}" if len(epochs) > 1 else str(epochs[0]["epoch"])),
-             Cell(NONE if None in seconds else hours(sum(seconds) / 3600)), rate,
-             Cell(NONE if epochs[-1].get("loss") is None else three(epochs[-1]["loss"])),
-             Cell(percent(max(scores, default=None), digits))]
+             Cell(NONE if None in seconds else format_hours(sum(seconds) / 3600)), rate,
+             Cell(NONE if epochs[-1].get("loss") is None else format_number(epochs[-1]["loss"])),
+             Cell(format_fixed(max(scores, default=None), digits))]
         )  # fmt: skip
     if not rows:
         return None
@@ -306,16 +319,12 @@ def _phases(record: Mapping[str, Any]) -> Table | None:
     return filled("Phases of the training", columns, rows)
 
 
-def _rate(value: float) -> str:
-    return three(value) if value < 999.5 else f"{value:,.0f}"
-
-
 # Rows of epochs that a page can bear, printed too.
 _MOST_EPOCHS = 50
 
 
 def _epochs(record: Mapping[str, Any]) -> Table | None:
-    run, digits = _run(record), _digits(record)
+    run, digits = _run(record), digits_of(record)
     best = run.get("best") or {}
     words = {"diluting": "fading", "removed": "gone", "full": "all there"}
     rows = []
@@ -323,7 +332,7 @@ def _epochs(record: Mapping[str, Any]) -> Table | None:
     for row in _some(run, every):
         kept = row["epoch"] == best.get("epoch")
         cells = [
-            Cell(percent(row.get(key), digits), tone="pick" if kept and best.get("weights") == name else "")
+            Cell(format_fixed(row.get(key), digits), tone="pick" if kept and best.get("weights") == name else "")
             for key, name in (("top1", "model"), ("top1_ema", "ema"))
         ]
         lam = row.get("lambda")
@@ -332,7 +341,7 @@ def _epochs(record: Mapping[str, Any]) -> Table | None:
              Cell(NONE if row.get("loss") is None else f"{row['loss']:.3f}"), *cells,
              Cell(words.get(row.get("attention") or "", "")),
              Cell(NONE if lam is None else f"{lam:.3f}"),
-             Cell(NONE if row.get("seconds") is None else hours(row["seconds"] / 3600))]
+             Cell(NONE if row.get("seconds") is None else format_hours(row["seconds"] / 3600))]
         )  # fmt: skip
     names = ("Epoch", "Step", "Loss", "Top-1, %", "Top-1 averaged, %")
     columns = [*(Column(name, True) for name in names), Column("Attention"), Column("λ", True), Column("Time", True)]

@@ -10,7 +10,7 @@ class MissingPackageError(ImportError):
     """A package that the library does not bring along is needed; the message has the command that installs it."""
 
 
-def optional(package: str, extra: str, what: str) -> ModuleType:
+def import_optional(package: str, extra: str, what: str) -> ModuleType:
     """Import a package that `pip install lambda-kernels` does not bring.
 
     Args:

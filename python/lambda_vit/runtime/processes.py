@@ -44,7 +44,7 @@ class Processes:
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process decides and writes."""
         return self.rank == 0
 
@@ -53,16 +53,16 @@ class Processes:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self.reaching():
+        with self.translate_comm_errors():
             dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """`value` of rank 0, on every rank."""
         if self.size == 1:
             return value
         found = [value]
-        with self.reaching():
+        with self.translate_comm_errors():
             dist.broadcast_object_list(found, src=0, group=self._group)
         return found[0]
 
@@ -78,7 +78,7 @@ class Processes:
         return self._group
 
     @contextlib.contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def all_or_none(self, doing: str) -> Iterator[None]:
         """Work that ends well on all ranks or fails on all; where one fails, the others say which and why.
 
         Raises:
@@ -106,7 +106,7 @@ class Processes:
         if failure is not None:
             raise failure
 
-    def agree(self, value: dict[str, Any], doing: str) -> None:
+    def assert_same(self, value: dict[str, Any], doing: str) -> None:
         """Refuse to go on with processes that were started differently.
 
         Raises:
@@ -120,7 +120,7 @@ class Processes:
                 raise ValueError(f"{doing}: ranks 0 and {rank} were started differently ({listed}). Start all alike")
 
     @contextlib.contextmanager
-    def reaching(self) -> Iterator[None]:
+    def translate_comm_errors(self) -> Iterator[None]:
         """Around anything that talks to the other processes.
 
         Raises:

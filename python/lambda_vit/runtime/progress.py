@@ -1,7 +1,7 @@
 """Progress bars with an ETA for whatever may take longer than two seconds.
 
-Library code calls `track` or `task`; nothing is drawn unless a caller (the command line) opened `shown()` first, so that
-a notebook or a training script that imports the library keeps its output to itself.
+Library code calls `track` or `task`. Nothing is drawn unless a caller (the command line) opened `progress_bars()` first, so
+that notebooks and scripts that import the library stay silent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("lamb
 
 
 @contextlib.contextmanager
-def shown(console: Console | None = None) -> Iterator[Progress]:
+def progress_bars(console: Console | None = None) -> Iterator[Progress]:
     """Draw the bars of all `track` and `task` calls made inside, on `console` (default: standard error)."""
     bars = Progress(
         TextColumn("[progress.description]{task.description}"),
@@ -45,7 +45,7 @@ def shown(console: Console | None = None) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def task(description: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """Open one bar; yields `advance(steps=1, note=None)`. Silent outside `shown()`."""
+    """Open one bar; yield `advance(steps=1, note=None)`. Silent outside `progress_bars()`."""
     bars = _current.get()
     if bars is None:
         yield lambda steps=1, note=None: None

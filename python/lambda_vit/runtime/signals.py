@@ -1,4 +1,4 @@
-"""Signals while a DataLoader starts its workers: none reaches a worker that cannot say yet what it does about it."""
+"""Requests to stop: noted in the training process, survived by the workers of its data loaders."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from .processes import Processes
-
-# What asks a run to end: Ctrl-C, kill, torchrun and batch systems; of SIGUSR1 it can be chosen how long before the end. Windows
-# has no such.
+# Signals that ask a run to stop: Ctrl-C, kill, torchrun and batch systems. Batch systems can send SIGUSR1 some time before
+# the end; Windows does not have it.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Signals that ask for a stop wait until the end of this, and in processes started inside until `started` lets them come.
+def block_signals() -> Iterator[None]:
+    """Block the signals that ask for a stop; worker processes started inside inherit the block until `init_worker` ends it.
 
-    PyTorch lets SIGTERM kill a worker from its first instruction to its `worker_init_fn`, and a worker that dies takes the run
-    with it. Where there are no such masks (Windows) nothing is held back.
+    A worker of PyTorch's that receives SIGTERM before its `worker_init_fn` has run dies, and the run fails with it. Windows
+    has no signal masks, so that nothing is blocked there.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -34,8 +32,8 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def started(init: Callable[[int], None], number: int) -> None:
-    """`init(number)`, and then what was held back; with `functools.partial` a `worker_init_fn`."""
+def init_worker(init: Callable[[int], None], number: int) -> None:
+    """Call `init(number)`, then unblock what `block_signals` blocked; with `functools.partial` a `worker_init_fn`."""
     try:
         init(number)
     finally:
@@ -44,20 +42,13 @@ def started(init: Callable[[int], None], number: int) -> None:
 
 
 class StopRequest:
-    """While it is entered, SIGTERM, SIGUSR1 and a first SIGINT (Ctrl-C) are noted; a second SIGINT interrupts at once.
+    """A context that records SIGTERM, SIGUSR1 and a first SIGINT (Ctrl-C); a second SIGINT raises KeyboardInterrupt at once.
 
-    Elsewhere than in the main thread no signal can be noted, and entering changes nothing. Processes that are forked inside
-    inherit this: for workers of a DataLoader there is `spare_worker`.
-
-        with StopRequest() as stop:
-            for step in steps:
-                ...
-                if stop.agreed(processes):
-                    save()
-                    raise SystemExit(stop.exit_code)
+    Only the main thread can handle signals; in another thread, entering the context changes nothing. Forked processes inherit
+    the handlers: workers of a DataLoader replace them with `spare_worker`.
 
     Attributes:
-        signal: The number of the first one that came; None: none did.
+        signal: The number of the first signal received; None before one is.
     """
 
     def __init__(self) -> None:
@@ -76,25 +67,6 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
-    def __bool__(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.signal is not None
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell reports of a process that the signal killed: 128 and its number; 0: none came."""
-        return 0 if self.signal is None else 128 + self.signal
-
-    def agreed(self, processes: Processes) -> bool:
-        """Whether any rank was asked to stop: the same answer on all, so that they stop after the same step.
-
-        All ranks must call it. Afterwards all have the `signal` of the first rank that got one.
-        """
-        numbers = [number for number in processes.gather(self.signal) if number is not None]
-        if numbers:
-            self.signal = numbers[0]
-        return bool(numbers)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
@@ -107,12 +79,12 @@ class StopRequest:
 def spare_worker(number: int = 0) -> None:
     """Keep a DataLoader's worker alive when the run is asked to stop; a `worker_init_fn`, or called by one.
 
-    Terminals, torchrun and batch systems send their signal to all processes of a job. A worker that dies of it takes the run
-    with it before a checkpoint is written. In a process group of its own a worker is not reached by what is sent to that of the
-    run, and the first SIGTERM sent to itself is passed over. A second one ends it: that is how loaders end a worker that hangs.
-    Otherwise it ends with its loader, or once the process that started it is gone.
+    Terminals, torchrun and batch systems send their signal to all processes of a job. If a worker died of it, the run would
+    fail before it writes a checkpoint. Therefore the worker moves to a process group of its own, which signals to the run's
+    group do not reach, and ignores the first SIGTERM sent to it. A second SIGTERM ends it: loaders end a hanging worker that
+    way. Otherwise the worker ends with its loader, or with the process that started it.
     """
-    with contextlib.suppress(AttributeError, OSError):  # there are no process groups elsewhere than on POSIX
+    with contextlib.suppress(AttributeError, OSError):  # only POSIX has process groups
         os.setpgrp()
     for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data import batches
 from ..data.batches import Images
-from ..runtime.formatting import size
+from ..runtime.formatting import format_size
 from ..runtime.memory import free_memory
 from .paths import Node, PathRunner, SkippedBlocks, Tokens, node
 
@@ -208,7 +208,7 @@ class Embeddings:
         elif budget is None:
             budget, named = _free_memory(), "a quarter of the free memory"
         fits = needed <= budget
-        reason = f"{images:,} images take {size(needed)}, {named} is {size(budget)}"
+        reason = f"{images:,} images take {format_size(needed)}, {named} is {format_size(budget)}"
         if fits:
             # Where the tokens have to go to the device first, running the blocks again is the faster way.
             spare = budget - needed if kind == "ram" and self._device.type == "cpu" else 0

@@ -137,7 +137,7 @@ class Measurement:
         """
         paths = list(dict.fromkeys(paths))
         statistics = PathStatistics(paths, self.estimator, self.score, self.bins, compare=compare, label=label)
-        with self.processes.together(description):
+        with self.processes.all_or_none(description):
             for batch in self._batches(description):
                 if keep:
                     batch.beginnings.announce(paths, self._kept_before(paths))
@@ -161,7 +161,7 @@ class Measurement:
         """
         depth = self.runner.depth
         sums = torch.zeros(depth + 1, 2, dtype=torch.float64)  # the last row: images
-        with self.processes.together(description):
+        with self.processes.all_or_none(description):
             for batch in self._batches(description):
                 sums[depth, 0] += len(batch)
                 for index, before, after in self.runner.attention_inputs_and_outputs(batch.start):

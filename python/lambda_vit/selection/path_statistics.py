@@ -122,7 +122,7 @@ class PathStatistics:
             raise ValueError("loader gave no images: there is nothing to measure")
         sums = processes.sum(self._sums) / images
         if processes.size > 1:
-            with processes.reaching():
+            with processes.translate_comm_errors():
                 for meter in self._meters.values():
                     meter.all_reduce(processes.group)
         found = {}

@@ -180,20 +180,20 @@ def run_selection(
         "exclude": sorted(set(range(structure.depth)) - set(candidates)), "beam": beam,
     }  # fmt: skip
     controls = {"layers": layers, "seed": seed} if how.how == "control" else {}
-    processes.agree(options | controls, "Select")
+    processes.assert_same(options | controls, "Select")
     if how.how == "control":
         settled: Any = None
-        with processes.together("Select"):
-            if processes.leads and progress_file is not None:
+        with processes.all_or_none("Select"):
+            if processes.is_main and progress_file is not None:
                 refuse_search(Path(progress_file), strategy, restart)
-            if processes.leads:  # throughput is measured, and comes out differently each time
+            if processes.is_main:  # throughput is measured, and comes out differently each time
                 settled = shortened(control_order(strategy, candidates, most, seed, layers), stop)
-        order, notes = processes.share(settled)
+        order, notes = processes.broadcast(settled)
         notes = [*_removal_warnings(model, order, structure), *notes]
         return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
     criterion = how.criterion
     assert criterion is not None, "controls alone have none"
-    with processes.together("Select"):
+    with processes.all_or_none("Select"):
         if loader is None:
             raise ValueError(f"loader is None, but strategy {strategy!r} measures on images; pass a loader")
         if (criterion.compare or criterion.label) and not getattr(model, "num_classes", 1):
@@ -205,16 +205,16 @@ def run_selection(
         )
         options |= {"model": model_name(model), "weights": model_fingerprint(model), "dtype": str(measurement.dtype)}
     with measurement:
-        processes.agree(options, "Select")
+        processes.assert_same(options, "Select")
         progress = None
-        with processes.together("Select"):
-            if processes.leads:
+        with processes.all_or_none("Select"):
+            if processes.is_main:
                 if restart and progress_file is not None:
                     Path(progress_file).unlink(missing_ok=True)
                 path = None if progress_file is None else Path(progress_file)
                 data = data_fingerprint(loader, labelled=criterion.label)
                 progress = Progress(path, options | data)
-        found = processes.share(progress.found if progress else None) or Found()
+        found = processes.broadcast(progress.found if progress else None) or Found()
         found = _search(measurement, how, criterion, found, stop, candidates, most, beam, progress)
         engine = measurement.engine()
     best, full = found.branches[0], found.full
@@ -262,8 +262,8 @@ def _search(
             else:
                 name = f"Round {number}" + (f" of {rounds}" if rounds else "")
                 found = greedy_round(measurement, criterion, found, candidates, beam, name)
-            with processes.together("Select"):
-                if processes.leads:
+            with processes.all_or_none("Select"):
+                if processes.is_main:
                     layers, notes, done = found.branches[0].layers, _measured_notes(measurement), True
                     if how.how == "ranked":
                         layers, short = shortened(layers, stop)
@@ -274,7 +274,7 @@ def _search(
                     found = found.noted(done, measurement.samples, measurement.constant_channels, notes)
                     if progress is not None:  # on rank 0 it is there
                         progress.save(found)
-            found = processes.share(found)
+            found = processes.broadcast(found)
             advance()
     return found
 

@@ -144,8 +144,8 @@ def measure_trajectory(
     ) as measurement:
         found = measurement.measure(paths, "Trajectory", compare=True, label=labelled)
     trajectory = None
-    with processes.together("Trajectory"):
-        if processes.leads:
+    with processes.all_or_none("Trajectory"):
+        if processes.is_main:
             timing: dict[str, Any] = {"batch_size": 1, "rounds": 1}
             if throughput_batch is not None:
                 timing = {"batch_size": throughput_batch, "seconds": seconds}
@@ -180,7 +180,7 @@ def measure_trajectory(
                 "throughput_batch": throughput_batch,
                 "steps": steps,
             }
-    return processes.share(trajectory)
+    return processes.broadcast(trajectory)
 
 
 def caught(work: Callable[[], Any]) -> tuple[Any, list[str]]:

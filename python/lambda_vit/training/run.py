@@ -165,8 +165,8 @@ def run_finetuning(
     prepare_model(model, recipe)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)
     with StopRequest() as stop, contextlib.ExitStack() as held:
-        with processes.together("Open the run"):
-            if processes.leads:
+        with processes.all_or_none("Open the run"):
+            if processes.is_main:
                 check_writable(out / "run.json")
                 if not restart:
                     _refuse_emptied(out, checkpoints)
@@ -195,7 +195,7 @@ def run_finetuning(
             log.cut(0 if found is None else found.state["rows"])
             for notice in _notices(found, log, stream):
                 log.write("notice", text=notice)
-            if processes.leads:
+            if processes.is_main:
                 tell(_beginning(trainer, found is not None))
             if found is not None:
                 log.write("resume", step=trainer.position, processes=processes.size)
@@ -261,8 +261,8 @@ def _rehearse(model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path
 
 def _forget(out: Path, checkpoints: Checkpoints, processes: Processes) -> None:
     checkpoints.clear()
-    with processes.together("Start over"):
-        if processes.leads:
+    with processes.all_or_none("Start over"):
+        if processes.is_main:
             for name in ("best", ".best.next", ".best.old", "model"):
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in ("run.json", "log.jsonl", "config.yaml"):
@@ -271,12 +271,12 @@ def _forget(out: Path, checkpoints: Checkpoints, processes: Processes) -> None:
 
 def _finish(out: Path, trainer: Trainer, processes: Processes) -> nn.Module:
     """The best model as model/, loaded back by every process."""
-    with processes.together("Write the model"):
-        if processes.leads:
+    with processes.all_or_none("Write the model"):
+        if processes.is_main:
             names = (WEIGHTS, CONFIG)
             with atomic_writes([out / "model" / name for name in names]) as temporaries:
                 for name, temporary in zip(names, temporaries, strict=True):
                     shutil.copyfile(out / "best" / name, temporary)
     trainer.best.settle()
-    with processes.together("Load the model"):
+    with processes.all_or_none("Load the model"):
         return from_pretrained(out / "model", device=one_device(trainer.model))

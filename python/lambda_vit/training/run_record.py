@@ -138,15 +138,15 @@ class _Record:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entry = {"time": now, "step": self._trainer.position, "processes": self._processes.size}
         self.record["starts"] = [*self.record["starts"], entry]
-        with self._processes.together("Write the recipe"):
-            if self._processes.leads:
+        with self._processes.all_or_none("Write the recipe"):
+            if self._processes.is_main:
                 self._recipe.write(self._out / "config.yaml")
         self.write("running")
 
     def compare(self, model: nn.Module, loader: Iterable, asked: Callable[[], int], *, trained: bool) -> None:
         """Measure what the training starts from, unless that was done before the run went on."""
         wanted = 1 + bool(self._trainer.layers)
-        known = self._processes.share(self.record["variants"])
+        known = self._processes.broadcast(self.record["variants"])
         if len(known) < wanted:
             known = rows_before(model, self._trainer.layers, loader, self._processes, asked=asked, trained=trained)
         self.record["variants"] = known
@@ -164,8 +164,8 @@ class _Record:
             "unreadable": self._unreadable(),
             **more,
         }
-        with self._processes.together("Write run.json"):
-            if self._processes.leads:
+        with self._processes.all_or_none("Write run.json"):
+            if self._processes.is_main:
                 write_json(self._out / "run.json", self.record)
 
     def _unreadable(self) -> list[str]:
@@ -191,7 +191,7 @@ class _Record:
         try:
             yield
         except Exception as error:
-            if self._processes.leads:
+            if self._processes.is_main:
                 with contextlib.suppress(Exception):
                     said = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
                     write_json(self._out / "run.json", self.record | said | {"position": self._trainer.position})

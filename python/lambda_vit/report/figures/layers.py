@@ -14,7 +14,7 @@ from typing import Any
 
 from lambda_kernels.files import atomic_write
 
-from ...runtime.formatting import listed
+from ...runtime.formatting import format_list
 from ..records.readings import LAYER_NAMES, _ranked, estimators, lowest, mean, spread
 from .files import encode, plot_format
 from .style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, new_figure, numbers, shortened
@@ -137,7 +137,7 @@ def draw_ranking(figure: Any, profile: Mapping[str, Any]) -> None:
             label.set_fontweight("bold")
         axes.tick_params(axis="x", length=0)
         axes.set_xlim(-0.5, len(rows) - 0.5)
-        without = f" (removed in {listed(gone)})" if gone else ""
+        without = f" (removed in {format_list(gone)})" if gone else ""
         axes.set_xlabel(
             "\n".join(textwrap.wrap(f"block, by the entropy of its attention{without}", 110 // _columns(profile)))
         )

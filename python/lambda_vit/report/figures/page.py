@@ -11,7 +11,7 @@ import re
 import textwrap
 from typing import Any
 
-from ..records.readings import baseline, percent_digits
+from ..records.readings import baseline, digits_of
 from . import layers as profile_figures
 from . import selection, training
 from .style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure, numbers
@@ -102,7 +102,7 @@ def _draw_variants(figure: Any, record: dict[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
     rows = [v for v in record["variants"] if v.get("top1") is not None]
-    digits = percent_digits(record)
+    digits = digits_of(record)
     axes = figure.subplots()
     full = baseline(record)
     if full in rows:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...runtime.formatting import listed, ranges
+from ...runtime.formatting import format_list, format_ranges, percent_digits
 
 
-def validation_images(record: dict[str, Any]) -> int:
-    """How many images the accuracies rest on; 0 if the record does not say."""
-    counted = [variant.get("images") or 0 for variant in record.get("variants") or ()]
-    return max(counted, default=0) or (record.get("data") or {}).get("validation") or 0
+def validation_images(record: Mapping[str, Any]) -> int:
+    """The number of images behind the accuracies; 0 if the record does not say."""
+    counted = [row.get("images") or 0 for row in (*(record.get("variants") or ()), record.get("trajectory") or {})]
+    return max(counted) or (record.get("data") or {}).get("validation") or 0
 
 
-def percent_digits(record: dict[str, Any]) -> int:
-    """Decimals that the validation set can carry: one image out of 10,000 is 0.01 %."""
-    return 2 if validation_images(record) >= 10_000 else 1
+def digits_of(record: Mapping[str, Any]) -> int:
+    """Decimals of the percentages of a record."""
+    return percent_digits(validation_images(record))
 
 
 def baseline(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -53,8 +53,8 @@ def verdict(record: Mapping[str, Any]) -> str:
     for change in record["changes"]:
         found[direction(*_highest(change, highest))].append(change["block"])
     return (
-        f"At {at(record)}, against frequency 0, amplitudes grow in blocks: {ranges(found['↑'])}; fall in: "
-        f"{ranges(found['↓'])}; no clear change in: {ranges(found[''])}."
+        f"At {at(record)}, against frequency 0, amplitudes grow in blocks: {format_ranges(found['↑'])}; fall in: "
+        f"{format_ranges(found['↓'])}; no clear change in: {format_ranges(found[''])}."
     )
 
 
@@ -66,7 +66,7 @@ def subject(record: Mapping[str, Any]) -> str:
     if record.get("compared"):
         return f"{name} → {record['compared']}"
     gone = sorted(set(after["removed"]) - set(record["before"]["removed"]))
-    return f"{name} → without the attention of blocks {listed(gone)}"
+    return f"{name} → without the attention of blocks {format_list(gone)}"
 
 
 LAYER_NAMES = {"attn": "attention", "mlp": "MLP"}

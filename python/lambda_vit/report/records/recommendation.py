@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...measure.intervals import paired_interval
+from ...measure.intervals import paired_interval, wilson_interval
+from ...runtime.formatting import format_signed, percent_digits
 from ...selection.budget import missed
 from ...selection.result import Selection
 
@@ -96,7 +97,7 @@ class _View:
         images: int | None,
     ) -> None:
         self.steps, self.values, self.measure, self.tolerance, self.images = steps, values, measure, tolerance, images
-        self.digits = 2 if (images or 0) >= 10_000 else 1
+        self.digits = percent_digits(images)
 
     def percent(self, value: float) -> str:
         return f"{value:.{self.digits}f} %"
@@ -151,7 +152,7 @@ class _View:
             return None
         if self.measure == "top1":
             return paired_interval(self.steps[0], self.steps[step], self.images)
-        low, high = _wilson(round(self.images * self.values[step] / 100), self.images)
+        low, high = wilson_interval(round(self.images * self.values[step] / 100), self.images)
         return 100 * low - 100, 100 * high - 100
 
     def confidence(self, chosen: int, held_out: bool | None) -> str:
@@ -215,10 +216,4 @@ def _picks(chosen: int, last: int) -> str:
 
 
 def _signed(span: Sequence[float]) -> str:
-    return " to ".join(f"{0.0 if abs(end) < 0.05 else end:+.1f}".replace("+0.0", "0").replace("-", "−") for end in span)
-
-
-def _wilson(correct: int, total: int) -> tuple[float, float]:
-    from ...measure.intervals import wilson_interval
-
-    return wilson_interval(correct, total)
+    return " to ".join("0" if abs(end) < 0.05 else format_signed(end, 1) for end in span)

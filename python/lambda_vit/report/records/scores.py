@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...runtime.formatting import bits, fine
+from ...runtime.formatting import format_bits, format_score
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def in_unit(selection: Mapping[str, Any], joint: str = " in ") -> str:
 
 def score_text(selection: Mapping[str, Any]) -> Callable[[float | None], str]:
     """How this selection's scores are written: entropies span decades above 0.1, divergences and cosines lie below."""
-    return bits if score_name(selection) in ("TE", "|TE|") or score_unit(selection) == "points" else fine
+    return format_bits if score_name(selection) in ("TE", "|TE|") or score_unit(selection) == "points" else format_score
 
 
 def diverging(selection: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...models.properties import input_shape, model_name
 from ...runtime import environment
-from ...runtime.formatting import size
+from ...runtime.formatting import format_size
 from ...selection.result import Selection
 
 
@@ -38,7 +38,7 @@ def selection_record(
             where["embedded images"] = f"{cache['kind']}: {cache['reason']}"
         if engine.get("kept"):
             blocks = ", ".join(map(str, engine["kept"]["before_blocks"]))
-            where["kept between rounds"] = f"tokens before blocks {blocks}, {size(engine['kept']['bytes'])}"
+            where["kept between rounds"] = f"tokens before blocks {blocks}, {format_size(engine['kept']['bytes'])}"
     record = {
         "title": f"Attention layers to remove from {model_name(model) or name}",
         "model": {

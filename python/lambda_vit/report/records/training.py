@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...measure.intervals import wilson_interval
-from ...runtime.formatting import ranges, small
+from ...runtime.formatting import format_ranges, format_scientific
 from ...training.storage.log import read_log
 
 # Points per curve: more than a figure can show, and little enough for a page that is sent around.
@@ -172,7 +172,7 @@ def _title(run: Mapping[str, Any]) -> str:
     layers = run.get("layers") or ()
     if not layers:
         return f"Fine-tuning of {name}"
-    return f"Fine-tuning of {name} without the attention of block{'s' * (len(layers) > 1)} {ranges(layers)}"
+    return f"Fine-tuning of {name} without the attention of block{'s' * (len(layers) > 1)} {format_ranges(layers)}"
 
 
 def _model(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,10 +230,10 @@ def _checks(run: Mapping[str, Any]) -> list[dict[str, Any]]:
         bound = boundary.get("bound")
         checks.append(
             {"name": "Deleting the faded attention changes no logit",
-             "value": small(boundary["difference"]),
+             "value": format_scientific(boundary["difference"]),
              "ok": bound is None or boundary["difference"] <= bound,
              "detail": "largest difference, the network at λ = 0 against the one without the layers"
-             + ("" if bound is None else f"; bound {small(bound)}")}
+             + ("" if bound is None else f"; bound {format_scientific(bound)}")}
         )  # fmt: skip
     result = run.get("result") or {}
     if result.get("same") is not None:
@@ -272,8 +272,8 @@ def _events(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[d
 
 def _event(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["kind"] == "boundary":
-        blocks = f"block{'s' * (len(row['removed']) > 1)} {ranges(row['removed'])}"
-        text = f"of {blocks}; largest difference of a logit {small(row['difference'])}"
+        blocks = f"block{'s' * (len(row['removed']) > 1)} {format_ranges(row['removed'])}"
+        text = f"of {blocks}; largest difference of a logit {format_scientific(row['difference'])}"
     elif row["kind"] == "resume" and row.get("processes"):
         text = f"{row['processes']} process{'es' * (row['processes'] != 1)}"
     else:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ...data.images import BadImage, decoded_sample
 from ...data.sources import VAL_NAMES
-from ...runtime.optional_packages import optional
+from ...runtime.optional_packages import import_optional
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,7 +92,7 @@ def open_hub(
         ValueError: No such set, split or column, or classes that do not fit.
         ImportError: The package datasets is missing.
     """
-    datasets = optional("datasets", "hf", f"hfds/{name}")
+    datasets = import_optional("datasets", "hf", f"hfds/{name}")
     name, _, column = name.partition("#")
     root = f"hfds/{name}"
     try:

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ...data.images import BadImage, CorruptImageError, corrupt_message, decoded_sample
 from ...data.sources import VAL_NAMES, extensions
-from ...runtime.optional_packages import optional
+from ...runtime.optional_packages import import_optional
 from ...runtime.progress import track
 from ...runtime.seeding import mixed_seed
-from ...runtime.signals import held_back, spare_worker, started
+from ...runtime.signals import block_signals, init_worker, spare_worker
 from ..recipe import Recipe
 from .stream import Answer, MicroBatch, TrainingStream, as_it_is, read_micro_batch
 
@@ -63,7 +63,7 @@ class Shards:
             ValueError: The shard cannot be read, holds another number of samples than is written down, or a sample has
                 no image or no label that the model knows.
         """
-        wds = optional("webdataset", "wds", self.root)
+        wds = import_optional("webdataset", "wds", self.root)
         count = 0
         try:
             for sample in wds.tarfile_to_samples()(iter([{"url": url}])):
@@ -136,7 +136,7 @@ def open_shards(
         ValueError: No such folder or split, or a class map is given.
         ImportError: The package webdataset is missing.
     """
-    optional("webdataset", "wds", f"wds/{root}")
+    import_optional("webdataset", "wds", f"wds/{root}")
     if class_to_idx is not None:
         raise ValueError(f"wds/{root}: the labels of shards are numbers already; leave out the class map")
     names = VAL_NAMES if split == "val" else (split,)
@@ -278,7 +278,7 @@ class ShardStream(TrainingStream):
         steps = range(start, self.steps_per_epoch)
         parts = self.micro_batches, self.micro_batch_size
         loader = DataLoader(_Pass(self.dataset, self.seed, epoch, steps, self.numbers, *parts), **self._options)
-        with held_back():
+        with block_signals():
             answers = iter(loader)
         del loader  # nothing but the answers keeps the workers
         for step in steps:
@@ -355,7 +355,7 @@ class ShardLoader:
         return list(self._found)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with held_back():
+        with block_signals():
             answers = iter(self._loader)
         for images, targets, bad in answers:
             self._found.update((image.path, BadImage(*image)) for image in bad)
@@ -378,7 +378,7 @@ def _loading(workers: int, prefetch: int, pin_memory: bool) -> dict[str, Any]:
         "collate_fn": as_it_is,
         "pin_memory": pin_memory and torch.cuda.is_available(),
         "generator": torch.Generator(),  # of its own: the caller's is left alone
-        "worker_init_fn": partial(started, spare_worker),
+        "worker_init_fn": partial(init_worker, spare_worker),
     }
 
 

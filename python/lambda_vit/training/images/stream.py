@@ -22,7 +22,7 @@ from ...data.batches import SizedLoader
 from ...data.fingerprints import data_fingerprint
 from ...data.images import BadImage, CorruptImageError, SizedDataset, corrupt_message
 from ...runtime.seeding import mixed_seed, preserved, seed_all
-from ...runtime.signals import held_back, spare_worker, started
+from ...runtime.signals import block_signals, init_worker, spare_worker
 from ..recipe import Recipe
 
 T = TypeVar("T")
@@ -281,7 +281,7 @@ class DatasetStream(TrainingStream):
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=partial(started, spare_worker),
+            worker_init_fn=partial(init_worker, spare_worker),
             collate_fn=as_it_is,  # type: ignore[arg-type]  # a request comes as one answer, not as a list
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the caller's is left alone
@@ -292,7 +292,7 @@ class DatasetStream(TrainingStream):
         mine = self._passes
         # Nothing in it refers to the stream: workers that a ring of references holds take seconds to end.
         self._requests.now = _asked(epoch, start, self._order(epoch), self.numbers, self.batch_size)
-        with held_back():
+        with block_signals():
             answers = iter(self._loader)
         try:
             for step in range(start, self.steps_per_epoch):

@@ -71,7 +71,7 @@ class Pulse(Generic[T]):
         if self._processes.size == 1:
             return loss, stop
         message = torch.tensor([loss, float(stop > 0)], dtype=torch.float64)
-        with self._processes.reaching():
+        with self._processes.translate_comm_errors():
             dist.all_reduce(message, group=self._processes.group)
         total, asked = message.tolist()
         return total / self._processes.size, max(self._processes.gather(stop)) if asked else 0

@@ -154,10 +154,10 @@ class Learner:
         What the optimizer knows of the other parameters stays, the average starts anew from the weights.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with self.processes.together("Remove the faded attention"):
+        with self.processes.all_or_none("Remove the faded attention"):
             found = remove_faded(self.model, images)
         self._rebuild()
-        return self.processes.share(found)
+        return self.processes.broadcast(found)
 
     def state(self) -> dict[str, Any]:
         """All that changes, as tensors and plain types. The tensors are those in use: copy them before training on.

@@ -123,7 +123,7 @@ class Trainer:
             self.fingerprint |= {f"validation.{name}": value for name, value in found.items()}
         if recipe.distillation != "none" and teacher is not None:
             self.fingerprint["teacher"] = model_fingerprint(teacher)
-        self.processes.agree(self.fingerprint, "Fine-tune")
+        self.processes.assert_same(self.fingerprint, "Fine-tune")
         if recipe.distillation != "none" and teacher is None:
             teacher = copy.deepcopy(model)
         model = model if inplace else copy.deepcopy(model)
@@ -409,7 +409,7 @@ class Trainer:
 
     def _gather_bad(self) -> list[list[str]]:
         """Unreadable images that any process met: all count together."""
-        with self.processes.together("Read the training images"):
+        with self.processes.all_or_none("Read the training images"):
             for found in self.processes.gather(self.stream.bad_images):
                 self.stream.add_bad(found)
         return [[image.path, image.reason] for image in self.stream.bad_images]
@@ -445,6 +445,6 @@ def _lost_processes_named(processes: Processes) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if processes.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection closed by peer")):
-            with processes.reaching():
+            with processes.translate_comm_errors():
                 raise
         raise

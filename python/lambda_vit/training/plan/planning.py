@@ -22,7 +22,7 @@ from lambda_kernels.convert.checks import check_indices
 
 from ...measure.cost import cost
 from ...models.properties import input_shape, one_device, one_dtype
-from ...runtime.formatting import size
+from ...runtime.formatting import format_size
 from ...runtime.memory import free_memory
 from ...runtime.progress import task
 from ..dilution import finish_dilution, prepare, set_lambda
@@ -331,13 +331,13 @@ def _memory_explained(batch_size: int, device: torch.device, plan: NetworkPlan |
 
 
 def _does_not_fit(plan: NetworkPlan | None, batch_size: int, device: torch.device, there: int | None) -> str:
-    room = "" if there is None else f", {size(there)} are there"
+    room = "" if there is None else f", {format_size(there)} are there"
     if plan is None:
         return (
             f"not even {max(COUNTED_AT)} images of this model fit into the memory of {device}{room}: use another device"
         )
     text = f"batch_size={batch_size}: a training step of that many images does not fit into the memory of {device}"
-    text += f" (it takes at least {size(plan.step_bytes)}{room})."
+    text += f" (it takes at least {format_size(plan.step_bytes)}{room})."
     most = None
     if there is not None:
         most = (there - _constant(plan) - plan.saved_bytes_fixed) // max(plan.saved_bytes_per_image, 1)

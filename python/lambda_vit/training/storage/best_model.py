@@ -56,22 +56,22 @@ class Best:
         if self.score is not None and score.hits <= self.score.hits:
             return False
         self.score, self.weights, self.epoch, self.step = score, weights, epoch, step
-        with self._processes.together("Write the best model"):
-            if self._folder is not None and self._processes.leads:
+        with self._processes.all_or_none("Write the best model"):
+            if self._folder is not None and self._processes.is_main:
                 save_pretrained(model, self._next, **self._saving)
                 write_json(self._next / SCORE, self.to_dict())
         return True
 
     def commit(self) -> None:
         """Put what was offered in its place."""
-        with self._processes.together("Write the best model"):
-            if self._folder is not None and self._processes.leads and self._is(self._next):
+        with self._processes.all_or_none("Write the best model"):
+            if self._folder is not None and self._processes.is_main and self._is(self._next):
                 self._take(self._next)
 
     def settle(self) -> None:
         """Remove the one before: nothing will go back to it any more."""
-        with self._processes.together("Remove the model that was the best before"):
-            if self._folder is not None and self._processes.leads:
+        with self._processes.all_or_none("Remove the model that was the best before"):
+            if self._folder is not None and self._processes.is_main:
                 shutil.rmtree(self._old, ignore_errors=True)
 
     def to_dict(self) -> dict[str, Any] | None:
@@ -96,8 +96,8 @@ class Best:
         self.score = None if state is None else Score(*state["counts"])
         if state is not None:
             self.epoch, self.step, self.weights = state["epoch"], state["step"], state["weights"]
-        with self._processes.together("Find the best model"):
-            if self._folder is not None and self._processes.leads:
+        with self._processes.all_or_none("Find the best model"):
+            if self._folder is not None and self._processes.is_main:
                 self._find()
 
     def _find(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from lambda_kernels.errors import CheckpointError
 from lambda_kernels.files import remove_leftovers
 
-from ...runtime.formatting import size as readable
+from ...runtime.formatting import format_size
 from ...runtime.processes import Processes
 from ...runtime.signals import StopRequest, spare_worker
 from . import checkpoint_file
@@ -112,10 +112,10 @@ class Checkpoints:
         if type(step) is not int or step < 0:
             raise ValueError(f"step must be a whole number from 0; got {step!r}")
         path = None
-        with self.processes.together(f"writing the checkpoint of step {step}"):
-            if self.processes.leads:
+        with self.processes.all_or_none(f"writing the checkpoint of step {step}"):
+            if self.processes.is_main:
                 path = self._write(step, state)
-        return self.processes.share(path)
+        return self.processes.broadcast(path)
 
     def newest(self, *, upto: int | None = None) -> Found | None:
         """Read the newest checkpoint that is whole: its size and SHA-256 match, and it loads with `weights_only=True`.
@@ -132,15 +132,15 @@ class Checkpoints:
         """
         found: Any = None
         told: Any = None
-        with self.processes.together("choosing the checkpoint to resume from"):
-            if self.processes.leads:
+        with self.processes.all_or_none("choosing the checkpoint to resume from"):
+            if self.processes.is_main:
                 manifest, found = self._choose(upto)
                 told = found and (manifest, found.notices)
                 self._ours = True
-        told = self.processes.share(told)
+        told = self.processes.broadcast(told)
         if told is None:
             return None
-        with self.processes.together("reading the checkpoint to resume from"):
+        with self.processes.all_or_none("reading the checkpoint to resume from"):
             if found is None:
                 found = self._read_alike(*told)
         return found
@@ -151,8 +151,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints, to start over."""
-        with self.processes.together("removing checkpoints"):
-            if self.processes.leads:
+        with self.processes.all_or_none("removing checkpoints"):
+            if self.processes.is_main:
                 self._remove_leftovers()
                 for entry in reversed(self._entries()):
                     self._remove(entry.files)
@@ -170,7 +170,9 @@ class Checkpoints:
             if problem:
                 lines.append(f"step {entry.step}: not usable: {problem}")
             else:
-                lines.append(f"step {entry.step}: {readable(entry.manifest.bytes)}, written {entry.manifest.created}")
+                lines.append(
+                    f"step {entry.step}: {format_size(entry.manifest.bytes)}, written {entry.manifest.created}"
+                )
         return "\n".join(lines)
 
     def _choose(self, upto: int | None) -> tuple[Manifest | None, Found | None]:
@@ -253,7 +255,7 @@ class Checkpoints:
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"the checkpoint of step {step} takes about {readable(needed)}, {self.folder} has {readable(free)} free; "
+                f"the checkpoint of step {step} takes about {format_size(needed)}, {self.folder} has {format_size(free)} free; "
                 f"{kept}. Make room, then resume",
             )
         path = checkpoint_file.free_path(self.folder, step)

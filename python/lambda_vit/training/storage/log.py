@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from lambda_kernels.files import atomic_write, remove_leftovers
 
-from ...runtime.optional_packages import optional
+from ...runtime.optional_packages import import_optional
 from ...runtime.processes import Processes
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class RunLog:
         self._folder = None if tensorboard is None else Path(tensorboard)
         self._file: FileIO | None = None
         self._writer: SummaryWriter | None = None
-        with self._processes.together(f"opening {self.path}"):
-            if self._processes.leads:
+        with self._processes.all_or_none(f"opening {self.path}"):
+            if self._processes.is_main:
                 if self._folder is not None:
                     check_tensorboard()
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class RunLog:
             TypeError: A value is no JSON type; names it.
             OSError: There is no room; what was written of the row is taken back.
         """
-        if not self._processes.leads:
+        if not self._processes.is_main:
             return
         now = datetime.datetime.now(datetime.timezone.utc)
         not_finite: dict[str, str] = {}
@@ -109,8 +109,8 @@ class RunLog:
             OSError: There is no room for the shorter file; the longer one is kept.
             RuntimeError: On other ranks than 0, where rank 0 failed.
         """
-        with self._processes.together(f"cutting {self.path}"):
-            if self._processes.leads:
+        with self._processes.all_or_none(f"cutting {self.path}"):
+            if self._processes.is_main:
                 self._cut(rows)
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ def check_tensorboard() -> None:
     Raises:
         MissingPackageError: It is not installed; says how to install it.
     """
-    optional("tensorboard", "tensorboard", "writing for TensorBoard")
+    import_optional("tensorboard", "tensorboard", "writing for TensorBoard")
 
 
 def read_log(path: str | Path) -> tuple[list[dict[str, Any]], int]:
@@ -256,10 +256,10 @@ class LiveLog(RunLog):
 
     def write(self, kind: str, **fields: Any) -> None:
         super().write(kind, **fields)
-        if self._processes.leads and kind in ("epoch", "notice"):
+        if self._processes.is_main and kind in ("epoch", "notice"):
             self._tell(fields["text"] if kind == "notice" else _line(fields))
         now = time.monotonic()
-        if kind != "epoch" or self._report is None or not self._processes.leads:
+        if kind != "epoch" or self._report is None or not self._processes.is_main:
             return
         if self._took > SHARE * (now - self._reported):
             return
