@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import verify
 from torch import Tensor
 
+from benchmarks.support import verify
 from lambda_kernels.ops.histogram import Histogram, histogram, uniform_grid
 
 pytestmark = [pytest.mark.benchmark(group="histogram"), pytest.mark.usefixtures("one_thread")]

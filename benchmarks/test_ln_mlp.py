@@ -12,14 +12,13 @@ import statistics
 import time
 from collections.abc import Callable
 
-import gpu_timing
 import pytest
-import targets
 import torch
-import verify
-from halves import MODES, WIDTHS, TimmHalf, compiled
 from timm.models.vision_transformer import Block
 
+from benchmarks.support import gpu_timing, verify
+from benchmarks.support.halves import MODES, WIDTHS, TimmHalf, compiled
+from benchmarks.tools import targets
 from lambda_kernels import AttentionFreeBlock, ln_mlp, reference
 from lambda_kernels.ops import tuning
 from lambda_kernels.ops.kernels import configs

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import answering
-import gpu_timing
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import answering
+from benchmarks.support import gpu_timing
 from lambda_kernels import audit, ln_mlp, reference
 from lambda_kernels.ops import launch, tracing, tuning
 from lambda_kernels.ops.kernels import configs
@@ -125,7 +125,7 @@ class Chain:
 
     def launch(self, x: Tensor, w1: Tensor, w2: Tensor, out: Tensor, activation: str) -> Launch:
         """x [M, K], w1 [H, K], w2 [chunks·N, H] of one dtype, out [M, chunks·N] float32; M a multiple of `bm`."""
-        from probes import chained_products
+        from benchmarks.gpu.probes import chained_products
 
         unit = launch.Arithmetic.of(x.dtype, "none").unit
         return Launch(

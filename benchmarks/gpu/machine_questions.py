@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import answering
-import gpu_timing
-import records
 import torch
-from toolkit import shared_library
 from torch import Tensor
 
+from benchmarks.gpu import answering
+from benchmarks.support import gpu_timing
+from benchmarks.support.toolkit import shared_library
 from lambda_kernels.ops import launch
 from lambda_kernels.ops.kernels import configs
 from lambda_kernels.ops.launch import Launch
@@ -31,7 +30,7 @@ L2_BYTES = 10e9  # of a launch, about a millisecond
 
 def read_launch(source: Tensor, out: Tensor, passes: int, *, tma: bool, rotated: bool) -> Launch:
     """Launch of `read_repeatedly`: source [rows, 32] int32, a program for each row of out [programs, 32] int32."""
-    from probes import read_repeatedly
+    from benchmarks.gpu.probes import read_repeatedly
 
     return Launch(
         read_repeatedly,
@@ -106,7 +105,7 @@ def exclusive_or(values: Tensor) -> Tensor:
 # How many counts a multiprocessor adds in a clock
 
 PATTERNS = {"a column for each lane": 0, "random bins": 1, "one counter": 2}
-SHARED_ATOMICS = records.REPOSITORY / "benchmarks" / "shared_atomics.cu"
+SHARED_ATOMICS = Path(__file__).with_name("shared_atomics.cu")
 ATOMIC_ROUNDS = 2000
 ATOMIC_THREADS = 1024
 

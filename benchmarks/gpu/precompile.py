@@ -1,6 +1,6 @@
 """Compile what the benchmarks measure, in several processes at once: a process compiles one kernel at a time.
 
-    python benchmarks/precompile.py [--workers 12]
+    python benchmarks/gpu/precompile.py [--workers 12]
 
 Fills Triton's cache on disk; results are thrown away. Run before a benchmark on a machine whose time is short.
 """

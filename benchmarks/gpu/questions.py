@@ -1,6 +1,6 @@
 """Five questions about a GPU that paper could not answer, and on which the kernels' design rests:
 
-    python benchmarks/questions.py [--only l2,atomics,one_pass,registers,epilogue]
+    python benchmarks/gpu/questions.py [--only l2,atomics,one_pass,registers,epilogue]
 
     l2         how fast weights of 0.6 to 9 MB are read again and again from the L2 cache, by all programs at once
     atomics    how many counts a multiprocessor adds to its shared memory in a clock
@@ -18,11 +18,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import kernel_questions
-import machine_questions
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
+
+from benchmarks.gpu import kernel_questions, machine_questions
 
 QUESTIONS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     function.__name__: function

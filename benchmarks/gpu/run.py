@@ -1,6 +1,6 @@
 """All that needs a GPU, in one command for a machine that is there for minutes only:
 
-    python benchmarks/gpu.py --out DIR [--only PART,PART] [--budget-minutes 9]
+    python benchmarks/gpu/run.py --out DIR [--only PART,PART] [--budget-minutes 9]
 
 Runs build, tests, ceilings, mlp, histogram, model, training, sanitizer and questions in this order, each within a limit of its
 own and all within the budget, and goes on after a failure. Writes `results.json` (after each part anew) and one log per part
@@ -29,11 +29,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gpu_table
-import records
-from toolkit import cuda_tool
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from benchmarks.gpu import summary
+from benchmarks.support.toolkit import cuda_tool
+from benchmarks.tools import records
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
 
 # Kept back for stopping what outlasts its limit and for writing what was found.
@@ -194,7 +196,7 @@ def tests(job: Job) -> dict:
     alone = folder / "test_ln_mlp_large_cuda.py"
     first = job.step(*pytest(folder / "test_histogram_cuda.py", "-k", "test_runs_on_the_current_stream"), at_most=90)
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    shared = [f"tests/test_{name}.py" for name in ("fused_ln_mlp", "operators", "gelu")]
+    shared = [f"tests/kernels/ops/ln_mlp/test_{name}.py" for name in ("fused", "operators", "gelu")]
     # What is compared is one kernel at a time: nothing is to be measured, which would compile all that ship.
     how = {"LAMBDA_KERNELS_TUNING": "off", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = pytest(*parallel, "--durations=15", f"--ignore={alone}", folder, *shared)
@@ -202,12 +204,12 @@ def tests(job: Job) -> dict:
     large = job.step(*pytest(alone), **how)
     steps = {"current stream": first, "in parallel": many, "alone": large}
     # After one such access every later test of that process fails too: which launch it was is told by one alone.
-    broken = next((line for line in gpu_table.pytest_failures(many.output) if "illegal memory access" in line), None)
+    broken = next((line for line in summary.pytest_failures(many.output) if "illegal memory access" in line), None)
     if broken:
         steps["illegal access"] = job.step(*pytest(broken.split()[1]), CUDA_LAUNCH_BLOCKING="1", **how)
     return {
-        "counts": {name: gpu_table.pytest_summary(step.output) for name, step in steps.items()},
-        "failures": [line for step in steps.values() for line in gpu_table.pytest_failures(step.output)],
+        "counts": {name: summary.pytest_summary(step.output) for name, step in steps.items()},
+        "failures": [line for step in steps.values() for line in summary.pytest_failures(step.output)],
     }
 
 
@@ -240,7 +242,7 @@ def sanitizer(job: Job) -> dict:
         results = list(pool.map(watched, cases))
     verdicts = {}
     for (kind, kernel), step in results:
-        verdicts[f"{kind} {kernel}"] = gpu_table.sanitizer_verdict(step.status, step.output, kernel)
+        verdicts[f"{kind} {kernel}"] = summary.sanitizer_verdict(step.status, step.output, kernel)
         with job.log.open("a", encoding="utf-8") as file:
             file.write(f"$ {step.command}\n{step.output}\n[status {step.status} after {step.seconds:.1f} s]\n\n")
     return {"passed": set(verdicts.values()) == {"clean"}, "verdicts": verdicts, "filtered": can_filter}
@@ -248,7 +250,7 @@ def sanitizer(job: Job) -> dict:
 
 def ceilings(job: Job) -> dict:
     """What the machine reaches at best."""
-    step = job.step(sys.executable, BENCHMARKS / "gpu_timing.py")
+    step = job.step(sys.executable, BENCHMARKS / "support" / "gpu_timing.py")
     return json.loads(step.output.strip().splitlines()[-1]) if step.ok else {}
 
 
@@ -264,8 +266,8 @@ def _rows(job: Job, path: str, *selected: str, compiles: bool) -> dict:
             rows.append(json.loads(line))
     rows = [row for row in rows if not row.keys() & {"skipped", "failed"}]  # pytest's own output says those
     lines.unlink(missing_ok=True)
-    failures = gpu_table.pytest_failures(step.output)
-    return {"rows": rows, "counts": {path: gpu_table.pytest_summary(step.output)}, "failures": failures, "note": note}
+    failures = summary.pytest_failures(step.output)
+    return {"rows": rows, "counts": {path: summary.pytest_summary(step.output)}, "failures": failures, "note": note}
 
 
 def _precompile(job: Job) -> str:
@@ -273,7 +275,7 @@ def _precompile(job: Job) -> str:
     stamp = Path(job.environment["LAMBDA_KERNELS_CACHE"]) / f"precompiled-{source_digest()}"
     if stamp.exists():
         return ""
-    step = job.step(sys.executable, BENCHMARKS / "precompile.py", at_most=job.left() / 3)
+    step = job.step(sys.executable, BENCHMARKS / "gpu" / "precompile.py", at_most=job.left() / 3)
     if not step.ok:
         return " / ".join(step.output.strip().splitlines()[-3:])[:400]
     stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -313,8 +315,8 @@ def questions(job: Job) -> dict:
             failures.append(f"{name}: no time was left")
             continue
         share = max(QUESTION_S, job.left() / (len(QUESTIONS) - number))
-        step = job.step(sys.executable, BENCHMARKS / "questions.py", "--only", name, at_most=share)
-        found[name], faults = gpu_table.answer(name, step.output)
+        step = job.step(sys.executable, BENCHMARKS / "gpu" / "questions.py", "--only", name, at_most=share)
+        found[name], faults = summary.answer(name, step.output)
         if step.status is None:
             faults = [*(fault for fault in faults if not fault.endswith("no answer")), f"{name}: stopped at its limit"]
         failures += faults
@@ -445,7 +447,7 @@ def write(path: Path, results: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json and the logs")
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
     parser.add_argument("--budget-minutes", type=float, default=9.0, help="for all parts together")
@@ -458,10 +460,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import torch
     except ImportError:
-        print("gpu.py: PyTorch is not installed", file=sys.stderr)
+        print("run.py: PyTorch is not installed", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
-        print("gpu.py: no CUDA device here, nothing was run", file=sys.stderr)
+        print("run.py: no CUDA device here, nothing was run", file=sys.stderr)
         return 2
 
     out = options.out.resolve()
@@ -471,7 +473,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         results["parts"] = earlier(out / "results.json", results["environment"])
     except ValueError as error:
-        print(f"gpu.py: {error}", file=sys.stderr)
+        print(f"run.py: {error}", file=sys.stderr)
         return 2
     for name in PARTS:  # in their own order, whatever order they were named in
         if name in wanted:
@@ -479,7 +481,7 @@ def main(arguments: list[str] | None = None) -> int:
             results["parts"][name] = run_part(name, budget, out, environment)
             results["tuning"] = tuned(environment)
             write(out / "results.json", results)
-    print(gpu_table.report(results))
+    print(summary.report(results))
     return 0 if all(results["parts"][name]["state"] == "passed" for name in wanted) else 1
 
 

@@ -1,4 +1,4 @@
-"""What `gpu.py` prints: one table of all that was found, short enough for the end of an output."""
+"""What `run.py` prints: one table of all that was found, short enough for the end of an output."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What is left of the accuracy when attention layers go, at an equal budget: picks and controls, with dilution and without.
 
-    python benchmarks/evidence.py --model deit_tiny_patch16_224 --weights W --data D --out runs/evidence --results R.json
+    python benchmarks/studies/evidence.py --model deit_tiny_patch16_224 --weights W --data D --out runs/study --results R.json
 
 Every arm starts from one network, adapted to the data set first, and trains on the same images in the same order, for as
 long, by the same recipe; arms differ in the attention layers they lose, and in whether these are faded out or dropped at
@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_table import write_results
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
+
+from benchmarks.studies.evidence_table import write_results
 from lambda_kernels import convert_vit, from_pretrained
 from lambda_kernels.files import write_json
 from lambda_vit import environment, progress

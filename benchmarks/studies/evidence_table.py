@@ -1,6 +1,6 @@
 """The results of `evidence.py`: paired intervals, the table as Markdown, the plot.
 
-python benchmarks/evidence_table.py R.json --plot docs/evidence.png
+python benchmarks/studies/evidence_table.py R.json --plot docs/evidence.png
 """
 
 from __future__ import annotations

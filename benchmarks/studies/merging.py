@@ -1,6 +1,6 @@
 """Token merging on a full network and on one without some of its attention layers: accuracy, FLOPs, and time in turns.
 
-    python benchmarks/merging_study.py --model deit_tiny_patch16_224 --weights W --remove 1,4,5,11 --data D.zip --out R.json
+    python benchmarks/studies/merging.py --model deit_tiny_patch16_224 --weights W --remove 1,4,5,11 --data D.zip --out R.json
 
 Nothing is trained: layers are skipped, tokens are merged, and what is left is measured. All networks take turns in one
 process; what is compared is the median of the ratios within a round. Results are written after each measurement, and what

@@ -1,6 +1,6 @@
 """Every selection strategy on one model and one image set: what is picked, what is left of the accuracy, how stable it is.
 
-    python benchmarks/selection_study.py --model deit_tiny_patch16_224 --weights W --data D --out study.json
+    python benchmarks/studies/selection.py --model deit_tiny_patch16_224 --weights W --data D --out study.json
 
 Outputs of paths are remembered per image, since the searches of different strategies and subsets meet the same paths
 again and again; searching and scoring are the library's own. Results are written after each experiment, and an

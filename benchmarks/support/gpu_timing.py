@@ -1,6 +1,6 @@
 """Times on a CUDA device: versions of one computation take turns in one process, over inputs that no cache holds.
 
-python benchmarks/gpu_timing.py        what this device reaches at best, as JSON
+python benchmarks/support/gpu_timing.py        what this device reaches at best, as JSON
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import intervals
+from benchmarks.support import intervals
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 

@@ -1,7 +1,7 @@
 """Whether this library has become slower: the ratios rival/ours of two files of results, row by row.
 
-    python benchmarks/compare.py OLD NEW
-    python benchmarks/compare.py --merge RUN RUN ... --out BASELINE
+    python benchmarks/tools/compare.py OLD NEW
+    python benchmarks/tools/compare.py --merge RUN RUN ... --out BASELINE
 
 A row has the interval of 95 % in which its median ratio lies (order statistics of the turns, `intervals.py`). The new ratio
 over the old one then lies between new.low / old.high and new.high / old.low: each of the two bounds errs with at most 2.5 %
@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import records
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
 
+from benchmarks.tools import records
 from lambda_kernels.files import atomic_write
 
 # A ratio that falls below this share of what it was, with confidence, is a gross loss.

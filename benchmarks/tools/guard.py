@@ -1,13 +1,13 @@
 """Whether a change has made this library much slower, for CI: about a minute and a half on two busy cores.
 
-    python benchmarks/guard.py [--baseline benchmarks/baseline.jsonl] [--out DIR]
+    python benchmarks/tools/guard.py [--baseline benchmarks/tools/baseline.jsonl] [--out DIR]
 
 Measures the quick subset and compares its ratios with the baseline's, as `compare.py` does. A row that looks like a gross
 loss is measured again, with four times the turns, in a process of its own: only one that is lost both times counts. Exits with
 1 for a gross loss, and for a benchmark that fails or is gone. A new baseline, after a change that is meant to cost something:
 
-    for run in 1 2 3 4 5; do python benchmarks/measure.py --quick --out DIR; done
-    python benchmarks/compare.py --merge DIR/*-quick.jsonl --out benchmarks/baseline.jsonl
+    for run in 1 2 3 4 5; do python benchmarks/tools/measure.py --quick --out DIR; done
+    python benchmarks/tools/compare.py --merge DIR/*-quick.jsonl --out benchmarks/tools/baseline.jsonl
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import compare
-import measure
-import records
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
 
-BASELINE = records.REPOSITORY / "benchmarks" / "baseline.jsonl"
+from benchmarks.tools import compare, measure, records
+
+BASELINE = Path(__file__).with_name("baseline.jsonl")
 
 # (rows or None for all of them, times the usual turns) → what was measured
 Measure = Callable[[Sequence[str] | None, float], records.Run]

@@ -1,10 +1,10 @@
 """Run the benchmarks and write what they found, a line at a time:
 
-    python benchmarks/measure.py --out DIR [--quick] [--only FILE,FILE] [-k EXPRESSION] [--threads N]
+    python benchmarks/tools/measure.py --out DIR [--quick] [--only FILE,FILE] [-k EXPRESSION] [--threads N]
 
 One process of pytest for each file (with --quick one for all of them). Writes DIR/<date>-<commit>.jsonl, whose first line
 describes the machine, and a log beside it, goes on after a benchmark that fails or a process that dies, and exits with 1
-at the end if any did. On two CPU cores all takes about half an hour, `--quick` about a minute. `benchmarks/gpu.py` does the
+at the end if any did. On two CPU cores all takes about half an hour, `--quick` about a minute. `benchmarks/gpu/run.py` does the
 same on a machine with a GPU that is there for minutes only.
 """
 
@@ -18,7 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import records
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
+
+from benchmarks.tools import records
 
 BENCHMARKS = records.REPOSITORY / "benchmarks"
 

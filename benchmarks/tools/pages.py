@@ -10,7 +10,10 @@ from lambda_kernels.files import atomic_write
 
 def marks(tool: str) -> tuple[str, str]:
     """The comments before and after the part that a tool writes."""
-    return f"<!-- benchmarks/{tool} writes what follows -->", f"<!-- benchmarks/{tool} wrote what precedes -->"
+    return (
+        f"<!-- benchmarks/tools/{tool} writes what follows -->",
+        f"<!-- benchmarks/tools/{tool} wrote what precedes -->",
+    )
 
 
 def replaced(path: Path, tool: str, new: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
 # Where the rows of a run go; set by whoever starts pytest.
@@ -55,7 +55,7 @@ def add_line(path: Path, record: dict) -> None:
 
 
 def read(path: Path) -> Run:
-    """A file of lines, or what `gpu.py` leaves.
+    """A file of lines, or what `gpu/run.py` leaves.
 
     A last line that was cut in the middle is left out.
 
@@ -84,7 +84,7 @@ def _gpu_run(path: Path, text: str) -> Run:
         found = json.loads(text)
         environment, parts = found["environment"], found["parts"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a result of gpu.py (no environment and parts)") from None
+        raise ValueError(f"{path}: not a result of gpu/run.py (no environment and parts)") from None
     return Run(path, environment, _by_name(path, [row for part in parts.values() for row in part.get("rows", [])]))
 
 
@@ -98,7 +98,7 @@ def _by_name(path: Path, rows: Iterable[dict]) -> dict[str, dict]:
 
 
 def committed(results: Path = RESULTS) -> list[Run]:
-    """The runs in `results/<machine>/`, the oldest first: lines of `measure.py` and files of `gpu.py`, which say .json."""
+    """The runs in `results/<machine>/`, the oldest first: lines of `measure.py` and files of `gpu/run.py`, which say .json."""
     paths = [path for path in results.glob("*/*") if path.suffix in (".json", ".jsonl")]
     return sorted((read(path) for path in paths), key=lambda run: str(run.environment.get("time", "")))
 

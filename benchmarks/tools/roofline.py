@@ -1,6 +1,6 @@
 """How near the operators come to what the machine can do at best:
 
-    python benchmarks/roofline.py [--quick] [--write]
+    python benchmarks/tools/roofline.py [--quick] [--write]
 
 Takes about four minutes on two cores, `--quick` half a minute. Prints the rows; `--write` puts them into docs/roofline.md and
 benchmarks/results/roofline.json.
@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import intervals
-import pages
-import records
-import turns
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
+
+from benchmarks.support import intervals, turns
+from benchmarks.tools import pages, records
 
 DOCS = records.REPOSITORY / "docs"
 PATCHES = 197
@@ -208,7 +208,7 @@ def gpu_rows() -> tuple[dict[str, float] | None, list[dict]]:
     counted = [{"what": w.what, "dtype": w.dtype, "flops": w.flops, "moved": w.moved} for w in works]
     if not torch.cuda.is_available():
         return None, counted
-    import gpu_timing
+    from benchmarks.support import gpu_timing
 
     best = gpu_timing.ceilings()
     timed = gpu_calls()
@@ -228,8 +228,8 @@ def gpu_rows() -> tuple[dict[str, float] | None, list[dict]]:
 def gpu_calls() -> list[Callable[[int], object]]:
     """What is timed of `gpu_works`, in its order; each takes turns with two sets of inputs."""
     import torch
-    from test_ln_mlp import Problem
 
+    from benchmarks.test_ln_mlp import Problem
     from lambda_kernels.ops.histogram import histogram, uniform_grid
 
     found = []

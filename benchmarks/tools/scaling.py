@@ -1,6 +1,6 @@
 """How time and memory grow with tokens, width, depth, images and candidates, on one thread of a CPU:
 
-    python benchmarks/scaling.py [--quick] [--only tokens,width] [--write]
+    python benchmarks/tools/scaling.py [--quick] [--only tokens,width] [--write]
 
 Takes about six minutes, `--quick` half a minute. Prints the exponents; `--write` puts them into docs/scaling.md, the plots
 into docs/scaling-*.png and everything into benchmarks/results/scaling.json.
@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import intervals
-import pages
-import records
-import turns
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
+
+from benchmarks.support import intervals, turns
+from benchmarks.tools import pages, records
 
 DOCS = records.REPOSITORY / "docs"
 PATCHES = 197
@@ -138,7 +138,8 @@ def _step(network: object, x: object) -> Callable[[], None]:
 def tokens(quick: bool) -> Series:
     """Tokens of an attention-free block: all products are of M rows."""
     import torch
-    from peaks import peak_bytes
+
+    from benchmarks.support.peaks import peak_bytes
 
     channels, network, points = 192, _half(192), []
     for images in (1, 4, 16, 64) if quick else (1, 4, 16, 64, 256, 1024):
@@ -165,7 +166,8 @@ def attention(quick: bool) -> Series:
 def width(quick: bool) -> Series:
     """Channels of an attention-free block: its products have C² weights."""
     import torch
-    from peaks import peak_bytes
+
+    from benchmarks.support.peaks import peak_bytes
 
     count, points = 4 * PATCHES, []
     for channels in (96, 192, 384) if quick else (96, 192, 384, 768, 1536):
@@ -222,8 +224,8 @@ def images(quick: bool) -> Series:
     """Images through a DeiT-Tiny without three attention layers."""
     import timm
     import torch
-    from peaks import peak_bytes
 
+    from benchmarks.support.peaks import peak_bytes
     from lambda_kernels import convert_vit
     from lambda_vit.evaluate import count_flops
 

@@ -1,8 +1,8 @@
 """The table of targets and figures in README.md, out of the files in `benchmarks/results/<machine>/`:
 
-    python benchmarks/table.py            print it
-    python benchmarks/table.py --check    exit with 1 unless README.md holds just this
-    python benchmarks/table.py --write    put it there, between two comments
+    python benchmarks/tools/table.py            print it
+    python benchmarks/tools/table.py --check    exit with 1 unless README.md holds just this
+    python benchmarks/tools/table.py --write    put it there, between two comments
 
 A figure comes from the newest file that has its row; what was never measured says so. A file of a quick run is left out, since
 its sizes are small ones.
@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pages
-import records
-import targets
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # this file is run by its path
+
+from benchmarks.tools import pages, records, targets
 
 NOT_MEASURED = "not measured"
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.check:
         if old != wanted:
-            print(f"{options.file} is out of date: python benchmarks/table.py --write", file=sys.stderr)
+            print(f"{options.file} is out of date: python benchmarks/tools/table.py --write", file=sys.stderr)
         return int(old != wanted)
     pages.write(options.file, "table.py", new)
     return 0

@@ -1,35 +1,20 @@
-"""`benchmarks/evidence.py` and its table, on a small network: equal budgets, and what is made of the hits."""
+"""`benchmarks/studies/evidence.py` and its table, on a small network: equal budgets, and what is made of the hits."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 from collections import Counter
-from types import ModuleType
 
 import pytest
 import torch
-from conftest import REPOSITORY, small_vit
+from small_models import small_vit
 from stream_support import image_set, write_zip
 
+from benchmarks.studies import evidence
+from benchmarks.studies import evidence_table as table
 from lambda_kernels import from_pretrained
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = (
-        module  # where evidence.py looks for evidence_table, and dataclasses for the module of their class
-    )
-    spec.loader.exec_module(module)
-    return module
-
-
-table = load("evidence_table")
-evidence = load("evidence")
 
 
 def arm(name: str, hits: str, **more: object) -> dict:

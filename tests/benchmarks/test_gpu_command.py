@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` where there is no GPU: it says so and does nothing; its budget, its steps, its table."""
+"""`benchmarks/gpu/run.py` where there is no GPU: it says so and does nothing; its budget, its steps, its table."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import REPOSITORY
+from places import REPOSITORY
 
-COMMAND = REPOSITORY / "benchmarks" / "gpu.py"
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu import summary as table
+
+COMMAND = REPOSITORY / "benchmarks" / "gpu" / "run.py"
 
 
-def load(name: str, folder: str = "benchmarks") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / folder / f"{name}.py")
+def load_sanitize() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sanitize", REPOSITORY / "tests" / "gpu" / "sanitize.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where gpu.py looks for gpu_table, and dataclasses for the module of their class
     spec.loader.exec_module(module)
     return module
-
-
-load("records")
-load("toolkit")
-table = load("gpu_table")
-gpu = load("gpu")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -42,7 +38,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path):
     done = run("--out", tmp_path / "out")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == ["gpu.py: no CUDA device here, nothing was run"]
+    assert done.stderr.strip().splitlines() == ["run.py: no CUDA device here, nothing was run"]
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -309,7 +305,7 @@ def test_what_the_sanitizer_said(status, output, kernel, expected):
 def test_the_race_that_is_planted_compiles(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("no CUDA toolkit")
-    library = load("sanitize", "tests/gpu").build_planted_race(tmp_path, "sm_90")
+    library = load_sanitize().build_planted_race(tmp_path, "sm_90")
     triton = pytest.importorskip("triton")
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     sass = subprocess.run([binaries / "cuobjdump", "-sass", library], capture_output=True, text=True, check=True).stdout
@@ -319,7 +315,7 @@ def test_the_race_that_is_planted_compiles(tmp_path):
 
 
 def test_every_sanitized_kernel_is_a_case():
-    cases = load("sanitize", "tests/gpu").KERNELS
+    cases = load_sanitize().KERNELS
     assert set(cases) == {*gpu.SANITIZED, *(kernel for kernel, _ in gpu.CONTROLS.values())}
     kernels = "\n".join(
         path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The questions about a GPU that `benchmarks/questions.py` asks: their kernels interpreted and compiled, their answers."""
+"""The questions about a GPU that `benchmarks/gpu/questions.py` asks: their kernels interpreted and compiled, their answers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from places import REPOSITORY
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU the questions themselves are asked", allow_module_level=True)
 
-if str(REPOSITORY / "benchmarks") not in sys.path:
-    sys.path.append(str(REPOSITORY / "benchmarks"))
-
-import answering
-import gpu
-import gpu_table
-import gpu_timing
-import kernel_questions
-import machine_questions
-import questions
-import toolkit
-
+from benchmarks.gpu import answering, kernel_questions, machine_questions, questions, summary
+from benchmarks.gpu import run as gpu
+from benchmarks.support import gpu_timing, toolkit
 from lambda_kernels.ops import fused
 from lambda_kernels.ops.kernels.configs import Config
 
@@ -87,8 +78,9 @@ def test_whole_numbers_stay_exact():
 
 COMPILED = """
 import json, sys
-sys.path[:0] = ["benchmarks"]
-import kernel_questions, machine_questions, torch, triton
+sys.path.append(".")
+import torch, triton
+from benchmarks.gpu import kernel_questions, machine_questions
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lambda_kernels import audit
@@ -237,7 +229,7 @@ def on_the_cpu(monkeypatch):
 
 def asked(name: str) -> tuple[list[dict], list[str]]:
     """Rows and faults of a question, through the lines that its process prints."""
-    return gpu_table.answer(name, "\n".join(json.dumps(line) for line in questions.answers([name])))
+    return summary.answer(name, "\n".join(json.dumps(line) for line in questions.answers([name])))
 
 
 @pytest.mark.slow
@@ -249,7 +241,7 @@ def test_every_question_gets_an_answer(name, on_the_cpu):
     assert faults == []
     for row in rows:
         assert row["good"] is True, row
-        assert gpu_table.answer_line(name, row)
+        assert summary.answer_line(name, row)
     if name == "one_pass":
         assert rows[0]["ran"]["16x32 w4 s1"] == ["one_pass 16x32 w4 s1"]
         assert [line.split()[0] for line in rows[0]["ran"]["two kernels"]] == ["row_statistics", "fc1", "fc2"]
@@ -293,11 +285,11 @@ def test_what_was_found_before_a_failure_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(questions, "QUESTIONS", {"atomics": broken, "l2": whole})
     lines = list(questions.answers(["atomics", "l2"]))
     printed = "a warning\n[1]\n" + "\n".join(map(json.dumps, lines)) + '\n{"question": "l2", "ro'
-    rows, faults = gpu_table.answer("atomics", printed)
+    rows, faults = summary.answer("atomics", printed)
     assert faults == ["atomics: ValueError: no"]
-    assert [gpu_table.answer_line("atomics", row) for row in rows] == ["one: 1.0 counts a clock, 2.0 billion a second"]
-    assert gpu_table.answer("l2", printed) == ([{"needed_with_rows": {"64": 12.3}, "good": True}], [])
-    assert gpu_table.answer("epilogue", printed) == ([], ["epilogue: no answer"])
+    assert [summary.answer_line("atomics", row) for row in rows] == ["one: 1.0 counts a clock, 2.0 billion a second"]
+    assert summary.answer("l2", printed) == ([{"needed_with_rows": {"64": 12.3}, "good": True}], [])
+    assert summary.answer("epilogue", printed) == ([], ["epilogue: no answer"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert questions.main(["--only", "atomics,l2"]) == 1
     assert questions.main(["--only", "l2"]) == 0
@@ -315,7 +307,7 @@ def test_a_way_that_does_not_compile_leaves_the_others(on_the_cpu, monkeypatch):
         ("RuntimeError: PassManager::run failed", False),
     ]
     assert faults == ["registers: row 2 is not as it should be"]
-    assert "PassManager" in gpu_table.answer_line("registers", rows[0])
+    assert "PassManager" in summary.answer_line("registers", rows[0])
 
 
 def test_the_command_without_a_gpu(capsys):
@@ -361,7 +353,7 @@ def test_the_part_of_the_gpu_run(tmp_path, monkeypatch):
         "registers: no answer",
         "epilogue: no answer",
     ]
-    printed = gpu_table.report({"environment": {"gpu": "none"}, "parts": {"questions": part}})
+    printed = summary.report({"environment": {"gpu": "none"}, "parts": {"questions": part}})
     assert "l2: 0.59 MB read again: b 9.5 · a 8.0 TB/s" in printed
     assert "l2: one pass needs 12.3 TB/s with 64 rows, 6.2 TB/s with 128 rows" in printed
     assert "one_pass: C=192 batch 64: x 1.0 µs; not captured: x" in printed

@@ -1,25 +1,21 @@
-"""`benchmarks/merging_study.py` on a small network: what it compares, and that an interrupted study goes on."""
+"""`benchmarks/studies/merging.py` on a small network: what it compares, and that an interrupted study goes on."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from types import ModuleType
 
 import pytest
-from conftest import REPOSITORY, small_vit
+from small_models import small_vit
 from stream_support import image_set, write_zip
+
+from benchmarks.studies import merging
 
 
 @pytest.fixture
 def study(monkeypatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("merging_study", REPOSITORY / "benchmarks" / "merging_study.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "merging_study", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "open_model", lambda *args, **options: small_vit(img_size=80, num_classes=2))
-    return module
+    monkeypatch.setattr(merging, "open_model", lambda *args, **options: small_vit(img_size=80, num_classes=2))
+    return merging
 
 
 def test_study(study, tmp_path, monkeypatch):

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from places import REPOSITORY
 
-if str(REPOSITORY / "benchmarks") not in sys.path:
-    sys.path.append(str(REPOSITORY / "benchmarks"))
-
-import pages
-import peaks
-import roofline
-import scaling
-import verify
+from benchmarks.support import peaks, verify
+from benchmarks.tools import pages, roofline, scaling
 
 ENVIRONMENT = {
     "cpu": "A CPU",

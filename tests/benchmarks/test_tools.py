@@ -12,20 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from places import REPOSITORY
 
-if str(REPOSITORY / "benchmarks") not in sys.path:
-    sys.path.append(str(REPOSITORY / "benchmarks"))
-
-import compare
-import guard
-import intervals
-import measure
-import pages
-import records
-import table
-import targets
-import turns
+from benchmarks.support import intervals, turns
+from benchmarks.tools import compare, guard, measure, pages, records, table, targets
 
 MACHINE = {
     "cpu": "A CPU",
@@ -112,7 +102,7 @@ def test_a_file_that_was_cut_keeps_its_rows(written):
         ("x.jsonl", '{"environment": {}}\nnonsense\n{"name": "a"}\n', "line 2: no JSON"),
         ("x.jsonl", '{"environment": {}}\nnonsense\n', "line 2: no JSON"),
         ("x.jsonl", '{"environment": {}}\n{"ratios": []}\n', "a row without a name"),
-        ("x.json", "[]", "not a result of gpu.py"),
+        ("x.json", "[]", "not a result of gpu/run.py"),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, text, message):
@@ -366,10 +356,8 @@ def test_deadly(against):
 """
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    for name in ("conftest", "intervals", "records", "targets", "turns"):
-        source = (REPOSITORY / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
-        (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    (folder / "targets.json").write_text("[]")
+    source = (REPOSITORY / "benchmarks" / "conftest.py").read_text(encoding="utf-8")
+    (folder / "conftest.py").write_text(source, encoding="utf-8")
     (folder / "test_some.py").write_text(text)
     monkeypatch.setattr(measure, "BENCHMARKS", folder)
     path, good = measure.measure(tmp_path / "out", [["test_some.py"]], quick=True, commit="abc")

@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support" / "kernels"))
 
 from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
-from toolkit import shared_library
 
+from benchmarks.support.toolkit import shared_library
 from lambda_kernels import _extension, ln_mlp, reference
 from lambda_kernels.ops import tracing, tuning
 

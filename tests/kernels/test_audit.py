@@ -6,17 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import REPOSITORY
 
 pytest.importorskip("triton")
 
 from lambda_kernels import audit
 from lambda_kernels.ops.kernels import configs
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: object, module: bool = True, **environment: str) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 from torch import nn
 
 from lambda_kernels import UnsupportedModelError, convert_vit

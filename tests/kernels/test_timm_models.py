@@ -11,7 +11,8 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY, WEIGHTS, images, small_vit
+from places import REPOSITORY, WEIGHTS
+from small_models import images, small_vit
 from timm.models import _registry, load_checkpoint
 
 import lambda_kernels.timm_models as timm_models

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from places import REPOSITORY
 
 # Left to right: a module may import from its own layer and from those before it.
 LAYERS = [

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import REPOSITORY
 
-SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+SETUP = REPOSITORY / "setup.py"
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the toolkits here are shell scripts")
 
@@ -188,9 +189,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]
     folder = tmp_path_factory.mktemp("tree") / "checkout"
     built = shutil.ignore_patterns(".*", "*.so", "*.pyd", "__pycache__", "*.egg-info")
     for name in ("lambda_kernels", "python", "csrc", "tests", "benchmarks"):
-        shutil.copytree(SETUP.parent / name, folder / name, ignore=built)
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=built)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(SETUP.parent / name, folder)
+        shutil.copy(REPOSITORY / name, folder)
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built", "sdist", "--dist-dir", "packed"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     wheel = {path.relative_to(folder / "built").as_posix() for path in (folder / "built").rglob("*") if path.is_file()}
@@ -207,13 +208,13 @@ def shipped(folder: Path) -> set[str]:
 
 def test_a_wheel_holds_all_of_both_packages_and_nothing_else(packed: tuple[set[str], set[str]]) -> None:
     wheel, _ = packed
-    expected = shipped(SETUP.parent / "lambda_kernels") | shipped(SETUP.parent / "python/lambda_vit")
+    expected = shipped(REPOSITORY / "lambda_kernels") | shipped(REPOSITORY / "python/lambda_vit")
     assert {"lambda_kernels/py.typed", "lambda_vit/py.typed", "lambda_vit/recipes/digits.yaml"} <= wheel
     assert wheel == expected
 
 
 def test_a_source_archive_holds_all_that_a_build_takes(packed: tuple[set[str], set[str]]) -> None:
     _, archive = packed
-    sources = {f"csrc/{path.name}" for path in (SETUP.parent / "csrc").iterdir()}
+    sources = {f"csrc/{path.name}" for path in (REPOSITORY / "csrc").iterdir()}
     assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= archive
-    assert shipped(SETUP.parent / "lambda_kernels") <= archive
+    assert shipped(REPOSITORY / "lambda_kernels") <= archive

@@ -13,7 +13,6 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from conftest import REPOSITORY, images
 from document_support import (
     FOREIGN,
     PAGES,
@@ -35,6 +34,8 @@ from document_support import (
     small_create_model,
     spans,
 )
+from places import REPOSITORY
+from small_models import images
 
 WITH_BLOCKS = [page for page in PAGES if "```" in read(page)]
 # More than ten seconds: what they do is trained, exported or compiled.
@@ -228,8 +229,8 @@ def test_the_first_two_lines_of_the_readme():
     assert lines[0].strip().startswith("pip install -e . && lambda-vit demo")
     assert lines[1].strip().startswith('pip install -e ".[test]" && pytest')
     assert len(lines) <= 200
-    for mark in ("writes what follows", "wrote what precedes"):  # benchmarks/table.py fills what lies between
-        assert lines.count(f"<!-- benchmarks/table.py {mark} -->") == 1
+    for mark in ("writes what follows", "wrote what precedes"):  # benchmarks/tools/table.py fills what lies between
+        assert lines.count(f"<!-- benchmarks/tools/table.py {mark} -->") == 1
 
 
 def slug(heading: str) -> str:
@@ -354,7 +355,7 @@ def test_quoted_messages_are_said():
         ("```console\n$ lambda-vit convert --model nowhere --remove 1 --out m\n```", "exit code 2"),
         ("```console\n$ torchrun --nproc-per-node 2 -m lambda_vit select --modle m\n```", "modle"),
         ("```console\n$ torchrun --nproc-per-nodes 2 -m lambda_vit doctor\n```", "SystemExit: 2"),
-        ("```console\n$ python benchmarks/evidence.py --modle m\n```", "modle"),
+        ("```console\n$ python benchmarks/studies/evidence.py --modle m\n```", "modle"),
         ("```console\n$ pip install 'lambda-kernels[exports]'\n```", "exports"),
         ("```console\n$ rm -rf build\n```", "not on the list"),
     ],

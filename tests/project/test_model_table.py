@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY
+from places import REPOSITORY
 
 from lambda_kernels.refusals import refused_classes
 from lambda_vit.model_table import Row, Table, page, scan

@@ -9,8 +9,8 @@ import entry_points
 import pytest
 import timm
 import torch
-from conftest import small_vit
 from entry_points import attention_free, picture
+from small_models import small_vit
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, convert_vit

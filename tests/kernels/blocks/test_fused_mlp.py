@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 from timm.models.vision_transformer import Block
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -466,7 +466,7 @@ def test_compiling_a_training_step():
 
 
 def test_the_kernels_serve_blocks_that_keep_their_attention(mlp_calls, tmp_path):
-    """On a GPU where there is one, else in Triton's interpreter: see conftest.py."""
+    """On a GPU where there is one, else in Triton's interpreter: see torch_setup.py."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("vit", "deit3"):
         model = build(name).to(device)

@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import images, small_vit
 from mlp_cases import relative_error
+from small_models import images, small_vit
 from torch import nn
 
 from lambda_kernels import BackendUnavailableError, convert_vit, from_pretrained, save_pretrained

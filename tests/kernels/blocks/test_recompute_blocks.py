@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import images, small_vit
 from memory_support import Peak, saved_bytes
 from mlp_cases import DEVICE
+from small_models import images, small_vit
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch._subclasses import FakeTensorMode

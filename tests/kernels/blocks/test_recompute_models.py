@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import images, small_vit
 from memory_support import saved_bytes
+from small_models import images, small_vit
 from timm.models.vision_transformer import Block
 
 import lambda_kernels.blocks

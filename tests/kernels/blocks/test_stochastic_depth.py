@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import images, small_vit
 from mlp_cases import DEVICE, relative_error
+from small_models import images, small_vit
 from torch import nn
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit

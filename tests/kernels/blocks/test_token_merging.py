@@ -10,8 +10,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import images, small_vit
 from merging_oracle import merge_one
+from small_models import images, small_vit
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 

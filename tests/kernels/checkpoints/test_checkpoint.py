@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import REPOSITORY, images, small_vit
+from small_models import images, small_vit
 from timm.models.vision_transformer import Block
 
 import lambda_kernels.checkpoint as checkpoint
@@ -236,7 +236,7 @@ def test_a_process_killed_anywhere_leaves_one_whole_model(tmp_path):
     first = convert_vit(small_vit(), remove=(0,))
     code = """
 import os, signal, sys
-from conftest import small_vit
+from small_models import small_vit
 from lambda_kernels import convert_vit, save_pretrained
 model, left = convert_vit(small_vit(), remove=(1,)), int(sys.argv[2])
 def deadly(real):
@@ -264,7 +264,7 @@ for start in range(int(sys.argv[2]), -1, -1):  # each child dies at a call of it
         check=True,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), *sys.path]),
+            "PYTHONPATH": os.pathsep.join(sys.path),
             "OMP_NUM_THREADS": "1",
         },
     )

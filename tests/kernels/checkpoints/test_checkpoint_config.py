@@ -8,7 +8,7 @@ import os
 import pytest
 import timm
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 from timm.models import load_checkpoint
 
 import lambda_kernels

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 
 from lambda_kernels import CheckpointError, convert_vit, from_pretrained, save_pretrained
 from lambda_vit import cli

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import small_vit
+from small_models import small_vit
 from torch import nn
 
 from lambda_kernels.rebuilding import find_model_args, first_difference, ratio_for, visible_args

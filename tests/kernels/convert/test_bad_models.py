@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 from torch import nn
 
 from lambda_kernels import AlreadyConvertedError, NonFiniteActivationError, UnsupportedModelError, convert_vit

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import timm
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 from torch import nn
 
 import lambda_kernels.blocks

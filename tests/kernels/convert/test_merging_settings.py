@@ -8,7 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
 

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_reduce(world, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, __file__, str(world), str(tmp_path / "rendezvous")]
     processes = [
         subprocess.Popen(

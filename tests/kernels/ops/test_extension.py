@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from extension_support import require_extension, tool
+from places import REPOSITORY
 
 from lambda_kernels import _extension
 from lambda_kernels.errors import BackendUnavailableError, ExtensionUnavailableError
 from lambda_kernels.ops import histogram as ops
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import numpy as np
 import timm
 import torch
 import typer
-from conftest import REPOSITORY
 from PIL import Image
+from places import REPOSITORY
 
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
 PAGES = sorted(
@@ -49,10 +49,10 @@ SMALLER = {
 
 # Commands of ours that are only parsed, and why.
 PARSED = {
-    r"^lambda-vit demo": "takes minutes; tests/test_demo.py runs it on fewer images",
-    r"^lambda-vit import-ref base_": "needs a checkpoint of DeiT-Base's width; tests/test_published.py runs it",
+    r"^lambda-vit demo": "takes minutes; tests/vit/test_demo.py runs it on fewer images",
+    r"^lambda-vit import-ref base_": "needs a checkpoint of DeiT-Base's width; test_published.py runs it",
     r"--model runs/base_01346": "the model that the command before it writes",
-    r"^torchrun .* -m lambda_(vit|kernels)": "starts processes; tests/test_*_processes.py run them",
+    r"^torchrun .* -m lambda_(vit|kernels)": "starts processes; tests/**/test_*processes.py run them",
     r"…": "short for a command that stands before it",
 }
 
@@ -65,8 +65,8 @@ FOREIGN = {
     r"^mypy": ".ci/run does it",
     r"^bash \.ci/run$": "is what runs these tests",
     r"^python benchmarks/": "takes minutes to hours; the scripts have tests of their own",
-    r"^python -m lambda_kernels\.audit": "compiles for minutes; tests/test_audit.py runs the defaults",
-    r"^python -m lambda_kernels\.timm_models": "needs a script of timm's repository; tests/test_timm_models.py has one",
+    r"^python -m lambda_kernels\.audit": "compiles for minutes; tests/kernels/test_audit.py runs the defaults",
+    r"^python -m lambda_kernels\.timm_models": "needs a script of timm's repository; tests/kernels/test_timm_models.py has one",
     r"^torchrun .* -m lambda_kernels\.timm_models": "the same on several processes",
 }
 
@@ -191,7 +191,7 @@ def all_options() -> set[str]:
     found = {"--help"}
     for command in group.commands.values():
         found |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    for path in [*(REPOSITORY / "lambda_kernels").glob("*.py"), *(REPOSITORY / "benchmarks").glob("*.py")]:
+    for path in [*(REPOSITORY / "lambda_kernels").glob("*.py"), *(REPOSITORY / "benchmarks").rglob("*.py")]:
         found |= options_of(path)
     return found
 

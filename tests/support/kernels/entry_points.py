@@ -9,7 +9,7 @@ from unittest import mock
 
 import timm
 import torch
-from conftest import small_vit
+from small_models import small_vit
 from timm.models import is_model_in_modules, list_models, list_modules
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")  # for whoever imports this
 from lambda_kernels import ln_mlp, reference
 from lambda_kernels.ops import tracing
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU means Triton's interpreter: see conftest.py
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU means Triton's interpreter: see torch_setup.py
 
 # Relative error in the 2-norm against float64. One rounding of a dtype is half its unit: 6e-8, 5e-4, 4e-3; float32 sums of a
 # few hundred terms take a few of them, and 16-bit dtypes round LayerNorm's output, GELU's and the result once each, a

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_vit
+from small_models import small_vit
 from torch import nn
 
 from lambda_kernels import convert_vit

@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator, Sequence
 
 import torch
-from conftest import images
+from small_models import images
 from torch import Tensor, nn
 
 from lambda_kernels import EntropyMeter

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import small_vit
 from PIL import Image
+from small_models import small_vit
 
 from lambda_vit.data import open_images
 from lambda_vit.training.open_data import training_transform
@@ -78,3 +78,16 @@ def assert_same(found: Mapping, expected: Mapping) -> None:
     for key, (images, targets) in found.items():
         assert torch.equal(images, expected[key][0]), key
         assert torch.equal(targets, expected[key][1]), key
+
+
+def make_images(root: Path) -> Path:
+    """Ten classes of noise, distinguishable by brightness, as train/<class>/* and val/<class>/*."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for label in range(10):
+            place = root / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 60, (40, 36, 3)) + 19 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
+    return root

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conftest import small_vit
+from small_models import small_vit
 from torch import nn
 
 from lambda_vit.data import Digits, digits, make_loader

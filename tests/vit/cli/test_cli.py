@@ -8,59 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, WEIGHTS, small_vit
-from PIL import Image
+from places import IMAGES, WEIGHTS
+from small_models import small_vit
 
-import lambda_vit.cli as cli
-from lambda_kernels import convert_vit, from_pretrained, save_pretrained
+from lambda_kernels import convert_vit, from_pretrained
 from lambda_kernels.ops.dispatch import onednn_obstacles
 from lambda_vit import Selection, command_options
 from lambda_vit.loading import open_model
-
-
-def make_images(root: Path) -> Path:
-    """Ten classes of noise, distinguishable by brightness, as train/<class>/* and val/<class>/*."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 3), ("val", 2)):
-        for label in range(10):
-            place = root / split / f"class{label}"
-            place.mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 60, (40, 36, 3)) + 19 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A small full model, saved."""
-    return save_pretrained(small_vit(), tmp_path_factory.mktemp("model") / "full")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line in this process; gives (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lambda-vit", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_select_convert_validate_profile(run, folder, saved, tmp_path):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import images, small_vit
 from export_support import onnx_metadata, run_onnx
-from test_cli import run  # noqa: F401 (a fixture)
+from small_models import images, small_vit
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_vit import command_export, export, export_check
@@ -26,7 +25,7 @@ def saved(tmp_path_factory) -> Path:
 
 
 @torch.no_grad()
-def test_onnx_and_a_program(run, saved, tmp_path):  # noqa: F811
+def test_onnx_and_a_program(run, saved, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     onnx, program, out = tmp_path / "out" / "m.onnx", tmp_path / "m.pt2", tmp_path / "m.json"
@@ -67,7 +66,7 @@ def test_onnx_and_a_program(run, saved, tmp_path):  # noqa: F811
     assert torch.export.load(program).module()(images(2, 48).half()).dtype == torch.float16
 
 
-def test_what_is_refused_before_work(run, saved, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_refused_before_work(run, saved, tmp_path, monkeypatch):
     monkeypatch.setattr("lambda_vit.loading.open_model", lambda *_, **__: pytest.fail("the model was opened"))
     onnx, program = tmp_path / "m.onnx", tmp_path / "m.pt2"
     (tmp_path / "classes.json").write_text("[]")
@@ -102,7 +101,7 @@ def test_what_is_refused_before_work(run, saved, tmp_path, monkeypatch):  # noqa
     assert "needs a C++ compiler, and there is no no-such-compiler here" in err
 
 
-def test_a_file_that_differs_is_a_failure(run, saved, tmp_path, monkeypatch):  # noqa: F811
+def test_a_file_that_differs_is_a_failure(run, saved, tmp_path, monkeypatch):
     whole = export_check.open_file
     monkeypatch.setattr(export_check, "open_file", lambda *given: lambda x: tuple(y + 1 for y in whole(*given)(x)))
     program = tmp_path / "m.pt2"

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import small_vit
-from test_cli import folder, run, saved  # noqa: F401 (fixtures)
+from small_models import small_vit
 
 from lambda_kernels import from_pretrained, save_pretrained
 from lambda_kernels.files import write_json
@@ -33,7 +32,7 @@ SHORT = [
 
 
 @pytest.fixture
-def finetune(run, saved, folder, tmp_path):  # noqa: F811
+def finetune(run, saved, folder, tmp_path):
     """Run `finetune` on the small model; gives (code, output, errors). Options given twice are taken from the call."""
 
     def call(*options: object, model: object = saved, data: object = folder, out: Path = tmp_path / "out"):
@@ -55,7 +54,7 @@ def top1_of(model: Path, data: Path) -> float:
     return 100 * float(sum(hits)) / len(images)
 
 
-def test_from_a_model_to_a_smaller_one(finetune, folder, tmp_path):  # noqa: F811
+def test_from_a_model_to_a_smaller_one(finetune, folder, tmp_path):
     out = tmp_path / "out"
     code, printed, err = finetune("--remove", "1,2")
     assert code == 0, err
@@ -77,7 +76,7 @@ def test_from_a_model_to_a_smaller_one(finetune, folder, tmp_path):  # noqa: F81
     assert f"Next: lambda-vit validate --model {out / 'model'} --reference" in printed
 
 
-def test_its_last_words_can_be_typed(finetune, run, tmp_path):  # noqa: F811
+def test_its_last_words_can_be_typed(finetune, run, tmp_path):
     code, printed, err = finetune("--remove", 2)
     assert code == 0, err
     (line,) = (line for line in printed.splitlines() if line.startswith("Next: lambda-vit "))
@@ -110,7 +109,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("words", FLAGS)
-def test_flags_are_read(words, run, saved, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_flags_are_read(words, run, saved, folder, tmp_path, monkeypatch):
     """Over the file; what neither says are the defaults."""
     from lambda_vit.training import run as module
 
@@ -145,7 +144,7 @@ def test_the_recipe_is_kept(finetune, tmp_path):
     assert yaml.safe_load((out / "config.yaml").read_text())["batch_size"] == 10
 
 
-def test_listing_recipes(run):  # noqa: F811
+def test_listing_recipes(run):
     code, out, _ = run("finetune", "--list-recipes")
     assert code == 0
     assert "deit-base" in out
@@ -153,7 +152,7 @@ def test_listing_recipes(run):  # noqa: F811
     assert len(out.splitlines()) == 6
 
 
-def test_dropping_at_once_and_the_whole_model(finetune, saved, tmp_path):  # noqa: F811
+def test_dropping_at_once_and_the_whole_model(finetune, saved, tmp_path):
     code, out, err = finetune("--remove", 1, "--dilution", "none", "--dilution-epochs", "none", out=tmp_path / "drop")
     assert code == 0, err
     assert from_pretrained(tmp_path / "drop" / "model").lambda_kernels_info.residual_scale == 1.0
@@ -167,7 +166,7 @@ def test_dropping_at_once_and_the_whole_model(finetune, saved, tmp_path):  # noq
     assert code == 0, err
 
 
-def test_a_selection(finetune, saved, tmp_path):  # noqa: F811
+def test_a_selection(finetune, saved, tmp_path):
     write_json(tmp_path / "selection.json", {"format": 1, "layers": [3], "depth": 12})
     code, _, err = finetune("--selection", tmp_path)
     assert code == 2
@@ -180,7 +179,7 @@ def test_a_selection(finetune, saved, tmp_path):  # noqa: F811
     assert (kept["layers"], kept["entropy_full"]) == ([3], 2.5)
 
 
-def test_another_classifier_and_size(finetune, folder, tmp_path):  # noqa: F811
+def test_another_classifier_and_size(finetune, folder, tmp_path):
     model = save_pretrained(small_vit(num_classes=7), tmp_path / "seven")
     code, _, err = finetune("--remove", 1, model=model)
     assert code == 2
@@ -232,7 +231,7 @@ def test_another_run_in_the_folder(finetune, tmp_path):
     assert record_of(tmp_path / "out")["layers"] == [2]
 
 
-def test_a_signal_to_the_whole_group(folder, saved, tmp_path):  # noqa: F811
+def test_a_signal_to_the_whole_group(folder, saved, tmp_path):
     """As a terminal and torchrun send it: to the processes that read images too, which must not die before the run."""
     out = tmp_path / "out"
     words = ["finetune", "--model", saved, "--data", folder, "--out", out, "--remove", 1, *SHORT, "--workers", 1,
@@ -303,7 +302,7 @@ def test_a_new_classifier_follows_the_seed_alone(finetune, tmp_path):
     assert "Both models answered the same images" not in report
 
 
-def test_what_it_says_on_the_way(finetune, folder, tmp_path):  # noqa: F811
+def test_what_it_says_on_the_way(finetune, folder, tmp_path):
     out = tmp_path / "out"
     code, printed, err = finetune("--remove", "1,2", "--val-data", folder, "--img-size", 48)
     assert code == 0, err
@@ -340,7 +339,7 @@ def test_the_folder_of_a_selection_is_refused(finetune, tmp_path):
     assert f"--out {tmp_path} holds a selection" in err
 
 
-def test_unreadable_images(finetune, folder, tmp_path):  # noqa: F811
+def test_unreadable_images(finetune, folder, tmp_path):
     import shutil
 
     data = Path(shutil.copytree(folder, tmp_path / "data"))
@@ -355,7 +354,7 @@ def test_unreadable_images(finetune, folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_processes_by_torchrun(folder, saved, tmp_path):  # noqa: F811
+def test_two_processes_by_torchrun(folder, saved, tmp_path):
     """The module form; a step's two micro-batches are shared out, and one process ends with nearly the same weights."""
     words = [
         "-m",

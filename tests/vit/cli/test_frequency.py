@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import IMAGES, WEIGHTS, small_vit
 from PIL import Image
+from places import IMAGES, WEIGHTS
 from rich.console import Console
+from small_models import small_vit
 from typer.testing import CliRunner, Result
 
 from lambda_kernels import UnsupportedModelError, convert_vit, save_pretrained

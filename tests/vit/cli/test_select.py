@@ -10,8 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import small_vit
-from test_cli import folder, run, saved  # noqa: F401 (fixtures)
+from small_models import small_vit
 
 from lambda_kernels import from_pretrained, save_pretrained
 from lambda_vit import Selection, transfer
@@ -21,7 +20,7 @@ QUICK = ["--no-profile", "--no-latency", "--eval-samples", 0]
 
 
 @pytest.fixture
-def select(run, saved, folder, tmp_path):  # noqa: F811
+def select(run, saved, folder, tmp_path):
     """Run `select` on the small model; gives (code, output, errors). Options given twice are taken from the call."""
 
     def call(*options: object, data: Path = folder, model: Path = saved, out: Path = tmp_path / "out"):
@@ -178,7 +177,7 @@ def test_no_times_without_latency(select, tmp_path):
 
 
 @pytest.fixture
-def own_classes(folder, tmp_path):  # noqa: F811
+def own_classes(folder, tmp_path):
     """Two class folders whose names say nothing to a model of ten classes."""
     for name, source in (("cat", "class3"), ("dog", "class7")):
         for split in ("train", "val"):
@@ -190,7 +189,7 @@ def commands_in(text: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("lambda-vit ")]
 
 
-def test_labels_of_other_classes(select, own_classes, tmp_path, run):  # noqa: F811
+def test_labels_of_other_classes(select, own_classes, tmp_path, run):
     """There is still the agreement; accuracies need a class map."""
     out = tmp_path / "out"
     code, printed, err = select("--count", 1, "--no-profile", "--no-latency", data=own_classes)
@@ -215,7 +214,7 @@ def test_labels_of_other_classes(select, own_classes, tmp_path, run):  # noqa: F
             assert code == 0, err
 
 
-def test_without_a_held_out_split(select, folder, tmp_path, run):  # noqa: F811
+def test_without_a_held_out_split(select, folder, tmp_path, run):
     for name, source in (("flat", folder / "train"), ("alone/train", folder / "train")):
         shutil.copytree(source, tmp_path / name)
         data = tmp_path / name.partition("/")[0]
@@ -234,7 +233,7 @@ def test_without_a_held_out_split(select, folder, tmp_path, run):  # noqa: F811
     assert any("tried on the images they were measured on" in note for note in record["warnings"])
 
 
-def test_next_commands_can_be_run_whatever_the_paths(run, folder, tmp_path):  # noqa: F811
+def test_next_commands_can_be_run_whatever_the_paths(run, folder, tmp_path):
     place = tmp_path / "a [b] 'c' [/d]"
     data, model = place / "my images", place / "the model"
     shutil.copytree(folder, data)
@@ -258,7 +257,7 @@ def test_next_commands_can_be_run_whatever_the_paths(run, folder, tmp_path):  # 
     ]
 
 
-def test_the_recommended_layers_come_next(run, select, tmp_path, monkeypatch):  # noqa: F811
+def test_the_recommended_layers_come_next(run, select, tmp_path, monkeypatch):
     import lambda_vit.selection_record as record
 
     monkeypatch.setattr(
@@ -321,7 +320,7 @@ def test_warnings_are_said_once(select):
     assert "last 1 block" not in err
 
 
-def test_bad_combinations_are_found_before_anything_is_loaded(run, folder, saved, monkeypatch, tmp_path):  # noqa: F811
+def test_bad_combinations_are_found_before_anything_is_loaded(run, folder, saved, monkeypatch, tmp_path):
     import lambda_vit.loading
 
     monkeypatch.setattr(lambda_vit.loading, "open_model", lambda *a, **k: pytest.fail("work began"))
@@ -332,7 +331,7 @@ def test_bad_combinations_are_found_before_anything_is_loaded(run, folder, saved
         assert (code, words in err) == (2, True)
 
 
-def test_headless_models(run, folder, tmp_path):  # noqa: F811
+def test_headless_models(run, folder, tmp_path):
     model = save_pretrained(small_vit(num_classes=0), tmp_path / "headless")
     command = ["select", "--model", model, "--data", folder, "--out", tmp_path / "out", "--count", 1, *QUICK]
     code, _, err = run(*command, "--strategy", "kl")
@@ -374,7 +373,7 @@ def test_bins_are_those_of_the_selection_in_the_trajectory_too(select, tmp_path)
     assert record["trajectory"]["steps"][0]["entropy"] == pytest.approx(record["selection"]["entropy_full"], rel=1e-9)
 
 
-def test_unreadable_images_of_training_are_left_out_by_plan_too(run, select, folder, tmp_path):  # noqa: F811
+def test_unreadable_images_of_training_are_left_out_by_plan_too(run, select, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "train" / "class3" / "1.png").write_bytes(b"nothing")
     code, printed, err = select("--count", 1, *QUICK, "--skip-bad", 1, data=tmp_path / "data")

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import small_vit
-from test_cli import folder, run, saved  # noqa: F401 (fixtures)
+from small_models import small_vit
 
 from lambda_kernels import save_pretrained
 
 
-def test_models_that_want_other_images_are_not_compared(run, folder, saved, tmp_path):  # noqa: F811
+def test_models_that_want_other_images_are_not_compared(run, folder, saved, tmp_path):
     other = small_vit()
     other.pretrained_cfg = {**other.pretrained_cfg, "mean": [0.1, 0.2, 0.3]}
     save_pretrained(other, tmp_path / "other")
@@ -22,7 +21,7 @@ def test_models_that_want_other_images_are_not_compared(run, folder, saved, tmp_
     assert "Validate each alone" in err
 
 
-def test_models_that_want_another_crop_are_compared_with_one(run, folder, saved, tmp_path):  # noqa: F811
+def test_models_that_want_another_crop_are_compared_with_one(run, folder, saved, tmp_path):
     other = small_vit()
     other.pretrained_cfg = {**other.pretrained_cfg, "crop_pct": 0.5}
     save_pretrained(other, tmp_path / "other")
@@ -46,7 +45,7 @@ def test_models_that_want_another_crop_are_compared_with_one(run, folder, saved,
         assert f"--crop-pct must be above 0 and at most 1, such as 0.9; got {share:g}" in err
 
 
-def alone_at(crop_pct: float, run: Callable, folder: Path, tmp_path: Path) -> list[dict]:  # noqa: F811
+def alone_at(crop_pct: float, run: Callable, folder: Path, tmp_path: Path) -> list[dict]:
     """The same network, whose own config asks for this crop."""
     network = small_vit()
     network.pretrained_cfg = {**network.pretrained_cfg, "crop_pct": crop_pct}
@@ -57,7 +56,7 @@ def alone_at(crop_pct: float, run: Callable, folder: Path, tmp_path: Path) -> li
     return json.loads(out.read_text())["variants"]
 
 
-def test_a_model_without_a_classifier_has_no_accuracy(run, folder, saved, tmp_path):  # noqa: F811
+def test_a_model_without_a_classifier_has_no_accuracy(run, folder, saved, tmp_path):
     features = save_pretrained(small_vit(num_classes=0), tmp_path / "features")
     code, _, err = run("validate", "--model", features, "--data", folder)
     assert code == 2

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_vit
 from PIL import Image
+from small_models import small_vit
 from stream_support import SMALL, assert_same, collected, image_set, write_folder, write_zip
 
 from lambda_vit.data import CorruptImageError, transforms_for

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import images, small_vit
 from export_support import KINDS, onnx_metadata, operators, run_onnx, small, smaller
+from places import REPOSITORY
 from runstate_support import in_a_child
+from small_models import images, small_vit
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -82,7 +83,7 @@ def test_the_kernels_of_a_gpu_stay_out():
 
 
 def test_forked_children_train_after_a_trace(traced):
-    """Not so where the first backward of a process comes after its first trace: see conftest.py."""
+    """Not so where the first backward of a process comes after its first trace: see torch_setup.py."""
     if torch.cuda.is_available():
         pytest.skip("autograd has a thread for the GPU, and cannot be forked")
     model = small_vit(depth=1)
@@ -132,7 +133,7 @@ def test_an_onnx_file_speaks_for_itself(onnx_file):
         assert len(dimensions) == sides
         assert dimensions[0].dim_param == "batch"
         assert not any(side.dim_param for side in dimensions[1:])
-    assert os.fsencode(str(Path(__file__).resolve().parents[1])) not in onnx_file.path.read_bytes()
+    assert os.fsencode(str(REPOSITORY)) not in onnx_file.path.read_bytes()
     assert b"stack_trace" not in onnx_file.path.read_bytes()
 
 

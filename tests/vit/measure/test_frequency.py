@@ -11,8 +11,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import images, small_vit
-from test_radial import spectra_by_loops
+from small_models import images, small_vit
+from spectra import spectra_by_loops
 
 from lambda_kernels import NonFiniteActivationError, UnsupportedModelError, convert_vit
 from lambda_kernels.families import inspect_model

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 
 from lambda_kernels import AlreadyConvertedError, NonFiniteActivationError, UnsupportedModelError, convert_vit
 from lambda_vit import dilute

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, WEIGHTS, images, small_vit
 from PIL import Image
+from places import IMAGES, WEIGHTS
+from report_support import made_up, printed
 from rich.console import Console
-from test_report import made_up, printed
+from small_models import images, small_vit
 from typer.testing import CliRunner, Result
 
 from lambda_kernels import NonFiniteActivationError, convert_vit, save_pretrained

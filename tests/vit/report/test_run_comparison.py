@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from test_report import Page
+from report_support import Page
 from training_support import recipe, tiny_vit, train_set, validation
 
 from lambda_kernels import convert_vit, from_pretrained

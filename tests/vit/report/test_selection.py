@@ -6,8 +6,8 @@ import re
 import warnings
 
 import pytest
+from report_support import Page, assert_tables_are_whole, made_up, printed
 from selection_records import CRITERIA, selection_record, steps_of
-from test_report import Page, assert_tables_are_whole, made_up, printed
 
 from lambda_vit import figures, report, report_selection, units
 from lambda_vit.figure_style import new_figure

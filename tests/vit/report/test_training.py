@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page, assert_tables_are_whole, printed
+from report_support import Page, assert_tables_are_whole, printed
 from training_records import COMMAND, LAYERS, variants, write_run
 
 import lambda_vit.cli as cli

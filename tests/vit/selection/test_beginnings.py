@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import images, small_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_support import labelled
+from small_models import images, small_vit
 
 from lambda_vit import select_layers
 from lambda_vit.beginnings import Beginnings, nodes, positions

@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 import torch
-from conftest import images, small_vit
 from safetensors import SafetensorError
 from selection_support import CountingLoader, Endless, labelled
+from small_models import images, small_vit
 
 from lambda_vit import embeddings, select_layers
 from lambda_vit.embeddings import Batch

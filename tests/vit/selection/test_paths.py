@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import images, small_vit
 from selection_support import labelled, plain_outputs, plain_result
+from small_models import images, small_vit
 from timm.models.vision_transformer import VisionTransformer
 
 from lambda_kernels import UnsupportedModelError, convert_vit

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY, small_vit
+from process_support import launch
 from selection_support import CountingLoader, labelled
-from test_cli import make_images
+from small_models import small_vit
+from stream_support import make_images
 
 from lambda_kernels import save_pretrained
 from lambda_vit import Selection, select_layers
@@ -42,29 +42,10 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore::lambda_vit.selection.SelectionWarning"),
 ]
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore",
-    "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "python", Path(__file__).parent))),
-}  # fmt: skip
 
 
 def data() -> list:
     return labelled(43, 8)
-
-
-def launch(commands: list[list[object]], *environments: dict[str, str]) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of processes that run beside each other."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen([sys.executable, *map(str, command)], **pipes, env=ENVIRONMENT | own)
-        for command, own in zip(commands, environments or [{}] * len(commands), strict=True)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])

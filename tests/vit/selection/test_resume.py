@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import small_vit
 from selection_support import CountingLoader, labelled
+from small_models import small_vit
 from torch.utils.data import DataLoader, TensorDataset
 
 import lambda_kernels.files

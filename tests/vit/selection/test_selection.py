@@ -10,7 +10,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, images, small_vit
+from places import IMAGES
+from small_models import images, small_vit
 
 from lambda_kernels import EntropyMeter, NonFiniteActivationError, convert_vit
 from lambda_vit import Selection, profile_layers, select_layers, transfer_entropy

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import small_vit
 from selection_support import labelled, plain_result
+from small_models import small_vit
 
 from lambda_kernels import NonFiniteActivationError, convert_vit
 from lambda_vit import Selection, select_layers, stopping

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import small_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import small_vit
 
 from lambda_kernels import convert_vit
 from lambda_kernels.errors import UnsupportedModelError

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import images, small_vit
+from small_models import images, small_vit
 from torch import nn
 
 from lambda_kernels import (

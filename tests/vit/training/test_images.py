@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_vit
-from test_cli import make_images
-from test_training_resume import check_same_end, killed_at
-from test_training_resume import forked as in_a_fork
+from resume_support import check_same_end, killed_at
+from resume_support import forked as in_a_fork
+from small_models import small_vit
+from stream_support import make_images
 from training_support import train_set, trainer
 
 from lambda_kernels import from_pretrained

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, small_vit
+from small_models import images, small_vit
 from timm.layers import DropPath
 from torch import nn
 from training_support import Notes, largest_difference, plain, recipe, same_weights, tiny_vit, train_set, trainer

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, small_vit
+from small_models import images, small_vit
 from torch import nn
 
 from lambda_kernels import UnsupportedModelError, convert_vit

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_selection_processes import launch
-from test_training_resume import OWN, check_same_end, run
+from process_support import launch
+from resume_support import OWN, check_same_end, run
 from training_support import Notes, largest_difference, recipe, same_weights, tiny_vit, train_set, trainer, validation
 
 from lambda_vit.processes import Processes, process_group

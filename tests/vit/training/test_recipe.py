@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import yaml
+from places import REPOSITORY
 
 from lambda_vit.dilution import LambdaSchedule
 from lambda_vit.training.recipe import FOLDER, Recipe, load_recipe, shipped
@@ -209,7 +209,7 @@ def test_the_shipped_recipes_load_and_are_listed():
 
 
 def test_the_recipes_are_packed():
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
     assert '"recipes/*.yaml"' in project
 
 

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from process_support import ENVIRONMENT
 from runstate_support import in_a_child
-from test_selection_processes import ENVIRONMENT
 
 from lambda_vit.training.runstate import StopRequest, spare_worker
 from lambda_vit.worker_signals import STOPPING, held_back, started

@@ -20,8 +20,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import REPOSITORY
 
-HERE = Path(__file__).resolve().parent
+EMULATION = Path(__file__).with_name("cuda_emulation.cpp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 CHANNEL, LAYER, SAMPLE = range(3)
 CODES = 10240
@@ -52,8 +53,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no g++ and no clang++ here")
     path = tmp_path_factory.mktemp("emulation") / "cuda_emulation.so"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{HERE.parent / 'csrc'}"]
-    subprocess.run([compiler, *flags, HERE / "cuda_emulation.cpp", "-o", path], check=True, capture_output=True)
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{REPOSITORY / 'csrc'}"]
+    subprocess.run([compiler, *flags, EMULATION, "-o", path], check=True, capture_output=True)
     return ctypes.CDLL(str(path))
 
 

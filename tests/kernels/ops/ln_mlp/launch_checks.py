@@ -1,7 +1,7 @@
 """Checks of real launches without a GPU: Triton's own path from arguments to a compiled kernel, and a driver that only notes.
 
-A program of its own, because it needs Triton without the interpreter: `python tests/launch_checks.py` prints, as JSON, what
-each check raised, or null.
+A program of its own, because it needs Triton without the interpreter: `python tests/kernels/ops/ln_mlp/launch_checks.py`
+prints, as JSON, what each check raised, or null.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import interpreter_obstacle
+from torch_setup import interpreter_obstacle
 
 pytest.importorskip("triton")
 

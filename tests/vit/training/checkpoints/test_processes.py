@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from process_support import launch
 from runstate_support import assert_same, filled, listing, names, sample
 
 from lambda_kernels.errors import CheckpointError
@@ -27,8 +28,6 @@ PARTS = ["wrote", "resumed", "went back", "failed", "refused", "cleared", "elsew
 
 
 def test_two_processes(tmp_path):
-    from test_selection_processes import launch  # the processes themselves need nothing of that
-
     filled(tmp_path / "damaged", 10, 20, 30)
     os.truncate(tmp_path / "damaged" / "step-000000030.pt", 99)
     for rank in range(2):  # folders that look alike and are not the same

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_vit
 from runstate_support import assert_same, filled, listing, names, sample
+from small_models import small_vit
 from torch import nn
 
 from lambda_vit.training.checkpoint_file import prepare
