@@ -339,7 +339,8 @@ else:
 
 def test_the_part_of_the_gpu_run(tmp_path, monkeypatch):
     assert tuple(questions.QUESTIONS) == gpu.QUESTIONS
-    (tmp_path / "questions.py").write_text(PART, encoding="utf-8")
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "questions.py").write_text(PART, encoding="utf-8")
     monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(gpu, "QUESTION_S", 3.0)
     monkeypatch.setattr(gpu, "PARTS", {"questions": (gpu.questions, 14, 1)})
@@ -361,7 +362,8 @@ def test_the_part_of_the_gpu_run(tmp_path, monkeypatch):
 
 
 def test_questions_that_no_time_is_left_for_are_named(tmp_path, monkeypatch):
-    (tmp_path / "questions.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "questions.py").write_text("import time; time.sleep(60)", encoding="utf-8")
     monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(gpu, "QUESTION_S", 1.0)
     monkeypatch.setattr(gpu, "QUESTIONS", ("l2", "atomics"))
@@ -376,7 +378,8 @@ def test_a_question_that_was_not_asked_is_no_pass(tmp_path, monkeypatch):
 print(json.dumps({"question": sys.argv[2], "row": {"needed_with_rows": {"64": 12.3}, "good": True}}), flush=True)
 time.sleep(3)
 """
-    (tmp_path / "questions.py").write_text(code, encoding="utf-8")
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "questions.py").write_text(code, encoding="utf-8")
     monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(gpu, "QUESTION_S", 20.0)
     monkeypatch.setattr(gpu, "QUESTIONS", ("l2", "atomics"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,16 @@ def no_unexpected_warning() -> None:
 
 def latest() -> tuning.Decision:
     return tuning.decisions()[-1]
+
+
+def measure_in_a_process(folder: str, stage: str, together: object) -> None:
+    """What a process does that a test spawns: choose a way for a stage, at the same time as another process."""
+    os.environ["LAMBDA_KERNELS_CACHE"] = folder
+    simulate_cuda()
+    torch.cuda.is_current_stream_capturing = lambda: False
+    tuning._interpreted = lambda: False
+    write = tuning.write_json
+    # Between reading and writing there is time for the other process to do the same, if nothing keeps it from that.
+    tuning.write_json = lambda path, value: time.sleep(0.3) or write(path, value)
+    together.wait(60)
+    usual().choose(replace(FC1, stage=stage))

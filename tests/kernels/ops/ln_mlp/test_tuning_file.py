@@ -25,8 +25,8 @@ from tuning_support import (
     Ways,
     cache_file,  # noqa: F401
     latest,
+    measure_in_a_process,
     no_unexpected_warning,  # noqa: F401
-    simulate_cuda,
     usual,
 )
 
@@ -285,25 +285,13 @@ def test_a_lock_that_is_never_released_is_waited_for_in_vain(cache: Path, monkey
     assert "library" in cache.read_text()
 
 
-def _measure_in_a_process(folder: str, stage: str, together: object) -> None:
-    os.environ["LAMBDA_KERNELS_CACHE"] = folder
-    simulate_cuda()
-    torch.cuda.is_current_stream_capturing = lambda: False
-    tuning._interpreted = lambda: False
-    write = tuning.write_json
-    # Between reading and writing there is time for the other process to do the same, if nothing keeps it from that.
-    tuning.write_json = lambda path, value: time.sleep(0.3) or write(path, value)
-    together.wait(60)
-    usual().choose(replace(FC1, stage=stage))
-
-
 @pytest.mark.skipif(tuning.fcntl is None, reason="no locks here")
 def test_processes_that_write_at_once_lose_nothing(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(2)
     stages = ("fc1", "fc2")
     processes = [
-        context.Process(target=_measure_in_a_process, args=(str(cache.parent), stage, together)) for stage in stages
+        context.Process(target=measure_in_a_process, args=(str(cache.parent), stage, together)) for stage in stages
     ]
     for process in processes:
         process.start()
