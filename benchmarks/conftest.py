@@ -7,14 +7,16 @@ and so is what was skipped or failed, with the reason.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import intervals
 import pytest
-import records
-import targets
-import turns
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.support import intervals, turns
+from benchmarks.tools import records, targets
 
 # What the turns of a benchmark of the subset may take.
 QUICK_S = 4.0
@@ -179,7 +181,7 @@ def _ranged(name: str, ratio: dict[str, float]) -> dict[str, float]:
 @pytest.fixture(scope="session")
 def ceilings() -> object:
     """What this GPU reaches at best, measured once."""
-    import gpu_timing
+    from benchmarks.support import gpu_timing
 
     return gpu_timing.ceilings()
 
@@ -187,10 +189,10 @@ def ceilings() -> object:
 @pytest.fixture
 def race(benchmark, ceilings, request: pytest.FixtureRequest) -> Callable[..., dict]:
     """Time versions against rivals on the GPU, as launched one by one and as CUDA graphs, taking turns in one process."""
-    import gpu_timing
     import torch
 
-    from lambda_kernels.ops.ln_mlp import tracing
+    from benchmarks.support import gpu_timing
+    from lambda_kernels.ops.ln_mlp import tracing as tracing
 
     def run(
         what: str,

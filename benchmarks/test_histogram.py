@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import verify
 from torch import Tensor
 
-from lambda_kernels.ops.histogram.function import Histogram, histogram
-from lambda_kernels.ops.histogram.grids import uniform_grid
+from benchmarks.support import verify
+from lambda_kernels.ops.histogram import histogram, uniform_grid
+from lambda_kernels.ops.histogram.function import Histogram
 
 pytestmark = [pytest.mark.benchmark(group="histogram"), pytest.mark.usefixtures("one_thread")]
 

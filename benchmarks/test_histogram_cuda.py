@@ -11,14 +11,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_timing
 import pytest
 import torch
-import verify
-from toolkit import shared_library
 from torch import Tensor
 
-from lambda_kernels.ops.histogram import function as ops
+from benchmarks.support import gpu_timing, verify
+from benchmarks.support.toolkit import shared_library
+from lambda_kernels.ops import histogram as ops
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

@@ -12,18 +12,17 @@ import statistics
 import time
 from collections.abc import Callable
 
-import gpu_timing
 import pytest
-import targets
 import torch
-import verify
-from halves import MODES, WIDTHS, TimmHalf, compiled
 from timm.models.vision_transformer import Block
 
+from benchmarks.support import gpu_timing, verify
+from benchmarks.support.halves import MODES, WIDTHS, TimmHalf, compiled
+from benchmarks.tools import targets
 from lambda_kernels import AttentionFreeBlock, ln_mlp
-from lambda_kernels.ops.ln_mlp import reference
-from lambda_kernels.ops.ln_mlp.fused import tuning
-from lambda_kernels.ops.ln_mlp.fused.kernels import configs
+from lambda_kernels.ops.ln_mlp import reference as reference
+from lambda_kernels.ops.ln_mlp.fused import tuning as tuning
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs as configs
 from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

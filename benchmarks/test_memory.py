@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import targets
 import timm.models.vision_transformer
 import torch
-import verify
-from halves import TimmHalf
-from peaks import peak_bytes
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # this file is run by its path
+
+from benchmarks.support import verify
+from benchmarks.support.halves import TimmHalf
+from benchmarks.support.peaks import peak_bytes
+from benchmarks.tools import targets
 from lambda_kernels import AttentionFreeBlock
 from lambda_vit.training.plan.step_timing import saved_bytes
 

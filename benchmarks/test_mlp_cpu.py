@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import verify
-from halves import MODES, WIDTHS, TimmHalf, compiled, cpu_backends
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from benchmarks.support import verify
+from benchmarks.support.halves import MODES, WIDTHS, TimmHalf, compiled, cpu_backends
 from lambda_kernels import AttentionFreeBlock
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import verify
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from benchmarks.support import verify
 from lambda_kernels import convert_vit
 from lambda_vit.demo import ARCHITECTURE, MODEL_ARGS
 from lambda_vit.training.images.stream import LoaderStream
@@ -142,7 +142,7 @@ def test_without_attention(name, against, quick):
 @pytest.mark.parametrize("name", ["T", "S", "B"])
 def test_without_attention_on_a_gpu(name, race):
     """In bfloat16, batch 64. A graph is not captured: the optimizer asks the host."""
-    from test_vit_cuda import Contest
+    from benchmarks.test_vit_cuda import Contest
 
     contest = Contest(name, 64)
     contest.verified()

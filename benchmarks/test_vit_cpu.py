@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-import verify
-from halves import MODES, compiled, cpu_backends
 from torch import Tensor, nn
 
+from benchmarks.support import verify
+from benchmarks.support.halves import MODES, compiled, cpu_backends
 from lambda_kernels import convert_vit
 
 # name → (timm's model, the attention layers that go)

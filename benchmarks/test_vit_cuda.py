@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import gpu_timing
 import pytest
 import timm
 import torch
-import verify
-from halves import MODES as COMPILED
-from halves import compiled
 
+from benchmarks.support import gpu_timing, verify
+from benchmarks.support.halves import MODES as COMPILED
+from benchmarks.support.halves import compiled
 from lambda_kernels import convert_vit
 
 pytestmark = [

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from places import IMAGES, REPOSITORY, WEIGHTS
+from torch_setup import interpreter_obstacle
 
-# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this variable while it is imported; afterwards
-# its own switch takes over, and processes that tests start know nothing of it.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    with contextlib.suppress(ImportError):  # there is no Triton for macOS and Windows
-        import triton
-
-        triton.knobs.runtime.interpret = True
-    del os.environ["TRITON_INTERPRET"]
-
-
-def interpreter_obstacle(triton_version: str, numpy_version: str) -> str:
-    """Why Triton's interpreter cannot run the kernels with this NumPy; empty where it can."""
-    old = tuple(map(int, triton_version.split(".")[:2])) < (3, 7)
-    if not old or tuple(map(int, numpy_version.split(".")[:2])) < (2, 4):
-        return ""
-    return (
-        f"Triton {triton_version}'s interpreter does not work with NumPy {numpy_version}, and there is no GPU to run the "
-        "kernels on: pip install 'numpy<2.4', or Triton 3.7 or later"
-    )
+# Tests import the tools of benchmarks/; behind everything else, so that an installed lambda_kernels is the one that is tested.
+sys.path.append(str(REPOSITORY))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,19 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if obstacle := interpreter_obstacle(triton.__version__, numpy.__version__):
             raise pytest.UsageError(obstacle)
-
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-WEIGHTS = "deit_tiny_patch16_224.safetensors"
-IMAGES = "imagenette_224.zip"
-
-# The models are tiny: a second thread gains nothing, and waiting for it costs a factor of ten where a core is busy.
-torch.set_num_threads(1)
-
-# Autograd starts a thread for every GPU at the first backward of a process, whose forked children cannot train any more. Once
-# torch.compile or torch.export has traced anything it finds GPUs where there are none (FakeTensorMode makes them up). What
-# the first backward finds is final, so it comes before them.
-torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(scope="session")
@@ -73,31 +45,6 @@ def deit_tiny(real_data: Path) -> torch.nn.Module:
     from lambda_vit.cli.models import open_model
 
     return open_model("deit_tiny_patch16_224", weights=real_data / WEIGHTS)
-
-
-def small_vit(name: str = "vit_tiny_patch16_224", **options: object) -> torch.nn.Module:
-    """A timm model of width 48 and depth 4 on 32×32 images with 10 classes, seeded, in eval mode.
-
-    Biases, norms and LayerScale gammas get values that are not tiny, so that leaving one out is seen.
-    """
-    import timm
-
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
-    model = timm.create_model(name, pretrained=False, **{**sizes, **options})
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        spread = 0.3 if parameter.dim() < 2 else 0.05
-        with torch.no_grad():
-            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
-            if name.endswith("gamma"):
-                parameter.add_(0.5)
-    return model.eval()
-
-
-def images(count: int = 4, size: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
-    """Random images `[count, channels, size, size]`."""
-    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)

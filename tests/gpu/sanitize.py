@@ -20,16 +20,17 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support" / "kernels"))
 
 from mlp_cases import NAMES, TOLERANCES, in_float64, problem, relative_error
-from toolkit import shared_library
 
+from benchmarks.support.toolkit import shared_library
 from lambda_kernels import ln_mlp
-from lambda_kernels.ops.histogram import _extension
-from lambda_kernels.ops.ln_mlp import reference, tracing
-from lambda_kernels.ops.ln_mlp.fused import tuning
+from lambda_kernels.ops.histogram import _extension as _extension
+from lambda_kernels.ops.ln_mlp import reference as reference
+from lambda_kernels.ops.ln_mlp import tracing as tracing
+from lambda_kernels.ops.ln_mlp.fused import tuning as tuning
 
 DTYPE = torch.bfloat16
 LIBRARY = dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library")

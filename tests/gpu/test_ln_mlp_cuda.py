@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import images, small_vit
 from mlp_cases import NAMES, TOLERANCES, errors, problem, relative_error
+from small_models import images, small_vit
 
 from lambda_kernels import AttentionFreeBlock, convert_vit, ln_mlp
 from lambda_kernels.convert.conversion import describe_blocks

@@ -8,8 +8,8 @@ from pathlib import Path
 import mlp_cases
 import pytest
 import torch
-from conftest import images, small_vit
 from mlp_cases import NAMES, in_float64, problem, relative_error
+from small_models import images, small_vit
 
 from lambda_kernels import convert_vit, ln_mlp
 from lambda_kernels.ops.ln_mlp import reference, tracing

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from conftest import small_vit
+from small_models import small_vit
 
 from lambda_vit import plan_training
 from lambda_vit.training.plan import planning

@@ -1,0 +1,237 @@
+"""lambda_vit.training.recipe: what is accepted, what wins, and what ships."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from places import REPOSITORY
+
+from lambda_vit.training.dilution import LambdaSchedule
+from lambda_vit.training.recipe import FOLDER, Recipe, load_recipe, shipped
+
+FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+
+# For every field values that are refused, and a piece of what is expected instead.
+REFUSED = {
+    "epochs": ([0, 2.5, "30", True, None], "whole number in [1, ∞)"),
+    "dilution_epochs": ([-1, "long", float("inf"), 31.0], "[0, ∞), or nothing|no more than epochs=30"),
+    "dilution": (["quadratic", None], "one of linear, cosine, step, none"),
+    "dilution_per": (["image"], "one of step, epoch"),
+    "batch_size": ([0, 1.5], "whole number in [1, ∞)"),
+    "micro_batch": ([0, -2, 3, 100, 1024], "whole number in [1, ∞), or nothing|a divisor of batch_size=512"),
+    "opt": (["adamx", "", 3], "an optimizer of timm, such as|a name"),
+    "lr": ([0, -1e-3, "fast", float("nan")], "a number in (0, ∞), or nothing"),
+    "base_lr": ([0, None], "a number in (0, ∞)"),
+    "min_lr": ([-1e-9, 1e-3], "[0, ∞)|no more than the peak of the learning rate, base_lr·batch_size/512=0.0005"),
+    "weight_decay": ([-0.1], "[0, ∞)"),
+    "betas": ([0.9, [0.9], [0.9, 1.0], [0.9, 0.99, 0.999], ["a", 0.9]], "two numbers in [0, 1), or nothing"),
+    "eps": ([0], "(0, ∞), or nothing"),
+    "layer_decay": ([0, 1.1], "(0, 1], or nothing"),
+    "sched": (["step", "Cosine"], "one of cosine, tanh, poly"),
+    "warmup_epochs": ([-1, 31.0], "[0, ∞), or nothing|no more than epochs=30"),
+    "warmup_lr": ([-1, 1e-3], "[0, ∞)|no more than the peak"),
+    "clip_grad": ([0, -1], "(0, ∞), or nothing"),
+    "label_smoothing": ([-0.1, 1], "[0, 1)"),
+    "mixup": ([-1, False], "[0, ∞)"),
+    "cutmix": ([-1], "[0, ∞)"),
+    "mixup_prob": ([1.1], "[0, 1]"),
+    "mixup_switch_prob": ([-0.1], "[0, 1]"),
+    "mixup_mode": (["half"], "one of batch, pair, elem"),
+    "mixup_off_epoch": ([-1, 0.5], "whole number in [0, ∞)"),
+    "aa": (["foo", "rand-q9x", "augmix-z3", 3], "a policy of timm|a name, or nothing"),
+    "color_jitter": ([-0.1, [0.1, 0.2, 0.3]], "[0, ∞), or nothing"),
+    "reprob": ([1.5], "[0, 1]"),
+    "remode": (["black"], "one of const, rand, pixel"),
+    "recount": ([0], "[1, ∞)"),
+    "repeated_aug": ([-1, 1, 2.5], "whole number in [0, ∞)|0 for one view of every image, or at least 2"),
+    "train_interpolation": (["cubic"], "one of bicubic, bilinear"),
+    "scale": ([0.5, [0, 1], [0.5, 0.1], [0.5, 1.5]], "two numbers in (0, 1], the lower first"),
+    "ratio": ([[0, 1], [2, 1], None], "two numbers in (0, ∞), the lower first"),
+    "hflip": ([-0.5], "[0, 1]"),
+    "crop_pct": ([0, 1.2], "(0, 1], or nothing"),
+    "img_size": ([0, 224.0, [224, 224]], "whole number in [1, ∞), or nothing"),
+    "drop_path": ([1], "[0, 1), or nothing"),
+    "drop": ([-0.1], "[0, 1), or nothing"),
+    "ema": ([0, 1], "(0, 1), or nothing"),
+    "ema_warmup": (["yes", 1], "true or false"),
+    "amp": (["fp32", True], "one of none, bf16, fp16"),
+    "compile": (["true"], "true or false"),
+    "recompute": (["some"], "one of auto, none, act, all"),
+    "distillation": (["token"], "one of none, soft, hard"),
+    "distillation_alpha": ([1.5], "[0, 1]"),
+    "distillation_tau": ([0], "(0, ∞)"),
+    "freeze": (["head", [-1], [True], [0, 0], [1.0]], "'embed' and block indices, each once"),
+    "val_every": ([0], "[1, ∞)"),
+    "checkpoint_every": ([0], "[1, ∞), or nothing"),
+    "seed": ([-1, 0.5], "[0, ∞)"),
+}
+
+
+def test_every_field_is_checked():
+    assert set(REFUSED) == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, (values, _) in REFUSED.items() for value in values]
+)
+def test_a_wrong_value_is_refused_with_its_name_and_what_is_expected(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}=") as caught:
+        Recipe(**{name: value})
+    assert f"{name}={value!r}: expected " in str(caught.value)
+    assert any(piece in str(caught.value) for piece in REFUSED[name][1].split("|"))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"dilution": "none", "dilution_epochs": 3}, "dilution_epochs=3.0: expected None or 0 with dilution='none'"),
+        ({"epochs": 5, "dilution_epochs": 6}, "dilution_epochs=6.0: expected no more than epochs=5"),
+        ({"lr": 1e-6, "warmup_epochs": 0}, "min_lr=1e-05: .*, lr=1e-06"),
+        ({"batch_size": 8, "min_lr": 0, "warmup_lr": 1e-5}, "warmup_lr=1e-05: .*, base_lr·batch_size/512=7.8125e-06"),
+        ({"batch_size": 15, "micro_batch": 5, "lr": 1e-3}, "micro_batch=5: expected an even number, since mixup"),
+    ],
+)
+def test_values_that_do_not_fit_each_other_are_refused(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**knobs)
+
+
+def test_what_only_matters_together_is_let_be():
+    assert Recipe(dilution="none").dilution_length == 0
+    assert Recipe(dilution="none", dilution_epochs=0).dilution_length == 0
+    assert Recipe(batch_size=15, micro_batch=5, lr=1e-3, mixup=0, cutmix=0).check_micro_batch(5) == 3
+    assert not Recipe(mixup_prob=0).mixes
+    Recipe(lr=1e-6, min_lr=0, warmup_lr=1e-3, warmup_epochs=0)
+
+
+def test_what_is_left_open_follows_from_the_rest():
+    assert (Recipe().dilution_length, Recipe(epochs=8).dilution_length) == (22.5, 6)
+    assert [Recipe(epochs=n).warmup_length for n in (3, 30, 300)] == [0.5, 5, 5]
+    assert Recipe(warmup_epochs=0).warmup_length == 0
+    assert Recipe(batch_size=2048).peak_lr == 2e-3
+    assert Recipe(lr=0.1, batch_size=2048).peak_lr == 0.1
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "lookahead_adamw", "AdamW"])
+def test_timms_optimizers_are_known(name):
+    assert Recipe(opt=name).opt == name
+
+
+@pytest.mark.parametrize("policy", ["rand-m7-n3", "augmix-m3-w2", "original-mstd0.5", "3a", None, "none"])
+def test_timms_policies_are_known(policy):
+    assert Recipe(aa=policy).aa == (None if policy == "none" else policy)
+
+
+def test_a_word_on_the_command_line_empties_a_field():
+    recipe = load_recipe("deit-tiny", {"ema": "none", "drop_path": "none"})
+    assert recipe.ema is None
+    assert recipe.drop_path is None
+
+
+def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 12\nmixup: 0.5\nweight-decay: 5e-2\nfreeze: [embed, 0]\n")
+    recipe = load_recipe(path, {"mixup": 0.1})
+    assert (recipe.epochs, recipe.mixup, recipe.cutmix, recipe.freeze) == (12, 0.1, Recipe().cutmix, ("embed", 0))
+    assert recipe.weight_decay == 0.05  # which YAML takes for text
+    assert load_recipe(None, {"epochs": 3}) == Recipe(epochs=3)
+    assert load_recipe() == Recipe()
+
+
+def test_a_base_rate_given_as_an_option_wins_over_a_rate_of_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("lr: 0.1\n")
+    assert load_recipe(path).peak_lr == 0.1
+    assert load_recipe(path, {"base_lr": 1e-3}).peak_lr == 1e-3
+    assert load_recipe(path, {"base_lr": 1e-3, "lr": 0.2}).peak_lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weight_decy: 0.1", r"unknown field 'weight_decy' \(in .*mine.yaml\). Did you mean weight_decay\?"),
+        ("xyzzy: 1", r"unknown field 'xyzzy' .* There is: epochs, dilution_epochs"),
+        ("mixup: 1\nmixup: 2", "cannot read the recipe .*mine.yaml: 'mixup' stands there twice"),
+        ("mixup: [", "cannot read the recipe .*mine.yaml"),
+        ("just words", "expected 'field: value' lines, got str"),
+        ("mixup: off", r"recipe .*mine.yaml: mixup=False: expected a number in \[0, ∞\)"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+
+
+def test_unknown_options_and_recipes_are_refused_with_the_nearest_name():
+    with pytest.raises(
+        ValueError, match=r"unknown field 'lable_smoothing' \(an option\). Did you mean label_smoothing"
+    ):
+        load_recipe("short", {"lable_smoothing": 0.1})
+    with pytest.raises(ValueError, match=r"'deit-tny' is neither a file nor .* Did you mean deit-tiny\?"):
+        load_recipe("deit-tny")
+    with pytest.raises(ValueError, match="There is: deit-base, deit-small, deit-tiny, digits, short, transfer"):
+        load_recipe("xyzzy")
+    with pytest.raises(ValueError, match=r"recipe deit-tiny, with epochs=10: dilution_epochs=299\.0"):
+        load_recipe("deit-tiny", {"epochs": 10})
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "mine.yaml").write_text("# nothing\n")
+    assert load_recipe(tmp_path / "mine.yaml") == Recipe()
+
+
+@pytest.mark.parametrize("name", [None, "deit-tiny", "digits"])
+def test_what_is_written_is_read_back(tmp_path, name):
+    recipe = load_recipe(name, {"freeze": ["embed", 3], "betas": [0.9, 0.95], "seed": 2**40})
+    recipe.write(tmp_path / "deep" / "config.yaml")
+    assert load_recipe(tmp_path / "deep" / "config.yaml") == recipe
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["config.yaml"]
+    assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_equal_numbers_are_kept_alike():
+    assert Recipe(mixup=1).to_dict() == Recipe(mixup=1.0).to_dict()
+    assert json.dumps(Recipe(mixup=1).to_dict()) == json.dumps(Recipe(mixup=1.0).to_dict())
+
+
+def test_the_shipped_recipes_load_and_are_listed():
+    assert set(shipped()) == {"deit-tiny", "deit-small", "deit-base", "short", "transfer", "digits"}
+    for name, description in shipped().items():
+        assert len(description) > 20
+        assert load_recipe(name) == load_recipe(FOLDER / f"{name}.yaml")
+        comments = [line for line in (FOLDER / f"{name}.yaml").read_text("utf-8").splitlines() if line.startswith("#")]
+        assert comments, f"{name} does not say where its figures come from"
+
+
+def test_the_recipes_are_packed():
+    project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
+    assert '"recipes/*.yaml"' in project
+
+
+@pytest.mark.parametrize("name", ["deit-tiny", "deit-small", "deit-base"])
+def test_the_papers_recipes_hold_its_figures(name):
+    recipe = load_recipe(name)
+    expected = {
+        "epochs": 400, "batch_size": 2048, "micro_batch": 256, "opt": "adamw", "base_lr": 5e-4, "min_lr": 1e-5,
+        "warmup_lr": 1e-6, "warmup_epochs": 5, "weight_decay": 0.05, "sched": "cosine", "aa": "rand-m9-mstd0.5-inc1",
+        "color_jitter": 0.3, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "reprob": 0.25, "remode": "pixel",
+        "ema": 0.99996, "drop_path": 0.1, "repeated_aug": 3, "train_interpolation": "bicubic", "clip_grad": None,
+        "dilution": "linear", "dilution_per": "epoch",
+    }  # fmt: skip
+    assert {key: recipe.to_dict()[key] for key in expected} == expected
+    assert recipe.peak_lr == 2e-3
+    given = yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8"))
+    assert set(expected) - {"clip_grad"} <= set(given)  # spelt out, whatever becomes of the defaults
+    lam = LambdaSchedule(recipe.dilution_length, recipe.dilution)
+    assert [lam(epoch) for epoch in range(recipe.epochs)] == [max(0.0, 1 - epoch / 299) for epoch in range(400)]
+
+
+def test_dropping_at_once_forgets_how_long_a_recipe_fades():
+    assert load_recipe("deit-tiny", {"dilution": "none"}).dilution_length == 0
+    with pytest.raises(ValueError, match=r"dilution_epochs=3\.0: expected None or 0 with dilution='none'"):
+        load_recipe("deit-tiny", {"dilution": "none", "dilution_epochs": 3})
