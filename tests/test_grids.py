@@ -229,7 +229,11 @@ def test_packing() -> None:
         (lambda: ops.uniform_grid(0.0, 1.0, True), TypeError, "bins must be an integer from 1 to 65536; got True"),
         (lambda: ops.uniform_grid([0.0], 1.0, 4), TypeError, "lo must be a number or a tensor; got list"),
         (lambda: ops.uniform_grid(0.0, "1", 4), TypeError, "hi must be a number or a tensor; got str"),
-        (lambda: ops.uniform_grid(0.0, 1.0, 4, channels=-1), ValueError, "channels must be an integer of at least 0; got -1"),
+        (
+            lambda: ops.uniform_grid(0.0, 1.0, 4, channels=-1),
+            ValueError,
+            "channels must be an integer of at least 0; got -1",
+        ),
         (
             lambda: ops.uniform_grid(0.0, 1.0, 4, channels=2.0),
             TypeError,
