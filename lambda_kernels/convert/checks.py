@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +13,15 @@ from ..blocks.families import layer_scale
 from ..blocks.mlp_block import find_family
 from ..blocks.structure import ViTStructure
 from ..errors import UnsupportedModelError
+from ..ops.checks import as_int
 
 # Below this, LayerScale makes the MLP branch so small that a doubled residual drowns it.
 SMALL_GAMMA = 0.05
+
+
+def unwrap_layers(layers: Any) -> Any:
+    """The block indices of a `Selection`; anything else as it is."""
+    return getattr(layers, "layers", layers)
 
 
 def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int, ...]:
@@ -26,20 +32,15 @@ def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int
         depth: Number of blocks.
         name: The argument's name for the message.
     """
-    layers = getattr(layers, "layers", layers)
+    layers = unwrap_layers(layers)
     allowed = f"block indices are integers from 0 to {depth - 1}"
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
         raise ValueError(f"{name} must be a sequence of block indices; got {layers!r}. {allowed}")
     checked: list[int] = []
     for value in layers:
-        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-            raise ValueError(f"{name} holds {value!r}: {allowed}")
-        try:
-            index = operator.index(value)
-        except TypeError:
-            raise ValueError(f"{name} holds {value!r}: {allowed}") from None
-        if not 0 <= index < depth:
-            raise ValueError(f"{name} holds {index}, but {allowed}")
+        index = as_int(value)
+        if index is None or not 0 <= index < depth:
+            raise ValueError(f"{name} holds {value!r}, but {allowed}")
         if index in checked:
             raise ValueError(f"{name} holds {index} twice")
         checked.append(index)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -13,6 +11,7 @@ from ..blocks.hooks import is_altered
 from ..blocks.merging_block import MergingSequential, find_merging_obstacles
 from ..blocks.refusals import qualified_name
 from ..errors import UnsupportedModelError
+from ..ops.checks import require_int
 
 DEFAULT_START = 1
 
@@ -21,26 +20,16 @@ def resolve_tome_settings(model: nn.Module, tome_r: object, tome_start: object) 
     """`tome_r` as an integer or a tuple of them, and `tome_start` as an integer; None is what `model` was converted with.
 
     Raises:
-        ValueError: They are no whole numbers, or negative.
+        ValueError: They are not integers, or negative.
     """
     info = getattr(model, "lambda_kernels_info", None)
     tome_r = getattr(info, "tome_r", 0) if tome_r is None else tome_r
     tome_start = getattr(info, "tome_start", DEFAULT_START) if tome_start is None else tome_start
     if isinstance(tome_r, Sequence) and not isinstance(tome_r, (str, bytes)):
-        each = tuple(_whole(f"tome_r[{i}]", value) for i, value in enumerate(tome_r))
-        return each, _whole("tome_start", tome_start)
-    same = _whole("tome_r", tome_r, " or a sequence of them, one for each block that merges")
-    return same, _whole("tome_start", tome_start)
-
-
-def _whole(name: str, value: Any, more: str = "") -> int:
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0{more}; got {value!r}")
-    return number
+        each = tuple(require_int(f"tome_r[{i}]", value, 0) for i, value in enumerate(tome_r))
+        return each, require_int("tome_start", tome_start, 0)
+    same = require_int("tome_r", tome_r, 0, more=" or a sequence of them, one for each block that merges")
+    return same, require_int("tome_start", tome_start, 0)
 
 
 def plan_merging(

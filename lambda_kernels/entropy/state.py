@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteActivationError
+from ..ops.checks import dtype_name, require_int
 from ..ops.histogram import reference
 from ..ops.histogram.function import histogram, rows_of
 from ..ops.histogram.grids import (
@@ -72,8 +73,7 @@ def _edges(low: float, high: float, bins: int) -> list[float]:
 
 def check_options(bins: int, base: float) -> None:
     """Raise ValueError unless a meter can have these."""
-    if isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= MAX_BINS:
-        raise ValueError(f"bins must be an integer from 2 to {MAX_BINS}; got {bins!r}")
+    require_int("bins", bins, 2, MAX_BINS)
     if not (isinstance(base, Real) and 0 < base < math.inf and base != 1):
         raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
 
@@ -323,7 +323,7 @@ class Batch:
             ValueError: A value of float64 whose square, times the number of values, may not be finite.
         """
         bad, largest = flags.tolist()
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         if bad:
             raise NonFiniteActivationError(
                 f"{self.name}: {bad:.0f} of {self.values} values are NaN or infinite in batch {self.number} ({dtype}). "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,54 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
+def as_int(value: object) -> int | None:
+    """`value` as a Python integer, NumPy's and 0-dim tensors included; None for anything else, such as a bool or 2.0."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    if isinstance(value, int):  # a symbolic size of torch.compile must not be made a constant
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # which is what the error is for
+    except TypeError:
+        return None
+
+
+def require_int(
+    name: str,
+    value: object,
+    minimum: int | None = None,
+    maximum: int | None = None,
+    *,
+    more: str = "",
+    wrong_type: type[Exception] = ValueError,
+) -> int:
+    """`value` as a Python integer.
+
+    Args:
+        name: The argument's name for the message.
+        value: What was passed.
+        minimum: Lowest allowed value; None: any.
+        maximum: Highest allowed value, with a minimum; None: any.
+        more: What else the message says is allowed, such as " or None".
+        wrong_type: The exception for a value that is no integer.
+
+    Raises:
+        ValueError: `value` is no integer, or outside the bounds.
+    """
+    number = as_int(value)
+    if number is None or (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+        bounds = (
+            "" if minimum is None else f" of at least {minimum}" if maximum is None else f" from {minimum} to {maximum}"
+        )
+        raise (wrong_type if number is None else ValueError)(f"{name} must be an integer{bounds}{more}; got {value!r}")
+    return number
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a floating-point tensor of a supported dtype."""
     if not isinstance(value, Tensor):
@@ -33,7 +83,7 @@ def check_tensor(name: str, value: object) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
     if value.dtype not in FLOATING:
-        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        names = ", ".join(map(dtype_name, FLOATING))
         raise TypeError(f"{name} must have one of the dtypes {names}; got {value.dtype}")
 
 
@@ -56,5 +106,5 @@ def check_same_dtype(tensors: dict[str, Tensor]) -> None:
         device_type = next(iter(tensors.values())).device.type
         if autocast_enabled(device_type):
             return
-        listed = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items())
+        listed = ", ".join(f"{name} {dtype_name(t.dtype)}" for name, t in tensors.items())
         raise TypeError(f"all tensors must have one dtype outside autocast; got {listed}. Cast them, or use autocast")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import autocast_enabled, check_same_device, check_shape, check_tensor
+from .checks import autocast_enabled, check_same_device, check_shape, check_tensor, require_int
 
 
 class Merge(NamedTuple):
@@ -59,8 +59,8 @@ def match_tokens(keys: Tensor, r: int, *, protected: int = 0) -> Merge:
     check_tensor("keys", keys)
     if keys.dim() != 3:
         raise ValueError(f"keys must have shape [B, N, D]; got {list(keys.shape)}")
-    _check_count("r", r)
-    _check_count("protected", protected)
+    require_int("r", r, 0, wrong_type=TypeError)
+    require_int("protected", protected, 0, wrong_type=TypeError)
     batch, tokens, _ = keys.shape
     if protected > tokens:
         raise ValueError(f"protected must be at most the {tokens} tokens there are; got {protected}")
@@ -182,10 +182,3 @@ def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: rounded to bfloat16, like keys would all tie, and averages be worse than the tokens they are of."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if autocast_enabled(kind) else contextlib.nullcontext()
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative; got {value}")

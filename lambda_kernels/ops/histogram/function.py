@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailableError
-from ..checks import FLOATING, check_choice, check_same_device, check_tensor
+from ..checks import FLOATING, check_choice, check_same_device, check_tensor, dtype_name
 from . import _extension
 from . import reference as twin
 from .grids import MAX_BINS, CodeGrid, Grid, bfloat16_codes, dyadic_grid, regrid, regrid_codes, uniform_grid
@@ -233,7 +233,7 @@ def _check_input(x: Tensor | Sequence[Tensor], per: str) -> list[Tensor]:
             raise ValueError(f"{name} must have at least one dimension; got a single number, use {name}.reshape(1)")
     check_same_device(named)
     if len({tensor.dtype for tensor in named.values()}) > 1:
-        listed = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in named.items())
+        listed = ", ".join(f"{name} {dtype_name(t.dtype)}" for name, t in named.items())
         raise TypeError(f"all tensors must have one dtype; got {listed}. Cast them, or measure each on its own")
     return list(named.values())
 

@@ -20,7 +20,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..checks import check_same_device
+from ..checks import check_same_device, require_int
 from . import reference as twin
 
 MAX_BINS = 65536
@@ -140,10 +140,7 @@ def bfloat16_codes() -> CodeGrid:
 
 def check_bins(bins: int, at_least: int = 1) -> None:
     """Raise unless `bins` is an int that a histogram can have."""
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins must be an int; got {type(bins).__name__}")
-    if not at_least <= bins <= MAX_BINS:
-        raise ValueError(f"bins must be in [{at_least}, {MAX_BINS}]; got {bins}")
+    require_int("bins", bins, at_least, MAX_BINS, wrong_type=TypeError)
 
 
 def uniform_grid(
@@ -175,10 +172,7 @@ def uniform_grid(
     for name, edge in edges.items():
         if name not in given and not isinstance(edge, Real):
             raise TypeError(f"{name} must be a number or a tensor; got {type(edge).__name__}")
-    if isinstance(channels, bool) or not isinstance(channels, int):
-        raise TypeError(f"channels must be an int; got {type(channels).__name__}")
-    if channels < 0:
-        raise ValueError(f"channels must be at least 0; got {channels}")
+    require_int("channels", channels, 0, wrong_type=TypeError)
     if given:
         check_same_device(given)
         channels = next(iter(given.values())).numel()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import BackendUnavailableError
-from ..checks import autocast_enabled, check_choice
+from ..checks import autocast_enabled, check_choice, dtype_name
 from . import onednn
 
 BACKENDS = ("auto", "triton", "onednn", "torch")
@@ -104,7 +104,7 @@ def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
         obstacles.append("the model is being exported, and what is exported has to run without this library")
     obstacles += transforms()
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        obstacles.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16")
+        obstacles.append(f"dtype {dtype_name(dtype)} is not one of float32, bfloat16, float16")
     return obstacles
 
 
@@ -116,7 +116,7 @@ def onednn_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
     if device.type != "cpu":
         obstacles.append(f"the tensors are on {device.type}, not on the CPU")
     if dtype not in (torch.float32, torch.bfloat16):
-        obstacles.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, bfloat16")
+        obstacles.append(f"dtype {dtype_name(dtype)} is not one of float32, bfloat16")
     return obstacles
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lambda_kernels.ops.checks import require_int
+
 from ..runtime.signals import block_signals, init_worker
 from .images import BadImage, CorruptImageError, ImageDataset, SizedDataset, corrupt_message
 
@@ -108,8 +110,7 @@ def make_loader(
         CorruptImageError: While iterating, at the first image beyond `skip_bad` that cannot be read.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("skip_bad", skip_bad, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+        require_int(name, value, least)
     if len(dataset) == 0:
         where = f"split {dataset.split!r} of {dataset.root}" if isinstance(dataset, ImageDataset) else repr(dataset)
         raise ValueError(f"the dataset is empty ({where}): nothing to iterate over")
@@ -132,8 +133,7 @@ def subset(dataset: Any, samples: int, *, seed: int | None = None) -> Any:
     Raises:
         ValueError: `samples` below 1.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples={samples!r}: expected an integer of at least 1")
+    require_int("samples", samples, 1)
     if samples > len(dataset):
         warnings.warn(f"samples={samples} is more than the {len(dataset)} there are: using all", stacklevel=2)
     rng = None if seed is None else np.random.default_rng(seed)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lambda_kernels.ops.checks import dtype_name
+
 from ..models.properties import one_device
 from .tracing import Runner, _as_runner, run_eagerly
 
@@ -69,7 +71,7 @@ def check_file(form: str, path: Path, traced: Traced) -> Checked:
         if not differences[count] <= TOLERANCES[traced.dtype] * size:  # NaN too
             raise ExportMismatchError(
                 f"of {count} image(s) {by} is off by {differences[count]:.2g} where outputs go up to {size:.3g}, more than "
-                f"rounding in {str(traced.dtype).removeprefix('torch.')} explains. Nothing was written"
+                f"rounding in {dtype_name(traced.dtype)} explains. Nothing was written"
             )
     return Checked(differences, by)
 

@@ -19,6 +19,7 @@ from lambda_kernels.blocks.mlp_block import MlpBlockBase
 from lambda_kernels.blocks.structure import ViTStructure, inspect_model
 from lambda_kernels.errors import BackendUnavailableError, NonFiniteActivationError
 from lambda_kernels.features import FeatureModel
+from lambda_kernels.ops.checks import dtype_name, require_int
 
 from ..data.transforms import data_config
 from ..models.properties import eval_mode, input_shape, one_device, one_dtype
@@ -87,8 +88,8 @@ def trace_model(
     core = model.model if isinstance(model, FeatureGetterNet) else model
     structure = inspect_model(core)
     _refuse_kernels_by_name(core)
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a number of images, or None for any; got {batch_size!r}")
+    if batch_size is not None:
+        require_int("batch_size", batch_size, 1, more=", or None for any number of images")
     features = isinstance(model, FeatureGetterNet)
     if features and class_names is not None:
         raise ValueError("class_names are for classifiers; a feature model gives maps")
@@ -114,7 +115,7 @@ def trace_model(
     images = random_images(batch_size or _EXAMPLE_BATCH, shape, device, kind)
     made = run_eagerly(model, images)
     if not all(bool(output.isfinite().all()) for output in made):
-        name = str(kind).removeprefix("torch.")
+        name = dtype_name(kind)
         raise NonFiniteActivationError(
             f"the model gives NaN or infinity in {name}, of random images already. Export it in "
             f"{'bfloat16 or float32' if kind == torch.float16 else 'another dtype'}, or look at its weights"
@@ -152,8 +153,7 @@ def _refuse_kernels_by_name(core: nn.Module) -> None:
 
 
 def _check_image_size(core: nn.Module, image_size: object, structure: ViTStructure) -> None:
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size must be a number of pixels; got {image_size!r}")
+    image_size = require_int("image_size", image_size, 1)
     if not hasattr(core, "patch_embed"):
         raise ValueError(
             f"image_size={image_size}: {type(core).__name__} has no size of its own to change, and its files take images of "
@@ -214,7 +214,7 @@ def _metadata(
 ) -> dict[str, str]:
     cfg = getattr(core, "pretrained_cfg", None) or {}
     versions = environment.versions()
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     entries: dict[str, Any] = {
         "lambda_kernels": __version__,
         "torch": torch.__version__,

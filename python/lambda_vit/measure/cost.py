@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from lambda_kernels.ops.checks import require_int
+
 from ..models.properties import eval_mode, input_shape
-from .runner import _check_positive, _Figures, _Runner, _weights
+from .runner import _Figures, _Runner, _weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None,
         image_size: (channels, height, width), or pixels a side. Default: what the model was built for.
         batch_size: Of the forward whose memory is measured. FLOPs are always per image.
     """
-    _check_positive("batch_size", batch_size)
+    require_int("batch_size", batch_size, 1)
     shape = input_shape(model, image_size)
     runner = _Runner(model, None)
     parameters = sum(p.numel() for p in model.parameters())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lambda_kernels.blocks.refusals import qualified_name
 from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.errors import NonFiniteActivationError, UnsupportedModelError
+from lambda_kernels.ops.checks import dtype_name
 
 from ..data import batches
 from ..models.properties import eval_mode, one_device, one_dtype
@@ -266,7 +267,7 @@ class _Meter:
             bad = output.numel() - torch.isfinite(output).sum()
             spectra = radial_spectra(self._token_map(index, output, shape))
             means = torch.stack((spectra.log_amplitude, spectra.amplitude, spectra.power), 1)
-            self._seen = (output.shape[-1], str(output.dtype).removeprefix("torch."))
+            self._seen = (output.shape[-1], dtype_name(output.dtype))
             found.append((index, bad, means, spectra.floored.sum()))
 
         # For this forward alone: the other model of a comparison may run the same modules.

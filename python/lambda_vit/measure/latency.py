@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lambda_kernels.ops.checks import require_int
+
 from ..models.properties import eval_mode, input_shape
 from ..runtime import progress
-from .runner import _check_positive, _Figures, _resolved, _Runner
+from .runner import _Figures, _resolved, _Runner
 
 MINIMUM_ROUNDS = 5  # fewer give no quartiles worth printing
 
@@ -59,7 +61,7 @@ def compare_latency(
     if not models:
         raise ValueError("models is empty: pass at least one, such as {'model': model}")
     for name, value in (("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
-        _check_positive(name, value)
+        require_int(name, value, 1)
     runners = {name: _Runner(model, device) for name, model in models.items()}
     devices = {name: runner.device for name, runner in runners.items()}
     expected = next(iter(devices.values())) if device is None else _resolved(device)

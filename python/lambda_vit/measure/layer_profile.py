@@ -14,7 +14,7 @@ from lambda_kernels.blocks.attention_free import AttentionFreeBlock
 from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.entropy.meter import EntropyMeter, update_together
 from lambda_kernels.entropy.state import STD_FLOOR
-from lambda_kernels.ops.checks import check_choice
+from lambda_kernels.ops.checks import check_choice, dtype_name
 from lambda_kernels.ops.histogram import _extension
 from lambda_kernels.ops.histogram.function import histogram_backend
 
@@ -188,7 +188,7 @@ def profile_layers(
         estimators=estimators,
         samples=samples,
         bins=bins if "histogram" in estimators else None,
-        dtype=str(queue.dtype).removeprefix("torch."),
+        dtype=dtype_name(queue.dtype),
         counted_by=_counted_by(queue.device, queue.dtype),
         blocks=tuple(BlockEntropy(i, layers.get((i, "attn")), layers[i, "mlp"]) for i in range(len(model.blocks))),
     )

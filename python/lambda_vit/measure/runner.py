@@ -66,8 +66,3 @@ def _weights(model: nn.Module) -> list[Tensor]:
 def _resolved(device: torch.device | str) -> torch.device:
     """The device with its index, as tensors report it."""
     return torch.empty(0, device=device).device
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")

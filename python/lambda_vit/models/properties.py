@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lambda_kernels.ops.checks import dtype_name
+
 
 def one_device(model: nn.Module) -> torch.device:
     """The device that all parameters and buffers of `model` are on; the CPU where there are none.
@@ -35,7 +37,7 @@ def one_dtype(model: nn.Module) -> torch.dtype:
         if parameter.is_floating_point():
             dtypes.setdefault(parameter.dtype, name)
     if len(dtypes) > 1 and not torch.is_autocast_enabled(one_device(model).type):
-        listed = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for dtype, name in dtypes.items())
+        listed = ", ".join(f"{name} {dtype_name(dtype)}" for dtype, name in dtypes.items())
         raise ValueError(f"the model mixes dtypes ({listed}). Cast it with model.to(dtype), or use autocast")
     return next(iter(dtypes), torch.float32)
 

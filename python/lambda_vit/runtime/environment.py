@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lambda_kernels.ops.checks import dtype_name
 from lambda_kernels.ops.histogram import _extension
 from lambda_kernels.ops.histogram.function import histogram_backend
 from lambda_kernels.ops.ln_mlp.dispatch import choose, onednn_obstacles
@@ -70,12 +71,11 @@ def backends() -> list[dict[str, str]]:
                 by_name = f"not available: {'; '.join(obstacles)}" if obstacles else "available, for inference"
                 chosen.append(("ln_mlp", "onednn", f"only where backend='onednn' asks for it: {by_name}"))
             for operator, backend, why in chosen:
-                dtype_name = str(dtype).removeprefix("torch.")
                 rows.append(
                     {
                         "operator": operator,
                         "device": device.type,
-                        "dtype": dtype_name,
+                        "dtype": dtype_name(dtype),
                         "backend": backend,
                         "reason": why,
                     }

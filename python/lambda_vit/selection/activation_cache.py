@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lambda_kernels.ops.checks import require_int
+
 from ..data import batches
 from ..data.batches import Images
 from ..runtime.formatting import format_size
@@ -133,8 +135,8 @@ class Embeddings:
     ) -> None:
         if cache not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}; got {cache!r}")
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-            raise ValueError(f"cache_budget must be a positive number of bytes; got {budget!r}")
+        if budget is not None:
+            require_int("cache_budget", budget, 1, more=", a number of bytes")
         self.plan: CachePlan | None = None
         self._runner, self._loader, self._device, self._dtype = runner, loader, device, dtype
         self._cache, self._budget, self._folder, self._classes = cache, budget, folder, classes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from lambda_kernels.ops.checks import require_int
 
 from ..measure.cost import count_flops
 from ..measure.latency import compare_latency
@@ -37,9 +38,7 @@ class Stop:
         self.last: float | None = None  # what `met` found last: layers, the share that is left, or the throughput
         self._model = model
         if kind == "count":
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise ValueError(f"count must be an integer; got {value!r}")
-            self.value = value = operator.index(value)  # NumPy's integers too
+            self.value = value = require_int("count", value)
             if not 1 <= value <= most:
                 raise ValueError(f"count must be from 1 to {most} for {len(model.blocks)} blocks; got {value}")
             return

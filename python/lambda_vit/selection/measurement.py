@@ -18,7 +18,7 @@ from torch import nn
 
 from lambda_kernels.convert.checks import check_indices
 from lambda_kernels.errors import NonFiniteActivationError
-from lambda_kernels.ops.checks import check_choice
+from lambda_kernels.ops.checks import check_choice, dtype_name
 
 from ..data import batches
 from ..models.properties import eval_mode, one_device, one_dtype
@@ -242,7 +242,7 @@ class Measurement:
         return f"what follows the last block gave NaN or infinity in {where} ({self._dtype_name()})"
 
     def _dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
 
 def constant_note(measurement: Measurement) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from lambda_kernels.blocks.structure import ViTStructure, inspect_model
-from lambda_kernels.convert.checks import check_indices, check_removal
-from lambda_kernels.ops.checks import check_choice
+from lambda_kernels.convert.checks import check_indices, check_removal, unwrap_layers
+from lambda_kernels.ops.checks import check_choice, require_int
 
 from ..data.fingerprints import data_fingerprint, model_fingerprint
 from ..models.properties import model_name
@@ -121,8 +121,7 @@ def check_search(strategy: str, *, signed: bool, beam: int, layers: Sequence[int
     check_choice("strategy", strategy, tuple(STRATEGIES))
     if signed and strategy != "nose-signed":
         raise ValueError(f"signed=True belongs to strategy 'nose'; got {strategy!r}")
-    if isinstance(beam, bool) or not isinstance(beam, int) or beam < 1:
-        raise ValueError(f"beam must be a positive integer; got {beam!r}")
+    require_int("beam", beam, 1)
     if beam > 1 and STRATEGIES[strategy].how != "greedy":
         raise ValueError(f"beam={beam} belongs to a greedy strategy; {strategy!r} does not search")
     if (layers is None) == (strategy == "explicit"):
@@ -307,7 +306,7 @@ def _checked_layers(
         raise ValueError(f"layers holds {excluded}, which exclude keeps")
     if not 1 <= len(known) <= most:
         raise ValueError(f"layers must hold 1 to {most} of {structure.depth} blocks; got {len(known)}")
-    return tuple(int(layer) for layer in getattr(layers, "layers", layers))
+    return tuple(int(layer) for layer in unwrap_layers(layers))
 
 
 def _removal_warnings(model: nn.Module, layers: Sequence[int], structure: ViTStructure) -> tuple[str, ...]:

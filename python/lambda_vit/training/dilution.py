@@ -14,16 +14,16 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lambda_kernels.blocks.mlp_block import MlpBlockBase, find_family
 from lambda_kernels.blocks.structure import inspect_model, refuse_merging
-from lambda_kernels.convert.checks import check_indices, check_removal
+from lambda_kernels.convert.checks import check_indices, check_removal, unwrap_layers
 from lambda_kernels.convert.conversion import convert_vit, remove_attention
-from lambda_kernels.ops.checks import check_choice
+from lambda_kernels.ops.checks import check_choice, dtype_name
 
 from ..models.properties import eval_mode, input_shape, one_device, one_dtype
 
@@ -157,7 +157,7 @@ def prepare(
         ValueError: Indices or `recompute` are wrong, or a class token would be cut off from the image.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    indices: Any = getattr(layers, "layers", layers)
+    indices = unwrap_layers(layers)
     chosen = _dilutable(model, indices) if len(indices) else ()
     model = model if inplace else copy.deepcopy(model)
     if recompute is not None:
@@ -294,7 +294,7 @@ def remove_faded(model: nn.Module, images: Tensor | None = None) -> tuple[float,
     if not difference <= bound:  # NaN too
         raise BoundaryError(
             f"deleting the faded attention of blocks {list(layers)} moved a logit by {difference:.3g}, more than rounding "
-            f"explains ({bound:.3g} in {str(dtype).removeprefix('torch.')}): the network would not be what was trained"
+            f"explains ({bound:.3g} in {dtype_name(dtype)}): the network would not be what was trained"
         )
     return difference, bound
 

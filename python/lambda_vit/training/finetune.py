@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lambda_kernels.convert.checks import unwrap_layers
+
 if TYPE_CHECKING:
     from ..data.batches import SizedLoader
     from ..selection.result import Selection
@@ -93,7 +95,7 @@ def finetune(
     from .loop.trainer import Trainer
     from .recipe import Recipe
 
-    indices: Any = getattr(layers, "layers", layers)
+    indices = unwrap_layers(layers)
     steps = len(train_loader)
     if steps == 0:
         raise ValueError("train_loader is empty: there is nothing to train on")

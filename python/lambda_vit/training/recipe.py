@@ -1,9 +1,10 @@
-"""Recipes: every knob of a fine-tuning with its default, checked when it is set; kept in YAML files, some of which ship."""
+"""Recipes: the options of a fine-tuning, with defaults and checks, and the YAML files that hold them."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -15,140 +16,198 @@ from lambda_kernels.files import atomic_write
 FOLDER = Path(__file__).parents[1] / "recipes"
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "dilution": ("linear", "cosine", "step", "none"),
-    "dilution_per": ("step", "epoch"),
-    "sched": ("cosine", "tanh", "poly"),  # timm's that need no milestones
-    "mixup_mode": ("batch", "pair", "elem"),
-    "remode": ("const", "rand", "pixel"),
-    "train_interpolation": ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random"),
-    "amp": ("none", "bf16", "fp16"),
-    "recompute": ("auto", "none", "act", "all"),
-    "distillation": ("none", "soft", "hard"),
-}
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """An interval of numbers; a round bracket excludes the bound beside it."""
+
+    low: float
+    high: float
+    brackets: str
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            self.low < value < self.high
+            or (value == self.low and self.brackets[0] == "[")
+            or (value == self.high and self.brackets[1] == "]")
+        )
+
+    def __str__(self) -> str:
+        high = "∞" if self.high == math.inf else f"{self.high:g}"
+        return f"{self.brackets[0]}{self.low:g}, {high}{self.brackets[1]}"
 
 
-# Where each number has to lie; a round bracket leaves the bound itself out.
-_BOUNDS: dict[str, str] = {
-    "epochs": "[1, ∞)",
-    "dilution_epochs": "[0, ∞)",
-    "batch_size": "[1, ∞)",
-    "micro_batch": "[1, ∞)",
-    "lr": "(0, ∞)",
-    "base_lr": "(0, ∞)",
-    "min_lr": "[0, ∞)",
-    "weight_decay": "[0, ∞)",
-    "betas": "[0, 1)",
-    "eps": "(0, ∞)",
-    "layer_decay": "(0, 1]",
-    "warmup_epochs": "[0, ∞)",
-    "warmup_lr": "[0, ∞)",
-    "clip_grad": "(0, ∞)",
-    "label_smoothing": "[0, 1)",
-    "mixup": "[0, ∞)",
-    "cutmix": "[0, ∞)",
-    "mixup_prob": "[0, 1]",
-    "mixup_switch_prob": "[0, 1]",
-    "mixup_off_epoch": "[0, ∞)",
-    "color_jitter": "[0, ∞)",
-    "reprob": "[0, 1]",
-    "recount": "[1, ∞)",
-    "repeated_aug": "[0, ∞)",
-    "scale": "(0, 1]",
-    "ratio": "(0, ∞)",
-    "hflip": "[0, 1]",
-    "crop_pct": "(0, 1]",
-    "img_size": "[1, ∞)",
-    "drop_path": "[0, 1)",
-    "drop": "[0, 1)",
-    "ema": "(0, 1)",
-    "distillation_alpha": "[0, 1]",
-    "distillation_tau": "(0, ∞)",
-    "val_every": "[1, ∞)",
-    "checkpoint_every": "[1, ∞)",
-    "seed": "[0, ∞)",
-}
+_COUNT = Bounds(1, math.inf, "[)")
+_NOT_NEGATIVE = Bounds(0, math.inf, "[)")
+_POSITIVE = Bounds(0, math.inf, "()")
+_FRACTION = Bounds(0, 1, "[]")
+_BELOW_ONE = Bounds(0, 1, "[)")
+_ABOVE_ZERO = Bounds(0, 1, "(]")
+
+
+def _field(
+    panel: str, default: Any, help: str, bounds: Bounds | None = None, *, choices: tuple[str, ...] | None = None
+) -> Any:
+    """A field of `Recipe`: its default, and all that checks, messages and the command line say about it.
+
+    Args:
+        panel: Heading of its flag in the help of `lambda-vit finetune`.
+        default: Value in a recipe that does not set it.
+        help: A phrase that stands alone.
+        bounds: Where a number has to lie.
+        choices: Words that are accepted.
+    """
+    metadata = {"panel": panel, "help": help, "bounds": bounds, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_dilution, _steps, _optimizer, _images, _network = (
+    functools.partial(_field, panel) for panel in ("Dilution", "Steps", "Optimizer", "Images", "Network")
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is fine-tuned. The defaults are DeiT's recipe, cut to 30 epochs, without EMA and repeated augmentation.
+    """How a model is fine-tuned. The defaults are DeiT's recipe, shortened to 30 epochs, without EMA and repeated augmentation.
+
+    The metadata of each field holds its help, panel, bounds and choices.
 
     Raises:
         ValueError: Names the field, its value and what is expected.
     """
 
-    epochs: int = 30
-    dilution_epochs: float | None = None  # over which λ goes from 1 to 0; None: three quarters of epochs
-    dilution: str = "linear"  # shape of λ: "linear", "cosine", "step", or "none": drop at once, then tune
-    dilution_per: str = "step"  # λ changes with every optimizer "step", or with every "epoch", as in the paper
+    epochs: int = _dilution(30, "Total training epochs.", _COUNT)
+    dilution_epochs: float | None = _dilution(
+        None, "Epochs over which λ falls from 1 to 0; by default three quarters of all epochs.", _NOT_NEGATIVE
+    )
+    dilution: str = _dilution(
+        "linear",
+        "Shape of λ over the dilution; none removes the attention at once.",
+        choices=("linear", "cosine", "step", "none"),
+    )
+    dilution_per: str = _dilution(
+        "step",
+        "Whether λ changes with every optimizer step or, as in the paper, with every epoch.",
+        choices=("step", "epoch"),
+    )
 
-    batch_size: int = 512  # images per optimizer step, over all processes
-    micro_batch: int | None = None  # images per forward and backward; None: batch_size over the number of processes
+    batch_size: int = _steps(512, "Images per optimizer step, over all processes.", _COUNT)
+    micro_batch: int | None = _steps(
+        None,
+        "Images per forward and backward pass; by default the batch size divided by the number of processes.",
+        _COUNT,
+    )
+    val_every: int = _steps(1, "Epochs between validations.", _COUNT)
+    checkpoint_every: int | None = _steps(
+        None, "Optimizer steps between checkpoints; by default one checkpoint per epoch.", _COUNT
+    )
+    seed: int = _steps(0, "Random seed.", _NOT_NEGATIVE)
 
-    opt: str = "adamw"  # timm's name
-    lr: float | None = None  # peak; None: base_lr·batch_size/512
-    base_lr: float = 5e-4
-    min_lr: float = 1e-5
-    weight_decay: float = 0.05
-    betas: tuple[float, float] | None = None  # None: the optimizer's own, and so for eps
-    eps: float | None = None
-    layer_decay: float | None = None  # factor on the learning rate per layer from the head down
-    sched: str = "cosine"  # timm's name; its "poly" is a straight line
-    warmup_epochs: float | None = None  # None: five, but no more than a sixth of epochs
-    warmup_lr: float = 1e-6
-    clip_grad: float | None = None  # largest norm
+    opt: str = _optimizer("adamw", "Optimizer, by its name in timm.")
+    lr: float | None = _optimizer(None, "Peak learning rate; by default base_lr × batch_size / 512.", _POSITIVE)
+    base_lr: float = _optimizer(5e-4, "Peak learning rate for 512 images per step; ignored if lr is set.", _POSITIVE)
+    min_lr: float = _optimizer(1e-5, "Final learning rate.", _NOT_NEGATIVE)
+    # timm's schedules that need no milestones
+    sched: str = _optimizer(
+        "cosine", "Learning-rate schedule after warm-up; poly is a straight line.", choices=("cosine", "tanh", "poly")
+    )
+    warmup_epochs: float | None = _optimizer(
+        None, "Epochs of linear warm-up; by default 5, but at most a sixth of all epochs.", _NOT_NEGATIVE
+    )
+    warmup_lr: float = _optimizer(1e-6, "Learning rate at the start of warm-up.", _NOT_NEGATIVE)
+    weight_decay: float = _optimizer(0.05, "Weight decay, which spares norms and biases.", _NOT_NEGATIVE)
+    betas: tuple[float, float] | None = _optimizer(
+        None,
+        "Two decay rates of the optimizer's moments, such as 0.9,0.999; by default the optimizer's own.",
+        _BELOW_ONE,
+    )
+    eps: float | None = _optimizer(None, "Epsilon of the optimizer; by default the optimizer's own.", _POSITIVE)
+    layer_decay: float | None = _optimizer(
+        None, "Factor on the learning rate per layer, from the head down.", _ABOVE_ZERO
+    )
+    clip_grad: float | None = _optimizer(
+        None, "Largest gradient norm; a larger gradient is scaled down to it.", _POSITIVE
+    )
+    ema: float | None = _optimizer(
+        None, "Decay of a moving average of the weights, which restarts when λ reaches 0.", Bounds(0, 1, "()")
+    )
+    ema_warmup: bool = _optimizer(False, "Use a smaller decay in the first steps of the moving average.")
 
-    label_smoothing: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
-    mixup_off_epoch: int = 0  # the epoch, from 0, that is the first without mixup and cutmix; 0: none
+    img_size: int | None = _images(None, "Input size in pixels per side; by default the model's.", _COUNT)
+    scale: tuple[float, float] = _images(
+        (0.08, 1.0), "Range of a random crop's area, as a share of the image, such as 0.08,1.", _ABOVE_ZERO
+    )
+    ratio: tuple[float, float] = _images(
+        (3 / 4, 4 / 3), "Range of a random crop's aspect ratio, such as 0.75,1.33.", _POSITIVE
+    )
+    hflip: float = _images(0.5, "Probability of a horizontal flip.", _FRACTION)
+    train_interpolation: str = _images(
+        "bicubic",
+        "Interpolation of training images: bicubic, bilinear, nearest, box, hamming, lanczos or random.",
+        choices=("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random"),
+    )
+    crop_pct: float | None = _images(
+        None, "Share of a validation image's sides that the crop keeps; by default the model's.", _ABOVE_ZERO
+    )
+    aa: str | None = _images("rand-m9-mstd0.5-inc1", "Policy of timm's automatic augmentation, or none.")
+    color_jitter: float | None = _images(
+        0.3, "Strength of color jitter, which timm applies only without automatic augmentation.", _NOT_NEGATIVE
+    )
+    reprob: float = _images(0.25, "Probability of random erasing.", _FRACTION)
+    remode: str = _images(
+        "pixel",
+        "Fill of an erased patch: black, one random color, or random pixels.",
+        choices=("const", "rand", "pixel"),
+    )
+    recount: int = _images(1, "Largest number of erased patches per image.", _COUNT)
+    repeated_aug: int = _images(
+        0,
+        "Augmented views of an image per epoch, of correspondingly fewer images; 0 gives one view of each.",
+        _NOT_NEGATIVE,
+    )
+    mixup: float = _images(0.8, "Strength of mixup; 0 disables it.", _NOT_NEGATIVE)
+    cutmix: float = _images(1.0, "Strength of cutmix; 0 disables it.", _NOT_NEGATIVE)
+    mixup_prob: float = _images(1.0, "Probability that images are mixed at all.", _FRACTION)
+    mixup_switch_prob: float = _images(0.5, "Probability of cutmix where mixup and cutmix are both enabled.", _FRACTION)
+    mixup_mode: str = _images(
+        "batch",
+        "What shares one mixing ratio: a batch, a pair of images, or each image alone.",
+        choices=("batch", "pair", "elem"),
+    )
+    mixup_off_epoch: int = _images(
+        0, "First epoch, counted from 0, without mixup and cutmix; 0 never disables them.", _NOT_NEGATIVE
+    )
 
-    aa: str | None = "rand-m9-mstd0.5-inc1"
-    color_jitter: float | None = 0.3  # timm leaves it out where aa is on
-    reprob: float = 0.25
-    remode: str = "pixel"
-    recount: int = 1
-    repeated_aug: int = 0  # views of an image per epoch, of a third of the images for 3; 0: one view of every image
-    train_interpolation: str = "bicubic"
-    scale: tuple[float, float] = (0.08, 1.0)  # area of a random crop
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    crop_pct: float | None = None  # of validation; None: the model's
-    img_size: int | None = None  # pixels a side; None: the model's
-
-    drop_path: float | None = None  # None: as the model was built, and so for drop
-    drop: float | None = None
-    ema: float | None = None  # decay; None: no average
-    ema_warmup: bool = False
-    amp: str = "none"
-    compile: bool = False
-    recompute: str | None = "auto"  # None: the MLP halves stay as the model has them until λ is 0
-    distillation: str = "none"  # the teacher is the model as it was
-    distillation_alpha: float = 0.5
-    distillation_tau: float = 1.0
-    freeze: tuple[str | int, ...] = ()  # stages kept as they are: "embed" and block indices
-    val_every: int = 1  # epochs
-    checkpoint_every: int | None = None  # steps; None: every epoch
-    seed: int = 0
+    label_smoothing: float = _network(0.1, "Label smoothing of the cross entropy.", _BELOW_ONE)
+    drop_path: float | None = _network(
+        None, "Stochastic depth rate of the last block; by default as the model was built.", _BELOW_ONE
+    )
+    drop: float | None = _network(
+        None, "Dropout rate before the classifier; by default as the model was built.", _BELOW_ONE
+    )
+    freeze: tuple[str | int, ...] = _network((), "Stages to freeze, embed and block indices, such as embed,0,1.")
+    distillation: str = _network("none", "Distillation from the original model.", choices=("none", "soft", "hard"))
+    distillation_alpha: float = _network(0.5, "Share of distillation in the loss.", _FRACTION)
+    distillation_tau: float = _network(1.0, "Temperature of soft distillation.", _POSITIVE)
+    amp: str = _network("none", "Precision of automatic mixed precision.", choices=("none", "bf16", "fp16"))
+    compile: bool = _network(False, "Compile the model with torch.compile.")
+    recompute: str | None = _network(
+        "auto",
+        "What the backward pass recomputes in fused MLPs instead of saving it; none leaves the model as it is.",
+        choices=("auto", "none", "act", "all"),
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, str(field.type), getattr(self, field.name)))
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.dilution == "none" and self.dilution_epochs:
             _refuse("dilution_epochs", self.dilution_epochs, "None or 0 with dilution='none'")
         for name in ("dilution_epochs", "warmup_epochs"):
             if (getattr(self, name) or 0) > self.epochs:
-                _refuse(name, getattr(self, name), f"no more than epochs={self.epochs}")
+                _refuse(name, getattr(self, name), f"at most epochs={self.epochs}")
         for name in ("min_lr", *(["warmup_lr"] if self.warmup_length else [])):
             if getattr(self, name) > self.peak_lr:
                 whence = "lr" if self.lr is not None else "base_lr·batch_size/512"
-                _refuse(
-                    name, getattr(self, name), f"no more than the peak of the learning rate, {whence}={self.peak_lr:g}"
-                )
+                _refuse(name, getattr(self, name), f"at most the peak learning rate, {whence}={self.peak_lr:g}")
         if self.repeated_aug == 1:
             _refuse("repeated_aug", 1, "0 for one view of every image, or at least 2")
         if self.micro_batch is not None:
@@ -157,7 +216,7 @@ class Recipe:
 
     @property
     def dilution_length(self) -> float:
-        """Epochs over which λ goes from 1 to 0."""
+        """Epochs over which λ falls from 1 to 0."""
         if self.dilution == "none":
             return 0.0
         return 0.75 * self.epochs if self.dilution_epochs is None else self.dilution_epochs
@@ -178,7 +237,7 @@ class Recipe:
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def check_micro_batch(self, micro_batch: int) -> int:
-        """How many micro-batches of this size a step has.
+        """Count the micro-batches of this size in a step.
 
         Raises:
             ValueError: It does not divide `batch_size`, or is odd where images are mixed.
@@ -204,11 +263,11 @@ class Recipe:
 def load_recipe(
     name_or_path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """A shipped recipe, one from a YAML file, or the defaults; then what `overrides` says.
+    """Load a shipped recipe, a YAML file, or the defaults, and apply `overrides`.
 
     Args:
         name_or_path: A name that `shipped` lists, or a YAML file of fields of `Recipe`; None: the defaults.
-        overrides: Fields that win over the file. `base_lr` wins over an `lr` of the file too, and a `dilution` of "none" over
+        overrides: Fields that replace those of the file. `base_lr` also replaces the file's `lr`, and a `dilution` of "none"
             its `dilution_epochs`.
 
     Raises:
@@ -224,7 +283,7 @@ def load_recipe(
     values.pop("description", None)
     _check_keys(values, f"in {path}")
     if "base_lr" in overrides and "lr" not in overrides:
-        values.pop("lr", None)  # else the rate given last would count for nothing
+        values.pop("lr", None)  # it would win over the rate that was given last
     if overrides.get("dilution") == "none" and "dilution_epochs" not in overrides:
         values.pop("dilution_epochs", None)
     try:
@@ -234,8 +293,8 @@ def load_recipe(
         raise ValueError(f"recipe {os.fspath(name_or_path)}{given}: {error}") from error
 
 
-def shipped() -> dict[str, str]:
-    """The recipes that come with the package: name and description."""
+def list_recipes() -> dict[str, str]:
+    """Names and descriptions of the recipes that the package ships."""
     return {path.stem: str(_read(path)["description"]) for path in sorted(FOLDER.glob("*.yaml"))}
 
 
@@ -246,22 +305,25 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     if (FOLDER / f"{name}.yaml").is_file():
         return FOLDER / f"{name}.yaml"
     names = [path.stem for path in sorted(FOLDER.glob("*.yaml"))]
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(names)}"
-    raise ValueError(f"recipe {name!r} is neither a file nor a shipped recipe. {hint}")
+    raise ValueError(f"recipe {name!r} is neither a file nor a shipped recipe. {_suggest(name, names)}")
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"Did you mean {near[0]}?" if near else f"Available: {', '.join(known)}"
 
 
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that stands twice, of which YAML would quietly take the last."""
+        """Refuses a repeated key, of which YAML would silently use the last."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             twice = [key for key in keys if keys.count(key) > 1]
             if twice:
-                raise ValueError(f"{twice[0]!r} stands there twice")
+                raise ValueError(f"{twice[0]!r} is given twice")
             return super().construct_mapping(node, deep)
 
     try:
@@ -279,23 +341,23 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
     known = [field.name for field in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(known)}"
-            raise ValueError(f"unknown field {key!r} ({where}). {hint}")
+            raise ValueError(f"unknown field {key!r} ({where}). {_suggest(key, known)}")
 
 
-def _checked(name: str, kind: str, value: Any) -> Any:
-    """`value` as its field keeps it; `kind` is the field's annotation."""
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """`value` as its field holds it."""
+    name, kind = field.name, str(field.type)
     optional = kind.endswith(" | None")
-    if optional and value in (None, "none"):  # the word, for a command line
+    if optional and value in (None, "none"):  # a command line has only the word
         return None
     kind = kind.removesuffix(" | None")
-    tail = ", or nothing" if optional else ""
+    tail = ", or none" if optional else ""
+    bounds, choices = field.metadata["bounds"], field.metadata["choices"]
     if name == "freeze":
         return _frozen_stages(value)
-    if name in _CHOICES:
-        if value not in _CHOICES[name]:
-            _refuse(name, value, f"one of {', '.join(_CHOICES[name])}")
+    if choices is not None:
+        if value not in choices:
+            _refuse(name, value, f"one of {', '.join(choices)}")
         return value
     if kind in ("bool", "str"):
         if not isinstance(value, bool if kind == "bool" else str) or value == "":
@@ -303,42 +365,40 @@ def _checked(name: str, kind: str, value: Any) -> Any:
         return value
     if kind.startswith("tuple"):
         pair = list(value) if isinstance(value, (tuple, list)) else [value]
-        numbers = [_number(part, float, _BOUNDS[name]) for part in pair]
+        numbers = [_number(part, float, bounds) for part in pair]
         ordered = name == "betas" or numbers == sorted(n for n in numbers if n is not None)
         if len(pair) != 2 or None in numbers or not ordered:
-            growing = "" if name == "betas" else ", the lower first"
-            _refuse(name, value, f"two numbers in {_BOUNDS[name]}{growing}{tail}")
+            order = "" if name == "betas" else ", the lower first"
+            _refuse(name, value, f"two numbers in {bounds}{order}{tail}")
         return tuple(numbers)
-    number = _number(value, int if kind == "int" else float, _BOUNDS[name])
+    number = _number(value, int if kind == "int" else float, bounds)
     if number is None:
-        _refuse(name, value, f"{'a whole number' if kind == 'int' else 'a number'} in {_BOUNDS[name]}{tail}")
+        _refuse(name, value, f"{'a whole number' if kind == 'int' else 'a number'} in {bounds}{tail}")
     return number
 
 
-def _number(value: Any, kind: type, bounds: str) -> Any:
-    """`value` as an int or a float, or None where it is none or lies outside."""
+def _number(value: Any, kind: type, bounds: Bounds) -> Any:
+    """`value` as an int or a float; None if it is no number or lies outside `bounds`."""
     if isinstance(value, str) and kind is float:
         try:
-            value = float(value)  # YAML takes 5e-4, without a point, for text
+            value = float(value)  # YAML reads 5e-4, without a point, as text
         except ValueError:
             return None
     if isinstance(value, bool) or not isinstance(value, (int,) if kind is int else (int, float)):
         return None
-    low, high = (float(part.replace("∞", "inf")) for part in bounds[1:-1].split(", "))
-    inside = low < value < high or (value == low and bounds[0] == "[") or (value == high and bounds[-1] == "]")
-    return kind(value) if inside and math.isfinite(value) else None
+    return kind(value) if value in bounds and math.isfinite(value) else None
 
 
 def _frozen_stages(value: Any) -> tuple[str | int, ...]:
     stages = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    good = all(s == "embed" or (isinstance(s, int) and not isinstance(s, bool) and s >= 0) for s in stages)
-    if not good or len(set(stages)) < len(stages):
+    valid = all(s == "embed" or (isinstance(s, int) and not isinstance(s, bool) and s >= 0) for s in stages)
+    if not valid or len(set(stages)) < len(stages):
         _refuse("freeze", value, "'embed' and block indices, each once")
     return stages
 
 
 def _check_names(opt: str, aa: str | None) -> None:
-    """Ask timm for what it knows by name; what the defaults say it knows."""
+    """Ask timm whether it knows these names; importing it is spared for the defaults, which it knows."""
     fields = {field.name: field.default for field in dataclasses.fields(Recipe)}
     if opt != fields["opt"]:
         from timm.optim import get_optimizer_info, list_optimizers
@@ -355,7 +415,7 @@ def _check_names(opt: str, aa: str | None) -> None:
         try:
             create_transform(32, is_training=True, auto_augment=aa)
         except (AssertionError, KeyError, ValueError, IndexError):
-            _refuse("aa", aa, "a policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m3 or original; or nothing")
+            _refuse("aa", aa, "a policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m3 or original; or none")
 
 
 def _refuse(name: str, value: Any, expected: str) -> None:

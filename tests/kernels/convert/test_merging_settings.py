@@ -37,17 +37,17 @@ def merged(**options: object) -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tome_r": -1}, "tome_r must be a whole number of at least 0 or a sequence of them, .*; got -1"),
-        ({"tome_r": 2.0}, "tome_r must be a whole number of at least 0 .*; got 2.0"),
-        ({"tome_r": True}, "tome_r must be a whole number of at least 0 .*; got True"),
-        ({"tome_r": "4"}, "tome_r must be a whole number of at least 0 .*; got '4'"),
-        ({"tome_r": (4, -2, 1)}, r"tome_r\[1\] must be a whole number of at least 0; got -2"),
+        ({"tome_r": -1}, "tome_r must be an integer of at least 0 or a sequence of them, .*; got -1"),
+        ({"tome_r": 2.0}, "tome_r must be an integer of at least 0 .*; got 2.0"),
+        ({"tome_r": True}, "tome_r must be an integer of at least 0 .*; got True"),
+        ({"tome_r": "4"}, "tome_r must be an integer of at least 0 .*; got '4'"),
+        ({"tome_r": (4, -2, 1)}, r"tome_r\[1\] must be an integer of at least 0; got -2"),
         ({"tome_r": (4, 2)}, r"tome_r has 2 values for 3 blocks that merge tokens: \[0, 2, 3\]"),
         ({"tome_r": (4, 2, 1), "tome_start": 1}, r"tome_r has 3 values for 2 blocks that merge tokens: \[2, 3\]"),
         ({"tome_start": 3}, r"tome_start=3, but .* there are 3 of them \[0, 2, 3\], counted from 0"),
-        ({"tome_start": -1}, "tome_start must be a whole number of at least 0; got -1"),
-        ({"tome_start": None, "tome_r": 4.5}, "tome_r must be a whole number"),
-        ({"tome_start": 1.0}, "tome_start must be a whole number of at least 0; got 1.0"),
+        ({"tome_start": -1}, "tome_start must be an integer of at least 0; got -1"),
+        ({"tome_start": None, "tome_r": 4.5}, "tome_r must be an integer"),
+        ({"tome_start": 1.0}, "tome_start must be an integer of at least 0; got 1.0"),
     ],
 )
 @pytest.mark.parametrize("inplace", [True, False])

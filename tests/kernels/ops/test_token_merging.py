@@ -222,9 +222,9 @@ def test_one_graph():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: match_tokens(torch.zeros(2, 3, 4), -1), ValueError, "r must not be negative; got -1"),
-        (lambda: match_tokens(torch.zeros(2, 3, 4), 1.5), TypeError, "r must be an integer; got 1.5"),
-        (lambda: match_tokens(torch.zeros(2, 3, 4), True), TypeError, "r must be an integer; got True"),
+        (lambda: match_tokens(torch.zeros(2, 3, 4), -1), ValueError, "r must be an integer of at least 0; got -1"),
+        (lambda: match_tokens(torch.zeros(2, 3, 4), 1.5), TypeError, "r must be an integer of at least 0; got 1.5"),
+        (lambda: match_tokens(torch.zeros(2, 3, 4), True), TypeError, "r must be an integer of at least 0; got True"),
         (lambda: match_tokens(torch.zeros(3, 4), 1), ValueError, r"keys must have shape \[B, N, D\]; got \[3, 4\]"),
         (lambda: match_tokens([1], 1), TypeError, "keys must be a torch.Tensor; got list"),
         (
@@ -232,7 +232,11 @@ def test_one_graph():
             ValueError,
             "protected must be at most the 3 tokens",
         ),
-        (lambda: match_tokens(torch.zeros(2, 3, 4), 1, protected=-1), ValueError, "protected must not be negative"),
+        (
+            lambda: match_tokens(torch.zeros(2, 3, 4), 1, protected=-1),
+            ValueError,
+            "protected must be an integer of at least 0; got -1",
+        ),
     ],
 )
 def test_bad_arguments(call, error, message):

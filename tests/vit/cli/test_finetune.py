@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
 import json
 import os
 import shlex
@@ -19,7 +21,8 @@ from small_models import small_vit
 
 from lambda_kernels import from_pretrained, save_pretrained
 from lambda_kernels.files import write_json
-from lambda_vit.cli.training import _PANELS, overrides
+from lambda_vit.cli import training
+from lambda_vit.cli.training import overrides
 from lambda_vit.data.images import open_images
 from lambda_vit.data.loader import make_loader
 from lambda_vit.data.transforms import transforms_for
@@ -87,9 +90,30 @@ def test_its_last_words_can_be_typed(finetune, run, tmp_path):
     assert f"{record_of(tmp_path / 'out')['result']['top1']:.1f}" in printed
 
 
-def test_every_field_has_one_flag():
-    named = [name for fields in _PANELS.values() for name in fields]
-    assert sorted(named) == sorted(field.name for field in dataclasses.fields(Recipe))
+def test_every_field_has_one_flag_with_its_help_in_the_order_of_the_recipe():
+    fields = dataclasses.fields(Recipe)
+    options = {name: p.default for name, p in inspect.signature(training.finetune).parameters.items()}
+    flags = [name for name in options if name in {field.name for field in fields}]
+    assert flags == [field.name for field in fields]
+    for field in fields:
+        option = options[field.name]
+        assert (option.help, option.rich_help_panel) == (field.metadata["help"], field.metadata["panel"])
+        assert option.param_decls[0].split("/")[0] == "--" + field.name.replace("_", "-")
+
+
+def test_the_help_of_a_field_names_all_its_choices_and_stands_alone():
+    for field in dataclasses.fields(Recipe):
+        words, choices = field.metadata["help"], field.metadata["choices"] or ()
+        shown = words + str(training._metavar(field))
+        assert all(choice in shown for choice in choices), field.name
+        assert len(words) >= 12, field.name
+        assert words[0].isupper(), field.name
+        assert words.endswith("."), field.name
+
+
+def test_the_flags_of_a_panel_stand_together():
+    panels = [field.metadata["panel"] for field in dataclasses.fields(Recipe)]
+    assert [panel for panel, _ in itertools.groupby(panels)] == ["Dilution", "Steps", "Optimizer", "Images", "Network"]
 
 
 FLAGS = {

@@ -326,10 +326,10 @@ def test_the_last_batch(make, drop_last, sizes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": True}, "batch_size=True"),
-        ({"workers": -1}, "workers=-1"),
-        ({"skip_bad": 0.5}, "skip_bad=0.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
+        ({"batch_size": True}, "batch_size must be an integer of at least 1; got True"),
+        ({"workers": -1}, "workers must be an integer of at least 0; got -1"),
+        ({"skip_bad": 0.5}, "skip_bad must be an integer of at least 0; got 0.5"),
         ({"batch_size": 7, "drop_last": True}, "leaves nothing of 6"),
     ],
 )
@@ -394,7 +394,7 @@ def test_more_samples_than_there_are_gives_all_and_says_so(make):
 
 @pytest.mark.parametrize("samples", [0, -1, 2.5, True])
 def test_a_subset_needs_a_positive_count(samples):
-    with pytest.raises(ValueError, match="samples="):
+    with pytest.raises(ValueError, match="samples must be an integer of at least 1"):
         subset(Labels([0, 1]), samples)
 
 

@@ -346,8 +346,8 @@ def test_kernels_by_name_are_refused():
         ({"batch_size": True}, "batch_size must be .* got True"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16; got 'int8'"),
         ({"image_size": 20}, "image_size=20 is no multiple of the model's patches of 8×8 pixels"),
-        ({"image_size": 0}, "image_size must be a number of pixels; got 0"),
-        ({"image_size": 64.0}, r"image_size must be a number of pixels; got 64\.0"),
+        ({"image_size": 0}, "image_size must be an integer of at least 1; got 0"),
+        ({"image_size": 64.0}, r"image_size must be an integer of at least 1; got 64\.0"),
     ],
 )
 def test_wrong_options(options, message):

@@ -387,7 +387,7 @@ def test_cost_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("batch_size", [0, -1, True, 1.5])
 def test_cost_needs_a_positive_batch_size(batch_size):
-    with pytest.raises(ValueError, match="batch_size="):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
         cost(vit(), batch_size=batch_size)
 
 
@@ -449,7 +449,7 @@ def test_latency_is_each_models_own_in_milliseconds():
     ("models", "options", "words"),
     [
         ({}, {}, "models is empty"),
-        ({"m": vit()}, {"rounds": 0}, "rounds=0"),
+        ({"m": vit()}, {"rounds": 0}, "rounds must be an integer of at least 1; got 0"),
         ({"m": vit()}, {"batch_sizes": (1, 0)}, "batch_sizes=0"),
         ({"m": vit(), "n": vit().to("meta")}, {}, "m on cpu, n on meta"),
         ({"m": vit()}, {"device": "meta"}, r"\(meta\), got m on cpu"),

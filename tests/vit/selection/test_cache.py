@@ -106,7 +106,7 @@ def test_loaders_without_a_length():
 def test_wrong_options():
     for options, words in (
         ({"cache": "gpu"}, "cache must be one of auto, ram, disk, none; got 'gpu'"),
-        ({"cache_budget": 0}, "positive number of bytes; got 0"),
+        ({"cache_budget": 0}, "cache_budget must be an integer of at least 1, a number of bytes; got 0"),
         ({"cache_budget": 2.5}, "got 2.5"),
     ):
         with pytest.raises(ValueError, match=words):

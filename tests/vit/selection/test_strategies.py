@@ -269,7 +269,7 @@ def test_throughput_is_measured_with_the_attention_gone(model):
         ({"params": "85%"}, "must be a number"),
         ({"params": 0.01}, "cannot be reached"),
         ({"count": 5}, "1 to 4 for 5 blocks; got 5"),
-        ({"count": 1, "beam": 0}, "beam must be a positive integer"),
+        ({"count": 1, "beam": 0}, "beam must be an integer of at least 1"),
         ({"count": 1, "beam": 2, "strategy": "one-shot"}, "'one-shot' does not search"),
         ({"count": 1, "signed": True, "strategy": "kl"}, "belongs to strategy 'nose'; got 'kl'"),
         ({"layers": (1,)}, "'explicit' and layers belong together"),

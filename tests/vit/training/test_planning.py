@@ -270,13 +270,13 @@ def test_split_epochs(given, expected):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((0,), "epochs=0: expected an integer of at least 1"),
+        ((0,), "epochs must be an integer of at least 1; got 0"),
         ((None, 0, 0), "at least one epoch"),
-        ((None, -1), "dilution_epochs=-1"),
+        ((None, -1), "dilution_epochs must be an integer of at least 0; got -1"),
         ((10, 11), "epochs=10, dilution_epochs=11 do not add up"),
         ((10, None, 11), "epochs=10, recovery_epochs=11 do not add up"),
         ((10, 5, 4), "epochs=10, dilution_epochs=5, recovery_epochs=4 do not add up"),
-        ((True,), "epochs=True"),
+        ((True,), "epochs must be an integer of at least 1; got True"),
     ],
 )
 def test_epochs_that_make_no_sense(given, words):
@@ -291,10 +291,10 @@ def test_epochs_that_make_no_sense(given, words):
         ({"layers": (-1,)}, "layers holds -1"),
         ({"layers": ()}, "layers is empty"),
         ({"layers": (0, 1, 2, 3)}, "cuts the class token off"),
-        ({"images": 0}, "images=0: expected an integer of at least 1"),
-        ({"images": 1.5}, "images=1.5"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"devices": 0}, "devices=0"),
+        ({"images": 0}, "images must be an integer of at least 1; got 0"),
+        ({"images": 1.5}, "images must be an integer of at least 1; got 1.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
+        ({"devices": 0}, "devices must be an integer of at least 1; got 0"),
         ({"dilution_epochs": 0, "recovery_epochs": 0}, "at least one epoch"),
         ({"seconds": 0}, "seconds=0: expected a positive number"),
         ({"seconds": math.nan}, "seconds=nan"),

@@ -10,30 +10,30 @@ import yaml
 from places import REPOSITORY
 
 from lambda_vit.training.dilution import LambdaSchedule
-from lambda_vit.training.recipe import FOLDER, Recipe, load_recipe, shipped
+from lambda_vit.training.recipe import FOLDER, Recipe, list_recipes, load_recipe
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 # For every field values that are refused, and a piece of what is expected instead.
 REFUSED = {
     "epochs": ([0, 2.5, "30", True, None], "whole number in [1, ∞)"),
-    "dilution_epochs": ([-1, "long", float("inf"), 31.0], "[0, ∞), or nothing|no more than epochs=30"),
+    "dilution_epochs": ([-1, "long", float("inf"), 31.0], "[0, ∞), or none|at most epochs=30"),
     "dilution": (["quadratic", None], "one of linear, cosine, step, none"),
     "dilution_per": (["image"], "one of step, epoch"),
     "batch_size": ([0, 1.5], "whole number in [1, ∞)"),
-    "micro_batch": ([0, -2, 3, 100, 1024], "whole number in [1, ∞), or nothing|a divisor of batch_size=512"),
+    "micro_batch": ([0, -2, 3, 100, 1024], "whole number in [1, ∞), or none|a divisor of batch_size=512"),
     "opt": (["adamx", "", 3], "an optimizer of timm, such as|a name"),
-    "lr": ([0, -1e-3, "fast", float("nan")], "a number in (0, ∞), or nothing"),
+    "lr": ([0, -1e-3, "fast", float("nan")], "a number in (0, ∞), or none"),
     "base_lr": ([0, None], "a number in (0, ∞)"),
-    "min_lr": ([-1e-9, 1e-3], "[0, ∞)|no more than the peak of the learning rate, base_lr·batch_size/512=0.0005"),
+    "min_lr": ([-1e-9, 1e-3], "[0, ∞)|at most the peak learning rate, base_lr·batch_size/512=0.0005"),
     "weight_decay": ([-0.1], "[0, ∞)"),
-    "betas": ([0.9, [0.9], [0.9, 1.0], [0.9, 0.99, 0.999], ["a", 0.9]], "two numbers in [0, 1), or nothing"),
-    "eps": ([0], "(0, ∞), or nothing"),
-    "layer_decay": ([0, 1.1], "(0, 1], or nothing"),
+    "betas": ([0.9, [0.9], [0.9, 1.0], [0.9, 0.99, 0.999], ["a", 0.9]], "two numbers in [0, 1), or none"),
+    "eps": ([0], "(0, ∞), or none"),
+    "layer_decay": ([0, 1.1], "(0, 1], or none"),
     "sched": (["step", "Cosine"], "one of cosine, tanh, poly"),
-    "warmup_epochs": ([-1, 31.0], "[0, ∞), or nothing|no more than epochs=30"),
-    "warmup_lr": ([-1, 1e-3], "[0, ∞)|no more than the peak"),
-    "clip_grad": ([0, -1], "(0, ∞), or nothing"),
+    "warmup_epochs": ([-1, 31.0], "[0, ∞), or none|at most epochs=30"),
+    "warmup_lr": ([-1, 1e-3], "[0, ∞)|at most the peak"),
+    "clip_grad": ([0, -1], "(0, ∞), or none"),
     "label_smoothing": ([-0.1, 1], "[0, 1)"),
     "mixup": ([-1, False], "[0, ∞)"),
     "cutmix": ([-1], "[0, ∞)"),
@@ -41,8 +41,8 @@ REFUSED = {
     "mixup_switch_prob": ([-0.1], "[0, 1]"),
     "mixup_mode": (["half"], "one of batch, pair, elem"),
     "mixup_off_epoch": ([-1, 0.5], "whole number in [0, ∞)"),
-    "aa": (["foo", "rand-q9x", "augmix-z3", 3], "a policy of timm|a name, or nothing"),
-    "color_jitter": ([-0.1, [0.1, 0.2, 0.3]], "[0, ∞), or nothing"),
+    "aa": (["foo", "rand-q9x", "augmix-z3", 3], "a policy of timm|a name, or none"),
+    "color_jitter": ([-0.1, [0.1, 0.2, 0.3]], "[0, ∞), or none"),
     "reprob": ([1.5], "[0, 1]"),
     "remode": (["black"], "one of const, rand, pixel"),
     "recount": ([0], "[1, ∞)"),
@@ -51,11 +51,11 @@ REFUSED = {
     "scale": ([0.5, [0, 1], [0.5, 0.1], [0.5, 1.5]], "two numbers in (0, 1], the lower first"),
     "ratio": ([[0, 1], [2, 1], None], "two numbers in (0, ∞), the lower first"),
     "hflip": ([-0.5], "[0, 1]"),
-    "crop_pct": ([0, 1.2], "(0, 1], or nothing"),
-    "img_size": ([0, 224.0, [224, 224]], "whole number in [1, ∞), or nothing"),
-    "drop_path": ([1], "[0, 1), or nothing"),
-    "drop": ([-0.1], "[0, 1), or nothing"),
-    "ema": ([0, 1], "(0, 1), or nothing"),
+    "crop_pct": ([0, 1.2], "(0, 1], or none"),
+    "img_size": ([0, 224.0, [224, 224]], "whole number in [1, ∞), or none"),
+    "drop_path": ([1], "[0, 1), or none"),
+    "drop": ([-0.1], "[0, 1), or none"),
+    "ema": ([0, 1], "(0, 1), or none"),
     "ema_warmup": (["yes", 1], "true or false"),
     "amp": (["fp32", True], "one of none, bf16, fp16"),
     "compile": (["true"], "true or false"),
@@ -65,7 +65,7 @@ REFUSED = {
     "distillation_tau": ([0], "(0, ∞)"),
     "freeze": (["head", [-1], [True], [0, 0], [1.0]], "'embed' and block indices, each once"),
     "val_every": ([0], "[1, ∞)"),
-    "checkpoint_every": ([0], "[1, ∞), or nothing"),
+    "checkpoint_every": ([0], "[1, ∞), or none"),
     "seed": ([-1, 0.5], "[0, ∞)"),
 }
 
@@ -88,7 +88,7 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_is_expected(name, value
     ("knobs", "message"),
     [
         ({"dilution": "none", "dilution_epochs": 3}, "dilution_epochs=3.0: expected None or 0 with dilution='none'"),
-        ({"epochs": 5, "dilution_epochs": 6}, "dilution_epochs=6.0: expected no more than epochs=5"),
+        ({"epochs": 5, "dilution_epochs": 6}, "dilution_epochs=6.0: expected at most epochs=5"),
         ({"lr": 1e-6, "warmup_epochs": 0}, "min_lr=1e-05: .*, lr=1e-06"),
         ({"batch_size": 8, "min_lr": 0, "warmup_lr": 1e-5}, "warmup_lr=1e-05: .*, base_lr·batch_size/512=7.8125e-06"),
         ({"batch_size": 15, "micro_batch": 5, "lr": 1e-3}, "micro_batch=5: expected an even number, since mixup"),
@@ -153,8 +153,8 @@ def test_a_base_rate_given_as_an_option_wins_over_a_rate_of_the_file(tmp_path):
     ("text", "message"),
     [
         ("weight_decy: 0.1", r"unknown field 'weight_decy' \(in .*mine.yaml\). Did you mean weight_decay\?"),
-        ("xyzzy: 1", r"unknown field 'xyzzy' .* There is: epochs, dilution_epochs"),
-        ("mixup: 1\nmixup: 2", "cannot read the recipe .*mine.yaml: 'mixup' stands there twice"),
+        ("xyzzy: 1", r"unknown field 'xyzzy' .* Available: epochs, dilution_epochs"),
+        ("mixup: 1\nmixup: 2", "cannot read the recipe .*mine.yaml: 'mixup' is given twice"),
         ("mixup: [", "cannot read the recipe .*mine.yaml"),
         ("just words", "expected 'field: value' lines, got str"),
         ("mixup: off", r"recipe .*mine.yaml: mixup=False: expected a number in \[0, ∞\)"),
@@ -174,7 +174,7 @@ def test_unknown_options_and_recipes_are_refused_with_the_nearest_name():
         load_recipe("short", {"lable_smoothing": 0.1})
     with pytest.raises(ValueError, match=r"'deit-tny' is neither a file nor .* Did you mean deit-tiny\?"):
         load_recipe("deit-tny")
-    with pytest.raises(ValueError, match="There is: deit-base, deit-small, deit-tiny, digits, short, transfer"):
+    with pytest.raises(ValueError, match="Available: deit-base, deit-small, deit-tiny, digits, short, transfer"):
         load_recipe("xyzzy")
     with pytest.raises(ValueError, match=r"recipe deit-tiny, with epochs=10: dilution_epochs=299\.0"):
         load_recipe("deit-tiny", {"epochs": 10})
@@ -200,8 +200,8 @@ def test_equal_numbers_are_kept_alike():
 
 
 def test_the_shipped_recipes_load_and_are_listed():
-    assert set(shipped()) == {"deit-tiny", "deit-small", "deit-base", "short", "transfer", "digits"}
-    for name, description in shipped().items():
+    assert set(list_recipes()) == {"deit-tiny", "deit-small", "deit-base", "short", "transfer", "digits"}
+    for name, description in list_recipes().items():
         assert len(description) > 20
         assert load_recipe(name) == load_recipe(FOLDER / f"{name}.yaml")
         comments = [line for line in (FOLDER / f"{name}.yaml").read_text("utf-8").splitlines() if line.startswith("#")]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...checks import dtype_name
 from .. import tracing
 from ..arguments import SAVE, Needs, Options, Parameters, Saved
 from . import launch, tuning
@@ -81,7 +82,7 @@ def _tma(p: Parameters, *given: Tensor | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _details(tokens: torch.dtype, approximate: str, strided: bool, precision: str, *flags: str) -> str:
-    words = [f"x={str(tokens).removeprefix('torch.')}", f"gelu={approximate}", "strided" if strided else "", precision]
+    words = [f"x={dtype_name(tokens)}", f"gelu={approximate}", "strided" if strided else "", precision]
     return " ".join(word for word in (*words, *flags) if word)
 
 
@@ -95,7 +96,7 @@ def _problem(stage: str, x: Tensor, p: Parameters, o: Options, tma: bool, *flags
     return Problem(stage, x.shape[0], channels, hidden, _NAMES[dtype], details)
 
 
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_NAMES = {dtype: dtype_name(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 @functools.lru_cache

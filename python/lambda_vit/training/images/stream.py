@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lambda_kernels.ops.checks import require_int
+
 from ...data.batches import SizedLoader
 from ...data.fingerprints import data_fingerprint
 from ...data.images import BadImage, CorruptImageError, SizedDataset, corrupt_message
@@ -266,8 +268,7 @@ class DatasetStream(TrainingStream):
         pin_memory: bool = False,
     ) -> None:
         for name, value, least in (("workers", workers, 0), ("skip_bad", skip_bad, 0), ("prefetch", prefetch, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+            require_int(name, value, least)
         super().__init__(len(dataset), recipe, shard=shard, skip_bad=skip_bad, what=_name(dataset))
         self.dataset = dataset
         self.workers = workers

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lambda_kernels.convert.checks import check_indices
+from lambda_kernels.convert.checks import check_indices, unwrap_layers
 
 from ...data.fingerprints import data_fingerprint, model_fingerprint
 from ...measure.accuracy import Score, score
@@ -110,7 +110,7 @@ class Trainer:
         inplace: bool = False,
     ) -> None:
         self.recipe, self.stream, self.processes = recipe, stream, processes or Processes()
-        indices: Any = getattr(layers, "layers", layers)
+        indices = unwrap_layers(layers)
         self.layers = check_indices(indices, len(model.blocks), "layers") if len(indices) else ()
         self.fingerprint = {
             "model": model_fingerprint(model),

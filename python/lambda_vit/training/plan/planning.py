@@ -19,6 +19,7 @@ from torch import nn
 from lambda_kernels.blocks.mlp_block import MlpBlockBase
 from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.checks import check_indices
+from lambda_kernels.ops.checks import dtype_name, require_int
 
 from ...measure.cost import cost
 from ...models.properties import input_shape, one_device, one_dtype
@@ -128,7 +129,7 @@ def split_epochs(
     given = {"epochs": epochs, "dilution_epochs": dilution_epochs, "recovery_epochs": recovery_epochs}
     for name, value in given.items():
         if value is not None:
-            _check_integer(name, value, 0 if name != "epochs" else 1)
+            require_int(name, value, 0 if name != "epochs" else 1)
     if epochs is None:
         dilution = DILUTION_EPOCHS if dilution_epochs is None else dilution_epochs
         recovery = RECOVERY_EPOCHS if recovery_epochs is None else recovery_epochs
@@ -193,7 +194,7 @@ def plan_training(
         ("batch_size", batch_size, 1),
         ("devices", devices, 1),
     ):
-        _check_integer(name, value, least)
+        require_int(name, value, least)
     split_epochs(None, dilution_epochs, recovery_epochs)
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: expected a positive number of seconds to measure for")
@@ -240,7 +241,7 @@ def plan_training(
         batch_size=batch_size,
         devices=devices,
         device=str(where),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         input_shape=input_shape(model),
         recompute=recompute,
         networks=plans,
@@ -346,8 +347,3 @@ def _does_not_fit(plan: NetworkPlan | None, batch_size: int, device: torch.devic
     if most is None or most >= 1:
         return f"{text} Pass a smaller one{'' if most is None else f', at most about {most}'}, and accumulate gradients"
     return f"{text} Not even one image does: use a device with more memory"
-
-
-def _check_integer(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from lambda_kernels.errors import CheckpointError
 from lambda_kernels.files import remove_leftovers
+from lambda_kernels.ops.checks import require_int
 
 from ...runtime.formatting import format_size
 from ...runtime.processes import Processes
@@ -79,14 +80,12 @@ class Checkpoints:
         processes: Of the run; None: those of the default process group, if there is one.
 
     Raises:
-        ValueError: `keep` is not a whole number from 1.
+        ValueError: `keep` is not an integer of at least 1.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, processes: Processes | None = None) -> None:
-        if type(keep) is not int or keep < 1:
-            raise ValueError(f"keep must be a whole number from 1; got {keep!r}")
         self.folder = Path(folder)
-        self.keep = keep
+        self.keep = require_int("keep", keep, 1)
         self.processes = processes or Processes()
         self._ours = False  # whether this run goes on from what lies in the folder
 
@@ -102,15 +101,14 @@ class Checkpoints:
             The path of the file with the state.
 
         Raises:
-            ValueError: `step` is not a whole number from 0.
+            ValueError: `step` is not an integer of at least 0.
             TypeError: `state` holds something that could not be read back; says where.
             CheckpointError: The folder holds checkpoints of this step or of later ones, which would be given up, and this
                 object neither wrote them nor looked for them with `newest`.
             OSError: There is no room, or writing failed. Nothing is left behind, and the last checkpoint is kept.
             RuntimeError: On other ranks than 0, where rank 0 failed; says how.
         """
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step must be a whole number from 0; got {step!r}")
+        step = require_int("step", step, 0)
         path = None
         with self.processes.all_or_none(f"writing the checkpoint of step {step}"):
             if self.processes.is_main:

@@ -106,13 +106,13 @@ def test_what_could_not_be_read_back_is_refused(value, words, tmp_path):
 
 @pytest.mark.parametrize("step", [-1, True, 1.0, "3", None])
 def test_steps_are_whole_numbers(step, tmp_path):
-    with pytest.raises(ValueError, match="step must be a whole number from 0; got"):
+    with pytest.raises(ValueError, match="step must be an integer of at least 0; got"):
         Checkpoints(tmp_path).save(step, {})
 
 
 @pytest.mark.parametrize("keep", [0, -1, True, 1.5, None])
 def test_at_least_one_is_kept(keep, tmp_path):
-    with pytest.raises(ValueError, match="keep must be a whole number from 1; got"):
+    with pytest.raises(ValueError, match="keep must be an integer of at least 1; got"):
         Checkpoints(tmp_path, keep)
 
 
