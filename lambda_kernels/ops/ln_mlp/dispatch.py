@@ -108,14 +108,21 @@ def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
     return obstacles
 
 
-def onednn_obstacles(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Everything that keeps `operator` from running by oneDNN's products on `device` with `dtype`; empty when it can."""
+def onednn_obstacles(
+    operator: str, device: torch.device, dtype: torch.dtype, *, is_inference: bool = True
+) -> list[str]:
+    """Everything that keeps `operator` from running by oneDNN's products on `device` with `dtype`; empty when it can.
+
+    Where `is_inference` is False, PyTorch's operators compute the call (see `not_inference`). What these products can do with
+    its dtype on this processor is no obstacle then, nor is a dtype that autocast chose: models train and export alike on all.
+    """
     if operator != "ln_mlp":
         return [f"there is no {operator} by oneDNN"]
-    obstacles = list(_why_no_onednn(dtype == torch.bfloat16))
+    obstacles = list(_why_no_onednn(is_inference and dtype == torch.bfloat16))
     if device.type != "cpu":
         obstacles.append(f"the tensors are on {device.type}, not on the CPU")
-    if dtype not in (torch.float32, torch.bfloat16):
+    by_autocast = not is_inference and autocast_enabled(device.type) and dtype == torch.get_autocast_dtype(device.type)
+    if dtype not in (torch.float32, torch.bfloat16) and not by_autocast:
         obstacles.append(f"dtype {dtype_name(dtype)} is not one of float32, bfloat16")
     return obstacles
 
@@ -152,7 +159,8 @@ def not_inference(device: torch.device, recording: bool = False, subclass: bool 
             "autograd records the call, and oneDNN's products have no gradient; torch.inference_mode() records none"
         )
     if autocast_enabled(device.type):
-        found.append("autocast is on, and would cast the weights at every call; model.to(torch.bfloat16) does it once")
+        once = "" if _why_no_onednn(True) else "; model.to(torch.bfloat16) does it once"
+        found.append(f"autocast is on, and would cast the weights at every call{once}")
     if subclass or torch._C._len_torch_dispatch_stack() > 0:
         found.append("a tensor subclass or a dispatch mode is there, which may know PyTorch's public operators alone")
     return found
@@ -170,7 +178,8 @@ def choose(
     """Choose the backend of `operator` for tensors on `device` with `dtype`.
 
     "onednn" is a choice for inference: where it could run, but the call is another one (see `not_inference`, which gets
-    `recording` and `subclass`), that is no error, since a model is trained and exported as well; the reason says so.
+    `recording` and `subclass`), that is no error, since a model is trained and exported as well; the reason says so. Such calls
+    do not need a processor on which oneDNN knows bfloat16.
 
     Raises:
         ValueError: `backend` is not one of "auto", "triton", "onednn", "torch".
@@ -180,12 +189,12 @@ def choose(
     if backend == "torch":
         return Choice("torch", "asked for by name")
     if backend == "onednn":
-        obstacles = onednn_obstacles(operator, device, dtype)
+        others = not_inference(device, recording, subclass)
+        obstacles = onednn_obstacles(operator, device, dtype, is_inference=not others)
         if obstacles:
             raise BackendUnavailableError(
                 f"backend='onednn' cannot run {operator}: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"
             )
-        others = not_inference(device, recording, subclass)
         if others:
             return Choice("torch", f"backend='onednn' is for inference, but {'; '.join(others)}")
         return Choice("onednn", "asked for by name; calls that autograd records take PyTorch's operators")

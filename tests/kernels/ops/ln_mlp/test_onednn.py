@@ -308,6 +308,39 @@ def test_autocast_transforms_and_modes_take_pytorchs_operators():
     assert relative_error(mapped, counted.double()) < 1e-5
 
 
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_autocast_does_not_ask_what_onednn_computes(monkeypatch, autocast_dtype, has_bfloat16):
+    monkeypatch.setattr(onednn, "knows_bfloat16", lambda: has_bfloat16)
+    args = given(9, 40)
+    with torch.no_grad(), torch.autocast("cpu", autocast_dtype), tracing.recorded() as ran:
+        chosen = dispatch.choose("ln_mlp", CPU, autocast_dtype, "onednn")
+        cast = ln_mlp(**args, eps=1e-5, backend="onednn")
+        assert torch.equal(cast, ln_mlp(**args, eps=1e-5, backend="torch"))
+        with pytest.raises(BackendUnavailableError, match="float64"):  # which autocast spares
+            dispatch.choose("ln_mlp", CPU, torch.float64, "onednn")
+    assert not ran
+    assert chosen.backend == "torch"
+    assert "autocast is on" in chosen.reason
+    # No advice that would raise on this processor.
+    assert ("model.to(torch.bfloat16)" in chosen.reason) == has_bfloat16
+
+
+def test_training_and_compilation_do_not_need_bfloat16_in_onednn(monkeypatch):
+    monkeypatch.setattr(onednn, "knows_bfloat16", lambda: False)
+    args = given(9, 40, dtype=torch.bfloat16)
+    args["x"] = args["x"].requires_grad_()
+    out = ln_mlp(**args, eps=1e-5, backend="onednn")
+    assert torch.equal(out, ln_mlp(**args, eps=1e-5, backend="torch"))
+    assert torch.autograd.grad(out.sum(), args["x"])[0].dtype == torch.bfloat16
+    args["x"] = args["x"].detach()
+    with torch.no_grad():
+        compiled = torch.compile(ln_mlp, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(**args, eps=1e-5, backend="onednn"), out)
+        with pytest.raises(BackendUnavailableError, match="bfloat16 on this processor"):
+            ln_mlp(**args, eps=1e-5, backend="onednn")
+
+
 def test_a_subclass_takes_pytorchs_operators():
     class Tokens(torch.Tensor):
         pass
