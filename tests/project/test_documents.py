@@ -224,10 +224,15 @@ def test_the_job_script_parses():
     parse(arguments)
 
 
-def test_the_first_two_lines_of_the_readme():
+def test_the_beginning_of_the_readme():
+    """Its title, one sentence, and the two commands that a reader tries first."""
     lines = read("README.md").splitlines()
-    assert lines[0].strip().startswith("pip install -e . && lambda-vit demo")
-    assert lines[1].strip().startswith('pip install -e ".[test]" && pytest')
+    assert lines[0] == "# lambda_kernels"
+    first = [command for block in list(blocks("README.md"))[:1] for command in block.text.splitlines()]
+    assert len(first) == 2
+    assert first[0].startswith("$ pip install -e . && lambda-vit demo")
+    assert first[1].startswith('$ pip install -e ".[test]" && pytest')
+    assert lines.index(first[0]) < 10
     assert len(lines) <= 200
     for mark in ("writes what follows", "wrote what precedes"):  # benchmarks/tools/table.py fills what lies between
         assert lines.count(f"<!-- benchmarks/tools/table.py {mark} -->") == 1
@@ -381,5 +386,5 @@ def test_the_audited_configurations_are_those_that_ship():
     for case in audit.cases((90,), defaults=True):
         width, dtype, *moved = case.shape.removeprefix("C=").split()
         expected.append((case.kernel, ", ".join((width, dtypes[dtype], *moved)), case.config))
-    table = read("docs/kernels.md").partition("## The audit")[2]
+    table = read("docs/kernels.md").partition("## Compiler audit")[2]
     assert re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| \d+ \|", table, re.MULTILINE) == expected

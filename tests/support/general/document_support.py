@@ -132,7 +132,7 @@ def reason(command: str, table: dict[str, str]) -> str | None:
 
 
 def application() -> click.Group:
-    from lambda_vit.cli.app import app
+    from lambda_vit.cli.main import app
 
     return typer.main.get_command(app)
 
