@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .files import write_json
+from .ops.ln_mlp.arguments import Options, Parameters, Saved
+from .ops.ln_mlp.fused.kernels import configs
 
 if TYPE_CHECKING:
     from .ops.ln_mlp.fused.launch import Launch
@@ -261,8 +263,6 @@ def cases(
         kernels: Names; empty for all.
         defaults: Only the first configuration of each list, in bfloat16 and float32, at fewer widths.
     """
-    from .ops.ln_mlp.fused.kernels import configs
-
     dtypes = (torch.bfloat16, torch.float32) if defaults else (torch.bfloat16, torch.float16, torch.float32)
     for arch in architectures:
         for kernel in kernels or (*configs.KERNELS, *ROW_KERNELS):
@@ -286,8 +286,6 @@ def cases(
 
 def _variants(kernel: str, arch: int) -> Iterator[Case]:
     """What else the configurations are used for: TF32, autocast's float32 tokens, the tanh form, normalized tokens."""
-    from .ops.ln_mlp.fused.kernels import configs
-
     for config in configs.shipped(kernel, arch, torch.float32, 192, False):
         with _tf32():
             yield product_case(kernel, 192, torch.float32, config, False, arch, "tf32")
@@ -322,30 +320,29 @@ def product_case(
     from .ops.ln_mlp.fused import launch
 
     rows, hidden = _TOKENS, 4 * channels
-    math = launch.Arithmetic.of(dtype, "tanh" if variant == "tanh" else "none")
+    o = Options(1e-6, 2.0, "tanh" if variant == "tanh" else "none")
     wider = torch.float32 if variant == "mixed" else dtype
     x, out = _empty(rows, channels, dtype=wider), _empty(rows, channels, dtype=wider)
-    w1, w2 = _empty(hidden, channels, dtype=dtype), _empty(channels, hidden, dtype=dtype)
     c, h = _empty(channels, dtype=dtype), _empty(hidden, dtype=dtype)
     wide, act = _empty(rows, hidden, dtype=dtype), _empty(rows, hidden, dtype=dtype)
     statistics, sums = _empty(rows), _empty(-(-rows // config.bm), hidden)
-    how: dict[str, Any] = {"math": math, "config": config, "tma": tma}
+    w1, w2 = _empty(hidden, channels, dtype=dtype), _empty(channels, hidden, dtype=dtype)
+    p = Parameters(c, c, w1, h, w2, c, c, statistics)
+    how: dict[str, Any] = {"config": config, "tma": tma}
     if kernel == "one_pass":
-        made = launch.one_pass(
-            x, c, c, w1, h, w2, c, c, statistics, out, statistics, statistics, eps=1e-6, scale=2.0, **how
-        )
+        made = launch.one_pass(x, p, o, out, statistics, statistics, **how)
+    elif kernel == "fc1" and dtype != torch.float32 and variant != "normalized":
+        folded = p._replace(b1=_empty(hidden))
+        made = launch.fc1(x, folded, o, act, wide, (statistics, statistics, _empty(hidden)), **how)
     elif kernel == "fc1":
-        corrected = dtype != torch.float32 and variant != "normalized"
-        vectors = (_empty(hidden), statistics, statistics, _empty(hidden)) if corrected else (h, None, None, None)
-        made = launch.fc1(x, w1, *vectors, act, wide, scale=2.0, **how)
+        made = launch.fc1(x, p, o, act, wide, **how)
     elif kernel == "fc2":
-        made = launch.fc2(act, w2, c, c, statistics, x, out, scale=2.0, **how)
-    elif kernel == "hidden_gradient":
-        made = launch.hidden_gradient(x, w1, h, None, out, w2, wide, act, sums, **how)
-    elif kernel == "saved_gradient":
-        made = launch.hidden_gradient(None, w1, h, act, out, w2, wide, act, sums, **how)
+        made = launch.fc2(act, x, p, o, out, **how)
+    elif kernel in ("hidden_gradient", "saved_gradient"):
+        normed, pre = (x, None) if kernel == "hidden_gradient" else (None, act)
+        made = launch.hidden_gradient(normed, p, o, pre, out, wide, act, sums, **how)
     else:
-        raise ValueError(f"kernel must be one of {', '.join(ROW_KERNELS)} or a product kernel; got {kernel!r}")
+        raise ValueError(f"kernel must be one of {', '.join(configs.KERNELS)}; got {kernel!r}")
     how_moved = "descriptors" if tma else "pointers"
     shape = " ".join(filter(None, (f"C={channels}", _TYPES[dtype], variant, how_moved)))
     # Without TF32, float32 products are no tensor-core ones.
@@ -354,24 +351,21 @@ def product_case(
 
 def _row_launch(kernel: str, channels: int) -> Launch:
     from .ops.ln_mlp.fused import launch
-    from .ops.ln_mlp.fused.kernels import configs
 
     dtype, rows, hidden, programs = torch.bfloat16, _TOKENS, 4 * channels, 528
     x, c, statistics = _empty(rows, channels, dtype=dtype), _empty(channels, dtype=dtype), _empty(rows)
+    w1, h = _empty(hidden, channels, dtype=dtype), _empty(hidden)
+    p, o = Parameters(c, c, w1, h, w1.T, c, c, statistics), Options(1e-6, 2.0, "none")
     if kernel == "layer_norm":
-        return launch.layer_norm(x, c, c, x, statistics, statistics, eps=1e-6, scale=2.0, given=False)
+        return launch.layer_norm(x, p, o, x, statistics, statistics, given=False)
     if kernel == "layer_norm_input":
         partial = [_empty(programs, channels)] * 3
-        return launch.layer_norm_input(
-            x, x, x, c, statistics, statistics, statistics, x, *partial, scale=2.0, programs=programs
-        )
-    w1, h = _empty(hidden, channels, dtype=dtype), _empty(hidden)
+        return launch.layer_norm_input(x, x, x, p, o, Saved(statistics, statistics), x, partial, programs=programs)
     if kernel == "row_statistics":
-        return launch.row_statistics(x, statistics, statistics, c, c, w1, h, w1, h, h, eps=1e-6, scale=2.0)
+        return launch.row_statistics(x, p, o, statistics, statistics, p, h)
     wide = _empty(rows, hidden, dtype=dtype)
-    math = launch.Arithmetic.of(dtype, "none")
     sums = _empty(-(-rows // configs.ELEMENTWISE.bm), hidden)
-    return launch.elementwise(wide, wide, wide, wide, sums, math=math, config=configs.ELEMENTWISE)
+    return launch.elementwise(wide, o, wide, wide, wide, sums, config=configs.ELEMENTWISE)
 
 
 def audit(chosen: Iterable[Case], workers: int = 1) -> Iterator[Finding]:
@@ -416,8 +410,6 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
         return 2
-    from .ops.ln_mlp.fused.kernels import configs
-
     known = (*configs.KERNELS, *ROW_KERNELS)
     if unknown := set(options.kernel) - set(known):
         parser.error(f"argument --kernel: unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")

@@ -13,16 +13,16 @@ from torch import Tensor
 from benchmarks.gpu import answering
 from benchmarks.support import gpu_timing
 from lambda_kernels import audit, ln_mlp
-from lambda_kernels.ops.ln_mlp import reference as reference
-from lambda_kernels.ops.ln_mlp import tracing as tracing
-from lambda_kernels.ops.ln_mlp.fused import launch as launch
-from lambda_kernels.ops.ln_mlp.fused import tuning as tuning
-from lambda_kernels.ops.ln_mlp.fused.kernels import configs as configs
+from lambda_kernels.ops.ln_mlp import reference, tracing
+from lambda_kernels.ops.ln_mlp.arguments import Options, Parameters
+from lambda_kernels.ops.ln_mlp.fused import launch, tuning
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs
 from lambda_kernels.ops.ln_mlp.fused.launch import Launch
 from lambda_kernels.ops.ln_mlp.fused.tuning import Candidate
 
 BATCHES = (64, 256)
 TOKENS = 256 * 197
+OPTIONS = Options(1e-6, 1.0, "none")
 
 
 # One pass: rows per program, and against two kernels
@@ -82,15 +82,8 @@ def _forced(xs: list[Tensor], parameters: list[Tensor], **stages: Candidate | st
 
 def programs(xs: list[Tensor], parameters: list[Tensor], tile: configs.Config) -> int:
     """How many programs of a one-pass tile fit onto a multiprocessor of this device, as it was compiled."""
-    gamma, beta, w1, b1, w2, b2 = parameters
-    made = launch.one_pass(
-        *(xs[0], gamma, beta, w1, b1, w2, b2, None, None, torch.empty_like(xs[0]), None, None),
-        eps=1e-6,
-        scale=1.0,
-        math=launch.Arithmetic.of(torch.bfloat16, "none"),
-        config=tile,
-        tma=configs.uses_descriptors(answering.capability()),
-    )
+    p, tma = Parameters(*parameters, None, None), configs.uses_descriptors(answering.capability())
+    made = launch.one_pass(xs[0], p, OPTIONS, torch.empty_like(xs[0]), None, None, config=tile, tma=tma)
     made.run()
     compiled = made.compiled()
     return resident(compiled.n_regs, 32 * tile.warps, compiled.metadata.shared)
@@ -298,13 +291,11 @@ def _first_products(channels: int) -> tuple[dict[str, gpu_timing.Version], Tenso
 
 def _fc1(xs: list[Tensor], weight: Tensor, bias: Tensor, tile: configs.Config, tma: bool) -> gpu_timing.Version:
     """Our first product with bias and GELU, on tokens as they are."""
-    math_ = launch.Arithmetic.of(torch.bfloat16, "none")
+    p = Parameters(None, None, weight, bias, weight.T, None, None, None)  # W2 plays no part
     out = torch.empty(xs[0].shape[0], weight.shape[0], dtype=torch.bfloat16, device=answering.DEVICE)
 
     def run(number: int) -> Tensor:
-        launch.fc1(
-            xs[number], weight, bias, None, None, None, out, None, scale=1.0, math=math_, config=tile, tma=tma
-        ).run()
+        launch.fc1(xs[number], p, OPTIONS, out, None, config=tile, tma=tma).run()
         return out
 
     return run

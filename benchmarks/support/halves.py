@@ -26,7 +26,7 @@ class TimmHalf(nn.Module):
 
 def cpu_backends(dtype: torch.dtype, missing: dict[str, str]) -> tuple[str, ...]:
     """Ours by name, for inference on a CPU; the reason for which one cannot run goes into `missing`."""
-    obstacles = onednn_obstacles("ln_mlp", torch.device("cpu"), dtype)
+    obstacles = onednn_obstacles(torch.device("cpu"), dtype)
     if obstacles:
         missing["onednn"] = "; ".join(obstacles)
     return ("torch",) if obstacles else ("torch", "onednn")

@@ -106,7 +106,7 @@ class MlpBlockBase(nn.Module):
         obstacles = self.fusion_obstacles(training)
         if obstacles:
             return Choice("modules", "; ".join(obstacles))
-        return choose("ln_mlp", device, dtype, self.backend, recording=recording)
+        return choose(device, dtype, self.backend, recording=recording)
 
     def recomputed(self, device: torch.device, dtype: torch.dtype, training: bool | None = True) -> Recompute:
         """What a step on tokens on `device` with `dtype` computes again for its gradients, and why.

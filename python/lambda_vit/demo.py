@@ -19,7 +19,7 @@ from lambda_kernels.files import atomic_write
 
 from .data.digits import Digits, digits
 from .data.loader import ImageLoader, make_loader
-from .measure.comparison import kernel_paths, path_lines, variant
+from .measure.comparison import evaluation_row, kernel_paths, path_lines
 from .measure.latency import compare_latency
 from .measure.layer_profile import profile_layers
 from .report.page import console_summary, write_report
@@ -249,7 +249,7 @@ class _Demo:
         # Removed variants of one size run the same code: two models are enough for a time.
         timed = compare_latency({k: models[k] for k in ("full", "nose diluted")}, (1, 64), rounds=50)
         return [
-            variant(
+            evaluation_row(
                 name,
                 label,
                 models[name],

@@ -1,67 +1,71 @@
-"""The arguments of one call of `ln_mlp`, as records that every path shares."""
+"""The arguments of one call of `ln_mlp`, as records that every path shares. x [M, C] are tokens, H is the hidden width."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-# `save` where no gradient will be asked for; its other values are those of `recompute`.
+# `save` where no gradient will be requested; its other values are those of `recompute`.
 SAVE_NOTHING = "nothing"
 
-
-# What the forward saves for the backward, by `recompute`: "nothing" where no gradient is wanted.
+# What the forward saves for the backward: row statistics; pre, which GELU is applied to; act, its result.
 SAVE = {SAVE_NOTHING: (), "all": ("stats",), "act": ("stats", "pre"), "none": ("stats", "pre", "act")}
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """γ [C], β [C], W1 [H, C], b1 [H], W2 [C, H], b2 [C], LayerScale [C], the branch's factor for each token, float32 [M].
+class Parameters(NamedTuple):
+    """The tensors of a call besides x, in the order of the operator's schema. All but the matrices may be None."""
 
-    All but the matrices may be None.
-    """
-
-    gamma: Tensor | None
-    beta: Tensor | None
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-    ls: Tensor | None
-    keep: Tensor | None
+    ln_weight: Tensor | None  # [C]
+    ln_bias: Tensor | None  # [C]
+    w1: Tensor  # [H, C]
+    b1: Tensor | None  # [H]
+    w2: Tensor  # [C, H]
+    b2: Tensor | None  # [C]
+    layer_scale: Tensor | None  # [C]
+    branch_scale: Tensor | None  # a factor of each token's branch; float32 [M] in the kernels
 
 
-@dataclass(frozen=True)
-class Options:
-    """LayerNorm's epsilon, the residual's factor s, and the form of GELU: "none" or "tanh"."""
+class Options(NamedTuple):
+    """The numbers of a call and the form of its GELU, in the order of the operator's schema."""
 
-    eps: float
-    scale: float
-    approximate: str
-
-
-# Backward
+    eps: float  # LayerNorm's
+    residual_scale: float  # s
+    approximate: str  # "none" or "tanh"
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are wanted."""
+class Needs(NamedTuple):
+    """Which gradients are wanted, in the order in which the backward returns them."""
 
     x: bool
-    gamma: bool
-    beta: bool
+    ln_weight: bool
+    ln_bias: bool
     w1: bool
     b1: bool
     w2: bool
     b2: bool
-    ls: bool
+    layer_scale: bool
+
+    @property
+    def through_norm(self) -> bool:
+        """Whether the gradient of LayerNorm's output is needed."""
+        return self.x or self.ln_weight or self.ln_bias
+
+    @property
+    def through_gelu(self) -> bool:
+        """Whether the gradient of GELU's input is needed."""
+        return self.through_norm or self.w1 or self.b1
+
+    @property
+    def act(self) -> bool:
+        """Whether GELU's output is needed."""
+        return self.w2 or self.layer_scale
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What the forward kept: row statistics always, p and GELU(p) [M, H] if it was asked to."""
+class Saved(NamedTuple):
+    """What the forward saved: row statistics float32 [M], GELU's input and output [M, H]; None for what was not saved."""
 
-    mean: Tensor
-    rstd: Tensor
-    pre: Tensor | None
-    act: Tensor | None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    pre: Tensor | None = None
+    act: Tensor | None = None

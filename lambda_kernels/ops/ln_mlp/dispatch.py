@@ -19,10 +19,6 @@ from . import onednn
 BACKENDS = ("auto", "triton", "onednn", "torch")
 
 
-# Operators for which this version ships a Triton kernel.
-TRITON_OPERATORS = frozenset({"ln_mlp"})
-
-
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -89,11 +85,9 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Everything that keeps `operator` from running as a Triton kernel on `device` with `dtype`; empty when it can."""
+def triton_obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Everything that keeps the Triton kernels from running on `device` with `dtype`; empty when they can."""
     obstacles = []
-    if operator not in TRITON_OPERATORS:
-        obstacles.append(f"this version ships no Triton kernel for {operator}")
     if not _TRITON_INSTALLED:
         obstacles.append("triton is not installed")
     elif device.type == "cuda":
@@ -108,16 +102,12 @@ def triton_obstacles(operator: str, device: torch.device, dtype: torch.dtype) ->
     return obstacles
 
 
-def onednn_obstacles(
-    operator: str, device: torch.device, dtype: torch.dtype, *, is_inference: bool = True
-) -> list[str]:
-    """Everything that keeps `operator` from running by oneDNN's products on `device` with `dtype`; empty when it can.
+def onednn_obstacles(device: torch.device, dtype: torch.dtype, *, is_inference: bool = True) -> list[str]:
+    """Everything that keeps oneDNN's products from running on `device` with `dtype`; empty when they can.
 
     Where `is_inference` is False, PyTorch's operators compute the call (see `not_inference`). What these products can do with
     its dtype on this processor is no obstacle then, nor is a dtype that autocast chose: models train and export alike on all.
     """
-    if operator != "ln_mlp":
-        return [f"there is no {operator} by oneDNN"]
     obstacles = list(_why_no_onednn(is_inference and dtype == torch.bfloat16))
     if device.type != "cpu":
         obstacles.append(f"the tensors are on {device.type}, not on the CPU")
@@ -167,7 +157,6 @@ def not_inference(device: torch.device, recording: bool = False, subclass: bool 
 
 
 def choose(
-    operator: str,
     device: torch.device,
     dtype: torch.dtype,
     backend: str = "auto",
@@ -175,7 +164,7 @@ def choose(
     recording: bool = False,
     subclass: bool = False,
 ) -> Choice:
-    """Choose the backend of `operator` for tensors on `device` with `dtype`.
+    """Choose the backend of `ln_mlp` for tensors on `device` with `dtype`.
 
     "onednn" is a choice for inference: where it could run, but the call is another one (see `not_inference`, which gets
     `recording` and `subclass`), that is no error, since a model is trained and exported as well; the reason says so. Such calls
@@ -190,21 +179,21 @@ def choose(
         return Choice("torch", "asked for by name")
     if backend == "onednn":
         others = not_inference(device, recording, subclass)
-        obstacles = onednn_obstacles(operator, device, dtype, is_inference=not others)
+        obstacles = onednn_obstacles(device, dtype, is_inference=not others)
         if obstacles:
             raise BackendUnavailableError(
-                f"backend='onednn' cannot run {operator}: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"
+                f"backend='onednn' cannot run ln_mlp: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"
             )
         if others:
             return Choice("torch", f"backend='onednn' is for inference, but {'; '.join(others)}")
         return Choice("onednn", "asked for by name; calls that autograd records take PyTorch's operators")
-    obstacles = triton_obstacles(operator, device, dtype)
+    obstacles = triton_obstacles(device, dtype)
     if backend == "auto" and not obstacles and device.type == "cpu":
         return Choice("torch", "Triton's interpreter is only used when backend='triton' asks for it")
     if not obstacles:
         return Choice("triton", "asked for by name" if backend == "triton" else "a fused kernel serves this case")
     if backend == "triton":
         raise BackendUnavailableError(
-            f"backend='triton' cannot run {operator}: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"
+            f"backend='triton' cannot run ln_mlp: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"
         )
     return Choice("torch", "; ".join(obstacles))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import arguments, dispatch, onednn, reference
+from . import dispatch, onednn, reference, registration
 from . import recompute as recomputed
-from . import registration as _registration  # noqa: F401  # registers torch.ops.lambda_kernels.ln_mlp
+from .arguments import SAVE_NOTHING, Options, Parameters
 
 # At this width and below, products are cheaper than the memory traffic of saved activations.
 RECOMPUTE_ALL_BELOW = 256
@@ -93,39 +93,32 @@ def ln_mlp(
 
     hidden, channels = w1.shape
     compute = compute_dtype(x, w1)
-    form = "tanh" if approximate == "tanh" else "none"
-    tensors = (x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
-    saving = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    subclass = backend == "onednn" and any(type(t) not in _PLAIN for t in (*tensors, branch_scale) if t is not None)
-    chosen = dispatch.choose("ln_mlp", x.device, compute, backend, recording=saving, subclass=subclass)
-    # Of no tokens nothing is computed: the twin gives shape, dtype and zero gradients.
-    empty = x.numel() == 0 or hidden == 0
-    if chosen.backend != "triton" or empty:
-        options: dict[str, Any] = {
-            "eps": eps,
-            "residual_scale": residual_scale,
-            "layer_scale": layer_scale,
-            "branch_scale": branch_scale,
-            "approximate": form,
-        }
-        if chosen.backend == "onednn" and not empty:
-            return onednn.ln_mlp(*tensors[:7], **options)
-        again = resolve_recompute(recompute, channels, "torch")
-        if again != "none" and saving and not empty and not recomputed.obstacles():
-            return recomputed.ln_mlp(*tensors[:7], **options, recompute=again, compute=compute)
-        return reference.ln_mlp(*tensors[:7], **options)
+    p = Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
+    o = Options(eps, residual_scale, "tanh" if approximate == "tanh" else "none")
+    is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *p))
+    is_subclass = backend == "onednn" and any(type(t) not in _PLAIN for t in (x, *p) if t is not None)
+    chosen = dispatch.choose(x.device, compute, backend, recording=is_recorded, subclass=is_subclass).backend
+    # Of no tokens nothing is computed: the reference gives shape, dtype and zero gradients.
+    if x.numel() == 0 or hidden == 0:
+        chosen, recompute = "torch", "none"
+    if chosen == "onednn":
+        return onednn.ln_mlp(x, p, o)
+    level = resolve_recompute(recompute, channels, chosen)
+    if chosen == "torch":
+        if level != "none" and is_recorded and not recomputed.obstacles():
+            return recomputed.ln_mlp(x, p, o, recompute=level, compute=compute)
+        options: dict[str, Any] = {"eps": eps, "residual_scale": residual_scale, "approximate": o.approximate}
+        return reference.ln_mlp(x, *p[:6], layer_scale=layer_scale, branch_scale=branch_scale, **options)
     tokens = x.reshape(-1, channels)
     if tokens.stride(1) != 1 or tokens.stride(0) < channels:  # a transposed or expanded view
         tokens = tokens.contiguous()
-    # As autocast would, only the operands of the products are cast; tokens and residual stay what they are.
-    w1, w2 = (w.to(compute).contiguous() for w in (w1, w2))
-    vectors = (v if v is None else v.contiguous() for v in (ln_weight, ln_bias, b1, b2, layer_scale))
-    ln_weight, ln_bias, b1, b2, layer_scale = vectors
     if branch_scale is not None:
-        branch_scale = branch_scale.expand(x.shape[:-1]).reshape(-1).to(torch.float32).contiguous()
-    tensors = (tokens, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
-    save = resolve_recompute(recompute, channels) if saving else arguments.SAVE_NOTHING
-    out, *_ = torch.ops.lambda_kernels.ln_mlp(*tensors, branch_scale, float(eps), float(residual_scale), form, save)
+        branch_scale = branch_scale.expand(x.shape[:-1]).reshape(-1).to(torch.float32)
+    # As autocast would, only the operands of the products are cast; tokens and residual stay what they are.
+    p = Parameters(ln_weight, ln_bias, w1.to(compute), b1, w2.to(compute), b2, layer_scale, branch_scale)
+    save = level if is_recorded else SAVE_NOTHING
+    contiguous = (t if t is None else t.contiguous() for t in p)
+    out, *_ = registration.ln_mlp(tokens, *contiguous, *o, save)
     return out.reshape(x.shape)
 
 

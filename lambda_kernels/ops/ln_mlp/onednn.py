@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference, tracing
+from .arguments import Options, Parameters
 
 _SCHEMAS = {
     "_linear_pointwise": ("default", ["X", "W", "B", "attr", "scalars", "algorithm"]),
@@ -58,34 +59,20 @@ def knows_bfloat16() -> bool:
     return asked is not None and bool(asked())
 
 
-def ln_mlp(
-    x: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    eps: float,
-    residual_scale: float,
-    layer_scale: Tensor | None,
-    branch_scale: Tensor | None,
-    approximate: str,
-) -> Tensor:
-    """What `reference.ln_mlp` computes, up to rounding; the caller has asked `dispatch.choose` whether that is possible."""
+def ln_mlp(x: Tensor, p: Parameters, o: Options) -> Tensor:
+    """What `reference.ln_mlp` computes, up to rounding; `dispatch.choose` says whether that is possible."""
     tracing.note("onednn")
     linear = torch.ops.mkldnn._linear_pointwise
-    y = reference.scaled(x.reshape(-1, x.shape[-1]).contiguous(), residual_scale)
-    normed = reference.normalized(y, ln_weight, ln_bias, eps)
-    act = linear(normed, _ordered(w1), _dense(b1), "gelu", [], approximate)
-    w2, b2 = _ordered(w2), _dense(b2)
-    if layer_scale is None and branch_scale is None:
+    y = reference.scale_residual(x.reshape(-1, x.shape[-1]).contiguous(), o.residual_scale)
+    normed = reference.normalize(y, p.ln_weight, p.ln_bias, o.eps)
+    act = linear(normed, _ordered(p.w1), _dense(p.b1), "gelu", [], o.approximate)
+    w2, b2 = _ordered(p.w2), _dense(p.b2)
+    if p.layer_scale is None and p.branch_scale is None:
         return linear.binary(act, y, w2, b2, "add").view(x.shape)
     branch = linear(act, w2, b2, "none", [], "")
-    if branch_scale is not None:
-        branch = branch * branch_scale.expand(x.shape[:-1]).reshape(-1, 1).to(branch.dtype)
-    out = y + branch if layer_scale is None else torch.addcmul(y, branch, layer_scale)
+    if p.branch_scale is not None:
+        branch = branch * p.branch_scale.expand(x.shape[:-1]).reshape(-1, 1).to(branch.dtype)
+    out = y + branch if p.layer_scale is None else torch.addcmul(y, branch, p.layer_scale)
     return out.view(x.shape)
 
 

@@ -1,14 +1,14 @@
-"""`ln_mlp` by PyTorch with little kept for the backward: x alone ("all"), or x and p, what GELU is applied to ("act").
+"""`ln_mlp` by PyTorch with little saved for the backward: x alone ("all"), or x and p, what GELU is applied to ("act").
 
-x [M, C], p and GELU(p) [M, H]. What is not kept is computed again in the backward: LayerNorm, and with "all" the first product.
-Both directions take some rows at a time, so that of what is not kept only those rows are there at once. Weights' gradients
-are summed over the parts in float32 or wider, always in the same order.
+x [M, C], p and GELU(p) [M, H]. The backward computes again what is not saved: LayerNorm, and with "all" the first product.
+Both directions process some rows at a time, so that only those rows of it exist at once. The gradients of weights are summed
+over the parts in float32 or wider, always in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from . import dispatch, reference
+from .arguments import Needs, Options, Parameters
 
 # Rows at a time. A CPU is as fast with rows whose hidden values its caches hold; a GPU wants enough of them to fill it.
 ROWS = {"cpu": 1024}
@@ -25,119 +26,122 @@ ROWS = {"cpu": 1024}
 ROWS_ELSEWHERE = 16384
 
 
-class _Options(NamedTuple):
-    eps: float
-    scale: float
-    approximate: str
+class _Dtypes(NamedTuple):
     compute: torch.dtype  # of both products
-    normalized: torch.dtype  # that LayerNorm is computed in
+    norm: torch.dtype  # of LayerNorm
     autocast: torch.dtype | None  # that was in force, None where it was off
-    keep_pre: bool
 
 
-def ln_mlp(
-    x: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    eps: float,
-    residual_scale: float,
-    layer_scale: Tensor | None,
-    branch_scale: Tensor | None,
-    approximate: str,
-    recompute: str,
-    compute: torch.dtype,
-) -> Tensor:
-    """What `reference.ln_mlp` computes, up to rounding, for a call whose gradient will be asked for.
+def ln_mlp(x: Tensor, p: Parameters, o: Options, *, recompute: str, compute: torch.dtype) -> Tensor:
+    """What `reference.ln_mlp` computes, up to rounding, for a call whose gradient will be requested.
 
     Args:
+        x: Tokens [..., C].
+        p: The parameters of the call.
+        o: Its options.
         recompute: "act" or "all".
         compute: The dtype of both products.
     """
-    parameters = (ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
     if torch.compiler.is_compiling():
         # Compilers that see the formulas decide by themselves what to save, unless told where to compute again.
-        return _in_a_graph(x, *parameters, eps, residual_scale, approximate, recompute)
+        return _in_a_graph(x, p, o, recompute)
     autocast = torch.get_autocast_dtype(x.device.type) if checks.autocast_enabled(x.device.type) else None
     widest = torch.float64 if x.dtype == torch.float64 else torch.float32
-    normalized = x.dtype if autocast is None else widest  # as autocast has it
-    keep_pre = recompute == "act"
-    options = _Options(float(eps), float(residual_scale), approximate, compute, normalized, autocast, keep_pre)
-    return _LnMlp.apply(options, x, *parameters)
+    dtypes = _Dtypes(compute, x.dtype if autocast is None else widest, autocast)  # as autocast has it
+    return _LnMlp.apply(o, dtypes, recompute == "act", x, *p)
 
 
 def obstacles() -> list[str]:
-    """Why nothing can be computed again just now, whatever is asked for."""
+    """Why nothing can be recomputed just now, whatever the caller requests."""
     if torch.compiler.is_compiling():
         return ["the model is being exported"] if dispatch.exporting() else []
     return dispatch.transforms()
 
 
-def _in_a_graph(
-    x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale, eps, scale, approximate, recompute
+def checkpoint_around(
+    norm: Callable[[Tensor], Tensor],
+    product: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    **options: Any,
 ) -> Tensor:
-    def normed(x: Tensor) -> Tensor:
-        return reference.normalized(reference.scaled(x, scale), ln_weight, ln_bias, eps)
+    """`after(x, product(norm(x)))` that saves x and the product's result, and computes norm and `after` again.
+
+    Args:
+        norm: What comes before the product.
+        product: The first linear layer.
+        after: From x and the product's result to the output.
+        x: Tokens.
+        **options: For `torch.utils.checkpoint.checkpoint`.
+    """
+    # PyTorch stops a second run as soon as it has what was requested: before the product, whose result is saved. Compilers
+    # save no last result of what they compute again, so for them the product stays outside.
+    if torch.compiler.is_compiling():
+        pre = product(checkpoint(norm, x, use_reentrant=False, **options))
+    else:
+        pre = checkpoint(lambda x: product(norm(x)), x, use_reentrant=False, **options)
+    return checkpoint(after, x, pre, use_reentrant=False, **options)
+
+
+def _in_a_graph(x: Tensor, p: Parameters, o: Options, recompute: str) -> Tensor:
+    def norm(x: Tensor) -> Tensor:
+        return reference.normalize(reference.scale_residual(x, o.residual_scale), p.ln_weight, p.ln_bias, o.eps)
+
+    def product(normed: Tensor) -> Tensor:
+        return F.linear(normed, p.w1, p.b1)
 
     def after(x: Tensor, pre: Tensor) -> Tensor:
-        y = reference.scaled(x, scale)
-        return reference.after_gelu(y, F.gelu(pre, approximate=approximate), w2, b2, layer_scale, branch_scale)
+        y = reference.scale_residual(x, o.residual_scale)
+        act = F.gelu(pre, approximate=o.approximate)
+        return reference.add_branch(y, act, p.w2, p.b2, p.layer_scale, p.branch_scale)
 
-    # There is nothing random in it, so that no generator's state needs to be kept.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # Nothing here is random, so no generator's state has to be saved.
     if recompute == "all":
-        return checkpoint(lambda x: after(x, F.linear(normed(x), w1, b1)), x, **options)
-    # The first product stands between what is computed again: of that, inductor keeps no last result.
-    return checkpoint(after, x, F.linear(checkpoint(normed, x, **options), w1, b1), **options)
+        return checkpoint(lambda x: after(x, product(norm(x))), x, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint_around(norm, product, after, x, preserve_rng_state=False)
 
 
 class _LnMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: _Options, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        ctx.options = options
+    def forward(ctx: Any, o: Options, dtypes: _Dtypes, save_pre: bool, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        ctx.call = o, dtypes
         ctx.set_materialize_grads(False)
-        out, pre = _forward(options, x, *parameters)
+        out, pre = _forward(x, Parameters(*parameters), o, dtypes, save_pre)
         ctx.save_for_backward(x, *parameters, pre)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        needs = ctx.needs_input_grad[1:9]
+        needs = Needs(*ctx.needs_input_grad[3:11])
         if grad is None or not any(needs):
-            return (None,) * 10
-        saved = ctx.saved_tensors  # x, the parameters, p
-        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
-            gradients: Sequence[Tensor | None] = _differentiable(ctx.options, grad, saved[:-1], needs)
+            return (None,) * 12
+        x, *parameters, pre = ctx.saved_tensors
+        p, (o, dtypes) = Parameters(*parameters), ctx.call
+        if torch.is_grad_enabled():  # a gradient of the gradient will be requested
+            gradients = _differentiable(grad, x, p, o, dtypes, needs)
         else:
             with _autocast(grad.device, None):
-                gradients = _backward(ctx.options, grad, *(*saved, needs))
-        return None, *gradients, None
+                gradients = _backward(grad, x, p, o, dtypes, pre, needs)
+        return None, None, None, *gradients, None
 
 
-def _forward(
-    o: _Options, x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale
-) -> tuple[Tensor, Tensor | None]:
-    """The output, and p [M, H] where it is to be kept."""
-    tokens, factor = x.reshape(-1, x.shape[-1]), _per_token(branch_scale, x)
-    # Cast here and once: autocast would remember a weight that it casts where no gradient is recorded, and leave out the
-    # gradient of the next call that takes this weight.
-    w1, b1, w2, b2 = (None if t is None else t.to(o.compute) for t in (w1, b1, w2, b2))
+def _forward(x: Tensor, p: Parameters, o: Options, dtypes: _Dtypes, save_pre: bool) -> tuple[Tensor, Tensor | None]:
+    """The output, and p [M, H] where it is to be saved."""
+    tokens, factor = x.reshape(-1, x.shape[-1]), _per_token(p.branch_scale, x)
+    # Cast here and once: autocast would remember a weight that it casts where no gradient is recorded, and omit the
+    # gradient of the next call that uses this weight.
+    w1, b1, w2, b2 = (None if t is None else t.to(dtypes.compute) for t in (p.w1, p.b1, p.w2, p.b2))
     pre = out = None
-    if o.keep_pre:
-        pre = F.linear(_normalize(o, tokens, ln_weight, ln_bias)[0].to(o.compute), w1, b1)
+    if save_pre:
+        pre = F.linear(_normalize(tokens, p, o, dtypes)[0].to(dtypes.compute), w1, b1)
     for rows in _parts(tokens):
-        y = reference.scaled(tokens[rows], o.scale)
+        y = reference.scale_residual(tokens[rows], o.residual_scale)
         if pre is None:
-            hidden = F.linear(_normalize(o, tokens[rows], ln_weight, ln_bias)[0].to(o.compute), w1, b1)
+            hidden = F.linear(_normalize(tokens[rows], p, o, dtypes)[0].to(dtypes.compute), w1, b1)
             act = torch.ops.aten.gelu_(hidden, approximate=o.approximate)
         else:
             act = F.gelu(pre[rows], approximate=o.approximate)
-        keep = None if factor is None else factor[rows]
-        result = reference.after_gelu(y, act, w2, b2, layer_scale, keep)
+        result = reference.add_branch(y, act, w2, b2, p.layer_scale, None if factor is None else factor[rows])
         if out is None:
             out = torch.empty(tokens.shape, dtype=result.dtype, device=x.device)
         out[rows] = result
@@ -145,94 +149,77 @@ def _forward(
 
 
 def _backward(
-    o: _Options, grad, x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale, pre, needs
+    grad: Tensor, x: Tensor, p: Parameters, o: Options, dtypes: _Dtypes, pre: Tensor | None, needs: Needs
 ) -> list[Tensor | None]:
-    """The gradients of x and of the seven parameters, None where not wanted. Nothing is computed that none of them needs."""
-    need_x, need_gamma, need_beta, need_w1, need_b1, need_w2, need_b2, need_scale = needs
-    through_norm = need_x or need_gamma or need_beta
-    through_gelu = through_norm or need_w1 or need_b1
-    need_act = need_w2 or need_scale
-    need_hidden = through_gelu or need_act
-
+    """Gradients in the order of `Needs`, None where not wanted. Nothing is computed that none of them needs."""
     channels = x.shape[-1]
-    tokens, grad, factor = x.reshape(-1, channels), grad.reshape(-1, channels), _per_token(branch_scale, x)
-    narrow1, narrow_bias, narrow2 = (None if t is None else t.to(o.compute) for t in (w1, b1, w2))
-    gamma, beta = (None if t is None else t.to(o.normalized) for t in (ln_weight, ln_bias))
-    grad_x = torch.empty(tokens.shape, dtype=x.dtype, device=x.device) if need_x else None
+    tokens, grad, factor = x.reshape(-1, channels), grad.reshape(-1, channels), _per_token(p.branch_scale, x)
+    w1, b1, w2 = (None if t is None else t.to(dtypes.compute) for t in (p.w1, p.b1, p.w2))
+    ln_weight, ln_bias = (None if t is None else t.to(dtypes.norm) for t in (p.ln_weight, p.ln_bias))
+    grad_x = torch.empty(tokens.shape, dtype=x.dtype, device=x.device) if needs.x else None
+    need_hidden = needs.through_gelu or needs.act
     sums = _Sums()
 
     def part(rows: slice) -> None:
-        y = reference.scaled(tokens[rows], o.scale).to(o.normalized)
-        if through_norm or need_w1 or (need_hidden and pre is None):
-            normed, mean, rstd = _normalize(o, tokens[rows], ln_weight, ln_bias)
-            narrow_normed = normed.to(o.compute)
+        y = reference.scale_residual(tokens[rows], o.residual_scale).to(dtypes.norm)
+        if needs.through_norm or needs.w1 or (need_hidden and pre is None):
+            normed, mean, rstd = _normalize(tokens[rows], p, o, dtypes)
+            normed = normed.to(dtypes.compute)
         if need_hidden:
-            hidden = pre[rows] if pre is not None else F.linear(narrow_normed, narrow1, narrow_bias)
+            hidden = pre[rows] if pre is not None else F.linear(normed, w1, b1)
         branch = grad[rows]  # of the branch before the residual is added; then of what LayerScale multiplies
         if factor is not None:
             branch = branch * factor[rows][:, None].to(branch.dtype)
-        if need_act:
+        if needs.act:
             act = F.gelu(hidden, approximate=o.approximate)
-        if need_scale:
+        if needs.layer_scale:
             # Before LayerScale: dBᵀ·GELU(p) [C, H] gives dW2, and summed against W2 the gradient of the scale. In float16
             # it may be too large, since LayerScale's small factors are not yet in it.
-            wide = torch.float32 if o.compute == torch.float16 else o.compute
+            wide = torch.float32 if dtypes.compute == torch.float16 else dtypes.compute
             sums.add_product("unscaled", branch.to(wide), act.to(wide))
             sums.add("unscaled bias", branch, summed=True)
-        if layer_scale is not None:
-            branch = branch * layer_scale
-        branch = branch.to(o.compute)
-        if need_w2 and not need_scale:
+        if p.layer_scale is not None:
+            branch = branch * p.layer_scale
+        branch = branch.to(dtypes.compute)
+        if needs.w2 and not needs.layer_scale:
             sums.add_product("w2", branch, act)
-        if need_b2:
+        if needs.b2:
             sums.add("b2", branch, summed=True)
-        if not through_gelu:
+        if not needs.through_gelu:
             return
-        grad_hidden = torch.ops.aten.gelu_backward(branch @ narrow2, hidden, approximate=o.approximate)
-        if need_w1:
-            sums.add_product("w1", grad_hidden, narrow_normed)
-        if need_b1:
+        grad_hidden = torch.ops.aten.gelu_backward(branch @ w2, hidden, approximate=o.approximate)
+        if needs.w1:
+            sums.add_product("w1", grad_hidden, normed)
+        if needs.b1:
             sums.add("b1", grad_hidden, summed=True)
-        if not through_norm:
+        if not needs.through_norm:
             return
-        grad_y, grad_gamma, grad_beta = torch.ops.aten.native_layer_norm_backward(
-            (grad_hidden @ narrow1).to(o.normalized),
-            y,
-            [channels],
-            mean,
-            rstd,
-            gamma,
-            beta,
-            [need_x, need_gamma, need_beta],
+        grad_normed, wanted = (grad_hidden @ w1).to(dtypes.norm), [needs.x, needs.ln_weight, needs.ln_bias]
+        grad_y, grad_ln_weight, grad_ln_bias = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, y, [channels], mean, rstd, ln_weight, ln_bias, wanted
         )
-        if need_gamma:
-            sums.add("ln_weight", grad_gamma)
-        if need_beta:
-            sums.add("ln_bias", grad_beta)
-        if need_x:
-            grad_x[rows] = reference.scaled(grad[rows] + grad_y, o.scale)
+        if needs.ln_weight:
+            sums.add("ln_weight", grad_ln_weight)
+        if needs.ln_bias:
+            sums.add("ln_bias", grad_ln_bias)
+        if needs.x:
+            grad_x[rows] = reference.scale_residual(grad[rows] + grad_y, o.residual_scale)
 
     for rows in _parts(tokens):
         part(rows)  # in a function, so that what it computed is gone when the next begins
 
-    grad_w2, grad_scale = sums.of("w2", w2) if need_w2 and not need_scale else None, None
-    if need_scale:
+    gradients = {name: sums.totals[name].to(t.dtype) for name, t in p._asdict().items() if name in sums.totals}
+    if needs.x:
+        gradients["x"] = grad_x.view(x.shape)
+    if needs.layer_scale:
         unscaled = sums.totals["unscaled"]
-        grad_scale = (unscaled * w2).sum(1)
-        if b2 is not None:
-            grad_scale = grad_scale + sums.totals["unscaled bias"] * b2
-        grad_scale = grad_scale.to(layer_scale.dtype)
-        grad_w2 = (unscaled * layer_scale[:, None]).to(w2.dtype) if need_w2 else None
-    return [
-        None if grad_x is None else grad_x.view(x.shape),
-        sums.of("ln_weight", ln_weight) if need_gamma else None,
-        sums.of("ln_bias", ln_bias) if need_beta else None,
-        sums.of("w1", w1) if need_w1 else None,
-        sums.of("b1", b1) if need_b1 else None,
-        grad_w2,
-        sums.of("b2", b2) if need_b2 else None,
-        grad_scale,
-    ]
+        grad_layer_scale = (unscaled * p.w2).sum(1)
+        if p.b2 is not None:
+            grad_layer_scale = grad_layer_scale + sums.totals["unscaled bias"] * p.b2
+        gradients["layer_scale"] = grad_layer_scale.to(p.layer_scale.dtype)
+        if needs.w2:
+            gradients["w2"] = (unscaled * p.layer_scale[:, None]).to(p.w2.dtype)
+    return [gradients.get(name) for name in Needs._fields]
 
 
 class _Sums:
@@ -257,36 +244,25 @@ class _Sums:
         else:
             self.add(name, torch.mm(a.T, b))
 
-    def of(self, name: str, parameter: Tensor) -> Tensor:
-        """The sum as a gradient of `parameter`."""
-        return self.totals[name].to(parameter.dtype)
-
 
 def _differentiable(
-    o: _Options, grad: Tensor, inputs: Sequence[Tensor | None], needs: tuple[bool, ...]
+    grad: Tensor, x: Tensor, p: Parameters, o: Options, dtypes: _Dtypes, needs: Needs
 ) -> list[Tensor | None]:
-    """The gradients as functions of what they depend on: by the twin, which saves everything."""
+    """The gradients as functions of what they depend on: by the reference, which saves everything."""
     # Views, so that one tensor given twice is two inputs.
-    views = [None if t is None else t.view_as(t) for t in inputs]
-    *tensors, branch_scale = views
-    with _autocast(grad.device, o.autocast):
-        out = reference.ln_mlp(
-            *tensors[:7],
-            eps=o.eps,
-            residual_scale=o.scale,
-            layer_scale=tensors[7],
-            branch_scale=branch_scale,
-            approximate=o.approximate,
-        )
-    wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
+    x, *parameters = (None if t is None else t.view_as(t) for t in (x, *p))
+    p = Parameters(*parameters)
+    with _autocast(grad.device, dtypes.autocast):
+        out = reference.ln_mlp(x, **p._asdict(), **o._asdict())
+    wanted = [t for t, needed in zip((x, *p[:7]), needs, strict=True) if needed]
     gradients = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return [next(gradients) if needed else None for needed in needs]
 
 
-def _normalize(o: _Options, tokens: Tensor, ln_weight, ln_bias) -> tuple[Tensor, Tensor, Tensor]:
+def _normalize(tokens: Tensor, p: Parameters, o: Options, dtypes: _Dtypes) -> tuple[Tensor, Tensor, Tensor]:
     """LN(s·x), and each row's mean and 1/σ."""
-    y = reference.scaled(tokens, o.scale).to(o.normalized)
-    weight, bias = (None if t is None else t.to(o.normalized) for t in (ln_weight, ln_bias))
+    y = reference.scale_residual(tokens, o.residual_scale).to(dtypes.norm)
+    weight, bias = (None if t is None else t.to(dtypes.norm) for t in (p.ln_weight, p.ln_bias))
     return torch.native_layer_norm(y, [y.shape[-1]], weight, bias, o.eps)
 
 

@@ -25,25 +25,25 @@ def ln_mlp(
 
     The same calls in the same order as timm's `Block`, so that it rounds as timm does.
     """
-    y = scaled(x, residual_scale)
-    pre = F.linear(normalized(y, ln_weight, ln_bias, eps), w1, b1)
-    return after_gelu(y, F.gelu(pre, approximate=approximate), w2, b2, layer_scale, branch_scale)
+    y = scale_residual(x, residual_scale)
+    pre = F.linear(normalize(y, ln_weight, ln_bias, eps), w1, b1)
+    return add_branch(y, F.gelu(pre, approximate=approximate), w2, b2, layer_scale, branch_scale)
 
 
-def scaled(x: Tensor, by: float) -> Tensor:
-    """x times a number; x itself where that is 1."""
+def scale_residual(x: Tensor, by: float) -> Tensor:
+    """s·x; x itself where s is 1."""
     return x if by == 1.0 else by * x
 
 
-def normalized(y: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float) -> Tensor:
+def normalize(y: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, eps: float) -> Tensor:
     """LN(y) for y = s·x."""
     return F.layer_norm(y, (y.shape[-1],), ln_weight, ln_bias, eps)
 
 
-def after_gelu(
+def add_branch(
     y: Tensor, act: Tensor, w2: Tensor, b2: Tensor | None, layer_scale: Tensor | None, branch_scale: Tensor | None
 ) -> Tensor:
-    """The output for y = s·x, and for what GELU gave, [..., H]."""
+    """The output for y = s·x and GELU's output `act` [..., H]."""
     branch = F.linear(act, w2, b2)
     if layer_scale is not None:
         branch = branch * layer_scale

@@ -6,13 +6,14 @@ Importing this registers them and does not import triton; the kernels are import
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .arguments import SAVE_NOTHING
+from .arguments import SAVE, SAVE_NOTHING, Needs, Options, Parameters, Saved
 
 # A fragment, since the compiled extension registers operators under the same name.
 _library = torch.library.Library("lambda_kernels", "FRAGMENT")
@@ -36,50 +37,27 @@ _library.define(
     "bool[8] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+ln_mlp = torch.ops.lambda_kernels.ln_mlp
 
-def _forward(
-    x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale, eps, residual_scale, approximate, save
-) -> tuple[Tensor, ...]:
-    from . import arguments
+
+def _split(flat: Sequence[Any]) -> tuple[Parameters, Options, Sequence[Any]]:
+    """The records that `_PARAMETERS` lists, and the arguments after them."""
+    return Parameters(*flat[:8]), Options(*flat[8:11]), flat[11:]
+
+
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from .fused import stages
 
-    parameters = arguments.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
-    options = arguments.Options(eps, residual_scale, approximate)
+    parameters, options, (save,) = _split(rest)
     out, saved = stages.forward(x, parameters, options, save)
-    return out, *(x.new_empty(0) if saved[k] is None else saved[k] for k in ("mean", "rstd", "pre", "act"))
+    return out, *(x.new_empty(0) if t is None else t for t in saved)
 
 
-def _backward(
-    grad,
-    x,
-    ln_weight,
-    ln_bias,
-    w1,
-    b1,
-    w2,
-    b2,
-    layer_scale,
-    branch_scale,
-    eps,
-    residual_scale,
-    approximate,
-    mean,
-    rstd,
-    pre,
-    act,
-    needs,
-) -> tuple[Tensor, ...]:
-    from . import arguments
+def _backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from .fused import stages
 
-    gradients = stages.backward(
-        grad.contiguous(),
-        x,
-        arguments.Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale),
-        arguments.Options(eps, residual_scale, approximate),
-        arguments.Saved(mean, rstd, pre, act),
-        arguments.Needs(*needs),
-    )
+    parameters, options, (*saved, needs) = _split(rest)
+    gradients = stages.backward(grad.contiguous(), x, parameters, options, Saved(*saved), Needs(*needs))
     return tuple(grad.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -90,54 +68,30 @@ for _device in ("CUDA", "CPU"):
 
 
 @torch.library.register_fake("lambda_kernels::ln_mlp", lib=_library)
-def _forward_shapes(
-    x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale, eps, residual_scale, approximate, save
-) -> tuple[Tensor, ...]:
-    tokens, hidden = x.shape[0], w1.shape[0]
-    dtype = torch.promote_types(x.dtype, w1.dtype)
-    if layer_scale is not None:
-        dtype = torch.promote_types(dtype, layer_scale.dtype)
+def _forward_shapes(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    p, _, (save,) = _split(rest)
+    tokens, hidden = x.shape[0], p.w1.shape[0]
+    dtype = torch.promote_types(x.dtype, p.w1.dtype)
+    if p.layer_scale is not None:
+        dtype = torch.promote_types(dtype, p.layer_scale.dtype)
 
-    def statistics() -> Tensor:
-        return x.new_empty(tokens, dtype=torch.float32) if save != SAVE_NOTHING else x.new_empty(0)
-
-    def hidden_tensor(kept: bool) -> Tensor:
-        return w1.new_empty(tokens, hidden) if kept else x.new_empty(0)
+    def saved(name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device) if name in SAVE[save] else x.new_empty(0)
 
     return (
         torch.empty(x.shape, dtype=dtype, device=x.device),
-        statistics(),
-        statistics(),
-        hidden_tensor(save in ("act", "none")),
-        hidden_tensor(save == "none"),
+        saved("stats", tokens, dtype=torch.float32),
+        saved("stats", tokens, dtype=torch.float32),
+        saved("pre", tokens, hidden, dtype=p.w1.dtype),
+        saved("act", tokens, hidden, dtype=p.w1.dtype),
     )
 
 
 @torch.library.register_fake("lambda_kernels::ln_mlp_backward", lib=_library)
-def _backward_shapes(
-    grad,
-    x,
-    ln_weight,
-    ln_bias,
-    w1,
-    b1,
-    w2,
-    b2,
-    layer_scale,
-    branch_scale,
-    eps,
-    residual_scale,
-    approximate,
-    mean,
-    rstd,
-    pre,
-    act,
-    needs,
-) -> tuple[Tensor, ...]:
-    inputs = (x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
+def _backward_shapes(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else grad.new_empty(0)
-        for t, needed in zip(inputs, needs, strict=True)
+        for t, needed in zip((x, *rest[:7]), rest[-1], strict=True)
     )
 
 
@@ -149,7 +103,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = (eps, residual_scale, approximate)
     ctx.save = save
     ctx.save_for_backward(
-        *tensors, mean, rstd, *([pre] if save in ("act", "none") else []), *([act] if save == "none" else [])
+        *tensors, mean, rstd, *([pre] if "pre" in SAVE[save] else []), *([act] if "act" in SAVE[save] else [])
     )
 
 
@@ -158,7 +112,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, *unused: None) -> tuple:
     if grad is None or not any(needs):
         return (None,) * 13
     if ctx.save == SAVE_NOTHING:
-        raise RuntimeError("ln_mlp was called without saving anything for a backward, but a gradient is asked for")
+        raise RuntimeError(
+            f"ln_mlp was called with save={SAVE_NOTHING!r}, so it has no gradient; lambda_kernels.ln_mlp chooses `save` itself"
+        )
     saved = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
     tensors, (mean, rstd, *rest) = saved[:9], saved[9:]
     pre, act = (*rest, None, None)[:2]
@@ -185,9 +141,7 @@ def _forward_flops(x_shape, ln_weight, ln_bias, w1_shape, *args: Any, **kwargs: 
 def _backward_flops(grad_shape, x_shape, ln_weight, ln_bias, w1_shape, *args: Any, **kwargs: Any) -> int:
     """The products of the gradients that are wanted, and the one that is computed again where p was not saved."""
     product = 2 * x_shape[0] * w1_shape[0] * w1_shape[1]
-    *_, pre, _, needs = args
-    x, gamma, beta, w1, b1, w2, _, ls = needs
-    through_gelu = x or gamma or beta or w1 or b1
-    through_norm = x or gamma or beta
-    again = pre is None and (through_gelu or w2 or ls)
-    return product * (through_gelu + through_norm + w1 + (w2 or ls) + again)
+    *_, pre, _, wanted = args
+    needs = Needs(*wanted)
+    again = pre is None and (needs.through_gelu or needs.act)
+    return product * (needs.through_gelu + needs.through_norm + needs.w1 + needs.act + again)

@@ -113,7 +113,7 @@ def _chosen(selection: Path | None, remove: str, compare: Path | None) -> Select
 def _other(
     network: nn.Module, chosen: Selection | tuple[int, ...] | None, compare: Path | None, device: str
 ) -> nn.Module | None:
-    from ..measure.comparison import check_preparation
+    from ..data.transforms import check_preparation
     from ..models.views import skip_attention
     from .models import open_model
 

@@ -157,7 +157,9 @@ def validate(
     """Measure accuracy, agreement with the original, size, FLOPs, memory and latency."""
     from lambda_kernels.files import write_json
 
-    from ..measure.comparison import check_classifier, check_crop, compare, path_lines, set_crop
+    from ..data.transforms import check_crop, set_crop
+    from ..measure.comparison import compare, path_lines
+    from ..models.properties import check_classifier
     from ..report.page import console_summary
     from ..runtime import progress
     from .models import open_model

@@ -6,7 +6,7 @@ NaFlexVit (timm's `naflexvit`) takes images of any size as patches [N, T, P·P·
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,11 @@ class SizedLoader(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
+
+
+def random_images(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normally distributed pixels [N, C, H, W], the same on every device and in every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def images_of(item: Any) -> Images:

@@ -21,6 +21,7 @@ from lambda_kernels.errors import BackendUnavailableError, NonFiniteActivationEr
 from lambda_kernels.features import FeatureModel
 from lambda_kernels.ops.checks import dtype_name, require_int
 
+from ..data.batches import random_images
 from ..data.transforms import data_config
 from ..models.properties import eval_mode, input_shape, one_device, one_dtype
 from ..runtime import environment
@@ -56,7 +57,7 @@ class Traced:
 
     def images(self, count: int) -> Tensor:
         """Random ones."""
-        return random_images(count, self.shape, one_device(self.model), self.dtype)
+        return random_images((count, *self.shape), one_device(self.model), self.dtype, seed=count)
 
 
 def trace_model(
@@ -112,7 +113,8 @@ def trace_model(
     if resized:
         core.set_input_size(img_size=(image_size, image_size))
     shape = input_shape(core)
-    images = random_images(batch_size or _EXAMPLE_BATCH, shape, device, kind)
+    count = batch_size or _EXAMPLE_BATCH
+    images = random_images((count, *shape), device, kind, seed=count)
     made = run_eagerly(model, images)
     if not all(bool(output.isfinite().all()) for output in made):
         name = dtype_name(kind)
@@ -293,8 +295,3 @@ def run_eagerly(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """The outputs of a model in eval mode, without autocast."""
     with eval_mode(model):
         return _as_runner(model)(images)
-
-
-def random_images(count: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`count` images [count, channels, height, width], the same each time."""
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(count)).to(device, dtype)

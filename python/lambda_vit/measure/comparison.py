@@ -14,7 +14,7 @@ from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.conversion import describe_blocks
 from lambda_kernels.errors import UnsupportedModelError
 
-from ..models.properties import input_shape
+from ..data.transforms import check_preparation
 from ..runtime import environment
 from ..runtime.processes import Processes
 from ..runtime.progress import task
@@ -22,52 +22,58 @@ from .accuracy import Score, evaluate
 from .cost import cost
 from .latency import Latency, compare_latency
 
+# Images of the forward whose memory is measured.
+COST_BATCH = 64
 
-def variant(
+
+def make_row(
     name: str,
     label: str,
     model: nn.Module,
-    loader: Iterable,
+    found: Score,
     *,
-    reference: nn.Module | None = None,
-    cost_batch: int = 64,
+    processes: Processes | None = None,
+    cost_batch: int = COST_BATCH,
     latency: Mapping[int, Latency] | None = None,
     trained: bool = True,
     note: str = "",
-) -> dict:
-    """One row of a comparison, in plain JSON types: accuracy, agreement with `reference`, cost, latency.
+) -> dict[str, Any]:
+    """One row of a comparison, in plain JSON types: accuracy, agreement with a reference, cost, latency.
 
     Args:
         name: Key of the row.
-        label: What people read.
-        model: A timm vision transformer, converted or not.
-        loader: Labelled images.
-        reference: The original model; None leaves agreement out.
+        label: Name of the row for people.
+        model: The model, converted or not.
+        found: What was counted of it.
+        processes: All of them call this function, and one measures the cost; None: this process alone.
         cost_batch: Batch size of the peak memory.
-        latency: By batch size, from `compare_latency`.
+        latency: By batch size, from `compare_latency`; None omits it.
         trained: Whether the weights were trained as the model now is.
         note: Shown beside the row.
     """
-    structure = inspect_model(model)
-    result = evaluate(model, loader, reference=reference, description=label)
-    with task(f"Cost of {label}", 1) as advance:
-        price = cost(model, batch_size=cost_batch)
-        advance()
+    costs = None
+    with contextlib.nullcontext() if processes is None else processes.all_or_none(f"Cost of {label}"):
+        if processes is None or processes.is_main:
+            with task(f"Cost of {label}", 1) as advance:
+                costs = cost(model, batch_size=cost_batch)
+                advance()
+    costs = costs if processes is None else processes.broadcast(costs)
+    removed, scale = [], 1.0
+    with contextlib.suppress(UnsupportedModelError):  # any network can be trained as long as nothing is removed
+        structure = inspect_model(model)
+        removed, scale = list(structure.removed), structure.residual_scale or 1.0
     row = {
         "name": name,
         "label": label,
-        "removed": list(structure.removed),
-        "residual_scale": structure.residual_scale or 1.0,
+        "removed": removed,
+        "residual_scale": scale,
         "trained": trained,
-        "top1": result.top1,
-        "top1_interval": list(result.top1_interval),
-        "top5": result.top5,
-        "agreement": result.agreement,
-        "images": result.count,
-        "parameters": price.parameters,
-        "flops": price.flops,
-        "weight_bytes": price.weight_bytes,
-        "peak_memory_bytes": price.peak_memory_bytes,
+        **found.to_dict(),
+        "agreement": found.agreement,
+        "parameters": costs.parameters,
+        "flops": costs.flops,
+        "weight_bytes": costs.weight_bytes,
+        "peak_memory_bytes": costs.peak_memory_bytes,
         "note": note,
     }
     if latency is not None:
@@ -77,62 +83,19 @@ def variant(
     return row
 
 
+def evaluation_row(
+    name: str, label: str, model: nn.Module, loader: Iterable, *, reference: nn.Module | None = None, **options: Any
+) -> dict[str, Any]:
+    """Evaluate `model` on labelled images, against `reference` if there is one, and make its row.
+
+    `options` are those of `make_row`.
+    """
+    return make_row(name, label, model, evaluate(model, loader, reference=reference, description=label), **options)
+
+
 def kernel_paths(model: nn.Module) -> list[dict]:
     """How each block of a converted model runs where it is now, for a report; empty for an untouched model."""
     return [asdict(row) for row in describe_blocks(model)] if hasattr(model, "lambda_kernels_info") else []
-
-
-def check_preparation(models: Mapping[str, nn.Module], remedy: str) -> None:
-    """Refuse models, by name, that were made for images that are prepared differently.
-
-    Raises:
-        ValueError: What differs, and `remedy`.
-    """
-    from timm.data import resolve_model_data_config
-
-    wanted = {}
-    for name, model in models.items():
-        config = resolve_model_data_config(model, args={"input_size": input_shape(model)})
-        wanted[name] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
-    first, *others = wanted
-    for other in others:
-        keys = [key for key in wanted[first] if wanted[first][key] != wanted[other].get(key)]
-        if keys:
-            listed = "; ".join(f"{key} {wanted[first][key]} and {wanted[other].get(key)}" for key in keys)
-            raise ValueError(
-                f"{first} and {other} want their images prepared differently ({listed}): they cannot be compared on one "
-                f"data set. {remedy}"
-            )
-
-
-def check_classifier(models: Mapping[str, nn.Module]) -> None:
-    """Refuse models, by name, whose outputs are no classes: what they answer has no accuracy.
-
-    Raises:
-        ValueError: A model has no classifier, as DINOv2, DINOv3 and SigLIP in timm.
-    """
-    for name, model in models.items():
-        if not getattr(model, "num_classes", 1):
-            raise ValueError(
-                f"the {name} has no classifier (num_classes=0), so that its outputs have no accuracy. Train one for it first: "
-                "lambda-vit finetune --full --num-classes N"
-            )
-
-
-def check_crop(crop_pct: float | None) -> None:
-    """Refuse what is no share of an image.
-
-    Raises:
-        ValueError: It is not above 0 and at most 1.
-    """
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise ValueError(f"--crop-pct must be above 0 and at most 1, such as 0.9; got {crop_pct:g}")
-
-
-def set_crop(models: Iterable[nn.Module], crop_pct: float) -> None:
-    """Have timm prepare images for these models with this share of the shorter side, whatever their own configs say."""
-    for model in models:
-        model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "crop_pct": crop_pct}  # type: ignore[assignment]
 
 
 def path_lines(paths: Sequence[Mapping]) -> list[str]:
@@ -179,7 +142,7 @@ def compare(
     times = compare_latency(models, sizes, seconds=30) if sizes else {}
     reference = models.get("reference")
     variants = [
-        variant(
+        evaluation_row(
             name,
             labels[name],
             model,
@@ -196,36 +159,4 @@ def compare(
         "environment": environment.versions(),
         "variants": variants,
         "kernel_paths": kernel_paths(models["model"]),
-    }
-
-
-# Images of the forward whose memory is measured, as in `validate`'s comparison.
-COST_BATCH = 64
-
-
-def row_of(
-    name: str, label: str, model: nn.Module, found: Score, processes: Processes, *, trained: bool = True, note: str = ""
-) -> dict[str, Any]:
-    """One row, as `validation.variant` makes them, of what `score` found; all processes call it, one counts the cost."""
-    price = None
-    with processes.all_or_none(f"Cost of {label}"):
-        if processes.is_main:
-            price = cost(model, batch_size=COST_BATCH)
-    price = processes.broadcast(price)
-    removed, scale = [], 1.0
-    with contextlib.suppress(UnsupportedModelError):  # where nothing is removed, any network can be trained
-        structure = inspect_model(model)
-        removed, scale = list(structure.removed), structure.residual_scale or 1.0
-    return {
-        "name": name,
-        "label": label,
-        "removed": removed,
-        "residual_scale": scale,
-        "trained": trained,
-        **found.to_dict(),
-        "parameters": price.parameters,
-        "flops": price.flops,
-        "weight_bytes": price.weight_bytes,
-        "peak_memory_bytes": price.peak_memory_bytes,
-        "note": note,
     }

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lambda_kernels.ops.checks import require_int
 
 from ..models.properties import eval_mode, input_shape
-from .runner import _Figures, _Runner, _weights
+from .runner import Figures, ModelRunner, tensors_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost(_Figures):
+class Cost(Figures):
     """What a model takes to keep and to run."""
 
     parameters: int
@@ -44,14 +44,14 @@ def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None,
     """
     require_int("batch_size", batch_size, 1)
     shape = input_shape(model, image_size)
-    runner = _Runner(model, None)
+    runner = ModelRunner(model, None)
     parameters = sum(p.numel() for p in model.parameters())
     saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
         flops = count_flops(model, runner.images(1, shape))
         measure = _cuda_peak if runner.device.type == "cuda" else _traced_peak
         peak, method = measure(model, runner.images(batch_size, shape))
-    resident = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(model)}
+    resident = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(model)}
     return Cost(
         parameters=parameters,
         weight_bytes=sum(t.numel() * t.element_size() for t in saved.values()),
@@ -109,7 +109,7 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
 
 
 def _traced_peak(model: nn.Module, images: Tensor) -> tuple[int, str]:
-    mode = _Trace(_weights(model))
+    mode = _Trace(tensors_of(model))
     mode.follow(images.untyped_storage())
     with mode:
         model(images)

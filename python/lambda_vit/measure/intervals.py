@@ -27,6 +27,11 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
+def percent_interval(percent: float, images: int) -> list[float]:
+    """Wilson's 95 % interval, in percent, of a percentage of a record: it stands for a whole number of `images`."""
+    return [100 * end for end in wilson_interval(round(images * percent / 100), images)]
+
+
 _Z = 1.959964  # of a normal distribution's middle 95 %
 
 

@@ -1,4 +1,4 @@
-"""Latency of several models, measured in turn."""
+"""Times of several models or training steps, measured in turn."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lambda_kernels.ops.checks import require_int
 
 from ..models.properties import eval_mode, input_shape
 from ..runtime import progress
-from .runner import _Figures, _resolved, _Runner
+from .runner import Figures, ModelRunner, resolve_device
 
 MINIMUM_ROUNDS = 5  # fewer give no quartiles worth printing
 
 
 @dataclasses.dataclass(frozen=True)
-class Latency(_Figures):
-    """Time of one forward of a whole batch, in milliseconds, over `rounds` repetitions."""
+class Latency(Figures):
+    """Time of one forward, or of one training step, of a whole batch in milliseconds, over `rounds` repetitions."""
 
     median_ms: float
     low_ms: float  # lower quartile
@@ -41,30 +43,30 @@ def compare_latency(
     image_size: int | tuple[int, int, int] | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, dict[int, Latency]]:
-    """Time models against each other, taking turns in one process so that a change of clock or load hits all alike.
+    """Time forwards of several models, interleaved in one process.
 
     Args:
         models: By name. All on one device; each gets inputs of its own size and dtype.
         batch_sizes: Images per forward.
         rounds: Repetitions per model and batch size; the order of the models rotates from one to the next.
         warmup: Untimed repetitions before them.
-        seconds: A budget for all of it. It cuts the warm-up to one and the rounds to no fewer than five.
-        image_size: (channels, height, width), or pixels a side. Default: what each model was built for.
-        device: Where the models are expected to be; None takes whatever device they share.
+        seconds: A time budget for all batch sizes. It cuts the warm-up to one and the rounds to no fewer than five.
+        image_size: (channels, height, width), or pixels a side. Default: the size that each model was built for.
+        device: The device that the models must be on; None: any that they share.
 
     Returns:
         `result[name][batch_size]`.
 
     Raises:
-        ValueError: No models, models on different devices or not on `device`, or a number out of range.
+        ValueError: There are no models, they are on different devices or not on `device`, or a number is out of range.
     """
     if not models:
         raise ValueError("models is empty: pass at least one, such as {'model': model}")
     for name, value in (("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
         require_int(name, value, 1)
-    runners = {name: _Runner(model, device) for name, model in models.items()}
+    runners = {name: ModelRunner(model, device) for name, model in models.items()}
     devices = {name: runner.device for name, runner in runners.items()}
-    expected = next(iter(devices.values())) if device is None else _resolved(device)
+    expected = next(iter(devices.values())) if device is None else resolve_device(device)
     if any(found != expected for found in devices.values()):
         found = ", ".join(f"{name} on {where}" for name, where in devices.items())
         raise ValueError(f"latency is compared on one device ({expected}), got {found}: move the models there first")
@@ -73,52 +75,69 @@ def compare_latency(
         for model in models.values():
             stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
-        advance = stack.enter_context(progress.task("Measure latency", len(batch_sizes) * rounds))
         for size in batch_sizes:
-            inputs = {name: r.images(size, input_shape(r.model, image_size)) for name, r in runners.items()}
+            calls = {
+                name: partial(r.model.__call__, r.images(size, input_shape(r.model, image_size)))
+                for name, r in runners.items()
+            }
             budget = math.inf if seconds is None else seconds / len(batch_sizes)
-            times = _take_turns(models, inputs, expected, rounds, warmup, budget, advance)
-            for name, taken in times.items():
-                low, median, high = torch.tensor(taken, dtype=torch.float64).quantile(
-                    torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-                )
-                result[name][size] = Latency(float(median), float(low), float(high), len(taken))
+            times = interleaved_timing(calls, expected, f"Latency, batch {size}", rounds, warmup, budget)
+            for name, latency in times.items():
+                result[name][size] = latency
     return result
 
 
-def _take_turns(
-    models: Mapping[str, nn.Module],
-    inputs: Mapping[str, Tensor],
+def interleaved_timing(
+    calls: Mapping[str, Callable[[], Any]],
     device: torch.device,
+    description: str,
     rounds: int,
     warmup: int,
-    budget: float,
-    advance: Callable[..., None],
-) -> dict[str, list[float]]:
-    """Milliseconds per model and round."""
-    started = time.perf_counter()
-    names = list(models)
-    for done in range(warmup):
-        if done and time.perf_counter() - started > budget:
-            break
-        for name in names:
-            models[name](inputs[name])
+    seconds: float,
+    watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> dict[str, Latency]:
+    """Time calls in turn, so that a change of clock or load affects all alike.
+
+    Args:
+        calls: By name.
+        device: The device that they run on.
+        description: Text of the progress bar.
+        rounds: Timed calls of each; the order rotates from one round to the next.
+        warmup: Untimed calls of each before them.
+        seconds: A time budget. It cuts the warm-up to one call of each and the rounds to no fewer than five.
+        watch: Called with the name; returns a context that is entered around each timed call.
+    """
+    names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        if turn >= MINIMUM_ROUNDS and time.perf_counter() - started > budget:
-            advance(rounds - turn)
-            break
-        first = turn % len(names)
-        for name in itertools.chain(names[first:], names[:first]):
-            _synchronize(device)
-            begun = time.perf_counter()
-            models[name](inputs[name])
-            _synchronize(device)
-            times[name].append(1000 * (time.perf_counter() - begun))
-        advance()
-    return times
+    started = time.perf_counter()
+    with progress.task(description, rounds) as advance:
+        for done in range(warmup):
+            if done and time.perf_counter() - started > seconds / 4:
+                break
+            for name in names:
+                calls[name]()
+        for turn in range(rounds):
+            if turn >= MINIMUM_ROUNDS and time.perf_counter() - started > seconds:
+                break
+            first = turn % len(names)
+            for name in itertools.chain(names[first:], names[:first]):
+                synchronize(device)
+                with watch(name):
+                    begun = time.perf_counter()
+                    calls[name]()
+                    synchronize(device)
+                    times[name].append(1000 * (time.perf_counter() - begun))
+            advance(note=", ".join(f"{taken[-1]:.0f} ms" for taken in times.values()))
+    return {name: _summarize(taken) for name, taken in times.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def _summarize(times: Sequence[float]) -> Latency:
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, median, high = torch.tensor(times, dtype=torch.float64).quantile(quartiles).tolist()
+    return Latency(median, low, high, len(times))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""Runs of a model on batches, as every measurement needs them."""
+"""A model with the device and dtype of its inputs, as every measurement runs it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor, nn
 
 from lambda_kernels.errors import NonFiniteActivationError
 
+from ..data.batches import random_images
 from ..models.properties import one_device
 
 
 @dataclasses.dataclass(frozen=True)
-class _Figures:
+class Figures:
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
         return dataclasses.asdict(self)
 
 
-class _Runner:
-    """A model with the one device and dtype that its inputs need."""
+class ModelRunner:
+    """A model with the device and dtype that its inputs need."""
 
     def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
         self.model = model
-        weightless = not _weights(model)
-        self.device = _resolved(device or "cpu") if weightless else one_device(model)
+        weightless = not tensors_of(model)
+        self.device = resolve_device(device or "cpu") if weightless else one_device(model)
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        # With mixed dtypes the model has a policy of its own (autocast, a cast inside): leave the images as they are.
+        # A model of mixed dtypes casts for itself (autocast, or a cast inside): its images stay float32.
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def images(self, count: int, shape: tuple[int, int, int]) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(count, *shape, generator=generator).to(self.device, self.dtype)
+        return random_images((count, *shape), self.device, self.dtype)
 
     @torch.inference_mode()
     def logits(self, images: Tensor, where: str) -> Tensor:
@@ -59,10 +59,10 @@ class _Runner:
         return output
 
 
-def _weights(model: nn.Module) -> list[Tensor]:
+def tensors_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _resolved(device: torch.device | str) -> torch.device:
+def resolve_device(device: torch.device | str) -> torch.device:
     """The device with its index, as tensors report it."""
     return torch.empty(0, device=device).device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -104,3 +104,17 @@ def model_name(model: nn.Module) -> str | None:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture"), cfg.get("tag")
     return f"{name}.{tag}" if name and tag else name
+
+
+def check_classifier(models: Mapping[str, nn.Module]) -> None:
+    """Refuse models, by name, whose outputs are not classes, so that they have no accuracy.
+
+    Raises:
+        ValueError: A model has no classifier, as DINOv2, DINOv3 and SigLIP in timm.
+    """
+    for name, model in models.items():
+        if not getattr(model, "num_classes", 1):
+            raise ValueError(
+                f"the {name} has no classifier (num_classes=0), so that its outputs have no accuracy. Train one for it first: "
+                "lambda-vit finetune --full --num-classes N"
+            )

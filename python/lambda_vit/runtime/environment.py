@@ -63,11 +63,11 @@ def backends() -> list[dict[str, str]]:
     rows = []
     for device in kinds:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            choice = choose("ln_mlp", device, dtype)
+            choice = choose(device, dtype)
             name, reason = histogram_backend(device, dtype, "auto")
             chosen = [("ln_mlp", choice.backend, choice.reason), ("histogram", name, reason)]
             if device.type == "cpu":
-                obstacles = onednn_obstacles("ln_mlp", device, dtype)
+                obstacles = onednn_obstacles(device, dtype)
                 by_name = f"not available: {'; '.join(obstacles)}" if obstacles else "available, for inference"
                 chosen.append(("ln_mlp", "onednn", f"only where backend='onednn' asks for it: {by_name}"))
             for operator, backend, why in chosen:
@@ -93,7 +93,7 @@ def tuning_status() -> dict[str, Any]:
 def not_exercised(device: torch.device) -> list[str]:
     """What a run on `device` cannot have tested, for the end of a report."""
     found = []
-    choice = choose("ln_mlp", device, torch.float32)
+    choice = choose(device, torch.float32)
     if choice.backend != "triton":
         found.append(f"fused Triton kernels: ln_mlp ran as {choice.backend} ({choice.reason})")
     if device.type != "cuda":

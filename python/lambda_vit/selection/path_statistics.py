@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,23 +26,47 @@ class PathResult:
     """What was measured of a path over all images of all processes.
 
     Attributes:
-        images: How many.
-        channels: Of the tensor that the entropy is of.
+        images: Number of images.
+        channels: Channels of the tensor whose entropy is measured.
         constant_channels: How many of them never change.
-        entropy: Of the output, in bits, summed over channels.
-        top1: Right answers in percent, and `loss` the mean cross-entropy in bits; None without labels.
-        agreement: Images with the full model's answer in percent, and `kl` the mean KL(full ‖ path) in bits; None where
-            the full model was not run.
+        entropy: Entropy of the output in bits, summed over channels.
+        hits: Correctly classified images, and `loss` the mean cross-entropy in bits; None without labels.
+        same: Images with the full model's prediction, and `kl` the mean KL(full ‖ path) in bits; None where the full model
+            was not run.
     """
 
     images: int
     channels: int
     constant_channels: int
     entropy: float
-    top1: float | None = None
+    hits: int | None = None
     loss: float | None = None
-    agreement: float | None = None
+    same: int | None = None
     kl: float | None = None
+
+    @property
+    def top1(self) -> float | None:
+        """Percent."""
+        return None if self.hits is None else 100 * (self.hits / self.images)
+
+    @property
+    def agreement(self) -> float | None:
+        """Percent."""
+        return None if self.same is None else 100 * (self.same / self.images)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types, with percentages in place of counts."""
+        value = asdict(self) | {"top1": self.top1, "agreement": self.agreement}
+        del value["hits"], value["same"]
+        return value
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> PathResult:
+        """The inverse of `to_dict`."""
+        own = dict(value)
+        for name, percent in (("hits", own.pop("top1")), ("same", own.pop("agreement"))):
+            own[name] = None if percent is None else round(percent * value["images"] / 100)
+        return cls(**own)
 
 
 class PathStatistics:
@@ -120,7 +145,7 @@ class PathStatistics:
         images = int(processes.sum(counts).item())
         if images == 0:
             raise ValueError("loader gave no images: there is nothing to measure")
-        sums = processes.sum(self._sums) / images
+        sums = processes.sum(self._sums)
         if processes.size > 1:
             with processes.translate_comm_errors():
                 for meter in self._meters.values():
@@ -136,10 +161,10 @@ class PathStatistics:
                 meter.channels,
                 meter.constant_channels,
                 entropy,
-                top1=100 * row[_CORRECT] if self._label else None,
-                loss=row[_LOSS] / math.log(2) if self._label else None,
-                agreement=100 * row[_SAME] if self._compare else None,
-                kl=row[_DIVERGENCE] / math.log(2) if self._compare else None,
+                hits=int(row[_CORRECT]) if self._label else None,
+                loss=row[_LOSS] / images / math.log(2) if self._label else None,
+                same=int(row[_SAME]) if self._compare else None,
+                kl=row[_DIVERGENCE] / images / math.log(2) if self._compare else None,
             )
         return found
 

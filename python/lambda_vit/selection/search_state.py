@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +133,14 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        full = None if self.full is None else asdict(self.full)
+        full = None if self.full is None else self.full.to_dict()
         branches = [b.to_dict() for b in self.branches]
         return {**vars(self), "branches": branches, "full": full, "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Found:
         """The inverse of `to_dict`."""
-        full = None if value["full"] is None else PathResult(**value["full"])
+        full = None if value["full"] is None else PathResult.from_dict(value["full"])
         branches = tuple(map(Branch.from_dict, value["branches"]))
         known: dict[str, Any] = {"branches": branches, "full": full, "notes": tuple(value["notes"])}
         return cls(**known, **{name: value[name] for name in ("done", "samples", "constant_channels")})

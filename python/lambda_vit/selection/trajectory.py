@@ -155,8 +155,8 @@ def measure_trajectory(
             for count, (path, cost) in enumerate(zip(paths, costs, strict=True)):
                 result = found[path]
                 interval = None
-                if result.top1 is not None:
-                    interval = [100 * end for end in wilson_interval(round(result.top1 * images / 100), images)]
+                if result.hits is not None:
+                    interval = [100 * end for end in wilson_interval(result.hits, images)]
                 step = {
                     "removed": list(selection.layers[:count]),
                     "picked": selection.layers[count - 1] if count else None,

@@ -25,6 +25,7 @@ from lambda_kernels.convert.checks import check_indices, check_removal, unwrap_l
 from lambda_kernels.convert.conversion import convert_vit, remove_attention
 from lambda_kernels.ops.checks import check_choice, dtype_name
 
+from ..data.batches import random_images
 from ..models.properties import eval_mode, input_shape, one_device, one_dtype
 
 if TYPE_CHECKING:
@@ -279,8 +280,7 @@ def remove_faded(model: nn.Module, images: Tensor | None = None) -> tuple[float,
     """
     device, dtype = one_device(model), one_dtype(model)
     if images is None:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(COMPARED, *input_shape(model), generator=generator)
+        images = random_images((COMPARED, *input_shape(model)), device, dtype)
     images = images[:COMPARED].to(device, dtype)
     set_lambda(model, 0.0)
     layers = tuple(diluted_blocks(model))

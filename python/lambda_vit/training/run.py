@@ -29,7 +29,7 @@ run.json holds
     unreadable      paths of images that could not be read: in training others stood in for them, in validation none did
     result          with "finished": top1, top1_interval, top5, images of model/, loaded back and measured; "same" tells
                     whether it got as many images right as the best had
-    variants        rows as `validation.variant` makes them: "full" and "untrained" from before the training, "model" once
+    variants        rows as `comparison.make_row` makes them: "full" and "untrained" from before the training, "model" once
                     finished; empty where the run was stopped before they were measured
     kernel_paths    once finished: how each block of the model runs here
     files           name → what it is

@@ -16,7 +16,7 @@ from lambda_kernels import convert_vit
 from lambda_kernels.files import write_json
 
 from ..measure.accuracy import score
-from ..measure.comparison import kernel_paths, row_of
+from ..measure.comparison import kernel_paths, make_row
 from ..models.properties import input_shape, one_device
 from ..runtime import environment
 from ..runtime.processes import Processes
@@ -53,13 +53,14 @@ def rows_before(
     found = score(model, loader, processes, asked=asked, description=label)
     if found is None:
         return []
-    rows = [row_of("full", label, model, found, processes, **own)]
+    rows = [make_row("full", label, model, found, processes=processes, **own)]
     if layers:
         label = "Attention removed, nothing trained"
         smaller = convert_vit(model, layers)
         found = score(smaller, loader, processes, reference=model, asked=asked, description=label)
         if found is not None:
-            rows.append(row_of("untrained", label, smaller, found, processes, **{**own, "trained": False}))
+            own["trained"] = False
+            rows.append(make_row("untrained", label, smaller, found, processes=processes, **own))
     return rows
 
 
@@ -176,7 +177,7 @@ class _Record:
         """What the saved model reached."""
         self.record["model"]["parameters"]["after"] = _parameters(network)
         same = result.hits == self._trainer.best.score.hits
-        row = row_of("model", "Fine-tuned", network, result, self._processes)
+        row = make_row("model", "Fine-tuned", network, result, processes=self._processes)
         self.write(
             "finished",
             result={**result.to_dict(), "same": same},

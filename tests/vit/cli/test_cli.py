@@ -329,7 +329,7 @@ def test_doctor(run, no_interpreter):
     by_name = {row["dtype"]: row["reason"] for row in found["backends"] if row["backend"] == "onednn"}
     assert set(by_name) == {"float32", "bfloat16", "float16"}
     for dtype, reason in by_name.items():
-        available = not onednn_obstacles("ln_mlp", torch.device("cpu"), getattr(torch, dtype))
+        available = not onednn_obstacles(torch.device("cpu"), getattr(torch, dtype))
         assert reason.endswith("asks for it: available, for inference") == available
     assert "not available" in by_name["float16"]
 

@@ -55,7 +55,7 @@ def test_both_splits_are_opened_each_with_its_transform(images):
     assert (stream.steps_per_epoch, len(loader), loader.batch_size) == (5, 2, 4)
     assert torch.cat([labels for _, labels in loader]).tolist() == [0, 0, 0, 1, 1, 1]
     assert all(torch.equal(one, two) for (one, _), (two, _) in zip(loader, loader, strict=True))
-    assert evaluate(MODEL, loader).count == 6
+    assert evaluate(MODEL, loader).images == 6
     assert stream.fingerprint()["transform"] != repr(loader.dataset.transform)
 
 

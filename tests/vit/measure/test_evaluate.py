@@ -94,7 +94,7 @@ def test_accuracy_counts_top1_and_top5_over_ragged_batches():
     table = torch.eye(7)[[0, 1, 2, 3, 4]] * 9 - torch.arange(7) * 0.1
     # Images 0, 1 right; 2 second; 3 is the least likely of seven; 4 right.
     found = evaluate(Lookup(table), pictures([0, 1, 0, 6, 4]))
-    assert (found.count, found.top1, found.top5) == (5, 60.0, 80.0)
+    assert (found.images, found.top1, found.top5) == (5, 60.0, 80.0)
     assert found.top1_interval == pytest.approx([100 * end for end in wilson_interval(3, 5)])
     assert found.images_per_second > 0
     assert (found.agreement, found.kl, found.skipped) == (None, None, 0)
@@ -130,7 +130,7 @@ def test_a_model_agrees_with_itself():
 
 def test_the_data_is_read_once_for_model_and_reference():
     batches = iter([(torch.zeros(1, 1, 1, 1), torch.tensor([0]))])
-    assert evaluate(Lookup(torch.eye(2)), batches, reference=Lookup(torch.eye(2))).count == 1
+    assert evaluate(Lookup(torch.eye(2)), batches, reference=Lookup(torch.eye(2))).images == 1
 
 
 def test_speed_is_the_models_own_and_leaves_the_first_batch_out(monkeypatch):
@@ -173,7 +173,7 @@ def test_a_tuple_of_logits_is_averaged_and_a_distilled_model_works():
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
     distilled.set_distilled_training(True)
     loader = DataLoader(TensorDataset(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])), 2)
-    assert evaluate(distilled, loader).count == 2
+    assert evaluate(distilled, loader).images == 2
 
 
 def test_a_model_that_stays_in_training_mode_with_two_outputs_is_an_error():
@@ -192,7 +192,7 @@ def test_a_model_that_stays_in_training_mode_with_two_outputs_is_an_error():
 def test_images_take_the_models_dtype(dtype):
     model = vit().to(dtype)
     loader = DataLoader(TensorDataset(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])), 2)
-    assert evaluate(model, loader).count == 2
+    assert evaluate(model, loader).images == 2
 
 
 def test_an_empty_loader_is_an_error():
@@ -249,7 +249,7 @@ def test_unreadable_images_are_counted(tmp_path):
     (tmp_path / "val/a/1.png").write_bytes(b"junk")
     loader = make_loader(open_images(tmp_path, "val"), 2, skip_bad=1)
     found = evaluate(vit(), loader)
-    assert (found.count, found.skipped) == (2, 1)
+    assert (found.images, found.skipped) == (2, 1)
 
 
 def test_results_are_plain_json():
@@ -420,7 +420,7 @@ def test_latency_takes_turns_in_rotating_order():
 def test_latency_gives_the_median_and_the_quartiles(monkeypatch):
     times = iter([0.0, *(t for i in range(5) for t in (10.0 * i, 10.0 * i + i + 1))])
     clock = types.SimpleNamespace(perf_counter=lambda: next(times))
-    monkeypatch.setattr(sys.modules["lambda_vit.measure.accuracy"], "time", clock)
+    monkeypatch.setattr(sys.modules["lambda_vit.measure.latency"], "time", clock)
     found = compare_latency({"m": Recorder("m", [])}, (1,), rounds=5, warmup=1, image_size=(1, 2, 2))["m"][1]
     assert (found.low_ms, found.median_ms, found.high_ms) == (2000.0, 3000.0, 4000.0)
 
@@ -466,6 +466,6 @@ def test_real_weights_reach_their_accuracy_a_thousand_way(real_data, deit_tiny):
     transform = transforms_for(deit_tiny, crop_pct=1.0)
     images = open_images(real_data / "imagenette_224.zip", "val", transform=transform, num_classes=1000)
     found = evaluate(deit_tiny, make_loader(images, 50))
-    assert found.count == 500
+    assert found.images == 500
     assert found.top1 == pytest.approx(70.8, abs=0.5)
     assert found.top5 > 90

@@ -14,13 +14,15 @@ from torch import nn
 
 from lambda_kernels import UnsupportedModelError, convert_vit
 from lambda_vit import Selection, dilute
+from lambda_vit.measure import latency
 from lambda_vit.measure.cost import cost
+from lambda_vit.measure.latency import Latency
 from lambda_vit.runtime import formatting
 from lambda_vit.training.plan import planning, step_timing
 from lambda_vit.training.plan.planning import plan_training, split_epochs
-from lambda_vit.training.plan.step_timing import Loading, StepTime, measure_loading, saved_bytes, time_steps
+from lambda_vit.training.plan.step_timing import Loading, measure_loading, saved_bytes, time_steps
 
-STEPS = {"diluting": StepTime(200.0, 150.0, 300.0, 5), "final": StepTime(100.0, 90.0, 120.0, 7)}
+STEPS = {"diluting": Latency(200.0, 150.0, 300.0, 5), "final": Latency(100.0, 90.0, 120.0, 7)}
 
 
 @pytest.fixture
@@ -176,7 +178,7 @@ def test_real_steps_leave_the_model_and_the_random_numbers_alone():
     for name in ("diluting", "final"):
         step = plan.networks[name].step
         assert 0 < step.low_ms <= step.median_ms <= step.high_ms
-        assert step.rounds >= step_timing.MINIMUM_ROUNDS
+        assert step.rounds >= latency.MINIMUM_ROUNDS
 
 
 @pytest.mark.parametrize(("seconds", "rounds", "forwards"), [(0.5, 5, 6), (25.0, 7, 9), (1e9, 30, 32)])
@@ -194,7 +196,8 @@ def test_budget_of_the_timing(seconds, rounds, forwards, clock):
         network.register_forward_hook(tick)
     before = networks["slow"].head.weight.detach().clone()
     found = time_steps(networks, 2, seconds)
-    assert calls == ["slow", "fast"] * forwards  # taking turns
+    turns = [["slow", "fast"][:: -1 if turn % 2 else 1] for turn in range(rounds)]  # the order rotates
+    assert calls == ["slow", "fast"] * (forwards - rounds) + [name for turn in turns for name in turn]
     for name, expected in (("slow", 2000), ("fast", 1000)):
         step, passing = found[name]
         assert step.rounds == rounds

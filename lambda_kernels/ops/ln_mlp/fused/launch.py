@@ -7,6 +7,7 @@ runs. This module needs triton.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..arguments import Options, Parameters, Saved
 from .kernels import backward, forward
 from .kernels.configs import Config
 
@@ -196,63 +198,70 @@ def row_warps(channels: int) -> int:
     return 4 if channels <= 1024 else 8 if channels <= 4096 else 16
 
 
-def one_pass(x, gamma, beta, w1, b1, w2, b2, ls, keep, out, mean, rstd, *, eps, scale, math, config, tma) -> Launch:
-    """Launch of the whole forward: x [M, C], W1 [H, C], W2 [C, H], out [M, C]; mean, rstd [M] or None."""
+def one_pass(
+    x: Tensor,
+    p: Parameters,
+    o: Options,
+    out: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    *,
+    config: Config,
+    tma: bool,
+) -> Launch:
+    """Launch of the whole forward into out [M, C]; mean and rstd [M] are written where they are given."""
     tokens, channels = x.shape
-    hidden = w1.shape[0]
     width, _ = chunks(channels)
     return Launch(
         forward.one_pass,
         (ceil_div(tokens, config.bm), 1, 1),
         {
             "x": _tile(x, config.bm, width, tma),
-            "gamma": gamma,
-            "beta": beta,
-            "w1": _tile(w1, config.bn, width, tma),
-            "b1": b1,
-            "w2": _tile(w2, width, config.bn, tma),
-            "b2": b2,
-            "ls": ls,
-            "keep": keep,
+            **p._asdict(),
+            "w1": _tile(p.w1, config.bn, width, tma),
+            "w2": _tile(p.w2, width, config.bn, tma),
             "out": _tile(out, config.bm, width, tma),
             "mean": mean,
             "rstd": rstd,
             "M": tokens,
             "stride_x": x.stride(0),
-            "eps": eps,
-            "scale": scale,
+            "eps": o.eps,
+            "residual_scale": o.residual_scale,
         },
-        _one_pass_constants(channels, hidden, math, config, tma),
+        _one_pass_constants(channels, p.w1.shape[0], Arithmetic.of(p.w1.dtype, o.approximate), config, tma),
         config.warps,
         config.stages,
     )
 
 
-def row_statistics(x, mean, rstd, gamma, beta, w1, b1, folded, w1_sum, b1_folded, *, eps, scale) -> Launch:
-    """Launch of row statistics and of W1's folding with γ and β: folded [H, C], w1_sum and b1_folded [H] float32."""
-    tokens, channels = x.shape
+def row_statistics(
+    x: Tensor, p: Parameters, o: Options, mean: Tensor, rstd: Tensor, folded: Parameters, w1_sum: Tensor
+) -> Launch:
+    """Launch of row statistics and of W1's folding with γ and β: into `folded.w1` [H, C], and into w1_sum and `folded.b1`
+    [H], which are float32."""
+    (tokens, channels), hidden = x.shape, p.w1.shape[0]
     warps = row_warps(channels)
     block, rows = rows_per_program(channels, warps)
     row_programs = ceil_div(tokens, rows)
     return Launch(
         forward.row_statistics,
-        (row_programs + ceil_div(w1.shape[0], rows), 1, 1),
+        (row_programs + ceil_div(hidden, rows), 1, 1),
         {
             "x": x,
             "mean": mean,
             "rstd": rstd,
-            "gamma": gamma,
-            "beta": beta,
-            "w1": w1,
-            "b1": b1,
-            "w1_folded": folded,
+            "ln_weight": p.ln_weight,
+            "ln_bias": p.ln_bias,
+            "w1": p.w1,
+            "b1": p.b1,
+            "w1_folded": folded.w1,
             "w1_sum": w1_sum,
-            "b1_folded": b1_folded,
+            "b1_folded": folded.b1,
             "M": tokens,
-            "H": w1.shape[0],
+            "H": hidden,
             "stride_x": x.stride(0),
-            "eps": eps,
-            "scale": scale,
+            "eps": o.eps,
+            "residual_scale": o.residual_scale,
             "ROW_PROGRAMS": row_programs,
         },
         {"C": channels, "BC": block, "ROWS": rows},
@@ -261,7 +270,7 @@ def row_statistics(x, mean, rstd, gamma, beta, w1, b1, folded, w1_sum, b1_folded
     )
 
 
-def layer_norm(x, gamma, beta, out, mean, rstd, *, eps, scale, given: bool) -> Launch:
+def layer_norm(x: Tensor, p: Parameters, o: Options, out: Tensor, mean: Tensor, rstd: Tensor, *, given: bool) -> Launch:
     """Launch of LN(s·x) into out [M, C]; mean and rstd [M] are read where `given`, else written."""
     tokens, channels = x.shape
     warps = row_warps(channels)
@@ -271,15 +280,15 @@ def layer_norm(x, gamma, beta, out, mean, rstd, *, eps, scale, given: bool) -> L
         (ceil_div(tokens, rows), 1, 1),
         {
             "x": x,
-            "gamma": gamma,
-            "beta": beta,
+            "ln_weight": p.ln_weight,
+            "ln_bias": p.ln_bias,
             "out": out,
             "mean": mean,
             "rstd": rstd,
             "M": tokens,
             "stride_x": x.stride(0),
-            "eps": eps,
-            "scale": scale,
+            "eps": o.eps,
+            "residual_scale": o.residual_scale,
         },
         {"C": channels, "BC": block, "ROWS": rows, "GIVEN": given},
         warps,
@@ -287,17 +296,31 @@ def layer_norm(x, gamma, beta, out, mean, rstd, *, eps, scale, given: bool) -> L
     )
 
 
-def fc1(x, w1, b1, mean, rstd, w1_sum, act, pre, *, scale, math, config, tma) -> Launch:
-    """Launch of the first product: on tokens with statistics and a folded W1, or on normalized tokens without."""
-    tokens, channels = x.shape
-    hidden = w1.shape[0]
+def fc1(
+    x: Tensor,
+    p: Parameters,
+    o: Options,
+    act: Tensor,
+    pre: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    config: Config,
+    tma: bool,
+) -> Launch:
+    """Launch of the first product into act, and into pre where it is given, [M, H].
+
+    x are normalized tokens; or, with `statistics`, tokens as they are and `p` as `row_statistics` folds it. `statistics`
+    are then mean and rstd [M], and the row sums of W1 [H].
+    """
+    (tokens, channels), hidden = x.shape, p.w1.shape[0]
+    mean, rstd, w1_sum = statistics or (None, None, None)
     return Launch(
         forward.fc1,
         (ceil_div(tokens, config.bm) * ceil_div(hidden, config.bn), 1, 1),
         {
             "x": _tile(x, config.bm, config.bk, tma),
-            "w1": _tile(w1, config.bn, config.bk, tma),
-            "b1": b1,
+            "w1": _tile(p.w1, config.bn, config.bk, tma),
+            "b1": p.b1,
             "mean": mean,
             "rstd": rstd,
             "w1_sum": w1_sum,
@@ -305,84 +328,116 @@ def fc1(x, w1, b1, mean, rstd, w1_sum, act, pre, *, scale, math, config, tma) ->
             "pre": _tile(pre, config.bm, config.bn, tma),
             "M": tokens,
             "stride_x": x.stride(0),
-            "scale": scale,
+            "residual_scale": o.residual_scale,
         },
-        _gelu_product_constants(channels, hidden, math, config, tma),
+        _gelu_product_constants(channels, hidden, Arithmetic.of(p.w1.dtype, o.approximate), config, tma),
         config.warps,
         config.stages,
     )
 
 
-def fc2(act, w2, b2, ls, keep, x, out, *, scale, math, config, tma) -> Launch:
+def fc2(act: Tensor, x: Tensor, p: Parameters, o: Options, out: Tensor, *, config: Config, tma: bool) -> Launch:
     """Launch of the second product with bias, LayerScale and residual: act [M, H], x and out [M, C]."""
-    tokens, channels = x.shape
-    hidden = w2.shape[1]
+    (tokens, channels), hidden = x.shape, p.w2.shape[1]
     return Launch(
         forward.fc2,
         (ceil_div(tokens, config.bm) * ceil_div(channels, config.bn), 1, 1),
         {
             "act": _tile(act, config.bm, config.bk, tma),
-            "w2": _tile(w2, config.bn, config.bk, tma),
-            "b2": b2,
-            "ls": ls,
-            "keep": keep,
+            "w2": _tile(p.w2, config.bn, config.bk, tma),
+            "b2": p.b2,
+            "layer_scale": p.layer_scale,
+            "branch_scale": p.branch_scale,
             "x": _tile(x, config.bm, config.bn, tma),
             "out": _tile(out, config.bm, config.bn, tma),
             "M": tokens,
             "stride_x": x.stride(0),
-            "scale": scale,
+            "residual_scale": o.residual_scale,
         },
-        _product_constants(channels, hidden, math, config, tma),
+        _product_constants(channels, hidden, Arithmetic.of(p.w2.dtype, o.approximate), config, tma),
         config.warps,
         config.stages,
     )
 
 
-def hidden_gradient(normed, w1, b1, pre, grad, w2, grad_pre, act, sums, *, math, config, tma) -> Launch:
-    """Launch of dP [M, H] (and GELU(p)) from dO [M, C]; p from `normed`·W1ᵀ + b1, or from `pre` if that is given."""
-    tokens, channels = grad.shape
-    hidden = w2.shape[1]
+def hidden_gradient(
+    normed: Tensor | None,
+    p: Parameters,
+    o: Options,
+    pre: Tensor | None,
+    grad: Tensor,
+    grad_pre: Tensor,
+    act: Tensor | None,
+    sums: Tensor | None,
+    *,
+    config: Config,
+    tma: bool,
+) -> Launch:
+    """Launch of dP [M, H] (and GELU(p)) from dB [M, C]; p from `normed`·W1ᵀ + b1, or from `pre` if that is given.
+
+    LayerScale is already in W2.
+    """
+    (tokens, channels), hidden = grad.shape, p.w2.shape[1]
     recompute = pre is None
     return Launch(
         backward.hidden_gradient,
         (ceil_div(tokens, config.bm) * ceil_div(hidden, config.bn), 1, 1),
         {
             "normed": _tile(normed, config.bm, config.bk, tma) if recompute else None,
-            "w1": _tile(w1, config.bn, config.bk, tma) if recompute else None,
-            "b1": b1 if recompute else None,
+            "w1": _tile(p.w1, config.bn, config.bk, tma) if recompute else None,
+            "b1": p.b1 if recompute else None,
             "pre": _tile(pre, config.bm, config.bn, tma),
             "grad": _tile(grad, config.bm, config.bk, tma),
-            "w2": _tile(w2, config.bk, config.bn, tma),
+            "w2": _tile(p.w2, config.bk, config.bn, tma),
             "grad_pre": _tile(grad_pre, config.bm, config.bn, tma),
             "act": _tile(act, config.bm, config.bn, tma),
             "sums": sums,
             "M": tokens,
         },
-        _gelu_product_constants(channels, hidden, math, config, tma),
+        _gelu_product_constants(channels, hidden, Arithmetic.of(p.w2.dtype, o.approximate), config, tma),
         config.warps,
         config.stages,
     )
 
 
-def elementwise(pre, grad_act, grad_pre, act, sums, *, math, config) -> Launch:
+def elementwise(
+    pre: Tensor,
+    o: Options,
+    grad_act: Tensor,
+    grad_pre: Tensor,
+    act: Tensor | None,
+    sums: Tensor | None,
+    *,
+    config: Config,
+) -> Launch:
     """Launch of dP = dA·GELU'(p) and GELU(p), all [M, H]."""
     tokens, hidden = pre.shape
     return Launch(
         backward.elementwise,
         (ceil_div(tokens, config.bm), ceil_div(hidden, config.bn), 1),
         {"pre": pre, "grad_act": grad_act, "grad_pre": grad_pre, "act": act, "sums": sums, "M": tokens, "H": hidden},
-        {"BM": config.bm, "BN": config.bn} | math.constants(),
+        {"BM": config.bm, "BN": config.bn} | Arithmetic.of(pre.dtype, o.approximate).constants(),
         config.warps,
         config.stages,
     )
 
 
 def layer_norm_input(
-    grad_ln, x, grad, gamma, mean, rstd, keep, grad_x, sum_gamma, sum_beta, sum_grad, *, scale, programs
+    grad_ln: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    p: Parameters,
+    o: Options,
+    saved: Saved,
+    grad_x: Tensor | None,
+    sums: Sequence[Tensor | None],
+    *,
+    programs: int,
 ) -> Launch:
-    """Launch of dx [M, C] and the partial column sums [programs, C] of γ's, β's and b2's gradients."""
+    """Launch of dx [M, C] and of the partial column sums [programs, C] for the gradients of γ, β and b2."""
     tokens, channels = x.shape
     block, rows, warps = gradient_rows(channels)
+    sum_ln_weight, sum_ln_bias, sum_grad = sums
     return Launch(
         backward.layer_norm_input,
         (programs, 1, 1),
@@ -390,17 +445,17 @@ def layer_norm_input(
             "grad_ln": grad_ln,
             "x": x,
             "grad": grad,
-            "gamma": gamma,
-            "mean": mean,
-            "rstd": rstd,
-            "keep": keep,
+            "ln_weight": p.ln_weight,
+            "mean": saved.mean,
+            "rstd": saved.rstd,
+            "branch_scale": p.branch_scale,
             "grad_x": grad_x,
-            "sum_gamma": sum_gamma,
-            "sum_beta": sum_beta,
+            "sum_ln_weight": sum_ln_weight,
+            "sum_ln_bias": sum_ln_bias,
             "sum_grad": sum_grad,
             "M": tokens,
             "stride_x": x.stride(0),
-            "scale": scale,
+            "residual_scale": o.residual_scale,
             "TURNS": ceil_div(ceil_div(tokens, rows), programs),
         },
         {"C": channels, "BC": block, "ROWS": rows},
@@ -420,12 +475,10 @@ def _one_pass_constants(channels: int, hidden: int, math: Arithmetic, config: Co
         "BM": config.bm,
         "BH": config.bn,
         "STAGES": config.stages,
-        "FORM": math.form,
-        "UNIT": math.unit,
         "PRECISION": math.precision,
         "TMA": tma,
         "EMULATE": INTERPRETED,
-    }
+    } | math.constants()
 
 
 @functools.lru_cache

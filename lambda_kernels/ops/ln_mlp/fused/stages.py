@@ -90,9 +90,9 @@ def _problem(stage: str, x: Tensor, p: Parameters, o: Options, tma: bool, *flags
     hidden, channels = p.w1.shape
     dtype = p.w1.dtype
     precision = launch.float32_precision() if dtype == torch.float32 else ""
-    moved, scaled = "" if tma else "pointers", "" if p.ls is None else "layer_scale"
-    kept = "" if p.keep is None else "branch_scale"
-    details = _details(x.dtype, o.approximate, x.stride(0) != channels, precision, scaled, kept, moved, *flags)
+    factors = [name for name in ("layer_scale", "branch_scale") if getattr(p, name) is not None]
+    moved = "" if tma else "pointers"
+    details = _details(x.dtype, o.approximate, x.stride(0) != channels, precision, *factors, moved, *flags)
     return Problem(stage, x.shape[0], channels, hidden, _NAMES[dtype], details)
 
 
@@ -116,13 +116,13 @@ def _tiles(kernel: str, *methods: str, x: Tensor, p: Parameters, tma: bool) -> t
 
 
 @_settled
-def forward(x: Tensor, p: Parameters, o: Options, save: str) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """out [M, C] and what `save` asks for: mean, rstd float32 [M], pre and act [M, H] of the compute dtype."""
+def forward(x: Tensor, p: Parameters, o: Options, save: str) -> tuple[Tensor, Saved]:
+    """out [M, C] and what `save` names; matrices are of the compute dtype."""
     kept, tma = SAVE[save], _tma(p, x)
     if "pre" in kept:
         return _staged(x, p, o, kept, tma)
 
-    def run(candidate: Candidate) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def run(candidate: Candidate) -> tuple[Tensor, Saved]:
         return _staged(x, p, o, kept, tma) if candidate == STAGED else _one_pass(x, p, o, kept, candidate, tma)
 
     # In device-memory terms one pass has an edge below a width of about 256.
@@ -132,8 +132,8 @@ def forward(x: Tensor, p: Parameters, o: Options, save: str) -> tuple[Tensor, di
 
 
 def _output_dtype(x: Tensor, p: Parameters) -> torch.dtype:
-    """That of `x + ls·branch`, as PyTorch promotes."""
-    branch = p.w1.dtype if p.ls is None else torch.promote_types(p.w1.dtype, p.ls.dtype)
+    """That of `x + layer_scale·branch`, as PyTorch promotes."""
+    branch = p.w1.dtype if p.layer_scale is None else torch.promote_types(p.w1.dtype, p.layer_scale.dtype)
     return torch.promote_types(x.dtype, branch)
 
 
@@ -141,34 +141,14 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _one_pass(x, p, o, kept, candidate, tma) -> tuple[Tensor, dict[str, Tensor | None]]:
+def _one_pass(x, p, o, kept, candidate, tma) -> tuple[Tensor, Saved]:
     out = torch.empty(x.shape, dtype=_output_dtype(x, p), device=x.device)
     mean, rstd = _statistics(x) if kept else (None, None)
-    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
-    made = launch.one_pass(
-        x,
-        p.gamma,
-        p.beta,
-        p.w1,
-        p.b1,
-        p.w2,
-        p.b2,
-        p.ls,
-        p.keep,
-        out,
-        mean,
-        rstd,
-        eps=o.eps,
-        scale=o.scale,
-        math=math,
-        config=candidate.config,
-        tma=tma,
-    )
-    _run(made, candidate.config)
-    return out, {"mean": mean, "rstd": rstd, "pre": None, "act": None}
+    _run(launch.one_pass(x, p, o, out, mean, rstd, config=candidate.config, tma=tma), candidate.config)
+    return out, Saved(mean, rstd)
 
 
-def _staged(x, p, o, kept, tma) -> tuple[Tensor, dict[str, Tensor | None]]:
+def _staged(x, p, o, kept, tma) -> tuple[Tensor, Saved]:
     keep_pre = "pre" in kept
     flags = ["pre"] if keep_pre else []
 
@@ -188,12 +168,12 @@ def _staged(x, p, o, kept, tma) -> tuple[Tensor, dict[str, Tensor | None]]:
 
     offered = (*_tiles("fc2", "fused", x=x, p=p, tma=tma), LIBRARY)
     out = second(tuning.choose(_problem("fc2", x, p, o, tma), offered, second, x.device))
-    return out, {"mean": mean, "rstd": rstd, "pre": pre, "act": act if "act" in kept else None}
+    return out, Saved(mean, rstd, pre, act if "act" in kept else None) if kept else Saved()
 
 
 def _normalize(x, p, o, mean, rstd, *, given: bool) -> Tensor:
     normed = torch.empty(x.shape, dtype=p.w1.dtype, device=x.device)
-    _run(launch.layer_norm(x, p.gamma, p.beta, normed, mean, rstd, eps=o.eps, scale=o.scale, given=given))
+    _run(launch.layer_norm(x, p, o, normed, mean, rstd, given=given))
     return normed
 
 
@@ -201,39 +181,19 @@ def _hidden(x, p, o, candidate, keep_pre, tma) -> tuple[Tensor, Tensor | None, T
     """act, pre [M, H] and the row statistics."""
     (tokens, _), hidden = x.shape, p.w1.shape[0]
     mean, rstd = _statistics(x)
-    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
     if candidate.method == "corrected":
-        folded = torch.empty_like(p.w1)
         w1_sum, b1 = (x.new_empty(hidden, dtype=torch.float32) for _ in range(2))
-        _run(
-            launch.row_statistics(
-                x, mean, rstd, p.gamma, p.beta, p.w1, p.b1, folded, w1_sum, b1, eps=o.eps, scale=o.scale
-            )
-        )
-        source, w1, mean_, rstd_ = x, folded, mean, rstd
+        source, weights, statistics = x, p._replace(w1=torch.empty_like(p.w1), b1=b1), (mean, rstd, w1_sum)
+        _run(launch.row_statistics(x, p, o, mean, rstd, weights, w1_sum))
     else:
-        source = _normalize(x, p, o, mean, rstd, given=False)
-        w1, b1, mean_, rstd_, w1_sum = p.w1, p.b1, None, None, None
+        source, weights, statistics = _normalize(x, p, o, mean, rstd, given=False), p, None
         if candidate == LIBRARY:
-            pre = _linear(source, w1, b1)
+            pre = _linear(source, p.w1, p.b1)
             _library("fc1")
             return F.gelu(pre, approximate=o.approximate), pre if keep_pre else None, mean, rstd
     act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=x.device)
     pre = torch.empty_like(act) if keep_pre else None
-    made = launch.fc1(
-        source,
-        w1,
-        b1,
-        mean_,
-        rstd_,
-        w1_sum,
-        act,
-        pre,
-        scale=o.scale,
-        math=math,
-        config=candidate.config,
-        tma=tma,
-    )
+    made = launch.fc1(source, weights, o, act, pre, statistics, config=candidate.config, tma=tma)
     _run(made, candidate.config)
     return act, pre, mean, rstd
 
@@ -244,15 +204,13 @@ def _output(act, x, p, o, candidate, tma) -> Tensor:
     if candidate == LIBRARY:
         branch = _linear(act, p.w2, p.b2)
         _library("fc2")
-        if p.ls is not None:
-            branch = branch * p.ls
-        if p.keep is not None:
-            branch = branch * p.keep[:, None].to(branch.dtype)
-        return torch.add(branch, x, alpha=o.scale).to(dtype)
+        if p.layer_scale is not None:
+            branch = branch * p.layer_scale
+        if p.branch_scale is not None:
+            branch = branch * p.branch_scale[:, None].to(branch.dtype)
+        return torch.add(branch, x, alpha=o.residual_scale).to(dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
-    made = launch.fc2(act, p.w2, p.b2, p.ls, p.keep, x, out, scale=o.scale, math=math, config=candidate.config, tma=tma)
-    _run(made, candidate.config)
+    _run(launch.fc2(act, x, p, o, out, config=candidate.config, tma=tma), candidate.config)
     return out
 
 
@@ -260,49 +218,50 @@ def _output(act, x, p, o, candidate, tma) -> Tensor:
 def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, needs: Needs) -> list[Tensor | None]:
     """Gradients in the order of `Needs`, None where not wanted. Nothing is computed that none of them needs."""
     dtype = p.w1.dtype
-    through_gelu = needs.x or needs.gamma or needs.beta or needs.w1 or needs.b1
-    want_act = needs.w2 or needs.ls
     level = _level(p)
     narrow = _branch_gradient(grad, p, level)
     normed = None
-    if needs.w1 or (saved.pre is None and (through_gelu or (want_act and saved.act is None))):
+    if needs.w1 or (saved.pre is None and (needs.through_gelu or (needs.act and saved.act is None))):
         normed = _normalize(x, p, o, saved.mean, saved.rstd, given=True)
 
     act, grad_pre, grad_b1 = saved.act, None, None
-    if through_gelu:
+    if needs.through_gelu:
         grad_pre, computed, grad_b1 = _hidden_gradient(
-            narrow, x, p, o, saved, normed, level, want_act and act is None, needs.b1
+            narrow, x, p, o, saved, normed, level, needs.act and act is None, needs.b1
         )
         act = act if act is not None else computed
-    elif want_act and act is None:
+    elif needs.act and act is None:
         act = _activation(normed, p, o, saved)
 
     grad_w1 = _product(grad_pre.T, normed, "grad_w1").to(dtype) if needs.w1 else None
-    through_norm = needs.x or needs.gamma or needs.beta
-    column_sums = needs.b2 or (needs.ls and p.b2 is not None)
-    grad_x = grad_gamma = grad_beta = sum_grad = None
-    if through_norm:
+    column_sums = needs.b2 or (needs.layer_scale and p.b2 is not None)
+    grad_x = grad_ln_weight = grad_ln_bias = sum_grad = None
+    if needs.through_norm:
         grad_ln = _product(grad_pre, p.w1, "grad_ln")
-        grad_x, grad_gamma, grad_beta, sum_grad = _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums)
+        grad_x, grad_ln_weight, grad_ln_bias, sum_grad = _layer_norm_input(
+            grad_ln, grad, x, p, o, saved, needs, column_sums
+        )
     elif column_sums:
-        sum_grad = grad.sum(0, dtype=torch.float32) if p.keep is None else (grad * p.keep[:, None]).sum(0)
+        sum_grad = (
+            grad.sum(0, dtype=torch.float32) if p.branch_scale is None else (grad * p.branch_scale[:, None]).sum(0)
+        )
 
-    grad_w2 = grad_ls = grad_b2 = None
-    if want_act:
+    grad_w2 = grad_layer_scale = grad_b2 = None
+    if needs.act:
         # Before LayerScale: dBᵀ·GELU(p) [C, H] gives dW2 and, summed against W2, the gradient of the scale.
         product = _product(narrow.T, act, "grad_w2")
         if needs.w2:
-            grad_w2 = product if p.ls is None else (product * _scale_within(p, level)[:, None]).to(dtype)
-        if needs.ls:
-            grad_ls = (product.float() * p.w2).sum(1)
+            grad_w2 = product if p.layer_scale is None else (product * _scale_within(p, level)[:, None]).to(dtype)
+        if needs.layer_scale:
+            grad_layer_scale = (product.float() * p.w2).sum(1)
             if level is not None:
-                grad_ls = grad_ls / level
+                grad_layer_scale = grad_layer_scale / level
             if p.b2 is not None:
-                grad_ls = grad_ls + sum_grad * p.b2
-            grad_ls = grad_ls.to(p.ls.dtype)
+                grad_layer_scale = grad_layer_scale + sum_grad * p.b2
+            grad_layer_scale = grad_layer_scale.to(p.layer_scale.dtype)
     if needs.b2:
-        grad_b2 = (sum_grad if p.ls is None else sum_grad * p.ls).to(p.b2.dtype)
-    return [grad_x, grad_gamma, grad_beta, grad_w1, grad_b1, grad_w2, grad_b2, grad_ls]
+        grad_b2 = (sum_grad if p.layer_scale is None else sum_grad * p.layer_scale).to(p.b2.dtype)
+    return [grad_x, grad_ln_weight, grad_ln_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_layer_scale]
 
 
 def _level(p: Parameters) -> Tensor | None:
@@ -312,28 +271,27 @@ def _level(p: Parameters) -> Tensor | None:
     initialized, would make float16 weights vanish, and gradients without them overflow: so their common level goes onto the
     gradient, where a loss scale meets it, and only what is left of them onto the weights.
     """
-    if p.ls is None or p.w1.dtype != torch.float16:
+    if p.layer_scale is None or p.w1.dtype != torch.float16:
         return None
-    largest = p.ls.abs().amax().float()
+    largest = p.layer_scale.abs().amax().float()
     _, exponent = torch.frexp(largest)
     # All zero, its gradient still wants dO·GELU(p), at a level that float16 holds it at.
     exponent = torch.where(largest == 0, -10, exponent)
-    return torch.ldexp(torch.ones((), device=p.ls.device), exponent)
+    return torch.ldexp(torch.ones((), device=p.layer_scale.device), exponent)
 
 
 def _scale_within(p: Parameters, level: Tensor | None) -> Tensor:
     """LayerScale relative to its level."""
-    return p.ls if level is None else p.ls / level
+    return p.layer_scale if level is None else p.layer_scale / level
 
 
 def _branch_gradient(grad: Tensor, p: Parameters, level: Tensor | None) -> Tensor:
     """dB [M, C] of the compute dtype, in one pass where it is not dO itself; times `level` if there is one."""
-    factors = [f for f in (None if p.keep is None else p.keep[:, None], level) if f is not None]
+    factors = [f for f in (None if p.branch_scale is None else p.branch_scale[:, None], level) if f is not None]
     if not factors:
         return grad.to(p.w1.dtype)
-    factor = functools.reduce(torch.mul, factors).expand(
-        grad.shape[0], 1
-    )  # with a dimension, so that it decides the dtype
+    # With a dimension, so that it decides the dtype.
+    factor = functools.reduce(torch.mul, factors).expand(grad.shape[0], 1)
     return torch.mul(grad, factor, out=torch.empty(grad.shape, dtype=p.w1.dtype, device=grad.device))
 
 
@@ -355,9 +313,8 @@ def _hidden_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dP, GELU(p) if wanted [M, H], and b1's gradient."""
     tokens, hidden = grad.shape[0], p.w1.shape[0]
-    math = launch.Arithmetic.of(p.w1.dtype, o.approximate)
-    w2 = p.w2 if p.ls is None else (p.w2 * _scale_within(p, level)[:, None]).to(p.w2.dtype)
     pre = saved.pre
+    scaled = p if p.layer_scale is None else p._replace(w2=(p.w2 * _scale_within(p, level)[:, None]).to(p.w2.dtype))
 
     def run(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor | None]:
         config = candidate.config or configs.ELEMENTWISE
@@ -365,14 +322,12 @@ def _hidden_gradient(
         sums = grad.new_empty(launch.ceil_div(tokens, config.bm), hidden, dtype=torch.float32) if want_b1 else None
         if candidate == LIBRARY:
             before = pre if pre is not None else _linear(normed, p.w1, p.b1)
-            grad_pre = torch.mm(grad, w2)
+            grad_pre = torch.mm(grad, scaled.w2)
             _library("hidden_gradient")
-            _run(launch.elementwise(before, grad_pre, grad_pre, act, sums, math=math, config=config), config)
+            _run(launch.elementwise(before, o, grad_pre, grad_pre, act, sums, config=config), config)
         else:
             grad_pre = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=grad.device)
-            made = launch.hidden_gradient(
-                normed, p.w1, p.b1, pre, grad, w2, grad_pre, act, sums, math=math, config=config, tma=tma
-            )
+            made = launch.hidden_gradient(normed, scaled, o, pre, grad, grad_pre, act, sums, config=config, tma=tma)
             _run(made, config)
         return grad_pre, act, sums.sum(0).to(p.b1.dtype) if want_b1 else None
 
@@ -393,15 +348,12 @@ def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums) -> tupl
         return x.new_empty(programs, channels, dtype=torch.float32) if wanted else None
 
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs.x else None
-    sums = [partial(needs.gamma), partial(needs.beta), partial(column_sums)]
-    made = launch.layer_norm_input(
-        grad_ln, x, grad, p.gamma, saved.mean, saved.rstd, p.keep, grad_x, *sums, scale=o.scale, programs=programs
-    )
-    _run(made)
-    grad_gamma, grad_beta, sum_grad = (None if s is None else s.sum(0) for s in sums)
+    sums = [partial(needs.ln_weight), partial(needs.ln_bias), partial(column_sums)]
+    _run(launch.layer_norm_input(grad_ln, x, grad, p, o, saved, grad_x, sums, programs=programs))
+    grad_ln_weight, grad_ln_bias, sum_grad = (None if s is None else s.sum(0) for s in sums)
     return (
         grad_x,
-        grad_gamma.to(p.gamma.dtype) if needs.gamma else None,
-        grad_beta.to(p.beta.dtype) if needs.beta else None,
+        grad_ln_weight.to(p.ln_weight.dtype) if needs.ln_weight else None,
+        grad_ln_bias.to(p.ln_bias.dtype) if needs.ln_bias else None,
         sum_grad,
     )

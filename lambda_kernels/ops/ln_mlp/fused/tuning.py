@@ -44,7 +44,7 @@ except ImportError:  # not a POSIX system
 
 
 # Raised by whoever changes the kernels or their launches: what was measured before says nothing about them.
-KERNEL_REVISION = 1
+KERNEL_REVISION = 2
 
 
 SWITCH = "LAMBDA_KERNELS_TUNING"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...measure.intervals import paired_interval, wilson_interval
+from ...measure.intervals import paired_interval, percent_interval
 from ...runtime.formatting import format_signed, percent_digits
 from ...selection.budget import missed
 from ...selection.result import Selection
@@ -152,8 +152,8 @@ class _View:
             return None
         if self.measure == "top1":
             return paired_interval(self.steps[0], self.steps[step], self.images)
-        low, high = wilson_interval(round(self.images * self.values[step] / 100), self.images)
-        return 100 * low - 100, 100 * high - 100
+        low, high = percent_interval(self.values[step], self.images)
+        return low - 100, high - 100
 
     def confidence(self, chosen: int, held_out: bool | None) -> str:
         """How far the figures carry: noise, the number of images, whether they were held out."""

@@ -2,7 +2,7 @@
 
 Everything comes from run.json and log.jsonl (`training.run` and `training.run_log` say what they hold), so a report can be
 made at any moment: of a run that goes on, was killed, or ended long ago. Beyond what `training.run` names, run.json may have
-`variants` (rows as `validation.variant` makes them; "full" and "untrained" from before the training, "model" for what it left),
+`variants` (rows of `comparison.make_row`; "full" and "untrained" from before the training, "model" for its result),
 `kernel_paths` and `next_commands`.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...measure.intervals import wilson_interval
+from ...measure.intervals import percent_interval
 from ...runtime.formatting import format_ranges, format_scientific
 from ...training.storage.log import read_log
 
@@ -120,7 +120,7 @@ def _best(
     top1 = own if weights == "model" else averaged
     found = {"epoch": row["epoch"], "step": row["step"], "weights": weights, "top1": top1}
     if images := max((variant.get("images") or 0 for variant in variants), default=0):
-        found["top1_interval"] = [100 * end for end in wilson_interval(round(top1 * images / 100), images)]
+        found["top1_interval"] = percent_interval(top1, images)
     return found
 
 

@@ -22,12 +22,13 @@ from lambda_kernels.convert.checks import check_indices
 from lambda_kernels.ops.checks import dtype_name, require_int
 
 from ...measure.cost import cost
+from ...measure.latency import Latency
 from ...models.properties import input_shape, one_device, one_dtype
 from ...runtime.formatting import format_size
 from ...runtime.memory import free_memory
 from ...runtime.progress import task
 from ..dilution import finish_dilution, prepare, set_lambda
-from .step_timing import Loading, StepTime, measure_loading, random_images, saved_bytes, time_steps
+from .step_timing import Loading, measure_loading, saved_bytes, time_steps, training_images
 
 if TYPE_CHECKING:
     from ...selection.result import Selection
@@ -59,7 +60,7 @@ class NetworkPlan:
         str, ...
     ] = ()  # by block, what the backward computes again of the MLP half: "none", "act" or "all"
     peak_bytes: int | None = None  # the same of a real step on CUDA, by PyTorch's own counter
-    step: StepTime | None = None
+    step: Latency | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +255,7 @@ def plan_training(
     )
 
 
-def _phase(step: StepTime | None, epochs: int, steps: int, batch_size: int, loading: Loading | None) -> Phase:
+def _phase(step: Latency | None, epochs: int, steps: int, batch_size: int, loading: Loading | None) -> Phase:
     assert step is not None, "what is trained is timed"
     total = epochs * steps
     low, median, high = (total * ms / 3.6e6 for ms in (step.low_ms, step.median_ms, step.high_ms))
@@ -272,7 +273,7 @@ def _count(name: str, network: nn.Module, device: torch.device, batch_size: int)
         price = cost(network)
         with _memory_explained(batch_size, device, None):
             network.to(device).train()
-            counts = [saved_bytes(network, random_images(network, number)) for number in COUNTED_AT]
+            counts = [saved_bytes(network, training_images(network, number)) for number in COUNTED_AT]
             recomputed = _recomputed(network, device)
         network.to("cpu")
         advance()
@@ -304,7 +305,7 @@ def _recomputed(network: nn.Module, device: torch.device) -> tuple[str, ...]:
 
 def _time(
     networks: dict[str, nn.Module], plans: dict[str, NetworkPlan], batch_size: int, seconds: float
-) -> dict[str, tuple[StepTime, int | None]]:
+) -> dict[str, tuple[Latency, int | None]]:
     device = one_device(next(iter(networks.values())))
     largest = max((plans[name] for name in networks), key=lambda plan: plan.step_bytes)
     there = free_memory() if device.type == "cpu" else None

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data.batches import count, images_of
-from ...measure.latency import MINIMUM_ROUNDS
+from ...data.batches import count, images_of, random_images
+from ...measure.latency import Latency, interleaved_timing
 from ...models.properties import input_shape, one_device, one_dtype
 from ...runtime.progress import task
 
 _ROUNDS, _WARMUP = 30, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class StepTime:
-    """Time of one training step of a whole batch, in milliseconds, over `rounds` repetitions."""
-
-    median_ms: float
-    low_ms: float  # lower quartile
-    high_ms: float  # upper quartile
-    rounds: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +55,7 @@ def saved_bytes(network: nn.Module, images: Tensor) -> int:
 
 def time_steps(
     networks: Mapping[str, nn.Module], batch_size: int, seconds: float
-) -> dict[str, tuple[StepTime, int | None]]:
+) -> dict[str, tuple[Latency, int | None]]:
     """Train networks on random images for a while, taking turns, as `finetune` does it.
 
     That is forward, loss, backward, clipping and AdamW.
@@ -81,39 +73,28 @@ def time_steps(
 
     # So small a rate changes no time and keeps the weights from growing over it.
     optimizers = {name: create_optimizer_v2(n, "adamw", lr=1e-8, weight_decay=0.05) for name, n in networks.items()}
-    images = {name: random_images(network, batch_size) for name, network in networks.items()}
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    passing: dict[str, int | None] = dict.fromkeys(networks)
-    started = time.perf_counter()
-    with task(f"Time steps of {batch_size} images", _WARMUP + _ROUNDS) as advance, torch.enable_grad():
-        for turn in range(_WARMUP):
-            if turn and time.perf_counter() - started > seconds / 4:
-                break
-            for name, network in networks.items():
-                _step(network, images[name], optimizers[name])
-            advance()
-        for turn in range(_ROUNDS):
-            if turn >= MINIMUM_ROUNDS and time.perf_counter() - started > seconds:
-                break
-            for name, network in networks.items():
-                device = images[name].device
-                _wait(device)
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                    resting = torch.cuda.memory_allocated(device)
-                begun = time.perf_counter()
-                _step(network, images[name], optimizers[name])
-                _wait(device)
-                times[name].append(1000 * (time.perf_counter() - begun))
-                if device.type == "cuda":
-                    passing[name] = max(passing[name] or 0, torch.cuda.max_memory_allocated(device) - resting)
-            advance(note=", ".join(f"{taken[-1]:.0f} ms" for taken in times.values()))
-    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    result = {}
-    for name, taken in times.items():
-        low, median, high = torch.tensor(taken, dtype=torch.float64).quantile(quartiles).tolist()
-        result[name] = StepTime(median, low, high, len(taken)), passing[name]
-    return result
+    images = {name: training_images(network, batch_size) for name, network in networks.items()}
+    device = next(iter(images.values())).device
+    peaks: dict[str, int | None] = dict.fromkeys(networks)
+
+    @contextlib.contextmanager
+    def watch_memory(name: str) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats(device)
+        resting = torch.cuda.memory_allocated(device)
+        yield
+        peaks[name] = max(peaks[name] or 0, torch.cuda.max_memory_allocated(device) - resting)
+
+    with torch.enable_grad():
+        times = interleaved_timing(
+            {name: partial(_step, network, images[name], optimizers[name]) for name, network in networks.items()},
+            device,
+            f"Time steps of {batch_size} images",
+            _ROUNDS,
+            _WARMUP,
+            seconds,
+            watch_memory if device.type == "cuda" else contextlib.nullcontext,
+        )
+    return {name: (times[name], peaks[name]) for name in networks}
 
 
 def measure_loading(loader: Iterable[Any], seconds: float) -> Loading:
@@ -156,12 +137,6 @@ def _loss(network: nn.Module, images: Tensor) -> Tensor:
     return F.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.long, device=images.device))
 
 
-def random_images(network: nn.Module, number: int) -> Tensor:
-    """A batch of the size that the network was built for, where it is and in its dtype."""
-    shape = (number, *input_shape(network))
-    return torch.randn(shape, device=one_device(network), dtype=one_dtype(network))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def training_images(network: nn.Module, number: int) -> Tensor:
+    """Random images of the size that the network was built for, on its device and in its dtype."""
+    return random_images((number, *input_shape(network)), one_device(network), one_dtype(network))

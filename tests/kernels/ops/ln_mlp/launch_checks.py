@@ -63,8 +63,8 @@ def problem(
         return torch.randn(*size, dtype=dtype)
 
     c, h = draw(channels), draw(hidden)
-    tensors = {"gamma": c, "beta": c, "w1": draw(hidden, channels), "b1": h, "w2": draw(channels, hidden), "b2": c}
-    parameters = fused_arguments.Parameters(**{**tensors, "ls": None, "keep": None, **changes})
+    parameters = fused_arguments.Parameters(c, c, draw(hidden, channels), h, draw(channels, hidden), c, None, None)
+    parameters = parameters._replace(**changes)
     return draw(tokens, channels), parameters, fused_arguments.Options(1e-6, 2.0, "none")
 
 
@@ -82,8 +82,8 @@ def forward_and_backward(
     launch.Launch.run = run
     try:
         _, saved = stages.forward(x, p, o, save)
-        needs = fused_arguments.Needs(*(t is not None for t in (x, p.gamma, p.beta, p.w1, p.b1, p.w2, p.b2, p.ls)))
-        stages.backward(torch.randn_like(x), x, p, o, fused_arguments.Saved(**saved), needs)
+        needs = fused_arguments.Needs(*(t is not None for t in (x, *p[:7])))
+        stages.backward(torch.randn_like(x), x, p, o, saved, needs)
     finally:
         launch.Launch.run = genuine
     return made
@@ -98,7 +98,7 @@ def check_what_runs_is_what_the_audit_compiles() -> None:
         noted.clear()
         with tuning.forced(**forced):
             made = forward_and_backward(
-                save, *problem(dtype=dtype, ls=torch.ones(64, dtype=dtype), keep=torch.ones(70))
+                save, *problem(dtype=dtype, layer_scale=torch.ones(64, dtype=dtype), branch_scale=torch.ones(70))
             )
         assert len(made) == len(noted) >= 4
         for launched, (source, _) in zip(made, noted, strict=True):
@@ -129,16 +129,14 @@ def plain(arguments: tuple) -> list[object]:
 
 
 def check_the_short_way_hands_over_the_same() -> None:
-    x, p, o = problem(keep=torch.ones(70))
+    x, p, o = problem(branch_scale=torch.ones(70))
     with tuning.forced(forward="one_pass"):
         launch._compiled.clear()
         noted.clear()
         out, mean, rstd = torch.empty_like(x), torch.empty(70), torch.empty(70)
-        math = launch.Arithmetic.of(x.dtype, "none")
         config = stages._tiles("one_pass", "one_pass", x=x, p=p, tma=True)[0].config
-        tensors = (x, p.gamma, p.beta, p.w1, p.b1, p.w2, p.b2, p.ls, p.keep, out, mean, rstd)
         for _ in range(2):
-            launch.one_pass(*tensors, eps=o.eps, scale=o.scale, math=math, config=config, tma=True).run()
+            launch.one_pass(x, p, o, out, mean, rstd, config=config, tma=True).run()
     assert len(launch._compiled) == 1
     (first, anew), (second, again) = noted
     assert first is second

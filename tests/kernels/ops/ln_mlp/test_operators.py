@@ -122,7 +122,7 @@ def test_exported(strict):
     # A GPU need not be there: nothing is computed.
     with torch._subclasses.FakeTensorMode():
         model, x = Model("cuda", "auto"), torch.empty(20, 48, device="cuda")
-    assert dispatch.choose("ln_mlp", x.device, x.dtype).backend == "triton"
+    assert dispatch.choose(x.device, x.dtype).backend == "triton"
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},), strict=strict)
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert "aten.gelu.default" in calls
@@ -138,7 +138,7 @@ def test_traced_for_torchscript():
     chosen = []
 
     def watched(x: torch.Tensor) -> torch.Tensor:
-        chosen.append(dispatch.choose("ln_mlp", torch.device("cuda"), x.dtype))
+        chosen.append(dispatch.choose(torch.device("cuda"), x.dtype))
         return ln_mlp(**args | {"x": x}, eps=1e-5)
 
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
 """Backward kernels of `ln_mlp`.
 
-With dO the gradient of the output, p = LN(s·x)·W1ᵀ + b1, W2' = diag(ls)·W2 and dB the gradient of the branch before
-LayerScale, which is dO unless tokens have factors of their own, keep·dO:
+s = residual_scale, ls = layer_scale, k = branch_scale as in `forward`. dO is the gradient of the output, dB = k·dO that of
+the branch behind LayerScale, p = LN(s·x)·W1ᵀ + b1, W2' = diag(ls)·W2:
 
     hidden_gradient    dA = dB·W2', dP = dA·GELU'(p), and GELU(p) again where W2 needs it; column sums of dP per row tile
     elementwise        the same after products that a library computed
@@ -109,17 +109,17 @@ def layer_norm_input(
     grad_ln,  # [M, C]: dLN
     x,  # [M, C]
     grad,  # [M, C]: dO
-    gamma,  # [C] or None
+    ln_weight,  # [C] or None
     mean,  # [M]
     rstd,  # [M]
-    keep,  # [M] or None: factor of each token's branch
+    branch_scale,  # [M] or None: factor of each token's branch
     grad_x,  # [M, C] or None
-    sum_gamma,  # [programs, C] or None
-    sum_beta,  # [programs, C] or None
+    sum_ln_weight,  # [programs, C] or None
+    sum_ln_bias,  # [programs, C] or None
     sum_grad,  # [programs, C] or None: column sums of dB
     M,
     stride_x,
-    scale,
+    residual_scale,
     TURNS,  # row tiles per program
     C: tl.constexpr,
     BC: tl.constexpr,  # power of two >= C
@@ -132,40 +132,40 @@ def layer_norm_input(
     pid = tl.program_id(0)
     c = tl.arange(0, BC)
     weight = tl.full([BC], 1.0, tl.float32)
-    if gamma is not None:
-        weight = tl.load(gamma + c, mask=c < C, other=0.0).to(tl.float32)
-    acc_gamma = tl.zeros([ROWS, BC], tl.float32)
-    acc_beta = tl.zeros([ROWS, BC], tl.float32)
+    if ln_weight is not None:
+        weight = tl.load(ln_weight + c, mask=c < C, other=0.0).to(tl.float32)
+    acc_ln_weight = tl.zeros([ROWS, BC], tl.float32)
+    acc_ln_bias = tl.zeros([ROWS, BC], tl.float32)
     acc_grad = tl.zeros([ROWS, BC], tl.float32)
     for turn in tl.range(0, TURNS):
         r = (pid * TURNS + turn) * ROWS + tl.arange(0, ROWS)
         mask = (r < M)[:, None] & (c < C)[None, :]
         row = r.to(tl.int64)[:, None]
         d = tl.load(grad_ln + row * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.load(x + row * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+        xhat = tl.load(x + row * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32) * residual_scale
         mu = tl.load(mean + r, mask=r < M, other=0.0)
         inv_std = tl.load(rstd + r, mask=r < M, other=0.0)
         xhat = (xhat - mu[:, None]) * inv_std[:, None]  # beyond C it meets only zeros
-        if sum_gamma is not None:
-            acc_gamma += d * xhat
-        if sum_beta is not None:
-            acc_beta += d
+        if sum_ln_weight is not None:
+            acc_ln_weight += d * xhat
+        if sum_ln_bias is not None:
+            acc_ln_bias += d
         if (grad_x is not None) or (sum_grad is not None):
             residual = tl.load(grad + row * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
             if sum_grad is not None:
-                if keep is not None:
-                    acc_grad += residual * tl.load(keep + r, mask=r < M, other=0.0)[:, None]
+                if branch_scale is not None:
+                    acc_grad += residual * tl.load(branch_scale + r, mask=r < M, other=0.0)[:, None]
                 else:
                     acc_grad += residual
             if grad_x is not None:
                 g = d * weight[None, :]
                 along = tl.sum(g * xhat, 1) / C
                 g = g - (tl.sum(g, 1) / C)[:, None] - xhat * along[:, None]
-                result = scale * (residual + g * inv_std[:, None])
+                result = residual_scale * (residual + g * inv_std[:, None])
                 tl.store(grad_x + row * C + c[None, :], result.to(grad_x.dtype.element_ty), mask=mask)
-    if sum_gamma is not None:
-        tl.store(sum_gamma + pid.to(tl.int64) * C + c, tl.sum(acc_gamma, 0), mask=c < C)
-    if sum_beta is not None:
-        tl.store(sum_beta + pid.to(tl.int64) * C + c, tl.sum(acc_beta, 0), mask=c < C)
+    if sum_ln_weight is not None:
+        tl.store(sum_ln_weight + pid.to(tl.int64) * C + c, tl.sum(acc_ln_weight, 0), mask=c < C)
+    if sum_ln_bias is not None:
+        tl.store(sum_ln_bias + pid.to(tl.int64) * C + c, tl.sum(acc_ln_bias, 0), mask=c < C)
     if sum_grad is not None:
         tl.store(sum_grad + pid.to(tl.int64) * C + c, tl.sum(acc_grad, 0), mask=c < C)

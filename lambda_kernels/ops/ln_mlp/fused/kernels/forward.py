@@ -1,4 +1,6 @@
-"""Forward kernels of `out = s·x + keep·ls·(GELU(LN(s·x)·W1ᵀ + b1)·W2ᵀ + b2)`, x [M, C], W1 [H, C], W2 [C, H].
+"""Forward kernels of `out = s·x + k·ls·(GELU(LN(s·x)·W1ᵀ + b1)·W2ᵀ + b2)`, x [M, C], W1 [H, C], W2 [C, H].
+
+s = residual_scale, ls = layer_scale, k = branch_scale; LN has weight γ and bias β.
 
     one_pass          all of it; nothing of size [M, H] leaves the chip
     row_statistics    mean and 1/σ of s·x, and W1·diag(γ) with its row sums, for `fc1` on raw tokens
@@ -21,21 +23,21 @@ from .common import dot, gelu, load_tile, load_vector, store_tile
 @triton.jit(do_not_specialize=["M"])
 def one_pass(
     x,  # [M, C]
-    gamma,  # [C] or None
-    beta,  # [C] or None
+    ln_weight,  # [C] or None
+    ln_bias,  # [C] or None
     w1,  # [H, C]
     b1,  # [H] or None
     w2,  # [C, H]
     b2,  # [C] or None
-    ls,  # [C] or None
-    keep,  # [M] or None: factor of each token's branch
+    layer_scale,  # [C] or None
+    branch_scale,  # [M] or None: factor of each token's branch
     out,  # [M, C]
     mean,  # [M] or None
     rstd,  # [M] or None
     M,
     stride_x,
     eps,
-    scale,  # s
+    residual_scale,
     C: tl.constexpr,
     H: tl.constexpr,
     NC: tl.constexpr,  # columns per chunk
@@ -43,11 +45,11 @@ def one_pass(
     BM: tl.constexpr,
     BH: tl.constexpr,
     STAGES: tl.constexpr,
-    FORM: tl.constexpr,
-    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     EMULATE: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Transposed: the weights are the M side of both products, the GELU output the shared-memory B operand of the second.
 
@@ -60,7 +62,7 @@ def one_pass(
     tiles = ()
     total = tl.zeros([BM], tl.float32)
     for i in tl.static_range(CHUNKS):
-        tile = load_tile(x, m, i * NC, M, C, stride_x, BM, NC, TMA).to(tl.float32) * scale
+        tile = load_tile(x, m, i * NC, M, C, stride_x, BM, NC, TMA).to(tl.float32) * residual_scale
         total += tl.sum(tile, 1)
         tiles = tiles + (tile,)
     mu = total * inv_c
@@ -80,10 +82,10 @@ def one_pass(
     normed = ()
     for i in tl.static_range(CHUNKS):
         tile = centred[i] * inv_std[:, None]
-        if gamma is not None:
-            tile = tile * load_vector(gamma, i * NC, C, NC)[None, :]
-        if beta is not None:
-            tile = tile + load_vector(beta, i * NC, C, NC)[None, :]
+        if ln_weight is not None:
+            tile = tile * load_vector(ln_weight, i * NC, C, NC)[None, :]
+        if ln_bias is not None:
+            tile = tile + load_vector(ln_bias, i * NC, C, NC)[None, :]
         normed = normed + (tl.trans(tile.to(w1.dtype if TMA else w1.dtype.element_ty)),)
 
     y = ()
@@ -105,12 +107,12 @@ def one_pass(
         branch = y[i]
         if b2 is not None:
             branch += load_vector(b2, i * NC, C, NC)[:, None]
-        if ls is not None:
-            branch *= load_vector(ls, i * NC, C, NC)[:, None]
-        if keep is not None:
-            branch *= load_vector(keep, m, M, BM)[None, :]
+        if layer_scale is not None:
+            branch *= load_vector(layer_scale, i * NC, C, NC)[:, None]
+        if branch_scale is not None:
+            branch *= load_vector(branch_scale, m, M, BM)[None, :]
         # Read again rather than kept: the tile's registers are worth more to the loop.
-        tile = load_tile(x, m, i * NC, M, C, stride_x, BM, NC, TMA).to(tl.float32) * scale
+        tile = load_tile(x, m, i * NC, M, C, stride_x, BM, NC, TMA).to(tl.float32) * residual_scale
         store_tile(out, tile + tl.trans(branch), m, i * NC, M, C, C, BM, NC, TMA)
 
 
@@ -119,8 +121,8 @@ def row_statistics(
     x,  # [M, C]
     mean,  # [M]
     rstd,  # [M]
-    gamma,  # [C] or None
-    beta,  # [C] or None
+    ln_weight,  # [C] or None
+    ln_bias,  # [C] or None
     w1,  # [H, C]
     b1,  # [H] or None
     w1_folded,  # [H, C] or None
@@ -130,7 +132,7 @@ def row_statistics(
     H,
     stride_x,
     eps,
-    scale,
+    residual_scale,
     ROW_PROGRAMS,
     C: tl.constexpr,
     BC: tl.constexpr,  # power of two >= C
@@ -145,7 +147,10 @@ def row_statistics(
     if pid < ROW_PROGRAMS:
         r = pid * ROWS + tl.arange(0, ROWS)
         mask = (r < M)[:, None] & (c < C)[None, :]
-        tile = tl.load(x + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+        tile = (
+            tl.load(x + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            * residual_scale
+        )
         mu = tl.sum(tile, 1) / C
         tile = tl.where(mask, tile - mu[:, None], 0.0)
         tl.store(mean + r, mu, mask=r < M)
@@ -158,10 +163,10 @@ def row_statistics(
         bias = tl.zeros([ROWS], tl.float32)
         if b1 is not None:
             bias += tl.load(b1 + h, mask=h < H, other=0.0).to(tl.float32)
-        if beta is not None:
-            bias += tl.sum(w * tl.load(beta + c, mask=c < C, other=0.0).to(tl.float32)[None, :], 1)
-        if gamma is not None:
-            w *= tl.load(gamma + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        if ln_bias is not None:
+            bias += tl.sum(w * tl.load(ln_bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :], 1)
+        if ln_weight is not None:
+            w *= tl.load(ln_weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         rounded = w.to(w1_folded.dtype.element_ty)
         tl.store(w1_folded + offsets, rounded, mask=mask)
         tl.store(w1_sum + h, tl.sum(rounded.to(tl.float32), 1), mask=h < H)
@@ -171,15 +176,15 @@ def row_statistics(
 @triton.jit(do_not_specialize=["M"])
 def layer_norm(
     x,  # [M, C]
-    gamma,  # [C] or None
-    beta,  # [C] or None
+    ln_weight,  # [C] or None
+    ln_bias,  # [C] or None
     out,  # [M, C]
     mean,  # [M]
     rstd,  # [M]
     M,
     stride_x,
     eps,
-    scale,
+    residual_scale,
     C: tl.constexpr,
     BC: tl.constexpr,  # power of two >= C
     ROWS: tl.constexpr,
@@ -188,7 +193,10 @@ def layer_norm(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BC)
     mask = (r < M)[:, None] & (c < C)[None, :]
-    tile = tl.load(x + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    tile = (
+        tl.load(x + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        * residual_scale
+    )
     if GIVEN:
         mu = tl.load(mean + r, mask=r < M, other=0.0)
         inv_std = tl.load(rstd + r, mask=r < M, other=0.0)
@@ -200,10 +208,10 @@ def layer_norm(
         tl.store(mean + r, mu, mask=r < M)
         tl.store(rstd + r, inv_std, mask=r < M)
     tile = tile * inv_std[:, None]
-    if gamma is not None:
-        tile *= tl.load(gamma + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    if beta is not None:
-        tile += tl.load(beta + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    if ln_weight is not None:
+        tile *= tl.load(ln_weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    if ln_bias is not None:
+        tile += tl.load(ln_bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     tl.store(out + r.to(tl.int64)[:, None] * C + c[None, :], tile.to(out.dtype.element_ty), mask=mask)
 
 
@@ -228,7 +236,7 @@ def fc1(
     pre,  # [M, H] or None: what GELU was applied to, for the backward
     M,
     stride_x,
-    scale,
+    residual_scale,
     C: tl.constexpr,
     H: tl.constexpr,
     BM: tl.constexpr,
@@ -258,7 +266,9 @@ def fc1(
         r = m + tl.arange(0, BM)
         mu = tl.load(mean + r, mask=r < M, other=0.0)
         inv_std = tl.load(rstd + r, mask=r < M, other=0.0)
-        acc = acc * (inv_std * scale)[:, None] - (mu * inv_std)[:, None] * load_vector(w1_sum, n, H, BN)[None, :]
+        acc = (
+            acc * (inv_std * residual_scale)[:, None] - (mu * inv_std)[:, None] * load_vector(w1_sum, n, H, BN)[None, :]
+        )
     if b1 is not None:
         acc += load_vector(b1, n, H, BN)[None, :]
     if pre is not None:
@@ -271,13 +281,13 @@ def fc2(
     act,  # [M, H]
     w2,  # [C, H]
     b2,  # [C] or None
-    ls,  # [C] or None
-    keep,  # [M] or None: factor of each token's branch
+    layer_scale,  # [C] or None
+    branch_scale,  # [M] or None: factor of each token's branch
     x,  # [M, C]
     out,  # [M, C]
     M,
     stride_x,
-    scale,
+    residual_scale,
     C: tl.constexpr,
     H: tl.constexpr,
     BM: tl.constexpr,
@@ -289,7 +299,7 @@ def fc2(
     TMA: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """`s·x + keep·ls·(act·W2ᵀ + b2)`."""
+    """`s·x + k·ls·(act·W2ᵀ + b2)`."""
     tile_m, tile_n = place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(C, BN), GROUP)
     m = tile_m * BM
     n = tile_n * BN
@@ -300,9 +310,9 @@ def fc2(
         acc = dot(a, tl.trans(b), acc, PRECISION, EMULATE)
     if b2 is not None:
         acc += load_vector(b2, n, C, BN)[None, :]
-    if ls is not None:
-        acc *= load_vector(ls, n, C, BN)[None, :]
-    if keep is not None:
-        acc *= load_vector(keep, m, M, BM)[:, None]
-    tile = load_tile(x, m, n, M, C, stride_x, BM, BN, TMA).to(tl.float32) * scale
+    if layer_scale is not None:
+        acc *= load_vector(layer_scale, n, C, BN)[None, :]
+    if branch_scale is not None:
+        acc *= load_vector(branch_scale, m, M, BM)[:, None]
+    tile = load_tile(x, m, n, M, C, stride_x, BM, BN, TMA).to(tl.float32) * residual_scale
     store_tile(out, tile + acc, m, n, M, C, C, BM, BN, TMA)
