@@ -344,7 +344,7 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"unknown field {key!r} ({where}). {_suggest(key, known)}")
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """`value` as its field holds it."""
     name, kind = field.name, str(field.type)
     optional = kind.endswith(" | None")
