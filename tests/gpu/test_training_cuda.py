@@ -61,7 +61,7 @@ def test_lower_precision(amp):
     found.train()
     full.train()
     assert all(p.dtype == torch.float32 for p in found.model.parameters())
-    assert found.boundary["difference"] <= found.boundary["bound"]
+    assert found.attention_removal["difference"] <= found.attention_removal["bound"]
     assert found.history[-1]["loss"] == pytest.approx(full.history[-1]["loss"], rel=0.05)
 
 
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_is_found_one_step_late():
 
 def test_overflow_is_skipped():
     found = on_gpu(plain(amp="fp16"))
-    found.learner._scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
+    found.train_state._scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
     before = copy.deepcopy(found.model)
     found.train(until=1)
     assert same_weights(found.model, before)

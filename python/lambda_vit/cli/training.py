@@ -146,14 +146,14 @@ def finetune(
     from ..report.page import write_training_report
     from ..runtime import progress
     from ..runtime.processes import local_device, process_group
-    from ..training.run import continued, run_finetuning
+    from ..training.run import inherit_micro_batch, run_finetuning
     from ..training.storage.log import check_tensorboard
 
     if full and (selection is not None or remove):
         raise ValueError("--full removes nothing: leave --selection and --remove away")
     chosen = () if full else chosen_layers(selection, remove)
     read = load_recipe(recipe, overrides(flags))
-    used = read if restart else continued(read, out)
+    used = read if restart else inherit_micro_batch(read, out)
     if num_classes is not None and used.distillation != "none":
         raise ValueError(
             f"--distillation {used.distillation} with --num-classes {num_classes}: the teacher would be the model with a "
@@ -173,16 +173,32 @@ def finetune(
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
         stream, val_loader = _open_data(
-            data, network, used, val_data=val_data, class_map=mapping, workers=workers, skip_bad=skip_bad,
+            data,
+            network,
+            used,
+            val_data=val_data,
+            class_map=mapping,
+            workers=workers,
+            skip_bad=skip_bad,
             processes=processes,
-        )  # fmt: skip
+        )
         if processes.is_main and stream.exact is not None:
             console.print(f"a resumed run will differ: {stream.exact}", style="yellow", soft_wrap=True)
         run = run_finetuning(
-            network, used, stream, val_loader, layers=chosen, out=out, processes=processes, restart=restart, keep=keep,
-            log_every=log_every, tensorboard=tensorboard, new_classifier=num_classes is not None,
-            tell=lambda line: console.print(line, soft_wrap=True),
-        )  # fmt: skip
+            network,
+            used,
+            stream,
+            val_loader,
+            layers=chosen,
+            out=out,
+            processes=processes,
+            restart=restart,
+            keep=keep,
+            log_every=log_every,
+            tensorboard=tensorboard,
+            new_classifier=num_classes is not None,
+            log_fn=lambda line: console.print(line, soft_wrap=True),
+        )
         bad = sorted({path for paths in processes.gather([*stream.bad, *val_loader.bad]) for path in paths})
         with processes.all_or_none("Write the report"):
             if processes.is_main:

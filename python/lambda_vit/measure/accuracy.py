@@ -171,15 +171,15 @@ class _StoppedError(Exception):
 class _StoppableLoader:
     """A loader that raises between batches once a stop was asked for."""
 
-    def __init__(self, loader: Iterable, asked: Callable[[], int]) -> None:
-        self._loader, self._asked = loader, asked
+    def __init__(self, loader: Iterable, stop_signal: Callable[[], int]) -> None:
+        self._loader, self._stop_signal = loader, stop_signal
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]  # the TypeError is meant
 
     def __iter__(self) -> Iterator:
         for batch in self._loader:
-            if self._asked():
+            if self._stop_signal():
                 raise _StoppedError
             yield batch
 
@@ -190,7 +190,7 @@ def score(
     processes: Processes,
     *,
     reference: nn.Module | None = None,
-    asked: Callable[[], int] = lambda: 0,
+    stop_signal: Callable[[], int] = lambda: 0,
     description: str = "Validate",
 ) -> Score | None:
     """Count the images that `model` classifies correctly, each process on its own batches.
@@ -200,7 +200,7 @@ def score(
         loader: This process's share of the images: batches of images and class indices.
         processes: The processes that share the images; all of them must call this function.
         reference: Another classifier of the same classes, whose predictions are compared.
-        asked: Returns the number of the signal that asked for a stop, or 0; called between batches.
+        stop_signal: Returns the number of the signal that asked for a stop, or 0; called between batches.
         description: Text of the progress bar.
 
     Returns:
@@ -216,7 +216,7 @@ def score(
     with processes.all_or_none(description):
         if not isinstance(loader, Sized) or len(loader):  # with few images, a process may have none
             try:
-                own = evaluate(model, _StoppableLoader(loader, asked), reference=reference, description=description)
+                own = evaluate(model, _StoppableLoader(loader, stop_signal), reference=reference, description=description)
             except _StoppedError:
                 stopped = True
             else:

@@ -160,7 +160,7 @@ def sections(record: dict[str, Any]) -> list[Section]:
         report_selection.selection,
         _variants,
         _training,
-        training.course,
+        training.loss_curve,
         _costs,
         _checks,
         _paths,

@@ -255,7 +255,7 @@ _SHOWN = {
 }
 
 
-def course(record: Mapping[str, Any]) -> Section | None:
+def loss_curve(record: Mapping[str, Any]) -> Section | None:
     """Accuracy, loss, λ and learning rate; a row per phase; the epochs, folded."""
     run = _run(record)
     if not run:

@@ -260,12 +260,12 @@ TF32_BOUND = 2e-2  # products of float32 that keep ten bits of each factor
 COMPARED = 16
 
 
-class BoundaryError(RuntimeError):
+class AttentionRemovalError(RuntimeError):
     """The network without the faded attention does not compute what it did with it."""
 
 
 @torch.no_grad()
-def remove_faded(model: nn.Module, images: Tensor | None = None) -> tuple[float, float]:
+def remove_diluted_attention(model: nn.Module, images: Tensor | None = None) -> tuple[float, float]:
     """Delete the attention of all blocks under dilution, in place, with λ at 0.
 
     Args:
@@ -276,7 +276,7 @@ def remove_faded(model: nn.Module, images: Tensor | None = None) -> tuple[float,
         The largest |difference| of a logit before and after, and what was allowed.
 
     Raises:
-        BoundaryError: More than was allowed, or logits that are not finite.
+        AttentionRemovalError: More than was allowed, or logits that are not finite.
     """
     device, dtype = one_device(model), one_dtype(model)
     if images is None:
@@ -292,7 +292,7 @@ def remove_faded(model: nn.Module, images: Tensor | None = None) -> tuple[float,
     difference = float((after - before).abs().max())
     bound = _bound(device, dtype) * (1 + float(before.abs().max()))
     if not difference <= bound:  # NaN too
-        raise BoundaryError(
+        raise AttentionRemovalError(
             f"deleting the faded attention of blocks {list(layers)} moved a logit by {difference:.3g}, more than rounding "
             f"explains ({bound:.3g} in {dtype_name(dtype)}): the network would not be what was trained"
         )

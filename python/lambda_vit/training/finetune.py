@@ -130,5 +130,5 @@ def finetune(
     for row in trainer.train():
         history.append(Epoch(row["epoch"], row["loss"], row["top1"], None if removed else row["lambda"]))
         removed = row["attention"] != "diluting"
-    difference = None if trainer.boundary is None else trainer.boundary["difference"]
+    difference = None if trainer.attention_removal is None else trainer.attention_removal["difference"]
     return FinetuneResult(trainer.model, tuple(history), difference)

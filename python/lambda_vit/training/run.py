@@ -61,7 +61,7 @@ from .loop.model_setup import prepare_model
 from .loop.trainer import Trainer
 from .recipe import Recipe, load_recipe
 from .run_record import _Record, _scale
-from .storage.checkpoints import Checkpoints, Found
+from .storage.checkpoints import Checkpoints, LoadedCheckpoint
 from .storage.log import LiveLog
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class FinetuningRun:
         return 128 + self.stopped if self.stopped else 0
 
 
-def continued(recipe: Recipe, out: str | Path) -> Recipe:
+def inherit_micro_batch(recipe: Recipe, out: str | Path) -> Recipe:
     """`recipe` with the micro-batch of the run that can go on in `out`, if there is one and the recipe leaves it open.
 
     What a run computes depends on the size of a micro-batch, which else follows from the number of processes. To be called
@@ -120,10 +120,10 @@ def run_finetuning(
     keep: int = 2,
     log_every: int = 50,
     tensorboard: bool = False,
-    saving: dict[str, Any] | None = None,
+    save_kwargs: dict[str, Any] | None = None,
     new_classifier: bool = False,
     description: str = "Fine-tune",
-    tell: Callable[[str], None] = lambda line: None,
+    log_fn: Callable[[str], None] = lambda line: None,
     report: Callable[[Path], object] | None = None,
 ) -> FinetuningRun:
     """Fine-tune `model` in the folder `out`, or go on with what is there.
@@ -145,10 +145,10 @@ def run_finetuning(
         keep: Checkpoints that stay.
         log_every: Steps between two rows of the log.
         tensorboard: Write the log's figures for TensorBoard too.
-        saving: Further arguments of `save_pretrained`, such as `model_args`.
+        save_kwargs: Further arguments of `save_pretrained`, such as `model_args`.
         new_classifier: `model` has one that was never trained: its accuracy is none to compare with.
         description: Of the progress bar.
-        tell: Called on rank 0 with a line for a reader: where the run begins, what is wrong there, and each epoch.
+        log_fn: Called on rank 0 with a line for a reader: where the run begins, what is wrong there, and each epoch.
         report: Called on rank 0 with `out` after epochs, to write its report; an exception that it raises is ignored.
 
     Raises:
@@ -157,11 +157,11 @@ def run_finetuning(
         BlockingIOError: Another process trains in `out` now.
         OSError: `out` cannot be written to, or is full; the last checkpoint is kept.
         ValueError: `out` holds a run that was finished or stopped, and its checkpoints are gone.
-        ValueError, UnsupportedModelError, BoundaryError, ProcessLostError: See `Trainer`.
+        ValueError, UnsupportedModelError, AttentionRemovalError, ProcessLostError: See `Trainer`.
     """
-    out, processes, saving = Path(out), processes or Processes(), dict(saving or {})
+    out, processes, save_kwargs = Path(out), processes or Processes(), dict(save_kwargs or {})
     if isinstance(layers, Selection):
-        saving.setdefault("selection", layers)
+        save_kwargs.setdefault("selection", layers)
     prepare_model(model, recipe)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)
     with StopRequest() as stop, contextlib.ExitStack() as held:
@@ -171,7 +171,7 @@ def run_finetuning(
                 if not restart:
                     _refuse_emptied(out, checkpoints)
                 indices = layers.layers if isinstance(layers, Selection) else layers
-                _rehearse(model, recipe, indices, out, saving)
+                _dry_run_save(model, recipe, indices, out, save_kwargs)
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 held.enter_context(
                     alone(out / "checkpoints" / "lock", "wait for its end, or take another folder (--out)")
@@ -180,14 +180,28 @@ def run_finetuning(
             _forget(out, checkpoints, processes)
         found = checkpoints.newest()
         log = LiveLog(
-            out / "log.jsonl", processes=processes, tensorboard=out / "tensorboard" if tensorboard else None, tell=tell,
+            out / "log.jsonl",
+            processes=processes,
+            tensorboard=out / "tensorboard" if tensorboard else None,
+            log_fn=log_fn,
             report=report,
-        )  # fmt: skip
+        )
         trainer = Trainer(
-            model, recipe, stream, layers=layers, processes=processes, val_loader=val_loader, teacher=teacher,
-            checkpoints=checkpoints, log=log, asked=lambda: stop.signal or 0, best=out / "best", saving=saving,
-            log_every=log_every, description=description,
-        )  # fmt: skip
+            model,
+            recipe,
+            stream,
+            layers=layers,
+            processes=processes,
+            val_loader=val_loader,
+            teacher=teacher,
+            checkpoints=checkpoints,
+            log=log,
+            stop_signal=lambda: stop.signal or 0,
+            best=out / "best",
+            save_kwargs=save_kwargs,
+            log_every=log_every,
+            description=description,
+        )
         if found is not None:
             trainer.restore(found.state)
         run = _Record(out, model, recipe, stream, val_loader, trainer, processes)
@@ -196,7 +210,7 @@ def run_finetuning(
             for notice in _notices(found, log, stream):
                 log.write("notice", text=notice)
             if processes.is_main:
-                tell(_beginning(trainer, found is not None))
+                log_fn(_beginning(trainer, found is not None))
             if found is not None:
                 log.write("resume", step=trainer.position, processes=processes.size)
             run.start()
@@ -211,7 +225,7 @@ def run_finetuning(
     return FinetuningRun(out, run.record, network, 0)
 
 
-def _notices(found: Found | None, log: LiveLog, stream: TrainingStream) -> list[str]:
+def _notices(found: LoadedCheckpoint | None, log: LiveLog, stream: TrainingStream) -> list[str]:
     """What to say before the run goes on."""
     notices = [*(() if found is None else found.notices), *log.notices]
     if found is not None and stream.exact is not None:
@@ -246,15 +260,17 @@ def _refuse_emptied(out: Path, checkpoints: Checkpoints) -> None:
         )
 
 
-def _rehearse(model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path, saving: dict[str, Any]) -> None:
+def _dry_run_save(
+    model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path, save_kwargs: dict[str, Any]
+) -> None:
     """Save what the run will leave, with the weights of now: what cannot be saved is refused before days are spent on it."""
-    folder = out / ".rehearsal"
+    folder = out / ".dry-run"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             smaller = convert_vit(model, layers, residual_scale=_scale(recipe)) if len(layers) else model
-            save_pretrained(smaller, folder, **saving)
+            save_pretrained(smaller, folder, **save_kwargs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -34,7 +34,7 @@ def rows_before(
     loader: Iterable,
     processes: Processes,
     *,
-    asked: Callable[[], int] = lambda: 0,
+    stop_signal: Callable[[], int] = lambda: 0,
     trained: bool = True,
 ) -> list[dict[str, Any]]:
     """Accuracy and cost of `model` as it is ("full"), and with the attention of `layers` removed and nothing trained
@@ -45,19 +45,19 @@ def rows_before(
         layers: Blocks whose attention is to go.
         loader: This process's share of the validation images.
         processes: All call this.
-        asked: The number of a signal to stop on, or 0; what was not measured by then is left out.
+        stop_signal: The number of a signal to stop on, or 0; what was not measured by then is left out.
         trained: Whether `model` was, down to its classifier.
     """
     label = "Full model" if layers else "As it was"
     own: dict[str, Any] = {"trained": trained, "note": "" if trained else "with a new classifier, not trained yet"}
-    found = score(model, loader, processes, asked=asked, description=label)
+    found = score(model, loader, processes, stop_signal=stop_signal, description=label)
     if found is None:
         return []
     rows = [make_row("full", label, model, found, processes=processes, **own)]
     if layers:
         label = "Attention removed, nothing trained"
         smaller = convert_vit(model, layers)
-        found = score(smaller, loader, processes, reference=model, asked=asked, description=label)
+        found = score(smaller, loader, processes, reference=model, stop_signal=stop_signal, description=label)
         if found is not None:
             own["trained"] = False
             rows.append(make_row("untrained", label, smaller, found, processes=processes, **own))
@@ -144,12 +144,14 @@ class _Record:
                 self._recipe.write(self._out / "config.yaml")
         self.write("running")
 
-    def compare(self, model: nn.Module, loader: Iterable, asked: Callable[[], int], *, trained: bool) -> None:
+    def compare(self, model: nn.Module, loader: Iterable, stop_signal: Callable[[], int], *, trained: bool) -> None:
         """Measure what the training starts from, unless that was done before the run went on."""
         wanted = 1 + bool(self._trainer.layers)
         known = self._processes.broadcast(self.record["variants"])
         if len(known) < wanted:
-            known = rows_before(model, self._trainer.layers, loader, self._processes, asked=asked, trained=trained)
+            known = rows_before(
+                model, self._trainer.layers, loader, self._processes, stop_signal=stop_signal, trained=trained
+            )
         self.record["variants"] = known
         self.write("running")
 
@@ -160,7 +162,7 @@ class _Record:
             "status": status,
             "position": trainer.position,
             "history": trainer.history,
-            "boundary": trainer.boundary,
+            "boundary": trainer.attention_removal,
             "best": trainer.best.to_dict(),
             "unreadable": self._unreadable(),
             **more,

@@ -145,7 +145,7 @@ def test_flags_are_read(words, run, saved, folder, tmp_path, monkeypatch):
     def stop(recipe: Recipe, out: Path) -> Recipe:
         raise Seen(recipe)
 
-    monkeypatch.setattr(module, "continued", stop)
+    monkeypatch.setattr(module, "inherit_micro_batch", stop)
     (tmp_path / "own.yaml").write_text("epochs: 5\nlr: 1.0\nscale: [0.1, 1]\nseed: 9\n")
     with pytest.raises(Seen) as caught:
         run("finetune", "--model", saved, "--data", folder, "--out", tmp_path / "o", "--remove", 1,
@@ -222,7 +222,7 @@ def test_stopped_and_gone_on(finetune, tmp_path, monkeypatch):
     """As a scheduler would do it: the second run ends where one that nobody stopped does."""
     code, _, err = finetune("--remove", 1, out=tmp_path / "whole")
     assert code == 0, err
-    step = trainer.Learner.step
+    step = trainer.TrainState.step
 
     def stopping(self, position, *arguments, **options):
         if position == 4:
@@ -230,7 +230,7 @@ def test_stopped_and_gone_on(finetune, tmp_path, monkeypatch):
         return step(self, position, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Learner, "step", stopping)
+        patch.setattr(trainer.TrainState, "step", stopping)
         code, out, _ = finetune("--remove", 1)
     assert code == 143
     assert "Stopped by signal 15 after " in out

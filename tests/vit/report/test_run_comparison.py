@@ -79,7 +79,7 @@ def test_nothing_removed_is_compared_with_what_it_was(tmp_path):
 @pytest.mark.parametrize(("allowed", "names"), [(0, []), (3, ["full"])])
 def test_a_stop_leaves_out_what_was_not_measured(allowed, names):
     asked = iter([0] * allowed)  # the validation images come in three batches
-    rows = run_record.rows_before(tiny_vit(), (1,), validation(), Processes(), asked=lambda: next(asked, 15))
+    rows = run_record.rows_before(tiny_vit(), (1,), validation(), Processes(), stop_signal=lambda: next(asked, 15))
     assert [row["name"] for row in rows] == names
 
 

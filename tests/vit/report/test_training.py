@@ -178,12 +178,12 @@ def test_no_text_of_the_figures_is_cut_off(case, tmp_path):
 def test_thinning_keeps_extremes_and_the_boundary():
     rows = [{"kind": "step", "step": n, "loss": 1.0 + (n == 777) * 8, "lr": 0.1, "lambda": 0.5 if n <= 1003 else None,
              "images_per_second": 10.0} for n in range(1, 5001)]  # fmt: skip
-    points = training_record.course(rows, 1003, most=100)
+    points = training_record.loss_curve(rows, 1003, most=100)
     assert len(points) <= 102
     assert max(point["loss_high"] for point in points) == 9.0
     assert [point["lambda"] for point in points if point["step"] <= 1003] == [0.5] * 21
     assert all(point["lambda"] is None for point in points if point["step"] > 1003)
-    assert training_record.course(rows[:90], None, most=100)[5] == {
+    assert training_record.loss_curve(rows[:90], None, most=100)[5] == {
         "step": 6, "loss": 1.0, "lr": 0.1, "lambda": 0.5, "images_per_second": 10.0
     }  # fmt: skip
 

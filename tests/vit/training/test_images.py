@@ -52,7 +52,7 @@ def test_from_end_to_end(images, tmp_path):
     whole = fine_tune(images, tmp_path / "whole")
 
     def work() -> FinetuningRun:
-        killed_at(train_state.Learner, "step", 5)()
+        killed_at(train_state.TrainState, "step", 5)()
         return fine_tune(images, tmp_path / "killed", workers=0)
 
     assert in_a_fork(work) == -9

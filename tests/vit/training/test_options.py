@@ -18,7 +18,7 @@ from training_support import Notes, largest_difference, plain, recipe, same_weig
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
 from lambda_kernels.blocks import mlp_block
 from lambda_vit import dilute
-from lambda_vit.training.dilution import BoundaryError, remove_faded
+from lambda_vit.training.dilution import AttentionRemovalError, remove_diluted_attention
 from lambda_vit.training.images.stream import LoaderStream, MicroBatch, TensorStream
 from lambda_vit.training.loop.model_setup import prepare_model, set_training_mode
 from lambda_vit.training.loop.train_state import Objective, label_loss
@@ -63,7 +63,7 @@ def test_the_teacher_is_the_model_as_it_was():
     model = tiny_vit()
     start = copy.deepcopy(model)
     found = trainer(recipe(distillation="soft", distillation_alpha=1.0, ema=None), model)
-    teacher = found.learner._objective.teacher
+    teacher = found.train_state._objective.teacher
     found.train()
     assert same_weights(teacher, start)
     assert same_weights(model, start)
@@ -78,7 +78,7 @@ def test_the_teacher_is_the_model_as_it_was():
 def rates(found) -> dict[str, tuple[float, float]]:
     """Rate and weight decay of each parameter by name."""
     names = {id(p): name for name, p in found.model.named_parameters()}
-    groups = found.learner.optimizer.param_groups
+    groups = found.train_state.optimizer.param_groups
     return {
         names[id(p)]: (group["lr"] / group.get("initial_lr", 1), group["weight_decay"])
         for group in groups for p in group["params"]
@@ -88,7 +88,7 @@ def rates(found) -> dict[str, tuple[float, float]]:
 def test_rates_and_states_survive_the_boundary():
     found = trainer(recipe(layer_decay=0.6, dilution_epochs=2))
     found.train(until=5)
-    before, kept = rates(found), dict(found.learner.optimizer.state)
+    before, kept = rates(found), dict(found.train_state.optimizer.state)
     lowest, highest = before["pos_embed"][0], before["head.weight"][0]
     assert lowest == pytest.approx(highest * 0.6**4)  # stem, three blocks, head
     gone = [name for name in before if name.startswith(("blocks.1.norm1", "blocks.1.attn"))]
@@ -100,7 +100,7 @@ def test_rates_and_states_survive_the_boundary():
         assert ratio == pytest.approx(before[name][0] / highest), name
         assert decay == before[name][1] == (0.05 if found.model.get_parameter(name).dim() > 1 and
                                             name not in ("pos_embed", "cls_token") else 0.0), name  # fmt: skip
-    state = found.learner.optimizer.state
+    state = found.train_state.optimizer.state
     assert set(state) == set(found.model.parameters())
     for parameter in state:
         assert state[parameter] is kept[parameter]
@@ -122,13 +122,13 @@ def test_other_optimizers(opt):
 def test_the_average_starts_anew_at_the_boundary():
     found = trainer(recipe(ema=0.999))
     found.train(until=5)
-    assert largest_difference(found.learner.ema.module, found.model) > 1e-4
+    assert largest_difference(found.train_state.ema.module, found.model) > 1e-4
     found.train(until=6)
-    assert same_weights(found.learner.ema.module, found.model)
-    assert type(found.learner.ema.module.blocks[1]) is AttentionFreeBlock
+    assert same_weights(found.train_state.ema.module, found.model)
+    assert type(found.train_state.ema.module.blocks[1]) is AttentionFreeBlock
     warm = trainer(recipe(ema=0.999, ema_warmup=True))
     warm.train()
-    assert largest_difference(warm.learner.ema.module, warm.model) < 1e-2  # six steps in, it hardly averages
+    assert largest_difference(warm.train_state.ema.module, warm.model) < 1e-2  # six steps in, it hardly averages
 
 
 def active_parts(model: nn.Module) -> set[str] | None:
@@ -191,16 +191,16 @@ def test_overflow_in_fp16_is_skipped_and_a_run_of_it_is_an_error(monkeypatch):
     from lambda_vit.training.loop import trainer as engine
 
     found = trainer(plain(amp="fp16"))
-    found.learner._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    found.train_state._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = copy.deepcopy(found.model)
     start = copy.deepcopy(found.state())
     found.train(until=1)
     assert same_weights(found.model, before)
-    assert found.learner._scaler.get_scale() == 2.0**39
+    assert found.train_state._scaler.get_scale() == 2.0**39
     assert found.state()["skips"] == 1
     again = trainer(plain(amp="fp16"))
     again.train(resume=start, until=2)
-    assert again.learner._scaler.get_scale() == 2.0**38
+    assert again.train_state._scaler.get_scale() == 2.0**38
     monkeypatch.setattr(engine, "MOST_SKIPPED", 4)
     with pytest.raises(
         ValueError, match=r"gradient of 4 steps in a row was not finite in fp16 \(epoch 2, step 4, .*bf16"
@@ -211,11 +211,11 @@ def test_overflow_in_fp16_is_skipped_and_a_run_of_it_is_an_error(monkeypatch):
 @pytest.mark.parametrize("sched", ["cosine", "tanh", "poly"])
 def test_every_schedule_falls_from_its_peak_to_its_end(sched):
     own = recipe(sched=sched, epochs=8)
-    learner = trainer(own).learner
+    train_state = trainer(own).train_state
     rates = []
     for step in range(24):
-        rates.append(learner.lr)
-        learner._scheduler.step_update(step + 1)
+        rates.append(train_state.lr)
+        train_state._scheduler.step_update(step + 1)
     assert rates[0] == own.warmup_lr
     assert max(rates) <= own.lr
     assert rates[3:] == sorted(rates[3:], reverse=True)
@@ -293,8 +293,8 @@ def test_mixing_stops_where_it_is_told_to():
     seen = []
     # Of these shares none is 1, and no box is empty, which would leave nothing of the other image.
     found = trainer(recipe(mixup=5.0, cutmix=0.0, mixup_off_epoch=2))
-    objective = found.learner._objective
-    found.learner._objective = lambda logits, x, y: (seen.append((found._epoch, x, y)), objective(logits, x, y))[1]
+    objective = found.train_state._objective
+    found.train_state._objective = lambda logits, x, y: (seen.append((found._epoch, x, y)), objective(logits, x, y))[1]
     raw = {number: parts for number, parts in enumerate(itertools.chain(*map(found.stream.steps, range(4))))}
     found.train()
     assert len(seen) == 24
@@ -321,7 +321,7 @@ def test_the_boundary_finds_a_network_that_computes_something_else(monkeypatch):
     from lambda_vit.training import dilution
 
     model = dilute(small_vit(), (1, 2), lam=0.4)
-    difference, bound = remove_faded(copy.deepcopy(model))
+    difference, bound = remove_diluted_attention(copy.deepcopy(model))
     assert difference <= bound < 1e-2
     wrong = dilution.finish_dilution
 
@@ -330,12 +330,12 @@ def test_the_boundary_finds_a_network_that_computes_something_else(monkeypatch):
         network.blocks[1].residual_scale = 1.9
 
     monkeypatch.setattr(dilution, "finish_dilution", broken)
-    with pytest.raises(BoundaryError, match=r"attention of blocks \[1, 2\] moved a logit by .* in float32"):
-        remove_faded(copy.deepcopy(model), images())
+    with pytest.raises(AttentionRemovalError, match=r"attention of blocks \[1, 2\] moved a logit by .* in float32"):
+        remove_diluted_attention(copy.deepcopy(model), images())
     monkeypatch.undo()
     model.head.weight.fill_(math.nan)
-    with pytest.raises(BoundaryError, match="by nan"):
-        remove_faded(model, images())
+    with pytest.raises(AttentionRemovalError, match="by nan"):
+        remove_diluted_attention(model, images())
 
 
 def test_full_models_and_converted_ones_are_trained_as_they_are():
@@ -344,7 +344,7 @@ def test_full_models_and_converted_ones_are_trained_as_they_are():
     assert [row["attention"] for row in whole.history] == ["full"] * 4
     assert all(row["best"] is not None and row["lambda"] is None for row in whole.history)
     assert whole.history[0]["best"]
-    assert whole.boundary is None
+    assert whole.attention_removal is None
     converted = trainer(plain(), convert_vit(tiny_vit(), (1,)), layers=())
     converted.train()
     dropped = trainer(plain(dilution="none", dilution_epochs=None))
@@ -380,8 +380,8 @@ def test_the_batch_that_the_boundary_is_checked_on(monkeypatch):
     from lambda_vit.training.loop import train_state
 
     seen = []
-    whole = train_state.remove_faded
-    monkeypatch.setattr(train_state, "remove_faded", lambda model, x: (seen.append(x), whole(model, x))[1])
+    whole = train_state.remove_diluted_attention
+    monkeypatch.setattr(train_state, "remove_diluted_attention", lambda model, x: (seen.append(x), whole(model, x))[1])
     found = trainer(recipe())
     found.train()
     last = list(found.stream.steps(1))[2]

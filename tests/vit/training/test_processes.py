@@ -63,11 +63,11 @@ def folder(tmp_path_factory) -> Path:
 def test_two_processes_train_what_one_trains(folder):
     found, notes = several()
     state = torch.load(folder / "several.pt")
-    there = copy.deepcopy(found.model), copy.deepcopy(found.learner.ema.module)
+    there = copy.deepcopy(found.model), copy.deepcopy(found.train_state.ema.module)
     for network, weights in zip(there, state["weights"], strict=True):
         network.load_state_dict(weights)
     assert 0 < largest_difference(there[0], found.model) < ROUNDING
-    assert largest_difference(there[1], found.learner.ema.module) < ROUNDING
+    assert largest_difference(there[1], found.train_state.ema.module) < ROUNDING
     assert state["history"] == [row | {"loss": pytest.approx(row["loss"], rel=1e-6)} for row in found.history]
     for row, wanted in zip(state["rows"], notes.kept, strict=True):
         for name in ("loss", "grad_norm"):
@@ -113,16 +113,16 @@ def test_gpus_talk_directly_where_each_process_has_its_own(gpus, here, expected,
 
 def stopped(folder: Path, rank: int) -> int:
     """Rank 1 alone is asked to stop while the fifth step is made; both do, after the same step."""
-    whole = train_state.Learner.step
+    whole = train_state.TrainState.step
 
     def asked(self: object, position: int, *args: object, **kwargs: object) -> object:
         if rank == 1 and position == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, position, *args, **kwargs)
 
-    train_state.Learner.step = asked
+    train_state.TrainState.step = asked
     found = run(folder / "run", stream=stream(OWN), val_loader=validation(shard=(rank, 2)))
-    train_state.Learner.step = whole
+    train_state.TrainState.step = whole
     return found.exit_code
 
 
@@ -136,7 +136,7 @@ def work(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     found, notes = several()
     if rank == 0:
-        weights = [found.model.state_dict(), found.learner.ema.module.state_dict()]
+        weights = [found.model.state_dict(), found.train_state.ema.module.state_dict()]
         torch.save({"weights": weights, "history": found.history, "rows": notes.kept}, folder / "several.pt")
     found = single()
     if rank == 0:
@@ -162,8 +162,8 @@ def work(folder: Path, rank: int) -> None:
     print("dying", flush=True)
     dying = trainer(recipe(epochs=50, warmup_epochs=1))
     if rank == 1:
-        whole = dying.learner.step
-        dying.learner.step = lambda position, *args, **kwargs: (
+        whole = dying.train_state.step
+        dying.train_state.step = lambda position, *args, **kwargs: (
             os.kill(os.getpid(), signal.SIGKILL) if position == 7 else whole(position, *args, **kwargs)
         )
     dying.train()

@@ -43,7 +43,7 @@ from lambda_vit.runtime.signals import spare_worker
 from lambda_vit.training.images.stream import DatasetStream, LoaderStream, TensorStream
 from lambda_vit.training.loop import train_state, trainer
 from lambda_vit.training.recipe import load_recipe
-from lambda_vit.training.run import FinetuningRun, continued
+from lambda_vit.training.run import FinetuningRun, inherit_micro_batch
 from lambda_vit.training.storage import best_model, checkpoint_file
 from lambda_vit.training.storage.checkpoints import Checkpoints
 from lambda_vit.training.storage.log import read_log
@@ -101,14 +101,14 @@ def test_a_fresh_process_finds_the_claimed_accuracy(whole):
 
 STEPS = random.Random(6).sample(range(1, 10), 5)
 KILLS = {
-    **{f"in step {step}": killed_at(train_state.Learner, "_clip", step) for step in STEPS},
-    "before its first checkpoint": killed_at(train_state.Learner, "step", 2),
+    **{f"in step {step}": killed_at(train_state.TrainState, "_clip", step) for step in STEPS},
+    "before its first checkpoint": killed_at(train_state.TrainState, "step", 2),
     "writing a checkpoint": killed_at(checkpoint_file._Recorder, "write", 500),
     "having written a checkpoint": killed_at(torch, "save", 3, after=True),
     "between a checkpoint's two files": killed_before_a_manifest,
-    "before the boundary": killed_at(train_state.Learner, "remove", 1),
+    "before the boundary": killed_at(train_state.TrainState, "remove", 1),
     "in the boundary": killed_at(train_state, "forget_removed", 1),
-    "after the boundary": killed_at(train_state.Learner, "remove", 1, after=True),
+    "after the boundary": killed_at(train_state.TrainState, "remove", 1, after=True),
     "after the boundary's checkpoint": killed_at(trainer.Trainer, "_finish_epoch", 2),
     "having found the best": killed_at(best_model.Best, "offer", 3, after=True),
     "putting the best in its place": killed_at(Path, "rename", 1),
@@ -132,7 +132,7 @@ def test_killed(where, whole, tmp_path):
 
 def test_killed_again_and_again(whole, tmp_path):
     for _ in range(3):
-        killed(tmp_path, killed_at(train_state.Learner, "step", 4))
+        killed(tmp_path, killed_at(train_state.TrainState, "step", 4))
     run(tmp_path)
     check_same_end(tmp_path, whole)
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl")[0] if row["kind"] == "resume"][-1] == 6
@@ -160,9 +160,9 @@ def send(number: int, owner: object, name: str, call: int) -> Callable[[], None]
 @pytest.mark.parametrize(
     ("number", "owner", "name", "call", "step"),
     [
-        (signal.SIGTERM, train_state.Learner, "step", 5, 5),
-        (signal.SIGTERM, train_state.Learner, "step", 3, 3),  # what goes on begins with validation, at the λ of then
-        (signal.SIGUSR1, train_state.Learner, "step", 9, 9),
+        (signal.SIGTERM, train_state.TrainState, "step", 5, 5),
+        (signal.SIGTERM, train_state.TrainState, "step", 3, 3),  # what goes on begins with validation, at the λ of then
+        (signal.SIGUSR1, train_state.TrainState, "step", 9, 9),
         (signal.SIGINT, trainer, "score", 3, 6),  # validation is given up
     ],
 )
@@ -182,7 +182,7 @@ def test_signals(number, owner, name, call, step, whole, tmp_path):
 
 
 def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path):
-    killed(tmp_path, killed_at(train_state.Learner, "step", 8))
+    killed(tmp_path, killed_at(train_state.TrainState, "step", 8))
     newest = Checkpoints(tmp_path / "checkpoints").newest()
     os.truncate(newest.path, newest.path.stat().st_size // 2)
     run(tmp_path)
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_passed_over_where_it_knew_of_a_better_model(tmp
             break
     assert second is not None
     out, step = tmp_path / "run", 3 * (second + 1)
-    killed(out, killed_at(train_state.Learner, "step", step + 1), own=own)
+    killed(out, killed_at(train_state.TrainState, "step", step + 1), own=own)
     newest = Checkpoints(out / "checkpoints").newest()
     assert newest.step == step
     os.truncate(newest.path, 100)
@@ -213,14 +213,14 @@ def test_a_damaged_checkpoint_is_passed_over_where_it_knew_of_a_better_model(tmp
 
 def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, capfd):
     def work() -> FinetuningRun:
-        step = train_state.Learner.step
+        step = train_state.TrainState.step
 
         def filling(self: object, position: int, *args: Any, **kwargs: Any) -> Any:
             if position == 6:  # a checkpoint does not fit any more
                 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
             return step(self, position, *args, **kwargs)
 
-        train_state.Learner.step = filling
+        train_state.TrainState.step = filling
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         return run(tmp_path)
 
@@ -288,12 +288,12 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(whole, tmp_p
 
 def test_micro_batches_of_a_run_that_goes_on(whole, tmp_path):
     loose = recipe(micro_batch=None)
-    assert continued(loose, tmp_path) == loose
-    assert continued(loose, whole).micro_batch == 16
+    assert inherit_micro_batch(loose, tmp_path) == loose
+    assert inherit_micro_batch(loose, whole).micro_batch == 16
     shutil.copy(whole / "config.yaml", tmp_path)  # of a run that ended before its first checkpoint, out of memory say
-    assert continued(loose, tmp_path) == loose
-    assert continued(recipe(micro_batch=8), whole).micro_batch == 8
-    assert continued(recipe(micro_batch=None, batch_size=48), whole).micro_batch is None
+    assert inherit_micro_batch(loose, tmp_path) == loose
+    assert inherit_micro_batch(recipe(micro_batch=8), whole).micro_batch == 8
+    assert inherit_micro_batch(recipe(micro_batch=None, batch_size=48), whole).micro_batch is None
 
 
 def test_the_best_of_a_checkpoint_is_found_wherever_the_run_was_killed(whole, tmp_path):
@@ -317,7 +317,7 @@ def test_a_loader_of_ones_own_goes_on_and_says_what_that_means(tmp_path):
     batches = list(make_loader(train_set(), 32))
     own = plain(checkpoint_every=2)
     stream = {"own": own, "stream": LoaderStream(batches)}
-    killed(tmp_path, killed_at(train_state.Learner, "step", 6), **stream)
+    killed(tmp_path, killed_at(train_state.TrainState, "step", 6), **stream)
     found = run(tmp_path, **stream)
     (text,) = (row["text"] for row in read_log(tmp_path / "log.jsonl")[0] if row["kind"] == "notice")
     assert "not exactly where it stopped: the batches come from a loader of your own" in text
@@ -328,7 +328,7 @@ def test_a_loader_of_ones_own_goes_on_and_says_what_that_means(tmp_path):
 def test_what_cannot_be_saved_is_refused_before_training(tmp_path, monkeypatch):
     model = tiny_vit()
     model.pretrained_cfg = {}
-    monkeypatch.setattr(train_state.Learner, "step", die)
+    monkeypatch.setattr(train_state.TrainState, "step", die)
     with pytest.raises(CheckpointError, match="does not say which timm model it is"):
         run(tmp_path / "run", model=model)
     with pytest.raises(UnsupportedModelError):
@@ -380,7 +380,7 @@ def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
     }
 
     def work() -> FinetuningRun:
-        check, count, step = measuring._check_labels, [0], train_state.Learner.step
+        check, count, step = measuring._check_labels, [0], train_state.TrainState.step
 
         def stepping(*args: Any, **options: Any) -> object:
             count[0] = 1  # what is measured before the training does not count
@@ -394,7 +394,7 @@ def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             check(*args)
 
-        measuring._check_labels, train_state.Learner.step = counted, stepping
+        measuring._check_labels, train_state.TrainState.step = counted, stepping
         return run(tmp_path, own, **loaders)
 
     assert forked(work) == 128 + signal.SIGTERM

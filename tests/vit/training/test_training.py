@@ -65,7 +65,7 @@ def test_a_step_is_the_step_of_a_bare_loop():
             ema.update(model, step=updates)
         assert largest_difference(found.model, model) < 1e-10
         if own.ema:
-            assert largest_difference(found.learner.ema.module, ema.module) < 1e-10
+            assert largest_difference(found.train_state.ema.module, ema.module) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_lambda_and_the_boundary(options, lambdas, boundary):
     block = found.model.blocks[1]
     assert type(block) is AttentionFreeBlock
     assert block.residual_scale == (1.0 if boundary is None else 2.0)
-    assert (found.boundary is None) == (boundary is None)
+    assert (found.attention_removal is None) == (boundary is None)
     if boundary is not None:
-        assert 0 <= found.boundary["difference"] <= found.boundary["bound"] < 1e-3
-        assert found.boundary["removed"] == [1]
+        assert 0 <= found.attention_removal["difference"] <= found.attention_removal["bound"] < 1e-3
+        assert found.attention_removal["removed"] == [1]
     for row in found.history:
         assert row["attention"] == ("diluting" if boundary is not None and row["step"] < boundary else "removed")
 
@@ -114,7 +114,7 @@ def test_history_and_log():
     assert [row["lambda"] for row in history] == [pytest.approx(4 / 6), 0.0, 0.0, 0.0]
     wanted = evaluate(found.model, validation())
     assert (history[-1]["top1"], history[-1]["top5"]) == pytest.approx((wanted.top1, wanted.top5))
-    assert history[-1]["top1_ema"] == evaluate(found.learner.ema.module, validation()).top1
+    assert history[-1]["top1_ema"] == evaluate(found.train_state.ema.module, validation()).top1
     assert found.position == 12
     assert not found.model.training
     losses = []
@@ -171,7 +171,7 @@ def test_a_run_that_starts_without_attention_goes_on_from_its_first_checkpoint()
     whole.train()
     again = trainer(own)
     again.train(resume=states[0])
-    assert again.boundary["step"] == 0
+    assert again.attention_removal["step"] == 0
     assert same_weights(again.model, whole.model)
 
 
@@ -219,7 +219,7 @@ def test_best_is_the_better_of_weights_and_average_and_the_first_of_equals(tmp_p
     scores = iter([5, 6, 6, 7, 7, 7, 3, 7])
     found = trainer(recipe(dilution_epochs=1), best=tmp_path / "ema")
     found.train(until=6)
-    average = copy.deepcopy(found.learner.ema.module)
+    average = copy.deepcopy(found.train_state.ema.module)
     found.train()
     assert [row["best"] for row in found.history] == [True, True, False, False]
     assert (found.best.epoch, found.best.weights, found.best.score.hits) == (2, "ema", 7)

@@ -37,7 +37,7 @@ def course_plot(record: dict[str, Any]) -> Plot | None:
     shown = panels(record.get("finetuning") or {})
     if not shown:
         return None
-    return Plot("course", "Training", 1.15 + sum(_PANELS[name][1] for name in shown), _draw_course)
+    return Plot("course", "Training", 1.15 + sum(_PANELS[name][1] for name in shown), _draw_loss_curve)
 
 
 def panels(run: Mapping[str, Any]) -> list[str]:
@@ -56,7 +56,7 @@ def _any(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
     return any(row.get(key) is not None for row in rows)
 
 
-def _draw_course(figure: Any, record: dict[str, Any]) -> None:
+def _draw_loss_curve(figure: Any, record: dict[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     run = record["finetuning"]

@@ -53,7 +53,7 @@ def training_record(folder: str | Path) -> dict[str, Any]:
             **{key: run.get(key) for key in _KEPT},
             "position": max([run.get("position") or 0, *(row["step"] for row in (*rows, *history) if row.get("step"))]),
             "history": history,
-            "course": course(rows, (run.get("boundary") or {}).get("step")),
+            "course": loss_curve(rows, (run.get("boundary") or {}).get("step")),
             "speed": _speed(rows),
             "memory_bytes": max((row["memory_bytes"] for row in rows if row.get("memory_bytes")), default=None),
             "events": _events(run, rows),
@@ -124,7 +124,9 @@ def _best(
     return found
 
 
-def course(rows: Sequence[Mapping[str, Any]], boundary: int | None, most: int = MOST_POINTS) -> list[dict[str, Any]]:
+def loss_curve(
+    rows: Sequence[Mapping[str, Any]], boundary: int | None, most: int = MOST_POINTS
+) -> list[dict[str, Any]]:
     """The steps of the log in at most about `most` points; each is the mean of neighbours on one side of `boundary`.
 
     `loss_low` and `loss_high` are the extremes of what a point stands for, so that thinning hides no spike.

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Beat(Generic[T]):
+class StepResult(Generic[T]):
     """What came of a step."""
 
     item: T
@@ -25,14 +25,14 @@ class Beat(Generic[T]):
     stop: int  # the highest signal number that a process received; 0 for none
 
 
-class Pulse(Generic[T]):
+class LossSync(Generic[T]):
     """Reads losses back and adds them up over the processes, which all see the same.
 
-    On a GPU a step's loss is read when the next step has been launched, so that nobody waits for it: what `beat` returns
+    On a GPU a step's loss is read when the next step has been launched, so that nobody waits for it: what `push` returns
     is one step old there.
 
     Args:
-        processes: All call `beat` and `drain` at the same steps.
+        processes: All call `push` and `drain` at the same steps.
         device: Where losses are.
     """
 
@@ -41,7 +41,7 @@ class Pulse(Generic[T]):
         self._behind = 1 if device.type == "cuda" else 0
         self._waiting: deque[tuple[T, Tensor, bool, torch.cuda.Event | None]] = deque()
 
-    def beat(self, item: T, loss: Tensor, norm: Tensor | None, stop: int) -> list[Beat[T]]:
+    def push(self, item: T, loss: Tensor, norm: Tensor | None, stop: int) -> list[StepResult[T]]:
         """Take note of a step; returns what is known by now, oldest first. `stop` is what this process was asked now."""
         both = torch.stack((loss, loss.new_zeros(()) if norm is None else norm.to(loss.dtype)))
         event = None
@@ -52,20 +52,20 @@ class Pulse(Generic[T]):
         self._waiting.append((item, both, norm is not None, event))
         return self._read(self._behind, stop)
 
-    def drain(self, stop: int) -> list[Beat[T]]:
+    def drain(self, stop: int) -> list[StepResult[T]]:
         """What is left."""
         return self._read(0, stop)
 
-    def _read(self, keep: int, stop: int) -> list[Beat[T]]:
-        beats = []
+    def _read(self, keep: int, stop: int) -> list[StepResult[T]]:
+        results = []
         while len(self._waiting) > keep:
             item, both, has_norm, event = self._waiting.popleft()
             if event is not None:
                 event.synchronize()
             loss, norm = both.tolist()
             loss, agreed = self._agree(loss, stop)
-            beats.append(Beat(item, loss, norm if has_norm else None, agreed))
-        return beats
+            results.append(StepResult(item, loss, norm if has_norm else None, agreed))
+        return results
 
     def _agree(self, loss: float, stop: int) -> tuple[float, int]:
         if self._processes.size == 1:

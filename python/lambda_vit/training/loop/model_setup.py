@@ -11,8 +11,15 @@ from ..recipe import Recipe
 
 # timm's names of what comes before the blocks.
 EMBEDDING = (
-    "patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre",
-)  # fmt: skip
+    "patch_embed",
+    "cls_token",
+    "reg_token",
+    "dist_token",
+    "pos_embed",
+    "pos_drop",
+    "patch_drop",
+    "norm_pre",
+)
 
 
 def prepare_model(model: nn.Module, recipe: Recipe) -> nn.Module:

@@ -18,7 +18,7 @@ from lambda_kernels import convert_vit
 from ...models.properties import one_device, one_dtype
 from ...runtime.processes import Processes
 from ...runtime.seeding import mixed_seed, preserved
-from ..dilution import diluted_blocks, finish_dilution, forget_removed, prepare, remove_faded, set_lambda
+from ..dilution import diluted_blocks, finish_dilution, forget_removed, prepare, remove_diluted_attention, set_lambda
 from ..recipe import Recipe
 from .model_setup import frozen_parts, set_training_mode
 
@@ -49,7 +49,7 @@ class Outcome:
     skipped: bool  # fp16: the gradient overflowed, and nothing was changed
 
 
-class Learner:
+class TrainState:
     """Trains a network by one optimizer step after the other.
 
     Args:
@@ -94,26 +94,39 @@ class Learner:
             part.requires_grad_(False)
         self._mixup = _mixup(recipe, model.num_classes) if recipe.mixes else None
         self._objective = Objective(
-            label_loss(recipe.mixes, recipe.label_smoothing), recipe.distillation, recipe.distillation_alpha,
-            recipe.distillation_tau, teacher,
-        )  # fmt: skip
+            label_loss(recipe.mixes, recipe.label_smoothing),
+            recipe.distillation,
+            recipe.distillation_alpha,
+            recipe.distillation_tau,
+            teacher,
+        )
         own = {"betas": recipe.betas, "eps": recipe.eps}
         self.optimizer = create_optimizer_v2(
-            model, recipe.opt, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+            model,
+            recipe.opt,
+            lr=recipe.peak_lr,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
             **{name: value for name, value in own.items() if value is not None},
-        )  # fmt: skip
+        )
         self._scheduler, _ = create_scheduler_v2(
-            self.optimizer, recipe.sched, num_epochs=recipe.epochs, min_lr=recipe.min_lr, warmup_lr=recipe.warmup_lr,
-            warmup_epochs=recipe.warmup_length, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+            self.optimizer,
+            recipe.sched,
+            num_epochs=recipe.epochs,
+            min_lr=recipe.min_lr,
+            warmup_lr=recipe.warmup_lr,
+            warmup_epochs=recipe.warmup_length,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
             decay_rate=1.0,  # the power of "poly": a straight line, where timm's 0.1 would stay high to the last steps
-        )  # fmt: skip
+        )
         self._scaler = torch.amp.GradScaler(self.device.type) if recipe.amp == "fp16" else None
         self.ema: nn.Module | None = None
         self._ema_steps = 0
         self._wrap()
 
     @property
-    def fading(self) -> bool:
+    def is_diluting(self) -> bool:
         """Whether attention is under dilution."""
         return bool(diluted_blocks(self.model))
 
@@ -149,23 +162,23 @@ class Learner:
         return Outcome(total / len(batches), found, images, skipped)
 
     def remove(self, images: Tensor | None) -> tuple[float, float]:
-        """Delete the faded attention everywhere; see `remove_faded` for arguments, result and errors.
+        """Delete the faded attention everywhere; see `remove_diluted_attention` for arguments, result and errors.
 
         What the optimizer knows of the other parameters stays, the average starts anew from the weights.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with self.processes.all_or_none("Remove the faded attention"):
-            found = remove_faded(self.model, images)
+            found = remove_diluted_attention(self.model, images)
         self._rebuild()
         return self.processes.broadcast(found)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that changes, as tensors and plain types. The tensors are those in use: copy them before training on.
 
         There is no random state, which follows from the step; the learning rate is the optimizer's.
         """
         return {
-            "removed": not self.fading,
+            "removed": not self.is_diluting,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -174,15 +187,15 @@ class Learner:
             "rounding": self._rounding.get_state() if self._rounding is not None else None,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
 
         Raises:
             ValueError: The attention is gone here, and was not there.
         """
-        if self.layers and not self.fading and not state["removed"]:
+        if self.layers and not self.is_diluting and not state["removed"]:
             raise ValueError("this network has lost its attention, and the state has it: make another Trainer for it")
-        if state["removed"] and self.fading:
+        if state["removed"] and self.is_diluting:
             set_lambda(self.model, 0.0)
             finish_dilution(self.model)
             self._rebuild()
@@ -285,10 +298,14 @@ def _mixup(recipe: Recipe, classes: int) -> Any:
     from timm.data import Mixup
 
     return Mixup(
-        mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, prob=recipe.mixup_prob,
-        switch_prob=recipe.mixup_switch_prob, mode=recipe.mixup_mode, label_smoothing=recipe.label_smoothing,
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.mixup_prob,
+        switch_prob=recipe.mixup_switch_prob,
+        mode=recipe.mixup_mode,
+        label_smoothing=recipe.label_smoothing,
         num_classes=classes,
-    )  # fmt: skip
+    )
 
 
 def label_loss(mixed: bool, smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:

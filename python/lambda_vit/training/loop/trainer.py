@@ -27,8 +27,8 @@ from ...runtime.progress import task
 from ..dilution import LambdaSchedule
 from ..recipe import Recipe
 from ..storage.best_model import Best
-from .loss_sync import Beat, Pulse
-from .train_state import Learner
+from .loss_sync import LossSync, StepResult
+from .train_state import TrainState
 
 if TYPE_CHECKING:
     from ...selection.result import Selection
@@ -68,19 +68,19 @@ class Trainer:
         teacher: For distillation. It is moved to the model's device, put into eval mode and frozen; None: `model` as given.
         checkpoints: Where to keep the state; None: nowhere.
         log: Where each step and epoch is noted; None: nowhere.
-        asked: Gives the number of a signal on which to stop, or 0; read after every step and while validating.
+        stop_signal: Gives the number of a signal on which to stop, or 0; read after every step and while validating.
         best: A folder for the best model, by `save_pretrained`; None: it is only remembered when and how good it was.
-        saving: Further arguments of `save_pretrained` for it.
+        save_kwargs: Further arguments of `save_pretrained` for it.
         log_every: Steps between two rows of the log.
         description: Of the progress bar.
         inplace: Train `model` itself.
 
     Attributes:
         model: What is trained.
-        learner: It, with optimizer and average.
+        train_state: The model, with optimizer and average.
         position: Optimizer steps done.
         history: A dict per epoch; see `run_log` for the fields.
-        boundary: What the log says of λ = 0, or None before it and where there is none.
+        attention_removal: What the log says of λ = 0, or None before it and where there is none.
         best: The best epoch so far.
         stopped: Number of the signal that `train` ended on; 0 for none.
 
@@ -102,9 +102,9 @@ class Trainer:
         teacher: nn.Module | None = None,
         checkpoints: Checkpoints | None = None,
         log: RunLog | None = None,
-        asked: Callable[[], int] = lambda: 0,
+        stop_signal: Callable[[], int] = lambda: 0,
         best: Path | None = None,
-        saving: dict[str, Any] | None = None,
+        save_kwargs: dict[str, Any] | None = None,
         log_every: int = 50,
         description: str = "Train",
         inplace: bool = False,
@@ -132,19 +132,19 @@ class Trainer:
         if teacher is not None:
             teacher = teacher.to(one_device(model))
         per_epoch = stream.steps_per_epoch
-        self.learner = Learner(model, recipe, self.layers, per_epoch, self.processes, teacher)
-        self.model = self.learner.model
+        self.train_state = TrainState(model, recipe, self.layers, per_epoch, self.processes, teacher)
+        self.model = self.train_state.model
         self._per_epoch = per_epoch
         in_steps = recipe.dilution_per == "step"
         length = round(recipe.dilution_length * per_epoch) if in_steps else recipe.dilution_length
         shape = "linear" if recipe.dilution == "none" else recipe.dilution
         self._schedule, self._unit = LambdaSchedule(length, shape), 1 if in_steps else per_epoch
-        self._val_loader, self._checkpoints, self._log, self._asked = val_loader, checkpoints, log, asked
+        self._val_loader, self._checkpoints, self._log, self._stop_signal = val_loader, checkpoints, log, stop_signal
         self._log_every, self._description = log_every, description
-        self._pulse: Pulse = Pulse(self.processes, self.learner.device)
-        self.best = Best(best, self.processes, saving or {})
+        self._loss_sync: LossSync = LossSync(self.processes, self.train_state.device)
+        self.best = Best(best, self.processes, save_kwargs or {})
         self.history: list[dict[str, Any]] = []
-        self.boundary: dict[str, Any] | None = None
+        self.attention_removal: dict[str, Any] | None = None
         self.stopped = 0
         self._epoch, self._done = 0, 0  # epochs finished, and steps of the present one
         self._loss, self._seen = 0.0, 0  # sum over the images of the epoch, and how many
@@ -164,7 +164,7 @@ class Trainer:
     @property
     def attention(self) -> str:
         """What became of the attention of `layers`: "full" (there are none), "diluting" or "removed"."""
-        return "diluting" if self.learner.fading else "removed" if self.layers else "full"
+        return "diluting" if self.train_state.is_diluting else "removed" if self.layers else "full"
 
     def train(self, resume: dict[str, Any] | None = None, until: int | None = None) -> list[dict[str, Any]]:
         """Train to the end of the recipe, a signal, or `until` steps are done; a further call goes on from there.
@@ -178,13 +178,13 @@ class Trainer:
 
         Raises:
             ValueError: The loss is not finite, or there is nothing to train on.
-            BoundaryError: The network without the attention is not what was trained.
+            AttentionRemovalError: The network without the attention is not what was trained.
             ProcessLostError: Another process is gone.
             OSError: A checkpoint cannot be written; the last one is kept.
         """
         if resume is not None:
             self.restore(resume)
-        device = self.learner.device
+        device = self.train_state.device
         self.stopped = 0
         total = self.recipe.epochs * self._per_epoch
         with (
@@ -194,11 +194,11 @@ class Trainer:
             self._advance = advance
             advance(self.position)
             with _lost_processes_named(self.processes):
-                self._pass_boundary(self.position)
+                self._remove_diluted_attention(self.position)
                 while self._epoch < self.recipe.epochs and not self.stopped:
                     if not (self._train_epoch(until) and self._finish_epoch()):
                         break
-        self.learner.model.eval()
+        self.train_state.model.eval()
         return self.history
 
     def state(self) -> dict[str, Any]:
@@ -211,13 +211,13 @@ class Trainer:
             "skips": self._skips,
             "lambda": self._lam,
             "history": copy.deepcopy(self.history),
-            "boundary": self.boundary,
+            "boundary": self.attention_removal,
             "best": self.best.state(),
             "fingerprint": self.fingerprint,
             "world": self.processes.size,
             "bad": self._gather_bad(),
             "rows": None if self._log is None else self._log.rows,
-            "learner": self.learner.state(),
+            "learner": self.train_state.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -238,17 +238,17 @@ class Trainer:
         self._epoch, self._done = state["epoch"], state["done"]
         self._loss, self._seen, self._skips = state["loss"], state["seen"], state["skips"]
         self.stream.add_bad(state["bad"])
-        self._lam, self.boundary = state["lambda"], state["boundary"]
+        self._lam, self.attention_removal = state["lambda"], state["boundary"]
         self.history = copy.deepcopy(state["history"])
         self.best.load(state["best"])
-        self.learner.load(state["learner"])
-        if self.learner.fading and self._lam is not None:
-            self.learner.set_lambda(self._lam)  # validation may come before the next step does
-        self._saved = (self._epoch, self._done, self.learner.fading)
+        self.train_state.load_state_dict(state["learner"])
+        if self.train_state.is_diluting and self._lam is not None:
+            self.train_state.set_lambda(self._lam)  # validation may come before the next step does
+        self._saved = (self._epoch, self._done, self.train_state.is_diluting)
 
     def _train_epoch(self, until: int | None) -> bool:
         """The rest of the present epoch's steps; whether all were made."""
-        self.learner.begin_epoch(self._epoch)
+        self.train_state.begin_epoch(self._epoch)
         self._began = self._clock = time.perf_counter()
         self._timed = 0
         epoch, start = self._epoch, self._done
@@ -256,21 +256,24 @@ class Trainer:
             return True  # it ended where the run was stopped: only what comes after is left to do
         first = epoch * self._per_epoch
         for position, batches in enumerate(self.stream.steps(epoch, start), first + start):
-            if self.learner.fading:
+            if self.train_state.is_diluting:
                 self._lam = self._schedule(position // self._unit)
-                self.learner.set_lambda(self._lam)
-            lr = self.learner.lr
+                self.train_state.set_lambda(self._lam)
+            lr = self.train_state.lr
             noted = (position + 1) % self._log_every == 0
-            outcome = self.learner.step(position, batches, norm=noted and self._log is not None)
-            self._images = batches[0].images if self.learner.fading else None
+            outcome = self.train_state.step(position, batches, norm=noted and self._log is not None)
+            self._images = batches[0].images if self.train_state.is_diluting else None
             self._done += 1
             item = {
-                "step": position + 1, "epoch": epoch + 1, "lr": lr, "lambda": self._lam if self.learner.fading else None,
+                "step": position + 1,
+                "epoch": epoch + 1,
+                "lr": lr,
+                "lambda": self._lam if self.train_state.is_diluting else None,
                 "outcome": outcome,
-            }  # fmt: skip
-            for beat in self._pulse.beat(item, outcome.loss, outcome.norm, self._asked()):
-                self._take(beat)
-            self._pass_boundary(position + 1)
+            }
+            for result in self._loss_sync.push(item, outcome.loss, outcome.norm, self._stop_signal()):
+                self._take(result)
+            self._remove_diluted_attention(position + 1)
             every = self.recipe.checkpoint_every
             if self.stopped or (until is not None and position + 1 >= until):
                 self._drain()
@@ -285,12 +288,12 @@ class Trainer:
                 f"the training data gave nothing in epoch {epoch + 1}, though {self._per_epoch} steps were promised"
             )
         self._done = self._per_epoch
-        self._pass_boundary(self.position)
+        self._remove_diluted_attention(self.position)
         return True
 
-    def _take(self, beat: Beat) -> None:
+    def _take(self, result: StepResult) -> None:
         """What a finished step says, once it is known."""
-        item, outcome = beat.item, beat.item["outcome"]
+        item, outcome = result.item, result.item["outcome"]
         step, epoch, lam = item["step"], item["epoch"], item["lambda"]
         if outcome.skipped:
             self._skips += 1
@@ -299,51 +302,56 @@ class Trainer:
                     f"the gradient of {self._skips} steps in a row was not finite in fp16 (epoch {epoch}, step {step}, lr "
                     f"{item['lr']:g}{_lam_text(lam)}). Use bf16, or lower lr"
                 )
-        elif not math.isfinite(beat.loss):
+        elif not math.isfinite(result.loss):
             raise ValueError(
-                f"the loss became {beat.loss} in epoch {epoch}, step {step} (lr {item['lr']:g}{_lam_text(lam)}). Lower lr, "
+                f"the loss became {result.loss} in epoch {epoch}, step {step} (lr {item['lr']:g}{_lam_text(lam)}). Lower lr, "
                 "or clip gradients"
             )
         else:
             self._skips = 0
         images = outcome.images * self.processes.size
-        if math.isfinite(beat.loss):
-            self._loss, self._seen = self._loss + beat.loss * images, self._seen + images
+        if math.isfinite(result.loss):
+            self._loss, self._seen = self._loss + result.loss * images, self._seen + images
         self._timed += images
-        self.stopped = max(self.stopped, beat.stop)
+        self.stopped = max(self.stopped, result.stop)
         note = f"loss {self._loss / max(1, self._seen):.3f}"
         self._advance(note=note if lam is None else f"{note}  λ {lam:.2f}")
         if self._log is not None and step % self._log_every == 0:
-            self._write_step(beat, lam)
+            self._write_step(result, lam)
 
-    def _write_step(self, beat: Beat, lam: float | None) -> None:
+    def _write_step(self, result: StepResult, lam: float | None) -> None:
         now = time.perf_counter()
         rate, self._clock, self._timed = self._timed / (now - self._clock), now, 0
         self._write(
             "step",
-            step=beat.item["step"],
-            epoch=beat.item["epoch"],
-            loss=beat.loss,
-            grad_norm=beat.norm,
-            lr=beat.item["lr"],
+            step=result.item["step"],
+            epoch=result.item["epoch"],
+            loss=result.loss,
+            grad_norm=result.norm,
+            lr=result.item["lr"],
             **{"lambda": lam},
             images_per_second=rate,
-            memory_bytes=_memory(self.learner.device),
+            memory_bytes=_memory(self.train_state.device),
         )
 
     def _drain(self) -> None:
-        for beat in self._pulse.drain(self._asked()):
-            self._take(beat)
+        for result in self._loss_sync.drain(self._stop_signal()):
+            self._take(result)
 
-    def _pass_boundary(self, position: int) -> None:
+    def _remove_diluted_attention(self, position: int) -> None:
         """Delete the attention if the step after `position` steps would run at λ = 0."""
-        if not self.learner.fading or self._schedule(position // self._unit) > 0:
+        if not self.train_state.is_diluting or self._schedule(position // self._unit) > 0:
             return
         self._drain()
-        difference, bound = self.learner.remove(self._images)
+        difference, bound = self.train_state.remove(self._images)
         self._lam, self._images = 0.0, None
-        self.boundary = {"step": position, "difference": difference, "bound": bound, "removed": list(self.layers)}
-        self._write("boundary", **self.boundary)
+        self.attention_removal = {
+            "step": position,
+            "difference": difference,
+            "bound": bound,
+            "removed": list(self.layers),
+        }
+        self._write("boundary", **self.attention_removal)
         self._save()
 
     def _finish_epoch(self) -> bool:
@@ -364,7 +372,7 @@ class Trainer:
         if self._val_loader is not None and (number % self.recipe.val_every == 0 or last):
             scores = self._validate()
             if scores is None:
-                self.stopped = max(self.processes.gather(self._asked()))
+                self.stopped = max(self.processes.gather(self._stop_signal()))
                 self._save()
                 return False
             row |= {"top1": scores["model"].top1, "top5": scores["model"].top5}
@@ -382,11 +390,11 @@ class Trainer:
     def _validate(self) -> dict[str, Score] | None:
         """Of the weights and of their average; None where the run was asked to stop meanwhile."""
         networks = {"model": self.model}
-        if self.learner.ema is not None:
-            networks["ema"] = self.learner.ema.module
+        if self.train_state.ema is not None:
+            networks["ema"] = self.train_state.ema.module
         found = {}
         for name, network in networks.items():
-            result = score(network, self._val_loader, self.processes, asked=self._asked)
+            result = score(network, self._val_loader, self.processes, stop_signal=self._stop_signal)
             if result is None:
                 return None
             found[name] = result
@@ -396,12 +404,12 @@ class Trainer:
         # A network that still has the attention it is to lose is another one than what will be shipped.
         better = False
         for name, found in scores.items():
-            network = self.model if name == "model" else self.learner.ema.module
+            network = self.model if name == "model" else self.train_state.ema.module
             better |= self.best.offer(network, found, name, self._epoch + 1, self.position)
         return better
 
     def _save(self) -> None:
-        place = (self._epoch, self._done, self.learner.fading)
+        place = (self._epoch, self._done, self.train_state.is_diluting)
         if self._checkpoints is not None and place != self._saved:
             self._checkpoints.save(self.position, self.state())
             self._saved = place

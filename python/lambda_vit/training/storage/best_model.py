@@ -29,7 +29,7 @@ class Best:
     Args:
         folder: Where `save_pretrained` writes it, with `score.json`; None: only the score is kept.
         processes: All call everything here alike; rank 0 writes.
-        saving: Further arguments of `save_pretrained`.
+        save_kwargs: Further arguments of `save_pretrained`.
 
     Attributes:
         score: Of the best; None before there is one.
@@ -38,8 +38,8 @@ class Best:
         weights: "model", or "ema" for the average of the weights.
     """
 
-    def __init__(self, folder: Path | None, processes: Processes, saving: dict[str, Any]) -> None:
-        self._folder, self._processes, self._saving = folder, processes, saving
+    def __init__(self, folder: Path | None, processes: Processes, save_kwargs: dict[str, Any]) -> None:
+        self._folder, self._processes, self._save_kwargs = folder, processes, save_kwargs
         self.score: Score | None = None
         self.epoch = self.step = 0
         self.weights = ""
@@ -58,7 +58,7 @@ class Best:
         self.score, self.weights, self.epoch, self.step = score, weights, epoch, step
         with self._processes.all_or_none("Write the best model"):
             if self._folder is not None and self._processes.is_main:
-                save_pretrained(model, self._next, **self._saving)
+                save_pretrained(model, self._next, **self._save_kwargs)
                 write_json(self._next / SCORE, self.to_dict())
         return True
 

@@ -21,11 +21,11 @@ from ...runtime.signals import StopRequest, spare_worker
 from . import checkpoint_file
 from .checkpoint_file import FILE, LEFTOVER, Manifest, UnusableError, manifest_path, wrong_size
 
-__all__ = ["Checkpoints", "Found", "StopRequest", "spare_worker"]
+__all__ = ["Checkpoints", "LoadedCheckpoint", "StopRequest", "spare_worker"]
 
 
 @dataclass(frozen=True)
-class Found:
+class LoadedCheckpoint:
     """A checkpoint that was read.
 
     Attributes:
@@ -115,7 +115,7 @@ class Checkpoints:
                 path = self._write(step, state)
         return self.processes.broadcast(path)
 
-    def newest(self, *, upto: int | None = None) -> Found | None:
+    def newest(self, *, upto: int | None = None) -> LoadedCheckpoint | None:
         """Read the newest checkpoint that is whole: its size and SHA-256 match, and it loads with `weights_only=True`.
 
         Args:
@@ -173,7 +173,7 @@ class Checkpoints:
                 )
         return "\n".join(lines)
 
-    def _choose(self, upto: int | None) -> tuple[Manifest | None, Found | None]:
+    def _choose(self, upto: int | None) -> tuple[Manifest | None, LoadedCheckpoint | None]:
         entries = self._entries()
         if not entries:
             return None, None
@@ -190,19 +190,21 @@ class Checkpoints:
             except UnusableError as error:
                 notices.append(f"the checkpoint of step {entry.step} in {self.folder} cannot be used: {error}")
                 continue
-            return entry.manifest, Found(entry.step, state, tuple(notices), self.folder / entry.manifest.file)
+            return entry.manifest, LoadedCheckpoint(
+                entry.step, state, tuple(notices), self.folder / entry.manifest.file
+            )
         raise CheckpointError(
             f"{'; '.join(notices)}. None is left to resume from: put back a copy of one, or remove these files to start over"
         )
 
-    def _read_alike(self, manifest: Manifest, notices: tuple[str, ...]) -> Found:
+    def _read_alike(self, manifest: Manifest, notices: tuple[str, ...]) -> LoadedCheckpoint:
         try:
             state = checkpoint_file.read(self.folder, manifest)
         except UnusableError as error:
             raise CheckpointError(
                 f"{error}, though rank 0 could read it. All processes must see the same folder ({self.folder})"
             ) from error
-        return Found(manifest.step, state, notices, self.folder / manifest.file)
+        return LoadedCheckpoint(manifest.step, state, notices, self.folder / manifest.file)
 
     def _problem(self, entry: _Entry, entries: list[_Entry]) -> str:
         """Why an entry cannot be used, as far as that is seen without reading the state; empty: nothing is seen."""

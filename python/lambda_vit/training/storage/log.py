@@ -236,7 +236,7 @@ class LiveLog(RunLog):
     """Calls back while a run trains: with a line for each epoch and notice, and for a report after an epoch.
 
     Args:
-        tell: Receives each line.
+        log_fn: Receives each line.
         report: Writes the report of the folder it receives. It is called where that costs next to nothing: runs with
             epochs of seconds have theirs from time to time. Whoever runs them writes the last one.
 
@@ -246,18 +246,18 @@ class LiveLog(RunLog):
     def __init__(
         self,
         *arguments: Any,
-        tell: Callable[[str], None] = lambda line: None,
+        log_fn: Callable[[str], None] = lambda line: None,
         report: Callable[[Path], object] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
-        self._tell, self._report = tell, report
+        self._log_fn, self._report = log_fn, report
         self._reported, self._took = time.monotonic(), FIRST
 
     def write(self, kind: str, **fields: Any) -> None:
         super().write(kind, **fields)
         if self._processes.is_main and kind in ("epoch", "notice"):
-            self._tell(fields["text"] if kind == "notice" else _line(fields))
+            self._log_fn(fields["text"] if kind == "notice" else _line(fields))
         now = time.monotonic()
         if kind != "epoch" or self._report is None or not self._processes.is_main:
             return
