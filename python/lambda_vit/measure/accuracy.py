@@ -216,7 +216,9 @@ def score(
     with processes.all_or_none(description):
         if not isinstance(loader, Sized) or len(loader):  # with few images, a process may have none
             try:
-                own = evaluate(model, _StoppableLoader(loader, stop_signal), reference=reference, description=description)
+                own = evaluate(
+                    model, _StoppableLoader(loader, stop_signal), reference=reference, description=description
+                )
             except _StoppedError:
                 stopped = True
             else:
