@@ -36,8 +36,9 @@ def residual_scales(model: nn.Module) -> tuple[float, ...]:
         UnsupportedModelError: The model is wrapped or of an unknown kind.
     """
     structure = inspect_model(model)
-    scale = 1.0 if structure.residual_scale is None else structure.residual_scale
-    return tuple(scale ** sum(removed <= i for removed in structure.removed) for i in range(structure.depth))
+    return tuple(
+        structure.residual_scale ** sum(removed <= i for removed in structure.removed) for i in range(structure.depth)
+    )
 
 
 class FeatureModel(FeatureGetterNet):

@@ -88,7 +88,7 @@ def model_args(model: nn.Module) -> dict:
 
 def _removal(model: nn.Module) -> dict:
     structure = inspect_model(model)
-    args = {"removed": list(structure.removed), "residual_scale": structure.residual_scale or 1.0}
+    args = {"removed": list(structure.removed), "residual_scale": structure.residual_scale}
     if structure.merging:
         info = model.lambda_kernels_info.to_dict()
         args |= {"tome_r": info["tome_r"], "tome_start": info["tome_start"]}

@@ -7,7 +7,6 @@ copies, threads and forwards cannot meet.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from ..ops.token_merging import (
 )
 from .fused_mlp import FusedMlp
 from .hooks import is_altered
-from .mlp_block import find_replacement_obstacles
+from .mlp_block import copy_with, find_replacement_obstacles
 from .refusals import qualified_name
 
 _ALONE = (
@@ -168,20 +167,17 @@ def find_merging_obstacles(block: nn.Module) -> list[str]:
     return found
 
 
-def make_merging_block(
-    block: nn.Module, tome_r: int, prefix_tokens: int, fuse: bool, backend: str, recompute: str
-) -> MergingBlock:
-    """`block` as one that merges tokens; itself where it is that already. `block` is left as it is."""
-    if type(block) is not MergingBlock:
-        options = {"fuse": fuse, "backend": backend, "recompute": recompute}
-        return MergingBlock.from_block(block, tome_r=tome_r, prefix_tokens=prefix_tokens, **options)
-    asked = {"tome_r": tome_r, "prefix_tokens": prefix_tokens, "fuse": fuse, "backend": backend, "recompute": recompute}
-    if all(getattr(block, name) == value for name, value in asked.items()):
-        return block
-    copied = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
-    for name, value in asked.items():
-        setattr(copied, name, value)
-    return copied
+def make_merging_block(block: nn.Module, tome_r: int, prefix_tokens: int, **options: Any) -> MergingBlock:
+    """A block that merges tokens in place of `block`, which does not change; `block` itself if it is that already.
+
+    Args:
+        block: timm's, a `FusedMlp` or a `MergingBlock`.
+        tome_r: As for `MergingBlock`.
+        prefix_tokens: As for `MergingBlock`.
+        options: `fuse`, `backend` and `recompute`, as for `FusedMlp`.
+    """
+    options |= {"tome_r": tome_r, "prefix_tokens": prefix_tokens}
+    return copy_with(block, **options) if type(block) is MergingBlock else MergingBlock.from_block(block, **options)
 
 
 def remove_merging(block: nn.Module) -> nn.Module:

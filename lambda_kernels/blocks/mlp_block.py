@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -290,6 +291,19 @@ def copy_runtime_settings(new: _Half, block: nn.Module, options: dict[str, Any])
             setattr(new, name, options.get(name, getattr(block, name)))
     new.training = block.training  # of this block alone: its parts keep the mode they have
     return new
+
+
+def copy_with(block: _Half, **attributes: Any) -> _Half:
+    """`block` with these attributes: itself if it has them, else a copy that shares submodules and hooks.
+
+    Handles of those hooks remain valid.
+    """
+    if all(getattr(block, name) == value for name, value in attributes.items()):
+        return block
+    copied = copy.copy(block)
+    for name, value in attributes.items():
+        setattr(copied, name, value)
+    return copied
 
 
 def find_family_or_vit(block: nn.Module) -> Family:

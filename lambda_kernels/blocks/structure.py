@@ -54,7 +54,7 @@ class ViTStructure:
 
     depth: int
     removed: tuple[int, ...]
-    residual_scale: float | None  # of the removed blocks; None when none was removed
+    residual_scale: float  # of the removed blocks; 1 where none was removed
     pooling: str  # timm's global_pool: "token", "avg", "map" …
     has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
     families: tuple[str, ...] = field(default=("vit",))  # of the blocks, each once, in order
@@ -102,7 +102,7 @@ def inspect_model(model: nn.Module) -> ViTStructure:
     return ViTStructure(
         depth=len(blocks),
         removed=removed,
-        residual_scale=scales.pop() if scales else None,
+        residual_scale=scales.pop() if scales else 1.0,
         pooling=pooling if isinstance(pooling, str) else str(pooling),
         has_final_norm=any(n is not None and not isinstance(n, nn.Identity) for n in norms),
         families=tuple(dict.fromkeys(find_family(block).name for block in blocks)),

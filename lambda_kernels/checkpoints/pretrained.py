@@ -6,12 +6,11 @@ Strict both ways: a model that the config cannot rebuild is refused when it is s
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import stat
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..blocks.structure import inspect_model
-from ..convert.conversion import FUSE, ConversionInfo, remove_attention
+from ..convert.conversion import ConversionInfo, remove_attention
+from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
 from ..files import atomic_write, remove_leftovers, sha256, write_json
-from ..ops.checks import check_choice
-from ..ops.ln_mlp.dispatch import BACKENDS
-from ..ops.ln_mlp.function import RECOMPUTE
 from .folder import _MERGING, _OPTIONAL, _PLAIN, CONFIG, PREFIX, PREVIOUS, WEIGHTS, _check_config, _read_json
 from .rebuilding import build, build_skeleton, find_model_args, first_difference, is_json
 from .weights import load_state_dict, read_weights
@@ -100,7 +97,7 @@ def save_pretrained(
             "format": _MERGING if structure.merging else _PLAIN,
             "version": __version__,
             "removed": list(structure.removed),
-            "residual_scale": structure.residual_scale or 1.0,
+            "residual_scale": structure.residual_scale,
             # "removed" leaves a model that was never converted as it is
             "fuse": info.fuse if info else "removed",
             "versions": _versions(),
@@ -212,18 +209,11 @@ def from_pretrained(
         CheckpointError: A file is missing or damaged, or weights and config do not belong together.
         BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on `device`, or "onednn" in no block.
     """
-    check_choice("backend", backend, BACKENDS)
-    check_choice("recompute", recompute, RECOMPUTE)
-    if fuse is not None:
-        check_choice("fuse", fuse, FUSE)
+    running: dict[str, Any] = {"backend": backend, "recompute": recompute, **({} if fuse is None else {"fuse": fuse})}
+    ConversionSettings(**running)  # refuses what it does not know before anything is read
     folder = Path(folder)
     config, weights = _read_folder(folder)
     ours = config["lambda_kernels"]
-    scale = ours["residual_scale"]
-    if not (scale > 0 and math.isfinite(scale)):
-        raise CheckpointError(f"{folder / CONFIG}: residual_scale is {scale}, expected a positive number")
-    if fuse is not None:
-        ours["fuse"] = fuse
     try:
         model = build(config, "cpu")
     except ValueError as error:
@@ -238,7 +228,7 @@ def from_pretrained(
     model = model.to(device).eval()
     info = model.lambda_kernels_info
     # Not before the model is where it will run: there alone it shows whether a backend is available, and which one runs.
-    model = remove_attention(model, info.removed, info.residual_scale, info.fuse, backend, recompute)
+    model = remove_attention(model, info.removed, replace(info.settings, **running))
     model.lambda_kernels_provenance = Provenance(  # type: ignore[assignment]  # a record, which PyTorch does not foresee
         config["architecture"], ours.get("versions") or {}, ours.get("selection")
     )

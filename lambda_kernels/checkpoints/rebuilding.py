@@ -17,7 +17,7 @@ from ..blocks.mlp_block import MlpBlockBase
 from ..blocks.structure import inspect_model
 from ..convert.checks import check_indices
 from ..convert.conversion import remove_attention
-from ..convert.token_merging import DEFAULT_START
+from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
 
 # Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them. The last
@@ -57,8 +57,9 @@ def build(config: dict, device: str) -> nn.Module:
         ) from error
     # The warnings of convert_vit were given when the model was converted.
     removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
-    merging = {"tome_r": ours.get("tome_r", 0), "tome_start": ours.get("tome_start", DEFAULT_START)}
-    return remove_attention(model, removed, ours["residual_scale"], ours["fuse"], **merging)
+    names = ("residual_scale", "fuse", "tome_r", "tome_start")
+    settings = ConversionSettings(**{name: ours[name] for name in names if ours.get(name) is not None})
+    return remove_attention(model, removed, settings)
 
 
 def _check_sources(config: dict) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -14,17 +14,13 @@ from ..blocks.attention_free import AttentionFreeBlock
 from ..blocks.fused_mlp import FusedMlp
 from ..blocks.hooks import has_hooks
 from ..blocks.merging_block import make_merging_block, remove_merging, token_counts, wrap_block_sequence
-from ..blocks.mlp_block import MlpBlockBase, find_family, find_replacement_obstacles
+from ..blocks.mlp_block import MlpBlockBase, copy_with, find_family, find_replacement_obstacles
 from ..blocks.structure import inspect_model
 from ..errors import AlreadyConvertedError, BackendUnavailableError
-from ..ops.checks import check_choice
-from ..ops.ln_mlp.dispatch import BACKENDS
-from ..ops.ln_mlp.function import RECOMPUTE
 from ..ops.ln_mlp.fused import tuning
 from .checks import _place, check_indices, check_removal
-from .token_merging import DEFAULT_START, plan_merging, resolve_tome_settings
-
-FUSE = ("all", "removed", "none")
+from .settings import ConversionSettings
+from .token_merging import plan_merging
 
 
 @dataclass(frozen=True)
@@ -42,23 +38,22 @@ class BlockInfo:
     merged: int = 0  # of them, into others, between the attention and the MLP
 
 
-@dataclass(frozen=True)
-class ConversionInfo:
-    """What `convert_vit` did to a model; it hangs on the model as `lambda_kernels_info`.
+@dataclass(frozen=True, kw_only=True)
+class ConversionInfo(ConversionSettings):
+    """What `convert_vit` did to a model, which carries it as `lambda_kernels_info`: the settings, and what they gave.
 
-    `blocks` says how each block runs in eval mode, and what it computes again in training, on the device and with the dtype
+    `blocks` says how each block runs in eval mode, and what it recomputes in training, on the device and with the dtype
     that the model had when it was converted; `describe_blocks(model)` says it for the present ones.
     """
 
     removed: tuple[int, ...]
-    residual_scale: float
-    fuse: str
-    backend: str  # as asked for
-    recompute: str  # as asked for
     blocks: tuple[BlockInfo, ...]
     widths: tuple[tuple[int, int], ...] = ()  # (channels, hidden) of the MLP halves that `ln_mlp` can serve
-    tome_r: int | tuple[int, ...] = 0  # as asked for
-    tome_start: int = DEFAULT_START  # as asked for
+
+    @property
+    def settings(self) -> ConversionSettings:
+        """The settings alone."""
+        return ConversionSettings(**{field.name: getattr(self, field.name) for field in fields(ConversionSettings)})
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -77,50 +72,42 @@ class ConversionInfo:
         }
 
 
-def remove_attention(
-    model: nn.Module,
-    removed: tuple[int, ...],
-    residual_scale: float,
-    fuse: str = "all",
-    backend: str = "auto",
-    recompute: str = "auto",
-    tome_r: int | Sequence[int] | None = None,
-    tome_start: int | None = None,
-) -> nn.Module:
-    """Swap the blocks in place and attach the info; the caller has checked that model and indices allow it.
+def remove_attention(model: nn.Module, removed: tuple[int, ...], settings: ConversionSettings) -> nn.Module:
+    """Replace the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
-    Any block with timm's names for its MLP half can lose its attention, one without it too. The others become what `fuse`
-    and `tome_r` ask for; None leaves merging as it is.
+    Any block with timm's names for its MLP half can lose its attention, one without it too. The others become what
+    `settings` say.
 
     Raises:
-        ValueError: `fuse`, `backend` or `recompute` is none of the known ones; `tome_r` or `tome_start` does not fit.
+        ValueError: `tome_r` or `tome_start` does not fit the blocks.
         UnsupportedModelError: Tokens cannot be merged in this model; it is untouched.
-        BackendUnavailableError: `backend` was asked for by name and cannot run; the model is untouched.
+        BackendUnavailableError: The backend was requested by name and cannot run; the model is untouched.
     """
-    check_choice("fuse", fuse, FUSE)
-    check_choice("backend", backend, BACKENDS)
-    check_choice("recompute", recompute, RECOMPUTE)
-    tome_r, tome_start = resolve_tome_settings(model, tome_r, tome_start)
-    merges = plan_merging(model, removed, tome_r, tome_start)
-    options: dict[str, Any] = {"fuse": fuse != "none", "backend": backend, "recompute": recompute}
+    return _replace_blocks(model, removed, settings, plan_merging(model, removed, settings))
+
+
+def _replace_blocks(
+    model: nn.Module, removed: tuple[int, ...], settings: ConversionSettings, merges: dict[int, int]
+) -> nn.Module:
+    fuse, options = settings.fuse, settings.block_options | {"fuse": settings.fuse != "none"}
     new = [
-        AttentionFreeBlock.from_block(block, residual_scale=residual_scale, **options)
+        AttentionFreeBlock.from_block(block, residual_scale=settings.residual_scale, **options)
         if i in removed
-        else _convert_kept_block(block, fuse, backend, recompute, _merging_of(model, merges, i))
+        else _convert_kept_block(model, i, settings, merges)
         for i, block in enumerate(model.blocks)
     ]
     rows = _describe(model, new, fuse)
-    if backend in ("triton", "onednn"):
-        _refuse_modules(new, rows, backend)
+    if settings.backend in ("triton", "onednn"):
+        _refuse_modules(new, rows, settings.backend)
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
-    _warn_of_saving(rows, fuse, recompute)
+    _warn_of_saving(rows, fuse, settings.recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
     blocks = model.blocks = wrap_block_sequence(model.blocks, bool(merges))
     model.lambda_kernels_info = ConversionInfo(  # type: ignore[assignment]  # a record, which PyTorch does not foresee
-        removed, float(residual_scale), fuse, backend, recompute, rows, _widths(blocks), tome_r, tome_start
+        removed=removed, blocks=rows, widths=_widths(blocks), **asdict(settings)
     )
     return model
 
@@ -153,48 +140,26 @@ def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> Non
         warnings.warn(f"blocks {blocks} save all that autograd saves: {reason}", stacklevel=4)
 
 
-def _merging_of(model: nn.Module, merges: dict[int, int], index: int) -> tuple[int, int] | None:
-    """How many tokens a block is to merge, and how many at the front are no patches; None where it merges none."""
-    return (merges[index], model.num_prefix_tokens) if index in merges else None
-
-
 def _convert_kept_block(
-    block: nn.Module, fuse: str, backend: str, recompute: str, merges: tuple[int, int] | None = None
+    model: nn.Module, index: int, settings: ConversionSettings, merges: dict[int, int]
 ) -> nn.Module:
     """What a block with attention becomes; itself where it is that already, or where something would be lost.
 
-    `block` is left as it is: the caller may find yet that the model cannot be converted.
+    The block itself does not change: the caller may still find that the model cannot be converted.
     """
-    if merges is not None:
-        return make_merging_block(block, *merges, fuse == "all", backend, recompute)
+    block, options = model.blocks[index], settings.block_options
+    if index in merges:
+        return make_merging_block(block, merges[index], model.num_prefix_tokens, **options)
     block = remove_merging(block)
     family = find_family(block)
     if family is None or type(block) not in (family.block, FusedMlp):
         return block
     stays = bool(find_replacement_obstacles(block))
     if type(block) is not FusedMlp:
-        return block if stays or fuse != "all" else FusedMlp.from_block(block, backend=backend, recompute=recompute)
-    if fuse != "all" and not stays:
+        return block if stays or not options["fuse"] else FusedMlp.from_block(block, **options)
+    if not options["fuse"] and not stays:
         return block.to_timm()
-    if (block.fuse, block.backend, block.recompute) == (fuse == "all", backend, recompute):
-        return block
-    copied = copy.copy(block)  # shares submodules and hooks, so that handles of these stay good
-    copied.fuse, copied.backend, copied.recompute = fuse == "all", backend, recompute
-    return copied
-
-
-def _is_settled(model: nn.Module, removed: tuple[int, ...], residual_scale: float, settings: tuple[Any, ...]) -> bool:
-    """Whether a model that has lost the attention of `removed` alone would come out of the conversion as it is."""
-    info = getattr(model, "lambda_kernels_info", None)
-    names = ("removed", "residual_scale", "fuse", "backend", "recompute", "tome_r", "tome_start")
-    if info is None or tuple(getattr(info, name) for name in names) != (removed, float(residual_scale), *settings):
-        return False
-    fuse, backend, recompute, tome_r, tome_start = settings
-    merges = plan_merging(model, removed, tome_r, tome_start)
-    return all(
-        i in removed or _convert_kept_block(block, fuse, backend, recompute, _merging_of(model, merges, i)) is block
-        for i, block in enumerate(model.blocks)
-    )
+    return copy_with(block, **options)
 
 
 def convert_vit(
@@ -248,29 +213,32 @@ def convert_vit(
         BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on the model's device, or not for all its MLP
             halves; the model is untouched.
     """
-    check_choice("fuse", fuse, FUSE)
-    check_choice("backend", backend, BACKENDS)
-    check_choice("recompute", recompute, RECOMPUTE)
-    if isinstance(residual_scale, bool) or not isinstance(residual_scale, (int, float)) or not residual_scale > 0:
-        raise ValueError(f"residual_scale must be a positive number; got {residual_scale!r}")
-    if residual_scale == float("inf"):
-        raise ValueError("residual_scale must be finite; got inf")
+    settings = ConversionSettings.resolve(
+        model,
+        residual_scale=residual_scale,
+        fuse=fuse,
+        backend=backend,
+        recompute=recompute,
+        tome_r=tome_r,
+        tome_start=tome_start,
+    )
     structure = inspect_model(model)
     removed = check_indices(remove, structure.depth)
-    tome_r, tome_start = resolve_tome_settings(model, tome_r, tome_start)
-    if structure.removed and (removed, float(residual_scale)) != (structure.removed, structure.residual_scale):
+    if structure.removed and (removed, settings.residual_scale) != (structure.removed, structure.residual_scale):
         raise AlreadyConvertedError(
-            f"the model has lost the attention of blocks {list(structure.removed)} already (residual_scale "
-            f"{structure.residual_scale:g}); asked for {list(removed)} (residual_scale {residual_scale:g}). Start from the "
-            "full model"
+            f"blocks {list(structure.removed)} of the model have lost their attention already (residual_scale "
+            f"{structure.residual_scale:g}); requested: {list(removed)} (residual_scale {residual_scale:g}). Convert the full "
+            "model instead"
         )
-    settings = (fuse, backend, recompute, tome_r, tome_start)
-    if removed == structure.removed and _is_settled(model, removed, residual_scale, settings):
-        return model
     if not structure.removed:
-        check_removal(model, removed, structure, residual_scale)
-    model = model if inplace else copy.deepcopy(model)
-    return remove_attention(model, removed, residual_scale, *settings)
+        check_removal(model, removed, structure, settings.residual_scale)
+    merges = plan_merging(model, removed, settings)
+    info = getattr(model, "lambda_kernels_info", None)
+    if info is not None and info.removed == structure.removed == removed and info.settings == settings:
+        kept = [i for i in range(structure.depth) if i not in removed]
+        if all(_convert_kept_block(model, i, settings, merges) is model.blocks[i] for i in kept):
+            return model
+    return _replace_blocks(model if inplace else copy.deepcopy(model), removed, settings, merges)
 
 
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:

@@ -11,56 +11,37 @@ from ..blocks.hooks import is_altered
 from ..blocks.merging_block import MergingSequential, find_merging_obstacles
 from ..blocks.refusals import qualified_name
 from ..errors import UnsupportedModelError
-from ..ops.checks import require_int
-
-DEFAULT_START = 1
+from .settings import ConversionSettings
 
 
-def resolve_tome_settings(model: nn.Module, tome_r: object, tome_start: object) -> tuple[int | tuple[int, ...], int]:
-    """`tome_r` as an integer or a tuple of them, and `tome_start` as an integer; None is what `model` was converted with.
-
-    Raises:
-        ValueError: They are not integers, or negative.
-    """
-    info = getattr(model, "lambda_kernels_info", None)
-    tome_r = getattr(info, "tome_r", 0) if tome_r is None else tome_r
-    tome_start = getattr(info, "tome_start", DEFAULT_START) if tome_start is None else tome_start
-    if isinstance(tome_r, Sequence) and not isinstance(tome_r, (str, bytes)):
-        each = tuple(require_int(f"tome_r[{i}]", value, 0) for i, value in enumerate(tome_r))
-        return each, require_int("tome_start", tome_start, 0)
-    same = require_int("tome_r", tome_r, 0, more=" or a sequence of them, one for each block that merges")
-    return same, require_int("tome_start", tome_start, 0)
-
-
-def plan_merging(
-    model: nn.Module, removed: Sequence[int], tome_r: int | tuple[int, ...], tome_start: int
-) -> dict[int, int]:
-    """How many tokens each block is to merge, by index; empty where nothing is merged.
+def plan_merging(model: nn.Module, removed: Sequence[int], settings: ConversionSettings) -> dict[int, int]:
+    """How many tokens each block is to merge, by index; empty where no block merges any.
 
     Args:
-        model: That `inspect_model` has passed.
+        model: A model that `inspect_model` accepts.
         removed: Blocks without attention.
-        tome_r: Of every block that keeps its attention, from `tome_start` on; or one value for each of these blocks.
-        tome_start: From which of the blocks that keep their attention on, counted from 0.
+        settings: `tome_r` is that of each block that keeps its attention, from the `tome_start`-th on, or a value for each
+            of these blocks.
 
     Raises:
-        ValueError: The numbers do not fit the blocks, or the model has no two patches to merge.
-        UnsupportedModelError: A block, or what runs the blocks, would not compute what it does without merging.
+        ValueError: The numbers do not fit the blocks, or the model has fewer than two patches.
+        UnsupportedModelError: A block, or what runs the blocks, would compute something else than without merging.
     """
-    remaining = [i for i in range(len(model.blocks)) if i not in removed]
-    values = (tome_r,) if isinstance(tome_r, int) else tome_r
-    if not any(values):
+    tome_r, tome_start = settings.tome_r, settings.tome_start
+    if tome_r == 0 or (isinstance(tome_r, tuple) and not any(tome_r)):
         _check_exchange(model.blocks, MergingSequential, nn.Sequential)
         return {}
-    if not tome_start < len(remaining):
+    remaining = [i for i in range(len(model.blocks)) if i not in removed]
+    blocks = remaining[tome_start:]
+    if not blocks:
         raise ValueError(
-            f"tome_start={tome_start}, but tokens are merged in blocks that keep their attention alone, and there are "
+            f"tome_start={tome_start}, but only blocks that keep their attention merge tokens, and the model has "
             f"{len(remaining)} of them {remaining}, counted from 0"
         )
-    blocks = remaining[tome_start:]
-    if not isinstance(tome_r, int) and len(tome_r) != len(blocks):
+    values = (tome_r,) * len(blocks) if isinstance(tome_r, int) else tome_r
+    if len(values) != len(blocks):
         raise ValueError(
-            f"tome_r has {len(tome_r)} values for {len(blocks)} blocks that merge tokens: {blocks}; pass one value for all "
+            f"tome_r has {len(values)} values for {len(blocks)} blocks that merge tokens: {blocks}; pass one value for all "
             "of them, or one for each"
         )
     _check_model(model)
@@ -68,7 +49,7 @@ def plan_merging(
         found = find_merging_obstacles(model.blocks[index])
         if found:
             raise UnsupportedModelError(f"blocks[{index}] cannot merge tokens: {'; '.join(found)}")
-    return dict(zip(blocks, values * len(blocks) if isinstance(tome_r, int) else tome_r, strict=True))
+    return dict(zip(blocks, values, strict=True))
 
 
 def _check_model(model: nn.Module) -> None:

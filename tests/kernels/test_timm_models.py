@@ -279,7 +279,7 @@ def test_folders_for_the_hub_that_do_not_say_enough(hub, tmp_path):
     args = config["model_args"]
     refused(r"does not say what was removed: model_args has removed=None.*timm_models\.model_args", model_args=None)
     refused(r"residual_scale=None", model_args={k: v for k, v in args.items() if k != "residual_scale"})
-    refused(r"residual_scale is -1", model_args={**args, "residual_scale": -1})
+    refused(r"residual_scale must be a positive, finite number; got -1", model_args={**args, "residual_scale": -1})
     refused(r"removed holds 7", model_args={**args, "removed": [7]})
     refused(
         r"lost the attention of blocks \[0, 2\], this one lost that of blocks \[1\]",

@@ -223,7 +223,7 @@ def _metadata(
         "timm": versions["timm"],
         "architecture": cfg.get("architecture") or type(core).__name__,
         "removed_attention": list(structure.removed),
-        "residual_scale": structure.residual_scale or 1.0,
+        "residual_scale": structure.residual_scale,
         "dtype": kind,
         "input": f"images [{batch_size or 'batch'}, {', '.join(map(str, shape))}] {kind}",
         "input_size": list(shape),

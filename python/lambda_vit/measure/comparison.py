@@ -61,7 +61,7 @@ def make_row(
     removed, scale = [], 1.0
     with contextlib.suppress(UnsupportedModelError):  # any network can be trained as long as nothing is removed
         structure = inspect_model(model)
-        removed, scale = list(structure.removed), structure.residual_scale or 1.0
+        removed, scale = list(structure.removed), structure.residual_scale
     row = {
         "name": name,
         "label": label,

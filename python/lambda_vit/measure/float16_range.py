@@ -70,7 +70,7 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
             )
     block = max(range(len(largest)), key=largest.__getitem__)
     if largest[block] > LIMIT:
-        scale, removed = (residual_scale, remove) if remove else (structure.residual_scale or 1.0, structure.removed)
+        scale, removed = (residual_scale, remove) if remove else (structure.residual_scale, structure.removed)
         before = sum(index <= block for index in removed)
         raise ValueError(
             f"features reach {largest[block]:.4g} behind block {block}, and float16 ends at {LIMIT:.0f}: {before} removed "

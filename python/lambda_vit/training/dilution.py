@@ -23,6 +23,7 @@ from lambda_kernels.blocks.mlp_block import MlpBlockBase, find_family
 from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.convert.checks import check_indices, check_removal, unwrap_layers
 from lambda_kernels.convert.conversion import convert_vit, remove_attention
+from lambda_kernels.convert.settings import ConversionSettings
 from lambda_kernels.ops.checks import check_choice, dtype_name
 
 from ..data.batches import random_images
@@ -163,7 +164,7 @@ def prepare(
     model = model if inplace else copy.deepcopy(model)
     if recompute is not None:
         structure, info = inspect_model(model), getattr(model, "lambda_kernels_info", None)
-        scale, backend = structure.residual_scale or 1.0, "auto" if info is None else info.backend
+        scale, backend = structure.residual_scale, "auto" if info is None else info.backend
         convert_vit(model, structure.removed, residual_scale=scale, backend=backend, recompute=recompute, inplace=True)
     return _put_under_dilution(model, chosen, 1.0, recompute)
 
@@ -217,7 +218,10 @@ def finish_dilution(
     if recompute is None:
         info = getattr(model, "lambda_kernels_info", None)
         recompute = "auto" if info is None else info.recompute
-    return remove_attention(model, tuple(blocks), DILUTED_SCALE, fuse, backend, recompute)
+    settings = {"residual_scale": DILUTED_SCALE, "fuse": fuse, "backend": backend, "recompute": recompute}
+    return remove_attention(
+        model, tuple(blocks), ConversionSettings.resolve(model, tome_r=None, tome_start=None, **settings)
+    )
 
 
 @dataclass(frozen=True)

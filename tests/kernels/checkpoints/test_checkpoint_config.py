@@ -127,8 +127,8 @@ def test_older_folders_load(tmp_path):
         ({"removed": []}, r"describes another model than model\.safetensors holds.*no attention for blocks \[0\]"),
         ({"removed": [0, 1]}, r"has attention for blocks \[1\], which this model lost"),
         ({"removed": [2]}, r"lost the attention of blocks \[0\], this one lost that of blocks \[2\]"),
-        ({"residual_scale": 0}, r"residual_scale is 0, expected a positive number"),
-        ({"residual_scale": -2.0}, r"residual_scale is -2\.0"),
+        ({"residual_scale": 0}, r"residual_scale must be a positive, finite number; got 0"),
+        ({"residual_scale": -2.0}, r"residual_scale must be a positive, finite number; got -2\.0"),
         ({"fuse": "some"}, r"config\.json .*fuse.*'some'"),
         ({"versions": 3}, r"lambda_kernels\.versions is 3"),
         ({"selection": [1]}, r"lambda_kernels\.selection is \[1\]"),
@@ -165,7 +165,7 @@ def test_other_things_that_are_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither a config of save_pretrained.*architecture is None"):
         from_pretrained(tmp_path)
     path.write_text(whole.replace('"residual_scale": 1.0', '"residual_scale": NaN'))
-    with pytest.raises(CheckpointError, match="residual_scale is nan"):
+    with pytest.raises(CheckpointError, match="residual_scale must be a positive, finite number; got nan"):
         from_pretrained(tmp_path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="is not a config"):

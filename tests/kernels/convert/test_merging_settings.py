@@ -16,6 +16,7 @@ from lambda_kernels import AttentionFreeBlock, FusedMlp, UnsupportedModelError, 
 from lambda_kernels.blocks.merging_block import MergingBlock, MergingSequential, find_merging_obstacles
 from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.conversion import describe_blocks, remove_attention
+from lambda_kernels.convert.settings import ConversionSettings
 from lambda_kernels.features import feature_model
 from lambda_vit.measure.comparison import kernel_paths, path_lines
 from lambda_vit.measure.cost import cost
@@ -44,7 +45,7 @@ def merged(**options: object) -> nn.Module:
         ({"tome_r": (4, -2, 1)}, r"tome_r\[1\] must be an integer of at least 0; got -2"),
         ({"tome_r": (4, 2)}, r"tome_r has 2 values for 3 blocks that merge tokens: \[0, 2, 3\]"),
         ({"tome_r": (4, 2, 1), "tome_start": 1}, r"tome_r has 3 values for 2 blocks that merge tokens: \[2, 3\]"),
-        ({"tome_start": 3}, r"tome_start=3, but .* there are 3 of them \[0, 2, 3\], counted from 0"),
+        ({"tome_start": 3}, r"tome_start=3, but .* the model has 3 of them \[0, 2, 3\], counted from 0"),
         ({"tome_start": -1}, "tome_start must be an integer of at least 0; got -1"),
         ({"tome_start": None, "tome_r": 4.5}, "tome_r must be an integer"),
         ({"tome_start": 1.0}, "tome_start must be an integer of at least 0; got 1.0"),
@@ -63,7 +64,7 @@ def test_nothing_to_merge():
     with pytest.raises(ValueError, match="tome_r: this VisionTransformer has 1 patch, and merging takes two"):
         convert_vit(small_vit(img_size=16), (), tome_r=1)
     pooled = small_vit(img_size=SIZE, global_pool="avg", class_token=False)
-    with pytest.raises(ValueError, match=r"tome_start=0, but .* there are 0 of them \[\]"):
+    with pytest.raises(ValueError, match=r"tome_start=0, but .* the model has 0 of them \[\]"):
         convert_vit(pooled, range(4), tome_r=1, tome_start=0)
     # where nothing is merged, it does not matter where it would begin
     assert convert_vit(pooled, range(4)).lambda_kernels_info.tome_r == 0
@@ -260,7 +261,7 @@ def test_what_is_said_of_it():
     assert {(b.tokens, b.merged) for b in plain.lambda_kernels_info.blocks} == {(None, 0)}
     # what was said can be asked for again
     again = remove_attention(
-        small_vit(img_size=SIZE), (1,), 1.0, tome_r=found["tome_r"], tome_start=found["tome_start"]
+        small_vit(img_size=SIZE), (1,), ConversionSettings(tome_r=found["tome_r"], tome_start=found["tome_start"])
     )
     assert again.lambda_kernels_info == info
 
