@@ -28,6 +28,7 @@ import torch
 
 from .files import write_json
 from .ops.ln_mlp.arguments import Options, Parameters, Saved
+from .ops.ln_mlp.dispatch import in_interpreter
 from .ops.ln_mlp.fused.kernels import configs
 
 if TYPE_CHECKING:
@@ -407,7 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("triton is not installed: nothing to compile with", file=sys.stderr)
         return 2
-    if triton.knobs.runtime.interpret:
+    if in_interpreter():
         print("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
         return 2
     known = (*configs.KERNELS, *ROW_KERNELS)

@@ -22,7 +22,7 @@ NORMALIZED = Candidate("normalized", Config(128, 64, 0, 4, 2))
 LIBRARY = Candidate("library")
 FC1 = Problem("fc1", 50_000, 384, 1536, "bfloat16", "x=bfloat16 gelu=none")
 
-MEASURE, MACHINE, INTERPRETED = tuning._measure, tuning._machine, tuning._interpreted
+MEASURE, MACHINE, INTERPRETED = tuning._measure, tuning._machine, tuning.in_interpreter
 
 
 class Ways:
@@ -59,7 +59,7 @@ def cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tuning, "_measure", None)
     monkeypatch.setattr(tuning, "_machine", None)
     simulate_cuda()
-    monkeypatch.setattr(tuning, "_interpreted", lambda: False)
+    monkeypatch.setattr(tuning, "in_interpreter", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     tuning.clear()
     yield tmp_path / "cache" / "tuning.json"
@@ -82,7 +82,7 @@ def measure_in_a_process(folder: str, stage: str, together: object) -> None:
     os.environ["LAMBDA_KERNELS_CACHE"] = folder
     simulate_cuda()
     torch.cuda.is_current_stream_capturing = lambda: False
-    tuning._interpreted = lambda: False
+    tuning.in_interpreter = lambda: False
     write = tuning.write_json
     # Between reading and writing there is time for the other process to do the same, if nothing keeps it from that.
     tuning.write_json = lambda path, value: time.sleep(0.3) or write(path, value)

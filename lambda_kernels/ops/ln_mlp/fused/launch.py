@@ -17,11 +17,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..arguments import Options, Parameters, Saved
+from ..dispatch import in_interpreter
 from .kernels import backward, forward
 from .kernels.configs import Config
 
 # Set when the kernels were imported: they run in Triton's interpreter, on the CPU.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = in_interpreter()
 
 
 # Neighbouring row tiles that run together, for the L2 cache.

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -30,24 +29,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
+from filelock import FileLock
 
 from ....files import write_json
 from ...checks import check_choice
 from .. import tracing
+from ..dispatch import in_interpreter
 from .kernels.configs import Config
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None
-
 
 # Raised by whoever changes the kernels or their launches: what was measured before says nothing about them.
 KERNEL_REVISION = 2
 
 
 SWITCH = "LAMBDA_KERNELS_TUNING"
+
+_CACHE = "LAMBDA_KERNELS_CACHE"
 
 
 _FORMAT = 1
@@ -238,7 +236,7 @@ def _obstacle(candidates: _Offer, device: torch.device) -> str:
         return "only one candidate"
     if switch == "off":
         return f"tuning is off ({SWITCH}=off)"
-    if _interpreted():
+    if in_interpreter():
         return "in Triton's interpreter"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
@@ -249,14 +247,6 @@ def _switch() -> str:
     switch = os.environ.get(SWITCH, "on")
     check_choice(f"the environment variable {SWITCH}", switch, ("on", "off"))
     return switch
-
-
-def _interpreted() -> bool:
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.knobs.runtime.interpret)
 
 
 # Measuring
@@ -302,19 +292,22 @@ def _warn(message: str) -> None:
 
 
 def cache_path() -> Path:
-    """The file of what was measured: `tuning.json` in $LAMBDA_KERNELS_CACHE, or where this user's caches are.
+    """The file of what was measured: `tuning.json` in $LAMBDA_KERNELS_CACHE, or in the folder of this user's caches.
 
     Raises:
         RuntimeError: It would be in a home folder, and there is none.
     """
-    own, common = os.environ.get("LAMBDA_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        folder = Path(own).expanduser()
-    elif common and Path(common).is_absolute():  # a relative one is to be ignored, says the XDG specification
-        folder = Path(common) / "lambda_kernels"
-    else:
-        folder = Path.home() / ".cache" / "lambda_kernels"
-    return folder / "tuning.json"
+    if own := os.environ.get(_CACHE):
+        return Path(own).expanduser() / "tuning.json"
+    path = platformdirs.user_cache_path("lambda_kernels", appauthor=False) / "tuning.json"
+    # Not absolute by a relative XDG_CACHE_HOME, which the XDG specification says to ignore, or without a home folder.
+    return path if path.is_absolute() else _earlier_path()
+
+
+def _earlier_path() -> Path:
+    """Where earlier versions kept the file, on every system."""
+    common = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (common if common.is_absolute() else Path.home() / ".cache") / "lambda_kernels" / "tuning.json"
 
 
 @functools.lru_cache
@@ -341,7 +334,7 @@ def _entry_key(problem: Problem, candidates: _Offer, device: torch.device) -> st
 def _stored_decision(state: _State, entry_key: str, problem: Problem, candidates: _Offer) -> Decision | None:
     if state.stored is None:
         try:
-            state.stored = _read(state, cache_path())
+            state.stored = _read_known(state, cache_path())
         except RuntimeError:  # no home folder: said when there is something to write
             state.stored = {}
     entry = state.stored.get(entry_key)
@@ -349,6 +342,12 @@ def _stored_decision(state: _State, entry_key: str, problem: Problem, candidates
         if str(candidate) == entry["candidate"]:
             return Decision(problem, candidate, "cache file", "measured earlier", dict(entry["times_us"]))
     return None
+
+
+def _read_known(state: _State, path: Path) -> dict[str, _Entry]:
+    """The entries of the file, and those that an earlier version left elsewhere."""
+    elsewhere = not os.environ.get(_CACHE) and _earlier_path() != path
+    return {**(_read(state, _earlier_path()) if elsewhere else {}), **_read(state, path)}
 
 
 def _read(state: _State, path: Path) -> dict[str, _Entry]:
@@ -395,35 +394,20 @@ def _store(state: _State, entry_key: str, decision: Decision) -> None:
     try:
         path = cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(path):
-            entries = {**_read(state, path), **state.measured}
+        with contextlib.ExitStack() as stack:
+            # No other process may read, merge and write meanwhile. Without locks, or after waiting in vain, this process writes
+            # all the same: the file is replaced as a whole, so at worst an entry is measured again.
+            with contextlib.suppress(OSError, NotImplementedError):
+                stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_SECONDS))
+            entries = {**_read_known(state, path), **state.measured}
             write_json(path, {"format": _FORMAT, "entries": entries})
     except (OSError, RuntimeError) as error:
         state.warn_once(
             "write",
-            f"what was measured cannot be kept for the next process: {error}. Set LAMBDA_KERNELS_CACHE to a folder that "
+            f"what was measured cannot be kept for the next process: {error}. Set {_CACHE} to a folder that "
             "can be written to",
         )
     state.stored = entries
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Let no other process read, merge and write meanwhile.
-
-    Without locks, or after waiting in vain, go on: the file is replaced as a whole, so at worst an entry is measured again.
-    """
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:  # closing it releases the lock
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while fcntl is not None and time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:  # a file system without locks
-                break
-        yield
 
 
 # For people, tests and benchmarks
@@ -480,7 +464,7 @@ def status() -> dict[str, Any]:
         path = cache_path()
     except RuntimeError as error:
         return {"switch": switch, "file": f"none: {error}", "entries": []}
-    entries = [{"problem": key, **entry} for key, entry in _read(_state, path).items()]
+    entries = [{"problem": key, **entry} for key, entry in _read_known(_state, path).items()]
     return {"switch": switch, "file": str(path), "entries": entries}
 
 

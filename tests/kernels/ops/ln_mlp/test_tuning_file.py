@@ -37,7 +37,7 @@ from lambda_kernels.ops.ln_mlp.fused.tuning import TuningWarning
 
 OBSTACLES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "tuning is off (LAMBDA_KERNELS_TUNING=off)": lambda patch: patch.setenv("LAMBDA_KERNELS_TUNING", "off"),
-    "in Triton's interpreter": lambda patch: patch.setattr(tuning, "_interpreted", lambda: True),
+    "in Triton's interpreter": lambda patch: patch.setattr(tuning, "in_interpreter", lambda: True),
     "the stream is being captured": lambda patch: patch.setattr(
         torch.cuda, "is_current_stream_capturing", lambda: True
     ),
@@ -128,6 +128,28 @@ def test_where_the_file_is(own: str, common: str, expected: str, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", common)
     monkeypatch.setenv("HOME", "/home/someone")
     assert tuning.cache_path() == Path(expected)
+
+
+def test_what_an_earlier_version_kept_elsewhere_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual().choose()
+    home, caches = cache.parent.parent / "home", cache.parent.parent / "Library" / "Caches"
+    earlier = home / ".cache" / "lambda_kernels" / "tuning.json"
+    earlier.parent.mkdir(parents=True)
+    cache.rename(earlier)
+    monkeypatch.delenv("LAMBDA_KERNELS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    # As on macOS, where earlier versions used ~/.cache too.
+    monkeypatch.setattr(tuning.platformdirs, "user_cache_path", lambda name, appauthor: caches / name)
+    tuning.clear()
+    ways, before = usual(), earlier.read_bytes()
+    assert ways.choose() == LIBRARY
+    assert ways.ran == []
+    assert len(tuning.status()["entries"]) == 1
+    assert ways.choose(replace(FC1, stage="fc2")) == LIBRARY
+    assert tuning.cache_path() == caches / "lambda_kernels" / "tuning.json"
+    assert len(json.loads(tuning.cache_path().read_text())["entries"]) == 2
+    assert earlier.read_bytes() == before
 
 
 def the_key(cache: Path) -> str:
@@ -260,12 +282,13 @@ def test_a_folder_in_place_of_the_file(cache: Path) -> None:
 
 
 def test_without_a_home_folder_memory_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def find(uid: int) -> None:
+        raise KeyError(uid)
 
     monkeypatch.delenv("LAMBDA_KERNELS_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", find)
     ways = usual()
     with pytest.warns(TuningWarning, match="home directory"):
         assert ways.choose() == LIBRARY
@@ -285,7 +308,6 @@ def test_a_lock_that_is_never_released_is_waited_for_in_vain(cache: Path, monkey
     assert "library" in cache.read_text()
 
 
-@pytest.mark.skipif(tuning.fcntl is None, reason="no locks here")
 def test_processes_that_write_at_once_lose_nothing(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(2)
