@@ -71,10 +71,10 @@ def _quartiles(rival: Sequence[float], own: Sequence[float]) -> list[float]:
 
 def describe(model: nn.Module) -> dict[str, object]:
     """Size and FLOPs, and how many tokens go into each block."""
-    price, info = cost(model), getattr(model, "lambda_kernels_info", None)
+    costs, info = cost(model), getattr(model, "lambda_kernels_info", None)
     return {
-        "parameters": price.parameters,
-        "flops": price.flops,
+        "parameters": costs.parameters,
+        "flops": costs.flops,
         "tokens": [row.tokens for row in info.blocks] if info else None,
         "merged": [row.merged for row in info.blocks] if info else None,
     }

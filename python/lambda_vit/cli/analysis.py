@@ -23,7 +23,7 @@ from .options import (
     Weights,
     Workers,
     open_data,
-    report_bad,
+    print_bad,
 )
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def frequency(
     console.print(frequency_table(record))
     for line in frequency_notes(record):
         console.print(line, soft_wrap=True)
-    report_bad(console, loader)
+    print_bad(console, loader.bad)
     if out is not None:
         write_json(out, record)
     if plot is not None:
@@ -163,7 +163,7 @@ def profile(
     console.print(profile_table(record))
     for line in profile_notes(record):
         console.print(line, soft_wrap=True)
-    report_bad(console, loader)
+    print_bad(console, loader.bad)
     if out is not None:
         write_json(out, record)
     if plot is not None:

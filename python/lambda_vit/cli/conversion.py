@@ -23,7 +23,7 @@ from .options import (
     Workers,
     open_data,
     parse_indices,
-    report_bad,
+    print_bad,
 )
 
 
@@ -191,7 +191,7 @@ def validate(
     console.print(console_summary(record))
     for line in path_lines(record["kernel_paths"]):
         console.print(line, soft_wrap=True)
-    report_bad(console, loader)
+    print_bad(console, loader.bad)
     if out is not None:
         write_json(out, record)
         console.print(f"Written: {out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -147,9 +148,9 @@ def read_class_map(path: Path) -> dict[str, int]:
     return found
 
 
-def report_bad(console: Console, loader: ImageLoader) -> None:
-    for path in loader.bad:
-        console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
+def print_bad(console: Console, paths: Iterable[str]) -> None:
+    for path in paths:
+        console.print(f"unreadable image omitted: {path}", style="yellow", soft_wrap=True)
 
 
 def parse_indices(text: str, option: str) -> tuple[int, ...]:

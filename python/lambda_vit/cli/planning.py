@@ -10,7 +10,7 @@ import typer
 from ..report.tables import plan_notes, plan_table
 from .app import app, make_console, print_next
 from .models import check_made_for, chosen_layers, weights_options
-from .options import Device, Model, Pretrained, Recompute, Remove, SelectionFile, SkipBad, Weights, Workers, report_bad
+from .options import Device, Model, Pretrained, Recompute, Remove, SelectionFile, SkipBad, Weights, Workers, print_bad
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +98,7 @@ def plan(
     for line in plan_notes(result):
         console.print(line, soft_wrap=True)
     if loader is not None:
-        report_bad(console, loader)
+        print_bad(console, loader.bad)
     if out is not None:
         versions = environment.versions()
         record = {"model": model, "command": environment.command_line(), "environment": versions, **result.to_dict()}

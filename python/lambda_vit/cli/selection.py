@@ -30,6 +30,7 @@ from .options import (
     open_data,
     parse_bytes,
     parse_indices,
+    print_bad,
 )
 
 if TYPE_CHECKING:
@@ -190,8 +191,7 @@ def select(
         console, folder, selection_file, network, model, selection, record, engine, commands,
         [*trial_notes, *record["notes"]], _described(data, loader, trial),
     )  # fmt: skip
-    for unreadable in bad:
-        console.print(f"left out, unreadable: {unreadable}", style="yellow", soft_wrap=True)
+    print_bad(console, bad)
     for entry in commands:
         console.print(f"# {entry['what']}\n{entry['command']}", soft_wrap=True)
 

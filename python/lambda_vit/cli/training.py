@@ -24,6 +24,7 @@ from .options import (
     SkipBad,
     Weights,
     Workers,
+    print_bad,
     read_class_map,
 )
 
@@ -204,8 +205,7 @@ def finetune(
             if processes.is_main:
                 write_training_report(out)
     if processes.is_main:
-        for path in bad:
-            console.print(f"left out, unreadable: {path}", style="yellow", soft_wrap=True)
+        print_bad(console, bad)
         _tell(console, run, restart)
         images = data if val_data is None else val_data
         if not run.stopped and not images.startswith(("hfds/", "wds/")):

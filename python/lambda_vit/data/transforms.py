@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..models.properties import input_shape
+from ..runtime.formatting import format_differences
 
 
 def transforms_for(model: nn.Module, training: bool = False, **augment: Any) -> Callable[..., Tensor]:
@@ -60,9 +61,7 @@ def check_preparation(models: Mapping[str, nn.Module], remedy: str) -> None:
         wanted[name] = {key: tuple(v) if isinstance(v, list) else v for key, v in _resolve(model).items()}
     first, *others = wanted
     for other in others:
-        keys = [key for key in wanted[first] if wanted[first][key] != wanted[other].get(key)]
-        if keys:
-            listed = "; ".join(f"{key} {wanted[first][key]} and {wanted[other].get(key)}" for key in keys)
+        if listed := format_differences(wanted[first], wanted[other], "{} {} and {}"):
             raise ValueError(
                 f"{first} and {other} want their images prepared differently ({listed}): they cannot be compared on one "
                 f"data set. {remedy}"

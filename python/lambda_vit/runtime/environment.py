@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lambda_kernels._version import __version__
 from lambda_kernels.ops.checks import dtype_name
 from lambda_kernels.ops.histogram import _extension
 from lambda_kernels.ops.histogram.function import histogram_backend
@@ -21,7 +22,7 @@ from lambda_kernels.ops.ln_mlp.fused import tuning
 def versions() -> dict[str, str]:
     """Versions of everything that a result can depend on, as a report lists them."""
     found = {
-        "lambda-kernels": _version("lambda-kernels"),
+        "lambda-kernels": __version__,
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "torch": torch.__version__,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 NONE = "–"
 
@@ -128,3 +129,9 @@ def format_change(before: float, after: float) -> str:
         return NONE
     text = f"{(after / before - 1) * 100:+.1f}"
     return "no change" if float(text) == 0 else _minus(text) + " %"
+
+
+def format_differences(first: Mapping[str, Any], other: Mapping[str, Any], form: str = "{} was {!r}, is {!r}") -> str:
+    """The entries in which two mappings differ, each as `form` of its key and both values; empty where none does."""
+    keys = (key for key in {**first, **other} if first.get(key) != other.get(key))
+    return "; ".join(form.format(key, first.get(key), other.get(key)) for key in keys)

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .formatting import format_differences
+
 T = TypeVar("T")
 
 
@@ -114,9 +116,7 @@ class Processes:
         """
         first, *others = self.gather(value)
         for rank, other in enumerate(others, 1):
-            different = [key for key in {**first, **other} if first.get(key) != other.get(key)]
-            if different:
-                listed = "; ".join(f"{key}: {first.get(key)!r} and {other.get(key)!r}" for key in different)
+            if listed := format_differences(first, other, "{}: {!r} and {!r}"):
                 raise ValueError(f"{doing}: ranks 0 and {rank} were started differently ({listed}). Start all alike")
 
     @contextlib.contextmanager

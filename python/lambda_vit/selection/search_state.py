@@ -9,6 +9,7 @@ from typing import Any
 
 from lambda_kernels.files import remove_leftovers, write_json
 
+from ..runtime.formatting import format_differences
 from .path_statistics import PathResult
 from .result import Round
 
@@ -62,9 +63,7 @@ class Progress:
             write_json(self.path, {"format": FORMAT, "fingerprint": self.fingerprint, "found": found.to_dict()})
 
     def _compare(self, before: dict[str, Any]) -> None:
-        different = [k for k in {**before, **self.fingerprint} if before.get(k) != self.fingerprint.get(k)]
-        if different:
-            listed = "; ".join(f"{k} was {before.get(k)!r}, is {self.fingerprint.get(k)!r}" for k in different)
+        if listed := format_differences(before, self.fingerprint):
             raise ProgressMismatchError(
                 f"{self.path} holds a selection that was started differently: {listed}. Use the options, model and data "
                 "that it was started with, another place to write to, or start over with --restart (restart=True)"

@@ -69,20 +69,20 @@ def measure_costs(
     layers = [int(layer) for layer in layers]
     check_indices(layers, inspect_model(model).depth, "layers")
     views = {str(n): skip_attention(model, layers[:n]) if n else model for n in range(len(layers) + 1)}
-    prices = [_cost(view, image_size, batch_size) for view in track(views.values(), "Cost of each step")]
+    counts = [_cost(view, image_size, batch_size) for view in track(views.values(), "Cost of each step")]
     times = compare_latency(views, (batch_size,), rounds=rounds, seconds=seconds, image_size=image_size, device=device)
     taken = [times[name][batch_size] for name in views]
     return [
         {
-            "parameters": price.parameters,
-            "flops": price.flops,
-            "weight_bytes": price.weight_bytes,
+            "parameters": counted.parameters,
+            "flops": counted.flops,
+            "weight_bytes": counted.weight_bytes,
             "peak_memory_bytes": memory,
             "images_per_second": 1000 * batch_size / time.median_ms,
             "images_per_second_interval": [1000 * batch_size / time.high_ms, 1000 * batch_size / time.low_ms],
             "speedup": taken[0].median_ms / time.median_ms,
         }
-        for (price, memory), time in zip(prices, taken, strict=True)
+        for (counted, memory), time in zip(counts, taken, strict=True)
     ]
 
 
@@ -92,8 +92,8 @@ def _cost(model: nn.Module, image_size: int | tuple[int, int, int] | None, batch
     from ..models.properties import one_device
 
     if batch_size <= 2 or one_device(model).type == "cuda":
-        price = cost(model, image_size, batch_size)
-        return price, price.peak_memory_bytes
+        counted = cost(model, image_size, batch_size)
+        return counted, counted.peak_memory_bytes
     # What lives at the peak is weights and a multiple of the images: two small forwards tell as much as a large one.
     one, two = (cost(model, image_size, size) for size in (1, 2))
     return two, one.peak_memory_bytes + (batch_size - 1) * (two.peak_memory_bytes - one.peak_memory_bytes)

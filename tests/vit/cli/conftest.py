@@ -9,7 +9,7 @@ import pytest
 from small_models import small_vit
 from stream_support import make_images
 
-import lambda_vit.cli as cli
+import lambda_vit.cli.main as cli
 from lambda_kernels import save_pretrained
 
 

@@ -376,7 +376,7 @@ def test_unreadable_images(finetune, folder, tmp_path):
     assert str(bad) in err
     code, out, err = finetune("--remove", 1, "--skip-bad", 1, data=data, out=tmp_path / "skipping")
     assert code == 0, err
-    assert f"left out, unreadable: {bad}" in out
+    assert f"unreadable image omitted: {bad}" in out
 
 
 @pytest.mark.slow

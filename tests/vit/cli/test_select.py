@@ -245,7 +245,7 @@ def test_next_commands_can_be_run_whatever_the_paths(run, folder, tmp_path):
     options = ["--count", 2, "--no-profile", "--no-latency", "--skip-bad", 1, "--tolerance", 100]
     code, printed, err = run("select", "--model", model, "--data", data, "--out", out, *options)
     assert code == 0, err
-    assert f"left out, unreadable: {bad}" in printed
+    assert f"unreadable image omitted: {bad}" in printed
     assert str(out / "report.html") in printed
     words = {words[0]: words for words in commands_in(printed)}
     for name in ("convert", "validate"):

@@ -44,10 +44,10 @@ def test_the_report_of_a_real_run(tmp_path):
     assert rows["untrained"]["top1"] == evaluate(untrained, validation()).top1
     assert (rows["full"]["trained"], rows["untrained"]["trained"], rows["model"]["trained"]) == (True, False, True)
     for name, network in (("full", full), ("untrained", untrained), ("model", model)):
-        price = cost(network, batch_size=comparison.COST_BATCH)
-        assert rows[name]["parameters"] == price.parameters
-        assert rows[name]["flops"] == price.flops
-        assert rows[name]["peak_memory_bytes"] == price.peak_memory_bytes
+        expected = cost(network, batch_size=comparison.COST_BATCH)
+        assert rows[name]["parameters"] == expected.parameters
+        assert rows[name]["flops"] == expected.flops
+        assert rows[name]["peak_memory_bytes"] == expected.peak_memory_bytes
     assert [row["attention"] for row in record["kernel_paths"]] == ["kept", "removed", "kept"]
     assert record["unreadable"] == []
     for words in ("λ reached 0 after epoch 2 (step 6)", f"Top-1 is {found.top1:.1f} %", "on 90 images", "loaded back from disk",

@@ -22,6 +22,7 @@ from lambda_kernels.convert.checks import check_indices, unwrap_layers
 from ...data.fingerprints import data_fingerprint, model_fingerprint
 from ...measure.accuracy import Score, score
 from ...models.properties import one_device
+from ...runtime.formatting import format_differences
 from ...runtime.processes import Processes, ProcessLostError
 from ...runtime.progress import task
 from ..dilution import LambdaSchedule
@@ -227,10 +228,7 @@ class Trainer:
             ResumeMismatchError: It belongs to another run; names what differs.
             CheckpointError: The best model it knows of is gone.
         """
-        before = state["fingerprint"]
-        different = [k for k in {**before, **self.fingerprint} if before.get(k) != self.fingerprint.get(k)]
-        if different:
-            listed = "; ".join(f"{k} was {before.get(k)!r}, is {self.fingerprint.get(k)!r}" for k in different)
+        if listed := format_differences(state["fingerprint"], self.fingerprint):
             raise ResumeMismatchError(
                 f"the run that is to go on was started differently: {listed}. Use what it was started with, or start "
                 "another one"

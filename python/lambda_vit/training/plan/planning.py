@@ -270,7 +270,7 @@ def _phase(step: Latency | None, epochs: int, steps: int, batch_size: int, loadi
 def _count(name: str, network: nn.Module, device: torch.device, batch_size: int) -> NetworkPlan:
     """What of a network can be counted; it is back on the CPU afterwards."""
     with task(f"Count what the {name} network takes", 1) as advance:
-        price = cost(network)
+        counted = cost(network)
         with _memory_explained(batch_size, device, None):
             network.to(device).train()
             counts = [saved_bytes(network, training_images(network, number)) for number in COUNTED_AT]
@@ -281,10 +281,10 @@ def _count(name: str, network: nn.Module, device: torch.device, batch_size: int)
     per_image = round((counts[1] - counts[0]) / (more - few))
     trainable = [p for p in network.parameters() if p.requires_grad]
     plan = NetworkPlan(
-        parameters=price.parameters,
+        parameters=counted.parameters,
         trainable=sum(p.numel() for p in trainable),
-        flops=price.flops,
-        weight_bytes=price.weight_bytes,
+        flops=counted.flops,
+        weight_bytes=counted.weight_bytes,
         saved_bytes_fixed=counts[0] - few * per_image,
         saved_bytes_per_image=per_image,
         gradient_bytes=sum(p.numel() * p.element_size() for p in trainable),
