@@ -17,6 +17,7 @@ from ..ops.checks import check_choice
 from ..ops.ln_mlp import recompute as recomputed
 from ..ops.ln_mlp.dispatch import Choice, choose
 from ..ops.ln_mlp.function import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
+from ..ops.ln_mlp.reference import scale_residual
 from .families import FAMILIES, Family, layer_scale
 from .hooks import global_hooks, is_altered
 
@@ -206,22 +207,16 @@ class MlpBlockBase(nn.Module):
             return checkpoint(lambda x: self._after(x, self.mlp(self.norm2(self._scaled(x)))), x, use_reentrant=False)
         mlp = self.mlp
 
-        def normed(x: Tensor) -> Tensor:
+        def norm(x: Tensor) -> Tensor:
             return self.norm2(self._scaled(x))
 
         def after(x: Tensor, pre: Tensor) -> Tensor:
             return self._after(x, mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(mlp.act(pre))))))
 
-        # PyTorch stops a second run as soon as it has what was asked for: before the product, whose result is kept, and before
-        # the second one. Compilers keep no last result of what they compute again, so that for them the product is outside.
-        if torch.compiler.is_compiling():
-            pre = mlp.fc1(checkpoint(normed, x, use_reentrant=False))
-        else:
-            pre = checkpoint(lambda x: mlp.fc1(normed(x)), x, use_reentrant=False)
-        return checkpoint(after, x, pre, use_reentrant=False)
+        return recomputed.checkpoint_around(norm, mlp.fc1, after, x)
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.residual_scale == 1.0 else self.residual_scale * x
+        return scale_residual(x, self.residual_scale)
 
     def _after(self, x: Tensor, branch: Tensor) -> Tensor:
         return self._scaled(x) + self.drop_path2(_by_scale(self, FAMILIES[self.family].scales[1], branch))
@@ -239,9 +234,7 @@ class MlpBlockBase(nn.Module):
         form = find_gelu_form(mlp.act)
         assert form is not None, "another activation is an obstacle"
         fc1, fc2 = mlp.fc1, mlp.fc2
-        gamma = layer_scale(self, FAMILIES[self.family].scales[1])
-        dtype = compute_dtype(x, fc2.weight)
-        dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+        scale = layer_scale(self, FAMILIES[self.family].scales[1])
         return ln_mlp(
             x,
             norm2.weight,
@@ -252,8 +245,8 @@ class MlpBlockBase(nn.Module):
             fc2.bias,
             eps=norm2.eps,
             residual_scale=self.residual_scale,
-            layer_scale=gamma,
-            branch_scale=_stochastic_depth(self.drop_path2, x, dtype),
+            layer_scale=scale,
+            branch_scale=_stochastic_depth(self.drop_path2, x, fc2.weight, scale),
             approximate=form,
             recompute=self.recompute,
             backend=self.backend,
@@ -268,13 +261,16 @@ def _by_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:
     return scale(branch) if isinstance(scale, nn.Module) else scale * branch
 
 
-def _stochastic_depth(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _stochastic_depth(drop_path: nn.Module, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor | None:
     """What timm's DropPath would multiply each sample's branch by, `[B, 1, …]` for x `[B, …, C]`; None where it does nothing.
 
-    Drawn as timm draws it, in the `dtype` of the branch, so that the same seed drops the same samples.
+    Drawn as timm draws it, in the dtype of the branch that `weight` and the LayerScale `scale` make, so that the same seed
+    drops the same samples.
     """
     if type(drop_path) is not DropPath or not drop_path.training or not drop_path.drop_prob:
         return None
+    dtype = compute_dtype(x, weight)
+    dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
     keep = 1.0 - drop_path.drop_prob
     factor = torch.empty((x.shape[0],) + (1,) * (x.dim() - 2), dtype=dtype, device=x.device)
     factor.bernoulli_(keep)

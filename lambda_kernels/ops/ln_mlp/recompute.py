@@ -74,8 +74,9 @@ def checkpoint_around(
         x: Tokens.
         **options: For `torch.utils.checkpoint.checkpoint`.
     """
-    # PyTorch stops a second run as soon as it has what was requested: before the product, whose result is saved. Compilers
-    # save no last result of what they compute again, so for them the product stays outside.
+    # PyTorch stops a second run as soon as it has what was requested: before the product, whose result is saved, and in `after`
+    # before a last product whose result nothing uses. Compilers do not save the last result of what they compute again, so
+    # for them the product stays outside.
     if torch.compiler.is_compiling():
         pre = product(checkpoint(norm, x, use_reentrant=False, **options))
     else:
