@@ -190,7 +190,7 @@ def page(table: Table, version: str) -> str:
         "",
         "For all of them `convert_vit`, selection, profiles and dilution work. *Fused* means that the MLP half of a block "
         "runs through `ln_mlp`, and on a GPU through its Triton kernels; elsewhere timm's own modules run, for the reason "
-        'given. `model.lambda_kernels_info` says for every block which it is. `backend="triton"`, asked for by name, refuses '
+        'given. `model.lambda_kernels_info` says for every block which it is. `backend="triton"`, requested by name, refuses '
         "models with blocks that are not fused, and names blocks and reasons.",
         "",
         "What to know before layers are removed:",

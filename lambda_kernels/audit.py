@@ -317,7 +317,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def product_case(
     kernel: str, channels: int, dtype: torch.dtype, config: Any, tma: bool, arch: int, variant: str = ""
 ) -> Case:
-    """The most that a kernel can be asked for: biases, LayerScale, branch factors, statistics, what the backward needs."""
+    """The largest variant of a kernel: biases, LayerScale, branch factors, statistics, what the backward needs."""
     from .ops.ln_mlp.fused import launch
 
     rows, hidden = _TOKENS, 4 * channels
@@ -397,19 +397,21 @@ def _row(f: Finding) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns 0 if every case passes, 1 otherwise, 2 where nothing can be compiled."""
     parser = argparse.ArgumentParser(prog="python -m lambda_kernels.audit", description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--kernel", nargs="+", default=(), help="names of kernels; all of them if not given")
-    parser.add_argument("--defaults", action="store_true", help="only what is used where nothing was measured")
-    parser.add_argument("--workers", type=int, default=1, help="compilations at a time")
-    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities", choices=sorted(SHARED_LIMIT)
+    )
+    parser.add_argument("--kernel", nargs="+", default=(), help="kernels to compile (default: all)")
+    parser.add_argument("--defaults", action="store_true", help="only the default configuration of each kernel")
+    parser.add_argument("--workers", type=int, default=1, help="number of parallel compilations")
+    parser.add_argument("--json", type=Path, help="write the findings to this JSON file")
     options = parser.parse_args(arguments)
     try:
         import triton
     except ImportError:
-        print("triton is not installed: nothing to compile with", file=sys.stderr)
+        print("triton is not installed; install it to compile the kernels", file=sys.stderr)
         return 2
     if in_interpreter():
-        print("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
+        print("TRITON_INTERPRET is set; unset it, because the interpreter compiles nothing", file=sys.stderr)
         return 2
     known = (*configs.KERNELS, *ROW_KERNELS)
     if unknown := set(options.kernel) - set(known):

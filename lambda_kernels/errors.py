@@ -12,11 +12,11 @@ class AlreadyConvertedError(ValueError):
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message lists every reason."""
+    """A backend was requested by name and cannot run here; the message lists every reason."""
 
 
 class ExtensionUnavailableError(RuntimeError):
-    """The compiled extension was asked for by name and is missing or cannot be loaded; the cause is chained."""
+    """The compiled extension was requested by name and is missing or cannot be loaded; the cause is chained."""
 
 
 class CheckpointError(ValueError):

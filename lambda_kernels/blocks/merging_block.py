@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..ops.token_merging import (
     Merge,
-    follow,
+    compose_places,
+    count_mergeable,
     match_tokens,
     merge_tokens,
-    mergeable,
     proportional_attention,
     unmerge_tokens,
 )
@@ -57,7 +57,7 @@ class Carried:
         if sizes is None:
             sizes = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         x, self.sizes = merge_tokens(x, sizes, merge)
-        self.place = merge.place if self.place is None else follow(self.place, merge.place)
+        self.place = merge.place if self.place is None else compose_places(self.place, merge.place)
         return x
 
 
@@ -84,7 +84,7 @@ class MergingBlock(FusedMlp):
     ) -> Tensor:
         if carried is None or attn_mask is not None or is_causal:
             raise RuntimeError(_ALONE)
-        r = mergeable(x.shape[1], self.tome_r, self.prefix_tokens)
+        r = count_mergeable(x.shape[1], self.tome_r, self.prefix_tokens)
         if r == 0 and carried.sizes is None:
             return super().forward(x)
         branch, keys = self._attend(self.norm1(x), carried.sizes)
@@ -213,7 +213,7 @@ def token_counts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[in
         return None
     counts, tokens = [], patches + model.num_prefix_tokens
     for block in blocks:
-        merged = mergeable(tokens, block.tome_r, block.prefix_tokens) if type(block) is MergingBlock else 0
+        merged = count_mergeable(tokens, block.tome_r, block.prefix_tokens) if type(block) is MergingBlock else 0
         counts.append((tokens, merged))
         tokens -= merged
     return counts

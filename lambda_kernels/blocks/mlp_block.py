@@ -124,10 +124,10 @@ class MlpBlockBase(nn.Module):
             if by == "torch" and level != "none":
                 obstacles = recomputed.obstacles()
         if obstacles:
-            return Recompute("none", f"{level!r} was asked for, but {'; '.join(obstacles)}")
+            return Recompute("none", f"{level!r} was requested, but {'; '.join(obstacles)}")
         if self.recompute != "auto":
             how = {"modules": ", by running modules twice", "torch": ", by PyTorch's operators"}.get(by, "")
-            return Recompute(level, f"asked for by name{how}")
+            return Recompute(level, f"requested by name{how}")
         if by == "triton":
             return Recompute(level, f"'auto' decides by width, {channels} here")
         return Recompute(level, "'auto' leaves it to autograd where no kernel runs")

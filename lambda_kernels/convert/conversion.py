@@ -113,7 +113,7 @@ def _replace_blocks(
 
 
 def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo], backend: str) -> None:
-    """Refuse a backend that was asked for by name where blocks that are to be fused would run their submodules instead.
+    """Refuse a backend that was requested by name where blocks that are to be fused would run their submodules instead.
 
     It is eval mode that counts, as in `rows`: dropout that trains is no reason. Blocks that stay timm's were not asked.
     """
@@ -188,7 +188,7 @@ def convert_vit(
         fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". With "all",
             blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
             anything else of its own stays, and `lambda_kernels_info` says so.
-        backend: "auto", "triton", "onednn" or "torch", passed on to `ln_mlp`. "triton" and "onednn" are asked for by name: a
+        backend: "auto", "triton", "onednn" or "torch", passed on to `ln_mlp`. "triton" and "onednn" are requested by name: a
             model with an MLP half that `fuse` names and that they cannot serve in eval mode is refused.
         recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
             kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.

@@ -35,7 +35,7 @@ class Merge(NamedTuple):
     place: Tensor
 
 
-def mergeable(tokens: int, r: int, protected: int = 0) -> int:
+def count_mergeable(tokens: int, r: int, protected: int = 0) -> int:
     """How many of `r` tokens can be merged in one step: at most half of those that are not protected."""
     return min(r, max(tokens - protected, 0) // 2)
 
@@ -49,7 +49,7 @@ def match_tokens(keys: Tensor, r: int, *, protected: int = 0) -> Merge:
 
     Args:
         keys: [B, N, D]; any floating dtype, compared in float32 or wider.
-        r: Tokens to merge; more than `mergeable` allows are cut down to that.
+        r: Tokens to merge; more than `count_mergeable` allows are cut down to that.
         protected: So many tokens at the front, such as a class token, are neither merged nor merged into.
 
     Raises:
@@ -64,7 +64,7 @@ def match_tokens(keys: Tensor, r: int, *, protected: int = 0) -> Merge:
     batch, tokens, _ = keys.shape
     if protected > tokens:
         raise ValueError(f"protected must be at most the {tokens} tokens there are; got {protected}")
-    r = mergeable(tokens, r, protected)
+    r = count_mergeable(tokens, r, protected)
     every = torch.arange(tokens, device=keys.device).expand(batch, tokens)
     if r == 0:
         nothing = every[:, :0]
@@ -127,7 +127,7 @@ def unmerge_tokens(x: Tensor, place: Tensor) -> Tensor:
 
     Args:
         x: [B, M, C]; differentiable.
-        place: [B, N], from `Merge.place` or `follow`.
+        place: [B, N], from `Merge.place` or `compose_places`.
 
     Returns:
         [B, N, C].
@@ -143,7 +143,7 @@ def unmerge_tokens(x: Tensor, place: Tensor) -> Tensor:
     return _take(x, place)
 
 
-def follow(first: Tensor, second: Tensor) -> Tensor:
+def compose_places(first: Tensor, second: Tensor) -> Tensor:
     """Where tokens are after two merges: [B, N], out of the `place` of the first, [B, N], and of the second, [B, N − r]."""
     return second.gather(1, first)
 

@@ -84,8 +84,8 @@ def histogram_backend(device: torch.device | str, dtype: torch.dtype, backend: s
 
     Raises:
         ValueError: There is no such backend.
-        BackendUnavailableError: "extension" was asked for by name and has no code for `device` and `dtype`.
-        ExtensionUnavailableError: "extension" was asked for by name and cannot be loaded.
+        BackendUnavailableError: "extension" was requested by name and has no code for `device` and `dtype`.
+        ExtensionUnavailableError: "extension" was requested by name and cannot be loaded.
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
@@ -174,8 +174,8 @@ def histogram(
     Raises:
         TypeError: An argument has the wrong type or dtype, or the dtypes in a list differ.
         ValueError: The shapes or devices do not fit, or nothing is asked for.
-        BackendUnavailableError: The backend asked for by name has no code for `x`.
-        ExtensionUnavailableError: The extension was asked for by name and cannot be loaded.
+        BackendUnavailableError: The backend requested by name has no code for `x`.
+        ExtensionUnavailableError: The extension was requested by name and cannot be loaded.
     """
     tensors = _check_input(x, per)
     rows = _check_grid(tensors, grid, per, statistics)

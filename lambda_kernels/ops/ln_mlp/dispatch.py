@@ -1,7 +1,7 @@
-"""The one predicate that chooses how an operator runs, and can say why.
+"""The one predicate that chooses how `ln_mlp` runs and gives the reason.
 
-`choose` is what the operators call and what `explain`-style callers (`model.lambda_kernels_info`, `lambda-vit doctor`)
-print, so what is reported cannot drift from what runs. A backend asked for by name never falls back.
+The operator calls `choose`, and `model.lambda_kernels_info` and `lambda-vit doctor` print its answer, so a report cannot
+drift from what runs. A backend requested by name never falls back.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ BACKENDS = ("auto", "triton", "onednn", "torch")
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
+
+_EXPORTED = "the model is being exported, and an exported model has to run without this library"
 
 # Compute capability from which the kernels' products run on bfloat16 tensor cores.
 _OLDEST_CAPABILITY = (8, 0)
@@ -47,7 +49,7 @@ def in_interpreter() -> bool:
 @functools.lru_cache  # outside: dynamo looks through it, and would look through what is inside of it
 @torch.compiler.assume_constant_result
 def _capability(index: int | None) -> tuple[int, int] | None:
-    # None where no CUDA device can be asked, as when a model for one is traced without data.
+    # None without a CUDA device, as when a model for one is traced without data.
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
@@ -61,22 +63,20 @@ def _device_obstacles(device: torch.device) -> list[str]:
     return []
 
 
-def transforms() -> list[str]:
-    """Transforms of PyTorch in force that a custom operator cannot take part in, and some would silently leave out."""
+def active_transforms() -> list[str]:
+    """The active transforms of PyTorch that a custom operator does not support; some of them would silently skip it."""
     if torch.compiler.is_compiling():
         return []
     found = []
     if torch._C._are_functorch_transforms_active():
-        found.append(
-            "a torch.func transform (grad, vmap, jvp …) is active, which only PyTorch's own operators can follow"
-        )
+        found.append("a torch.func transform (grad, vmap, jvp …) is active, which only PyTorch's own operators support")
     if torch.autograd.forward_ad._current_level >= 0:
         found.append("forward-mode differentiation is active, which the kernels have no formula for")
     return found
 
 
 @torch.compiler.assume_constant_result
-def exporting() -> bool:
+def is_exporting() -> bool:
     """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records what is being computed.
 
     What they record must run where this library is not installed.
@@ -94,9 +94,9 @@ def triton_obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
         obstacles += _device_obstacles(device)
     elif not (device.type == "cpu" and in_interpreter()):
         obstacles.append(f"the tensors are on {device.type}, not on a CUDA device")
-    if exporting():
-        obstacles.append("the model is being exported, and what is exported has to run without this library")
-    obstacles += transforms()
+    if is_exporting():
+        obstacles.append(_EXPORTED)
+    obstacles += active_transforms()
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         obstacles.append(f"dtype {dtype_name(dtype)} is not one of float32, bfloat16, float16")
     return obstacles
@@ -105,8 +105,8 @@ def triton_obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
 def onednn_obstacles(device: torch.device, dtype: torch.dtype, *, is_inference: bool = True) -> list[str]:
     """Everything that keeps oneDNN's products from running on `device` with `dtype`; empty when they can.
 
-    Where `is_inference` is False, PyTorch's operators compute the call (see `not_inference`). What these products can do with
-    its dtype on this processor is no obstacle then, nor is a dtype that autocast chose: models train and export alike on all.
+    Where `is_inference` is False, PyTorch's operators compute the call (see `inference_obstacles`). What these products can do
+    with its dtype on this processor is no obstacle then, nor is a dtype that autocast chose: models train and export alike on all.
     """
     obstacles = list(_why_no_onednn(is_inference and dtype == torch.bfloat16))
     if device.type != "cpu":
@@ -119,17 +119,17 @@ def onednn_obstacles(device: torch.device, dtype: torch.dtype, *, is_inference: 
 
 @torch.compiler.assume_constant_result
 def _why_no_onednn(bfloat16: bool) -> tuple[str, ...]:
-    if onednn.missing():
-        return onednn.missing()
-    if not torch._C._get_mkldnn_enabled() and not exporting():  # torch.export switches it off for itself
+    if onednn.missing_operators():
+        return onednn.missing_operators()
+    if not torch._C._get_mkldnn_enabled() and not is_exporting():  # torch.export switches it off for itself
         return ("oneDNN is switched off (torch.backends.mkldnn)",)
-    if bfloat16 and not onednn.knows_bfloat16():
+    if bfloat16 and not onednn.supports_bfloat16():
         return ("oneDNN computes nothing in bfloat16 on this processor",)
     return ()
 
 
-def not_inference(device: torch.device, recording: bool = False, subclass: bool = False) -> list[str]:
-    """Why a call is none that oneDNN's products are for: PyTorch's operators then compute it, whatever was asked for.
+def inference_obstacles(device: torch.device, recording: bool = False, subclass: bool = False) -> list[str]:
+    """Why a call is not one of inference, which oneDNN's products are for: PyTorch's operators then compute it.
 
     Args:
         device: Of the tensors.
@@ -138,12 +138,12 @@ def not_inference(device: torch.device, recording: bool = False, subclass: bool 
     """
     if torch.compiler.is_compiling():
         # Asked for alone: a graph that is compiled can follow none of the other questions, and none of them matters there.
-        if exporting():
-            return ["the model is being exported, and what is exported has to run without this library"]
-        return ["the model is being compiled, and the compiler itself puts PyTorch's operators together"]
-    found = transforms()
-    if exporting():
-        found.append("the model is being exported, and what is exported has to run without this library")
+        if is_exporting():
+            return [_EXPORTED]
+        return ["the model is being compiled, and the compiler fuses PyTorch's operators itself"]
+    found = active_transforms()
+    if is_exporting():
+        found.append(_EXPORTED)
     if recording:
         found.append(
             "autograd records the call, and oneDNN's products have no gradient; torch.inference_mode() records none"
@@ -152,7 +152,9 @@ def not_inference(device: torch.device, recording: bool = False, subclass: bool 
         once = "" if _why_no_onednn(True) else "; model.to(torch.bfloat16) does it once"
         found.append(f"autocast is on, and would cast the weights at every call{once}")
     if subclass or torch._C._len_torch_dispatch_stack() > 0:
-        found.append("a tensor subclass or a dispatch mode is there, which may know PyTorch's public operators alone")
+        found.append(
+            "a tensor subclass or a dispatch mode is active, which may support only PyTorch's public operators"
+        )
     return found
 
 
@@ -166,19 +168,19 @@ def choose(
 ) -> Choice:
     """Choose the backend of `ln_mlp` for tensors on `device` with `dtype`.
 
-    "onednn" is a choice for inference: where it could run, but the call is another one (see `not_inference`, which gets
+    "onednn" is a choice for inference: where it could run, but the call is another one (see `inference_obstacles`, which gets
     `recording` and `subclass`), that is no error, since a model is trained and exported as well; the reason says so. Such calls
     do not need a processor on which oneDNN knows bfloat16.
 
     Raises:
         ValueError: `backend` is not one of "auto", "triton", "onednn", "torch".
-        BackendUnavailableError: "triton" or "onednn" was asked for by name and cannot run; every reason is listed.
+        BackendUnavailableError: "triton" or "onednn" was requested by name and cannot run; every reason is listed.
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
-        return Choice("torch", "asked for by name")
+        return Choice("torch", "requested by name")
     if backend == "onednn":
-        others = not_inference(device, recording, subclass)
+        others = inference_obstacles(device, recording, subclass)
         obstacles = onednn_obstacles(device, dtype, is_inference=not others)
         if obstacles:
             raise BackendUnavailableError(
@@ -186,12 +188,12 @@ def choose(
             )
         if others:
             return Choice("torch", f"backend='onednn' is for inference, but {'; '.join(others)}")
-        return Choice("onednn", "asked for by name; calls that autograd records take PyTorch's operators")
+        return Choice("onednn", "requested by name; calls that autograd records use PyTorch's operators")
     obstacles = triton_obstacles(device, dtype)
     if backend == "auto" and not obstacles and device.type == "cpu":
         return Choice("torch", "Triton's interpreter is only used when backend='triton' asks for it")
     if not obstacles:
-        return Choice("triton", "asked for by name" if backend == "triton" else "a fused kernel serves this case")
+        return Choice("triton", "requested by name" if backend == "triton" else "a fused kernel serves this case")
     if backend == "triton":
         raise BackendUnavailableError(
             f"backend='triton' cannot run ln_mlp: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"

@@ -65,15 +65,15 @@ def ln_mlp(
             timm's to the last bit. A `torch.func` transform or forward-mode differentiation makes it "none" as well.
         backend: "auto", "triton", "onednn" or "torch". "triton" and "onednn" raise where they cannot run. "onednn" (CPU,
             float32 and bfloat16) is for inference: where autograd records the call, under autocast, while compiling or
-            exporting, PyTorch's operators run; `dispatch.choose` tells the reason. "auto" never takes it, since it rounds
-            otherwise than timm. Of weights that are parameters it keeps a second copy, in an order of its own, while they live.
-            Changes of a weight are seen, but for single elements written past PyTorch, through `.data` or NumPy.
+            exporting, PyTorch's operators run; `dispatch.choose` gives the reason. "auto" never uses it, since it rounds
+            differently from timm. It holds a second copy of weights that are parameters, in its own order, while they live. It
+            notices changes of a weight, except of single elements written past PyTorch, through `.data` or NumPy.
 
     Returns:
         A tensor shaped like `x`; dtype as PyTorch's own type promotion and autocast give.
 
     Raises:
-        TypeError: An argument is no tensor, has an unsupported dtype, or dtypes differ outside autocast.
+        TypeError: An argument is not a tensor, has an unsupported dtype, or dtypes differ outside autocast.
         ValueError: A shape, device, option or number does not fit; the message names it.
         BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run here.
     """
@@ -149,7 +149,7 @@ def _fits(
     b2: Tensor | None,
     layer_scale: Tensor | None,
 ) -> bool:
-    """Whether all is plainly well, asked at every call; `_check_tensors` finds out what is not, or that it is well too."""
+    """Whether the arguments pass a fast check, made at every call; where not, `_check_tensors` decides and explains."""
     try:
         dtype, device, (hidden, channels) = x.dtype, x.device, w1.shape
         if (
@@ -170,7 +170,7 @@ def _fits(
             isinstance(t, Tensor) and t.dtype == dtype and t.device == device and t.layout == torch.strided
             for t in given
         )
-    except (AttributeError, IndexError, TypeError, ValueError):  # no tensor, or of too few dimensions
+    except (AttributeError, IndexError, TypeError, ValueError):  # not a tensor, or of too few dimensions
         return False
 
 

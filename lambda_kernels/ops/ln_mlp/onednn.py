@@ -2,10 +2,10 @@
 
 x [M, C], GELU's output [M, H]. Of what PyTorch's operators would write, p [M, H], the branch and copies of biases [M, C] are
 never written. The products are operators that PyTorch has for its compiler, `torch.ops.mkldnn._linear_pointwise`; they are
-private, so `missing` asks whether this version has them as they are called here. They have no gradient.
+private, so `missing_operators` asks whether this version has them as they are called here. They have no gradient.
 
-Weights that are parameters are brought once into the order that oneDNN's products read, which takes their memory again for as
-long as they live. What is not a parameter, such as a view made for a call, is used as it is.
+Weights that are parameters are copied once into the order that oneDNN's products read; the copies need the weights' memory
+again for as long as the weights live. Any other tensor, such as a view made for a call, is used as it is.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @functools.lru_cache
-def missing() -> tuple[str, ...]:
-    """What of PyTorch's operators this needs and this version lacks, for people."""
+def missing_operators() -> tuple[str, ...]:
+    """Why this version of PyTorch cannot run the products: the operators that it lacks, in words."""
     if not torch.backends.mkldnn.is_available():
         return ("this PyTorch was built without oneDNN (torch.backends.mkldnn)",)
     lacking = []
@@ -48,15 +48,15 @@ def missing() -> tuple[str, ...]:
         if found is None or [argument.name for argument in found._schema.arguments] != arguments:
             lacking.append(f"torch.ops.mkldnn.{name}")
     if lacking:
-        return (f"PyTorch {torch.__version__} has not the operators that are needed: {', '.join(lacking)}",)
+        return (f"PyTorch {torch.__version__} lacks operators that this backend needs: {', '.join(lacking)}",)
     return ()
 
 
 @functools.lru_cache
-def knows_bfloat16() -> bool:
-    """Whether oneDNN computes with bfloat16 on this processor; asked only where `missing` is empty."""
-    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return asked is not None and bool(asked())
+def supports_bfloat16() -> bool:
+    """Whether oneDNN computes with bfloat16 on this processor; valid only where `missing_operators` is empty."""
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return is_supported is not None and bool(is_supported())
 
 
 def ln_mlp(x: Tensor, p: Parameters, o: Options) -> Tensor:
@@ -65,8 +65,8 @@ def ln_mlp(x: Tensor, p: Parameters, o: Options) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise
     y = reference.scale_residual(x.reshape(-1, x.shape[-1]).contiguous(), o.residual_scale)
     normed = reference.normalize(y, p.ln_weight, p.ln_bias, o.eps)
-    act = linear(normed, _ordered(p.w1), _dense(p.b1), "gelu", [], o.approximate)
-    w2, b2 = _ordered(p.w2), _dense(p.b2)
+    act = linear(normed, _pack(p.w1), _contiguous(p.b1), "gelu", [], o.approximate)
+    w2, b2 = _pack(p.w2), _contiguous(p.b2)
     if p.layer_scale is None and p.branch_scale is None:
         return linear.binary(act, y, w2, b2, "add").view(x.shape)
     branch = linear(act, w2, b2, "none", [], "")
@@ -76,11 +76,11 @@ def ln_mlp(x: Tensor, p: Parameters, o: Options) -> Tensor:
     return out.view(x.shape)
 
 
-def _dense(bias: Tensor | None) -> Tensor | None:
+def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def _ordered(weight: Tensor) -> Tensor:
+def _pack(weight: Tensor) -> Tensor:
     """A weight [out, in] for the products: a parameter in oneDNN's order, anything else as it is."""
     # Tensors made in inference mode do not count their changes: what was packed of them might be stale.
     if type(weight) is not torch.nn.Parameter or weight.is_inference():

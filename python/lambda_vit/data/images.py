@@ -121,7 +121,7 @@ def open_images(
     Args:
         root: A folder, or a zip that is read in place.
         split: "train" or "val". Where there is no `val`, a lone `validation`, `valid` or `test` stands for it; each of
-            these can also be asked for by name.
+            these can also be requested by name.
         transform: From a PIL image in RGB to a tensor; see `transforms_for`. Default: float [3, H, W] in 0…1.
         num_classes: The outputs of the model that will see the labels. With 1000 and ImageNet synsets as folder names
             the labels are ImageNet's own, however few the folders; otherwise it must be the number of folders, labelled

@@ -118,7 +118,7 @@ class Embeddings:
         plan: What was decided; None before the first batch.
 
     Raises:
-        ValueError: `cache` or `budget` is wrong; while iterating, the cache asked for by name does not fit.
+        ValueError: `cache` or `budget` is wrong; while iterating, the cache requested by name does not fit.
     """
 
     def __init__(

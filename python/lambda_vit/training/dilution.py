@@ -207,7 +207,7 @@ def finish_dilution(
 
     Raises:
         ValueError: λ is not 0 yet, no block is under dilution, or an option is none of the known ones.
-        BackendUnavailableError: `backend` was asked for by name and cannot run.
+        BackendUnavailableError: `backend` was requested by name and cannot run.
     """
     blocks = diluted_blocks(model)
     if not blocks:

@@ -277,7 +277,7 @@ def test_turning_back_gives_timms_own_blocks_as_they_are_now(fuse):
     # and forth again, in place and with another backend
     again = convert_vit(back, remove=(), backend="torch", inplace=True)
     assert again is back
-    assert [row.reason for row in again.lambda_kernels_info.blocks[:2]] == ["asked for by name"] * 2
+    assert [row.reason for row in again.lambda_kernels_info.blocks[:2]] == ["requested by name"] * 2
     assert [row.mlp for row in again.lambda_kernels_info.blocks] == ["torch", "torch", "modules", "torch"]
     assert "not Mlp" in again.lambda_kernels_info.blocks[2].reason
 

@@ -17,7 +17,7 @@ from lambda_kernels.ops.ln_mlp import onednn, tracing
 
 pytestmark = [
     pytest.mark.models,
-    pytest.mark.skipif(bool(onednn.missing()), reason="; ".join(onednn.missing())),
+    pytest.mark.skipif(bool(onednn.missing_operators()), reason="; ".join(onednn.missing_operators())),
 ]
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_loaded_weights_are_used(assign):
     assert relative_error(logits(ours), logits(plain).double()) < 1e-5
 
 
-@pytest.mark.skipif(not onednn.knows_bfloat16(), reason="no bfloat16 here")
+@pytest.mark.skipif(not onednn.supports_bfloat16(), reason="no bfloat16 here")
 def test_other_dtypes():
     ours, plain = converted()
     logits(ours)

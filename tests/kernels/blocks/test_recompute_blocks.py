@@ -251,11 +251,11 @@ def test_what_a_block_says(kind):
     assert said(kind.from_block(plain)) == ("none", "'auto' leaves it to autograd where no kernel runs")
     assert said(kind.from_block(plain, recompute="none"))[0] == "none"
     for level in ("act", "all"):
-        assert said(kind.from_block(plain, recompute=level)) == (level, "asked for by name, by PyTorch's operators")
+        assert said(kind.from_block(plain, recompute=level)) == (level, "requested by name, by PyTorch's operators")
     dropping = kind.from_block(Block(48, 3, proj_drop=0.1), recompute="all")
-    assert said(dropping) == ("all", "asked for by name, by running modules twice")
-    assert said(dropping.eval(), None) == ("all", "asked for by name, by PyTorch's operators")
-    assert said(dropping) == ("all", "asked for by name, by running modules twice")
+    assert said(dropping) == ("all", "requested by name, by running modules twice")
+    assert said(dropping.eval(), None) == ("all", "requested by name, by PyTorch's operators")
+    assert said(dropping) == ("all", "requested by name, by running modules twice")
     by_kernels = kind.from_block(plain, backend="triton").to(DEVICE)
     for width, level in ((48, "all"), (288, "act")):
         wide = kind.from_block(Block(width, 3), backend="triton").to(DEVICE)
@@ -323,7 +323,7 @@ def test_what_must_not_run_twice_does_not(change, level, words):
     change(block)
     found = said(block)
     assert found[0] == "none"
-    assert found[1].startswith(f"{level!r} was asked for, but ")
+    assert found[1].startswith(f"{level!r} was requested, but ")
     assert words in found[1]
     x = torch.randn(2, 5, 48, requires_grad=True)
     block(x).sum().backward()
@@ -339,7 +339,7 @@ def test_another_mlp_can_run_twice_as_a_whole():
     assert saved_bytes(lambda: block(x), block.parameters()) == x.nbytes
     counting = AttentionFreeBlock.from_block(Block(48, 3), recompute="all")
     add_counter(counting)
-    assert said(counting.eval()) == ("all", "asked for by name, by running modules twice")
+    assert said(counting.eval()) == ("all", "requested by name, by running modules twice")
 
 
 def test_global_hooks_and_transforms():

@@ -35,7 +35,7 @@ def test_converting(calls):
     info = converted.lambda_kernels_info
     assert info.recompute == info.to_dict()["recompute"] == "all"
     assert [row.recompute for row in info.blocks] == ["all"] * 4
-    assert info.to_dict()["blocks"][1]["recompute_reason"] == "asked for by name, by PyTorch's operators"
+    assert info.to_dict()["blocks"][1]["recompute_reason"] == "requested by name, by PyTorch's operators"
     converted(images())
     assert calls == ["all"] * 4
     assert convert_vit(converted, (1,), recompute="all") is converted
@@ -56,7 +56,7 @@ def test_converting(calls):
     assert convert_vit(part, (1,), fuse="removed", recompute="all") is part
     assert convert_vit(part, (1,), fuse="removed", recompute="act").blocks[1].recompute == "act"
     plain = convert_vit(model, (1,), fuse="none", recompute="all")
-    assert plain.lambda_kernels_info.blocks[1].recompute_reason == "asked for by name, by running modules twice"
+    assert plain.lambda_kernels_info.blocks[1].recompute_reason == "requested by name, by running modules twice"
     with pytest.raises(ValueError, match="recompute must be one of"):
         convert_vit(model, (1,), recompute="most")
     assert AttentionFreeBlock.from_block(later.blocks[1]).recompute == "act"
@@ -65,7 +65,7 @@ def test_converting(calls):
 def test_a_block_that_cannot_is_warned_of():
     model = small_vit()
     model.blocks[2].mlp.register_forward_hook(lambda module, args, output: None)
-    with pytest.warns(UserWarning, match=r"blocks \[2\] save all that autograd saves: 'all' was asked for, but a hook"):
+    with pytest.warns(UserWarning, match=r"blocks \[2\] save all that autograd saves: 'all' was requested, but a hook"):
         converted = convert_vit(model, (1,), recompute="all")
     assert [row.recompute for row in converted.lambda_kernels_info.blocks] == ["all", "all", "none", "all"]
     hooked = small_vit()

@@ -101,7 +101,7 @@ def test_how_the_blocks_compute_comes_back(fuse, removed, tmp_path):
     assert torch.equal(loaded(images()), model(images()))
     other = from_pretrained(tmp_path, fuse="all", backend="torch")
     assert {type(block) for i, block in enumerate(other.blocks) if i not in removed} == {FusedMlp}
-    assert {row.reason for row in other.lambda_kernels_info.blocks} == {"asked for by name"}
+    assert {row.reason for row in other.lambda_kernels_info.blocks} == {"requested by name"}
     with pytest.raises(ValueError, match="'cuda'"):
         from_pretrained(tmp_path, backend="cuda")
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from merging_oracle import merge_one, softmax_over_copies
 
 from lambda_kernels.ops.token_merging import (
-    follow,
+    compose_places,
+    count_mergeable,
     match_tokens,
     merge_tokens,
-    mergeable,
     proportional_attention,
     unmerge_tokens,
 )
@@ -60,7 +60,7 @@ def test_any_shape(batch, tokens, protected, r, seed):
     check_against_oracle(keys, x, sizes, r, protected, 1e-12)
     merge = match_tokens(keys, r, protected=protected)
     merged, total = merge_tokens(x, sizes, merge)
-    left = tokens - mergeable(tokens, r, protected)
+    left = tokens - count_mergeable(tokens, r, protected)
     assert merged.shape == (batch, left, 6)
     # Weighted by sizes, nothing is lost; what is protected is the same, bit for bit; and each token finds its average.
     torch.testing.assert_close((total[..., None] * merged).sum(1), (sizes[..., None] * x).sum(1))
@@ -78,7 +78,7 @@ def test_two_merges_are_followed():
     once, sizes_once = merge_tokens(x, sizes, first)
     second = match_tokens(once, 5, protected=1)
     twice, sizes_twice = merge_tokens(once, sizes_once, second)
-    place = follow(first.place, second.place)
+    place = compose_places(first.place, second.place)
     # Every token behind is the plain mean of all tokens of the beginning that went there.
     for b in range(2):
         for behind in range(twice.shape[1]):

@@ -134,7 +134,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def describable(*matrices: Tensor | None) -> bool:
+def is_describable(*matrices: Tensor | None) -> bool:
     """Whether the tensor memory accelerator can address all of these matrices: 16-byte aligned rows, unit inner stride."""
     return all(
         t is None
@@ -171,7 +171,7 @@ def _tile(t: Tensor | None, rows: int, cols: int, tma: bool) -> object:
 
 
 @functools.lru_cache
-def chunks(channels: int) -> tuple[int, int]:
+def split_columns(channels: int) -> tuple[int, int]:
     """(columns per chunk, number of chunks): a power of two times 1, 2 or 3, wasting the fewest columns."""
     options = []
     for count in (1, 2, 3):
@@ -212,7 +212,7 @@ def one_pass(
 ) -> Launch:
     """Launch of the whole forward into out [M, C]; mean and rstd [M] are written where they are given."""
     tokens, channels = x.shape
-    width, _ = chunks(channels)
+    width, _ = split_columns(channels)
     return Launch(
         forward.one_pass,
         (ceil_div(tokens, config.bm), 1, 1),
@@ -467,7 +467,7 @@ def layer_norm_input(
 
 @functools.lru_cache
 def _one_pass_constants(channels: int, hidden: int, math: Arithmetic, config: Config, tma: bool) -> dict[str, Any]:
-    width, count = chunks(channels)
+    width, count = split_columns(channels)
     return {
         "C": channels,
         "H": hidden,

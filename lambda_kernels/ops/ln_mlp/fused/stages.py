@@ -39,7 +39,7 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
 _Result = TypeVar("_Result")
 
 
-def _settled(function: Callable[..., _Result]) -> Callable[..., _Result]:
+def _in_settled_context(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Run `function(tokens, …)` with the tokens' device current and autocast off: the dtypes of products are settled."""
 
     @functools.wraps(function)
@@ -67,7 +67,7 @@ def _library(name: str) -> None:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The library's, which wants one dtype: under autocast the bias is still wider, and is cast as autocast would."""
+    """The library's, which needs one dtype: under autocast the bias is still wider, and is cast as autocast would."""
     return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
@@ -77,7 +77,7 @@ def _tma(p: Parameters, *given: Tensor | None) -> bool:
     Not for float32, where descriptors double the registers that a product needs.
     """
     arch, _ = _device_facts(p.w1.device)
-    return configs.uses_descriptors(arch) and p.w1.dtype != torch.float32 and launch.describable(*given, p.w1, p.w2)
+    return configs.uses_descriptors(arch) and p.w1.dtype != torch.float32 and launch.is_describable(*given, p.w1, p.w2)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,7 +115,7 @@ def _tiles(kernel: str, *methods: str, x: Tensor, p: Parameters, tma: bool) -> t
 # Forward
 
 
-@_settled
+@_in_settled_context
 def forward(x: Tensor, p: Parameters, o: Options, save: str) -> tuple[Tensor, Saved]:
     """out [M, C] and what `save` names; matrices are of the compute dtype."""
     kept, tma = SAVE[save], _tma(p, x)
@@ -214,7 +214,7 @@ def _output(act, x, p, o, candidate, tma) -> Tensor:
     return out
 
 
-@_settled
+@_in_settled_context
 def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, needs: Needs) -> list[Tensor | None]:
     """Gradients in the order of `Needs`, None where not wanted. Nothing is computed that none of them needs."""
     dtype = p.w1.dtype
@@ -275,7 +275,7 @@ def _level(p: Parameters) -> Tensor | None:
         return None
     largest = p.layer_scale.abs().amax().float()
     _, exponent = torch.frexp(largest)
-    # All zero, its gradient still wants dO·GELU(p), at a level that float16 holds it at.
+    # Where it is all zero, its gradient still needs dO·GELU(p), at a level that float16 can hold.
     exponent = torch.where(largest == 0, -10, exponent)
     return torch.ldexp(torch.ones((), device=p.layer_scale.device), exponent)
 
@@ -301,7 +301,7 @@ def _product(a: Tensor, b: Tensor, name: str) -> Tensor:
 
 
 def _activation(normed, p, o, saved) -> Tensor:
-    """GELU(p) alone, where nothing in front of it wants a gradient."""
+    """GELU(p) alone, where nothing in front of it needs a gradient."""
     if saved.pre is not None:
         return F.gelu(saved.pre, approximate=o.approximate)
     _library("fc1")

@@ -1,14 +1,14 @@
-"""Which way of computing each stage of an operator is fastest here: measured once per shape, remembered in a file.
+"""The fastest implementation of each stage of `ln_mlp` on this machine: measured once per shape, remembered in a file.
 
-`choose` is what the operators call with the ways they have, the one to use unmeasured first. On a CUDA device each is
-timed on the real tensors at its first use, which takes about 0.05 s per candidate besides its compilation. Since the
-library's own products are always among the candidates of a product, no stage is slower than they are by more than the 2 %
-under which an earlier candidate is preferred: at the size that was measured, launched eagerly, with a cold L2 cache.
+The stages call `choose` with their candidates, the default first. On a CUDA device each candidate is timed on the real
+tensors at the first use of a shape, which takes about 0.05 s per candidate besides its compilation. The library's own
+products are always among the candidates of a product, so no stage is slower than the library by more than the 2 % under
+which an earlier candidate is preferred: at the measured size, launched eagerly, with a cold L2 cache.
 
-What was measured is kept in `cache_path()`, for this GPU, these versions of torch, triton and CUDA, and this set of
-candidates; the file may be deleted at any time. `LAMBDA_KERNELS_TUNING=off` always takes the first candidate. Choices may
-differ between runs that measure anew, and with them the last bits of results: keep the file, or switch tuning off, where
-bits matter. With several processes each tunes for itself; the ranks of a distributed run need not agree.
+Times are saved in `cache_path()`, for this GPU, these versions of torch, triton and CUDA, and this set of candidates; the
+file may be deleted at any time. With `LAMBDA_KERNELS_TUNING=off` the first candidate is always used. Choices may differ
+between runs that measure anew, and with them the last bits of results: retain the file, or switch tuning off, where bits
+matter. With several processes each tunes for itself; the ranks of a distributed run need not agree.
 
 Importing this module needs no triton.
 """
@@ -39,7 +39,7 @@ from .. import tracing
 from ..dispatch import in_interpreter
 from .kernels.configs import Config
 
-# Raised by whoever changes the kernels or their launches: what was measured before says nothing about them.
+# Raise this with every change of the kernels or their launches: earlier times say nothing about them.
 KERNEL_REVISION = 2
 
 
@@ -57,12 +57,12 @@ _LOCK_SECONDS = 10.0
 _CAPTURING = "the stream is being captured"
 
 
-# Errors that tell of the moment, not of the candidate: no memory just now, or a device lost to an earlier kernel.
+# Errors of the moment, not of the candidate: no memory just now, or a device lost to an earlier kernel.
 _PASSING = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 class TuningWarning(RuntimeWarning):
-    """A candidate could not be measured, or what was measured could not be kept; results are right all the same."""
+    """A candidate could not be measured, or its times could not be saved; results are correct all the same."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _State:
     """What this process remembers."""
 
     latest: dict[_Key, Decision] = field(default_factory=dict)
-    stored: dict[str, _Entry] | None = None  # what the file held when it was first wanted, and what was measured since
+    stored: dict[str, _Entry] | None = None  # what the file held when it was first read, and what was measured since
     measured: dict[str, _Entry] = field(default_factory=dict)  # this process's part of the file
     warned: set[str] = field(default_factory=set)
     forces: dict[str, Candidate | str] = field(default_factory=dict)
@@ -143,13 +143,13 @@ class _State:
         return None
 
     def remember(self, key: _Key, candidates: _Offer, decision: Decision) -> Candidate:
-        """Keep a decision to be recalled."""
+        """Store a decision, to be recalled."""
         self.decided[key] = (*self.decided.get(key, ()), (candidates, decision))
         self.latest[key] = decision
         return decision.candidate
 
     def warn_once(self, kind: str, message: str) -> None:
-        """Say so once per process."""
+        """Warn once per process."""
         if kind not in self.warned:
             self.warned.add(kind)
             _warn(message)
@@ -169,7 +169,7 @@ def choose(
     """Choose how to compute a stage: as forced, as remembered, as the file says, or as measured now.
 
     Where nothing can be measured (a stream is being captured, tuning is off, no CUDA device, one candidate) the first
-    candidate is taken, and asked again the next time. A capture too uses what memory or file knows.
+    candidate is used, and the next call tries again. A capture too uses a choice from memory or file.
 
     Args:
         problem: The stage and its sizes; shapes in one `Problem.bucket` share a choice, measured on the first of them.
@@ -271,7 +271,7 @@ def _measured_decision(problem: Problem, candidates: _Offer, run: Callable) -> t
             # Its frames hold tensors, for which there may be no room beside the next candidate's.
             traceback.clear_frames(error.__traceback__)
             errors.append(error)
-            _warn(f"{problem.stage}: {candidate} is left out, it failed with {type(error).__name__}: {error}")
+            _warn(f"{problem.stage}: {candidate} is omitted, it failed with {type(error).__name__}: {error}")
     if not times:
         if all(isinstance(error, torch.OutOfMemoryError) for error in errors):
             # The timer needs room of its own; without it the stage may still fit.
@@ -404,8 +404,7 @@ def _store(state: _State, entry_key: str, decision: Decision) -> None:
     except (OSError, RuntimeError) as error:
         state.warn_once(
             "write",
-            f"what was measured cannot be kept for the next process: {error}. Set {_CACHE} to a folder that "
-            "can be written to",
+            f"measured times cannot be saved for the next process: {error}. Set {_CACHE} to a writable folder",
         )
     state.stored = entries
 
@@ -421,7 +420,7 @@ def decisions() -> tuple[Decision, ...]:
 def describe(channels: int, hidden: int, dtype: str) -> list[str]:
     """One line per decision of this width: stage, tokens, candidate, where it comes from, and times where known.
 
-    `details` are told only where two lines would otherwise speak of the same problem.
+    `details` are shown only where two lines would otherwise describe the same problem.
     """
     width = (channels, hidden, dtype)
     found = [d for d in decisions() if (d.problem.channels, d.problem.hidden, d.problem.dtype) == width]
@@ -470,7 +469,7 @@ def status() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def forced(**stages: Candidate | str | None) -> Iterator[None]:
-    """Take for each stage this candidate, or the first of this method; None lets a stage free that is forced outside.
+    """Use for each stage this candidate, or the first of this method; None frees a stage that is forced outside.
 
     Holds for the whole process, since autograd runs the backward in threads of its own. `choose` raises ValueError where
     the candidate is not offered. Nothing that is measured inside is written to the file or used outside.

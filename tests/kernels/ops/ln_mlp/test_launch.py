@@ -47,7 +47,7 @@ CHUNKS = {1: (16, 1), 48: (16, 3), 64: (64, 1), 96: (32, 3), 100: (128, 1), 192:
 
 @pytest.mark.parametrize(("channels", "expected"), CHUNKS.items())
 def test_chunks_waste_as_little_as_they_can(channels, expected):
-    assert launch.chunks(channels) == expected
+    assert launch.split_columns(channels) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_chunks_waste_as_little_as_they_can(channels, expected):
     ],
 )
 def test_what_a_descriptor_can_address(matrix, fits):
-    assert launch.describable(matrix) == fits
+    assert launch.is_describable(matrix) == fits
 
 
 @pytest.mark.parametrize(

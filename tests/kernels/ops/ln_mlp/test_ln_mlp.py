@@ -204,7 +204,7 @@ def test_the_predicate_explains_itself(no_interpreter):
     assert choice.backend == "torch"
     for word in ("on cpu", "not on a CUDA device", "float64"):
         assert word in choice.reason
-    assert dispatch.choose(torch.device("cpu"), torch.float32, "torch").reason == "asked for by name"
+    assert dispatch.choose(torch.device("cpu"), torch.float32, "torch").reason == "requested by name"
 
 
 def test_every_obstacle_is_named(no_interpreter, monkeypatch):

@@ -14,12 +14,12 @@ from torch import nn
 from lambda_kernels import BackendUnavailableError, ln_mlp
 from lambda_kernels.ops.ln_mlp import dispatch, onednn, reference, tracing
 
-pytestmark = pytest.mark.skipif(bool(onednn.missing()), reason="; ".join(onednn.missing()))
+pytestmark = pytest.mark.skipif(bool(onednn.missing_operators()), reason="; ".join(onednn.missing_operators()))
 
 CPU = torch.device("cpu")
 DTYPES = [
     torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not onednn.knows_bfloat16(), reason="no bfloat16 here")),
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not onednn.supports_bfloat16(), reason="no bfloat16 here")),
 ]
 
 
@@ -311,7 +311,7 @@ def test_autocast_transforms_and_modes_take_pytorchs_operators():
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_bfloat16", [False, True])
 def test_autocast_does_not_ask_what_onednn_computes(monkeypatch, autocast_dtype, has_bfloat16):
-    monkeypatch.setattr(onednn, "knows_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(onednn, "supports_bfloat16", lambda: has_bfloat16)
     args = given(9, 40)
     with torch.no_grad(), torch.autocast("cpu", autocast_dtype), tracing.recorded() as ran:
         chosen = dispatch.choose(CPU, autocast_dtype, "onednn")
@@ -327,7 +327,7 @@ def test_autocast_does_not_ask_what_onednn_computes(monkeypatch, autocast_dtype,
 
 
 def test_training_and_compilation_do_not_need_bfloat16_in_onednn(monkeypatch):
-    monkeypatch.setattr(onednn, "knows_bfloat16", lambda: False)
+    monkeypatch.setattr(onednn, "supports_bfloat16", lambda: False)
     args = given(9, 40, dtype=torch.bfloat16)
     args["x"] = args["x"].requires_grad_()
     out = ln_mlp(**args, eps=1e-5, backend="onednn")
@@ -375,23 +375,23 @@ def test_switched_off_or_missing(monkeypatch):
     args = given(9, 40)
     with torch.backends.mkldnn.flags(enabled=False), pytest.raises(BackendUnavailableError, match="switched off"):
         ln_mlp(**args, eps=1e-5, backend="onednn")
-    monkeypatch.setattr(onednn, "knows_bfloat16", lambda: False)
+    monkeypatch.setattr(onednn, "supports_bfloat16", lambda: False)
     with pytest.raises(BackendUnavailableError, match="bfloat16 on this processor"):
         dispatch.choose(CPU, torch.bfloat16, "onednn")
-    onednn.missing.cache_clear()
+    onednn.missing_operators.cache_clear()
     try:
         monkeypatch.setitem(onednn._SCHEMAS, "_linear_pointwise.binary", ("binary", ["X", "W"]))
         with pytest.raises(BackendUnavailableError) as caught:
             dispatch.choose(CPU, torch.float32, "onednn")
         assert "torch.ops.mkldnn._linear_pointwise.binary" in str(caught.value)
         assert torch.__version__ in str(caught.value)
-        onednn.missing.cache_clear()
+        onednn.missing_operators.cache_clear()
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         with pytest.raises(BackendUnavailableError, match="without oneDNN"):
             dispatch.choose(CPU, torch.float32, "onednn")
     finally:
         monkeypatch.undo()
-        onednn.missing.cache_clear()
+        onednn.missing_operators.cache_clear()
 
 
 def test_auto_never_takes_it(no_interpreter):

@@ -130,7 +130,7 @@ def test_exported(strict):
     with pytest.raises(Exception, match="the model is being exported") as refused:
         torch.export.export(Model("cpu", "triton"), (torch.zeros(20, 48),), strict=strict)
     assert strict or refused.type is BackendUnavailableError
-    assert not dispatch.exporting()
+    assert not dispatch.is_exporting()
 
 
 def test_traced_for_torchscript():

@@ -265,7 +265,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("LAMBDA_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
     ways = usual()
-    with pytest.warns(TuningWarning, match="cannot be kept for the next process: .*LAMBDA_KERNELS_CACHE") as record:
+    with pytest.warns(TuningWarning, match="cannot be saved for the next process: .*LAMBDA_KERNELS_CACHE") as record:
         chosen = [ways.choose(replace(FC1, stage=stage)) for stage in ("fc1", "fc2")]
     assert chosen == [LIBRARY] * 2
     assert len(record) == 1
