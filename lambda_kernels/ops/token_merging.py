@@ -49,12 +49,12 @@ def match_tokens(keys: Tensor, r: int, *, protected: int = 0) -> Merge:
 
     Args:
         keys: [B, N, D]; any floating dtype, compared in float32 or wider.
-        r: Tokens to merge; more than `count_mergeable` allows are cut down to that.
-        protected: So many tokens at the front, such as a class token, are neither merged nor merged into.
+        r: Tokens to merge, at most as many as `count_mergeable` allows.
+        protected: Number of tokens at the front, such as a class token, that are neither merged nor merged into.
 
     Raises:
-        TypeError: `keys` is no floating-point tensor, or `r` or `protected` is no integer.
-        ValueError: `keys` has other than three dimensions, or an integer is out of range.
+        TypeError: `keys` is not a floating-point tensor, or `r` or `protected` is not an integer.
+        ValueError: `keys` does not have three dimensions, or an integer is out of range.
     """
     check_tensor("keys", keys)
     if keys.dim() != 3:
@@ -75,9 +75,7 @@ def match_tokens(keys: Tensor, r: int, *, protected: int = 0) -> Merge:
         likeness, target = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(-1)
     edges = likeness.topk(r, sorted=False).indices
     source, target = protected + 2 * edges, protected + 1 + 2 * target.gather(1, edges)
-    gone = torch.zeros_like(
-        source, dtype=torch.bool
-    )  # a tensor: torch.jit.trace knows no scatter of a bool that is none
+    gone = torch.zeros_like(source, dtype=torch.bool)  # a tensor, since torch.jit.trace cannot scatter a Python bool
     stays = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device).scatter(1, source, gone)
     place = stays.cumsum(1) - 1
     into = place.gather(1, target)
@@ -102,7 +100,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, merge: Merge) -> tuple[Tensor, Tensor
         [B, N − r, C] in the dtype of `x`, and [B, N − r].
 
     Raises:
-        TypeError: `x` or `sizes` is no floating-point tensor.
+        TypeError: `x` or `sizes` is not a floating-point tensor.
         ValueError: Shapes or devices do not fit.
     """
     check_tensor("x", x)
@@ -133,7 +131,7 @@ def unmerge_tokens(x: Tensor, place: Tensor) -> Tensor:
         [B, N, C].
 
     Raises:
-        TypeError: `x` is no floating-point tensor.
+        TypeError: `x` is not a floating-point tensor.
         ValueError: Shapes or devices do not fit.
     """
     check_tensor("x", x)
@@ -149,9 +147,15 @@ def compose_places(first: Tensor, second: Tensor) -> Tensor:
 
 
 def proportional_attention(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None, *, dropout: float = 0.0, fused: bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    fused: bool = True,
     scale: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """softmax(QKᵀ/√d + log s)·V: a key of size s counts as s copies of it would.
 
     Args:
