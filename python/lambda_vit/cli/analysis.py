@@ -1,4 +1,4 @@
-"""`lambda-vit frequency`: the features' amplitude by frequency, before and after attention layers are removed."""
+"""`lambda-vit profile` and `lambda-vit frequency`: what the layers of a model hold."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import app, make_console
-from .models import check_made_for, chosen_layers
+from .models import check_made_for, read_layers
 from .options import (
     BatchSize,
+    Bins,
     Data,
     Device,
     Estimators,
+    JsonFile,
     Model,
+    Plot,
     Pretrained,
     Remove,
     Samples,
     SelectionFile,
     SkipBad,
+    Split,
     Weights,
     Workers,
+    check_outputs,
     open_data,
     print_bad,
 )
@@ -42,18 +47,18 @@ def frequency(
     remove: Remove = "",
     compare: Annotated[
         Path | None,
-        typer.Option(help="A folder saved by convert instead: the model after removal.", show_default=False),
+        typer.Option(help="Folder of the model after removal, instead of --remove or --selection.", show_default=False),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    split: Split = "val",
     samples: Samples = 256,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,
+    out: JsonFile = None,
+    plot: Plot = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",
 ) -> None:
-    """Print the amplitude of features by frequency, block by block, before and after attention is removed."""
+    """Measure the amplitude of features by spatial frequency in every block, before and after removal."""
     from lambda_kernels.files import write_json
 
     from ..measure.frequency import compare_frequencies, feature_frequencies
@@ -62,7 +67,6 @@ def frequency(
     from ..report.tables import frequency_notes, frequency_table
     from ..runtime import environment, progress
     from .models import open_model
-    from .options import check_outputs
 
     chosen = _chosen(selection, remove, compare)
     check_outputs(out, plot)
@@ -102,12 +106,12 @@ def frequency(
 
 
 def _chosen(selection: Path | None, remove: str, compare: Path | None) -> Selection | tuple[int, ...] | None:
-    """The layers to skip; None where there is nothing to compare with, or a saved model."""
+    """Return the layers to skip; None if there is nothing to compare with, or a saved model."""
     if sum((selection is not None, bool(remove), compare is not None)) > 1:
-        raise ValueError("pass one of --remove 1,5,4,11, --selection FILE and --compare FOLDER, or none of them")
+        raise ValueError("pass at most one of --remove 1,5,4,11, --selection FILE and --compare FOLDER")
     if compare is not None and not compare.is_dir():
-        raise ValueError(f"--compare {compare} is no folder saved by convert")
-    return None if selection is None and not remove else chosen_layers(selection, remove)
+        raise ValueError(f"--compare {compare} is not a folder; pass one that convert or finetune saved")
+    return None if selection is None and not remove else read_layers(selection, remove)
 
 
 def _other(
@@ -132,18 +136,18 @@ def profile(
     data: Data,
     weights: Weights = None,
     pretrained: Pretrained = False,
-    split: Annotated[str, typer.Option(help="Split to measure on.")] = "train",
+    split: Split = "train",
     samples: Samples = 256,
-    estimator: Annotated[Estimators, typer.Option(help="Of the entropy.")] = Estimators.both,
-    bins: Annotated[int, typer.Option(min=2, max=65536, help="Of the histogram of a channel.")] = 256,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg or .pdf.", show_default=False)] = None,
+    estimator: Annotated[Estimators, typer.Option(help="Entropy estimator.")] = Estimators.both,
+    bins: Bins = 256,
+    out: JsonFile = None,
+    plot: Plot = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",
 ) -> None:
-    """Print the entropy of every attention and MLP output, block by block."""
+    """Measure the entropy of every attention and MLP output, block by block."""
     from lambda_kernels.files import write_json
 
     from ..measure.layer_profile import profile_layers
@@ -151,7 +155,6 @@ def profile(
     from ..report.tables import profile_notes, profile_table
     from ..runtime import progress
     from .models import open_model
-    from .options import check_outputs
 
     check_outputs(out, plot)
     with progress.progress_bars():

@@ -37,7 +37,7 @@ class _InOrder(TyperGroup):
 
 app = typer.Typer(
     cls=_InOrder,
-    help="Find the attention layers a vision transformer does not need, fade them out, delete them.",
+    help="Find the attention layers that a vision transformer does not need, remove them, and recover the accuracy.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""`lambda-vit import-ref`: reads a checkpoint that was released with the paper, and saves it as a folder."""
+"""`lambda-vit convert`, `validate` and `import-ref`: smaller models, their comparison, and the paper's checkpoints."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from .app import app, make_console, print_next
-from .models import check_made_for, chosen_layers, weights_options
+from .models import check_made_for, make_weights_options, read_layers
 from .options import (
     BatchSize,
     ClassMap,
     Data,
     Device,
+    JsonFile,
     Model,
     Pretrained,
     Remove,
     SelectionFile,
     SkipBad,
+    Split,
     Weights,
     Workers,
+    check_outputs,
     open_data,
     parse_indices,
     print_bad,
@@ -29,17 +32,20 @@ from .options import (
 
 @app.command("import-ref")
 def import_ref(
-    file: Annotated[Path, typer.Argument(help="For example base_01346.pth.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for config.json and model.safetensors.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Released checkpoint, such as base_01346.pth.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder for config.json and model.safetensors.", show_default=False)],
     remove: Annotated[
-        str, typer.Option(help="Blocks without attention, if the file's name does not say.", show_default=False)
+        str,
+        typer.Option(
+            help="Indices of the blocks without attention, if the file name does not list them.", show_default=False
+        ),
     ] = "",
     architecture: Annotated[
         str | None,
-        typer.Option(help="timm's name of the full model, if it is not the DeiT of that width.", show_default=False),
+        typer.Option(help="timm name of the full model, if it is not the DeiT of the same width.", show_default=False),
     ] = None,
 ) -> None:
-    """Turn a released checkpoint of the paper into a folder that the other commands read. Runs no code out of the file."""
+    """Convert a released checkpoint of the paper into a folder for the other commands. Runs no code from the file."""
     from lambda_kernels import save_pretrained
     from lambda_kernels.checkpoints.published import RESIDUAL_SCALE, load_released
     from lambda_kernels.files import check_writable
@@ -68,7 +74,7 @@ def _lines(found: Any, scale: float) -> list[str]:
         f"Parameters: {parameters:,}",
     ]
     if found.dropped:
-        lines.append(f"Left out: {len(found.dropped)} tensors of removed attention that were still in the file")
+        lines.append(f"Omitted: {len(found.dropped)} tensors of removed attention that were still in the file")
     if found.others:
         lines.append(f"Not read: {', '.join(found.others)}")
     if found.published is not None:
@@ -82,21 +88,25 @@ def _lines(found: Any, scale: float) -> list[str]:
 @app.command()
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for config.json and model.safetensors.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder for config.json and model.safetensors.", show_default=False)],
     weights: Weights = None,
     pretrained: Pretrained = False,
     selection: SelectionFile = None,
     remove: Remove = "",
     residual_scale: Annotated[
-        float, typer.Option(help="1: attention skipped. 2: it was diluted while training.")
+        float,
+        typer.Option(help="Scale of the residual stream: 1 if attention is skipped, 2 if training diluted it."),
     ] = 1.0,
-    tome_r: Annotated[str, typer.Option(help="Tokens to merge per block with attention: 8, or one each: 8,6,4.")] = "",
+    tome_r: Annotated[
+        str,
+        typer.Option(help="Tokens to merge in each block with attention: one number, or one per block such as 8,6,4."),
+    ] = "",
     tome_start: Annotated[
         int | None,
-        typer.Option(help="The first of the blocks with attention to merge tokens, from 0.", show_default="1"),
+        typer.Option(help="First block with attention that merges tokens, counted from 0.", show_default="1"),
     ] = None,
 ) -> None:
-    """Delete attention layers, or merge tokens, and save the smaller model."""
+    """Remove attention layers, or merge tokens, and save the smaller model."""
     from lambda_kernels import convert_vit, save_pretrained
     from lambda_kernels.files import check_writable
 
@@ -105,7 +115,7 @@ def convert(
     from .models import open_model
 
     merged = parse_indices(tome_r, "--tome-r") or None
-    chosen = chosen_layers(selection, remove) if selection or remove or merged is None else ()
+    chosen = read_layers(selection, remove) if selection or remove or merged is None else ()
     check_writable(out / "config.json")
     with progress.progress_bars():
         network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
@@ -126,7 +136,9 @@ def convert(
     for line in merging_lines(kernel_paths(network)):
         console.print(line, soft_wrap=True)
     following = ["validate", "--model", out, "--reference", model]
-    print_next(console, *following, *weights_options("--reference-", weights, pretrained), "--data", "path/to/images")
+    print_next(
+        console, *following, *make_weights_options("--reference-", weights, pretrained), "--data", "path/to/images"
+    )
 
 
 @app.command()
@@ -135,26 +147,29 @@ def validate(
     data: Data,
     weights: Weights = None,
     pretrained: Pretrained = False,
-    reference: Annotated[str | None, typer.Option(help="The original, to compare with.", show_default=False)] = None,
-    reference_weights: Weights = None,
-    reference_pretrained: Annotated[bool, typer.Option("--reference-pretrained", help="As --pretrained.")] = False,
-    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    reference: Annotated[str | None, typer.Option(help="Original model to compare with.", show_default=False)] = None,
+    reference_weights: Annotated[
+        Path | None,
+        typer.Option(help="Weights of the original model: a state dict in .safetensors or .pth.", show_default=False),
+    ] = None,
+    reference_pretrained: Annotated[
+        bool, typer.Option("--reference-pretrained", help="Download timm's pretrained weights of the original model.")
+    ] = False,
+    split: Split = "val",
     class_map: ClassMap = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Fewer images than all.", show_default=False)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Number of images to measure.", show_default="all")] = None,
     crop_pct: Annotated[
         float | None,
-        typer.Option(
-            help="Share of an image's shorter side, for both models in place of their own.", show_default=False
-        ),
+        typer.Option(help="Share of an image's shorter side that the crop keeps, for both models.", show_default=False),
     ] = None,
-    latency: Annotated[bool, typer.Option(help="Take times at batch 1 and --batch-size.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
+    latency: Annotated[bool, typer.Option(help="Measure latency at batch 1 and at --batch-size.")] = True,
+    out: JsonFile = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",
 ) -> None:
-    """Measure accuracy, agreement with the original, size, FLOPs, memory and latency."""
+    """Measure accuracy, agreement with the original model, size, FLOPs, memory and latency."""
     from lambda_kernels.files import write_json
 
     from ..data.transforms import check_crop, set_crop
@@ -163,7 +178,6 @@ def validate(
     from ..report.page import console_summary
     from ..runtime import progress
     from .models import open_model
-    from .options import check_outputs
 
     check_outputs(out)
     check_crop(crop_pct)

@@ -1,16 +1,15 @@
-"""`lambda-vit export`: a model as a file that runs without this library, compared with the model before it is kept."""
+"""`lambda-vit export`: writes a model as a file that runs without this library, and verifies the file against it."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import FailureError, app, make_console
-from .options import Device, Model, Pretrained, Weights, read_class_map
+from .options import Device, JsonFile, Model, Pretrained, Weights, check_outputs, read_class_map
 
 if TYPE_CHECKING:
     from ..export.tracing import Traced
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Dtype(str, enum.Enum):
-    """Of weights, images and outputs."""
+    """Types of weights, images and outputs."""
 
     float32 = "float32"
     float16 = "float16"
@@ -31,67 +30,54 @@ def export(
     model: Model,
     weights: Weights = None,
     pretrained: Pretrained = False,
-    onnx: Annotated[Path | None, typer.Option(help="Write ONNX: FILE.onnx.", show_default=False)] = None,
+    onnx: Annotated[Path | None, typer.Option(help="Write an ONNX file: FILE.onnx.", show_default=False)] = None,
     torch_export: Annotated[
         Path | None,
-        typer.Option(help="Write a program of torch.export: FILE.pt2.", show_default=False),
+        typer.Option(help="Write a torch.export program: FILE.pt2.", show_default=False),
     ] = None,
     aoti: Annotated[
         Path | None,
-        typer.Option(help="Compile with AOTInductor (needs a C++ compiler): FILE.pt2.", show_default=False),
+        typer.Option(help="Compile with AOTInductor, which needs a C++ compiler: FILE.pt2.", show_default=False),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels a side.", show_default="the model's"),
+        typer.Option(min=1, help="Image size in pixels per side.", show_default="the model's"),
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Of weights, images and outputs.", show_default="the model's"),
+        typer.Option(help="Data type of weights, images and outputs.", show_default="the model's"),
     ] = None,
     fixed_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Images of every call.", show_default="any number"),
+        typer.Option(min=1, help="Fixed number of images per call.", show_default="any number"),
     ] = None,
     opset: Annotated[
         int | None,
-        typer.Option(help="Of ONNX.", show_default="PyTorch's choice"),
+        typer.Option(help="ONNX opset version.", show_default="PyTorch's choice"),
     ] = None,
     class_map: Annotated[
         Path | None,
-        typer.Option(help="JSON: name of a class → output of the model, to write into the files.", show_default=False),
+        typer.Option(
+            help="JSON file that maps class names to outputs, to store in the exported files.", show_default=False
+        ),
     ] = None,
-    latency: Annotated[bool, typer.Option(help="Take times against the model in PyTorch.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
+    latency: Annotated[bool, typer.Option(help="Measure latency against the model in PyTorch.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    out: JsonFile = None,
     device: Device = "cpu",
 ) -> None:
-    """Write a model as ONNX, as a program of torch.export or compiled, and check that the file computes the same."""
+    """Write a model as ONNX, torch.export or AOTInductor file, and verify that the file computes the same."""
     from lambda_kernels.files import write_json
 
     from ..export.check import ExportMismatchError
     from ..export.tracing import trace_model
-    from ..export.write import WRITERS, check_opset, check_target, measure_latency, require_compiler, require_packages
+    from ..export.write import WRITERS, measure_latency
     from ..runtime import environment, progress
     from .models import open_model
-    from .options import check_outputs
 
     given = {"onnx": onnx, "torch-export": torch_export, "aoti": aoti}
     targets = {form: path for form, path in given.items() if path is not None}
-    if not targets:
-        raise ValueError(
-            "say what to write: --onnx FILE.onnx, --torch-export FILE.pt2, --aoti FILE.pt2, or several of them"
-        )
-    if opset is not None and onnx is None:
-        raise ValueError(f"--opset {opset} is for --onnx, which was not asked for")
-    _check_targets(targets, overwrite, check_target)
-    for form in targets:
-        require_packages(form)
-    check_opset(opset)
-    if aoti is not None:
-        require_compiler()
-    check_outputs(out)
-    if out is not None and out.resolve() in [path.resolve() for path in targets.values()]:
-        raise ValueError(f"--out writes JSON, and {out} is to hold the model; choose another name")
+    _check_request(targets, opset, overwrite, out)
     names = None if class_map is None else read_class_map(class_map)
     console = make_console()
     files: dict[str, Exported] = {}
@@ -121,33 +107,46 @@ def export(
         soft_wrap=True,
     )
     for file in files.values():
-        for line in describe(file):
+        for line in describe_file(file):
             console.print(line, soft_wrap=True)
     for line in describe_times(times, environment.versions()):
         console.print(line, soft_wrap=True)
     if out is not None:
-        write_json(out, record(model, traced, files, times))
+        write_json(out, make_record(model, traced, files, times))
         console.print(f"Written: {out}", soft_wrap=True)
     for file in files.values():
-        console.print(f"Next: {next_step(file)}", soft_wrap=True)
+        console.print(f"Next: {format_next_step(file)}", soft_wrap=True)
 
 
-def _check_targets(targets: dict[str, Path], overwrite: bool, check: Callable[[Path, str, bool], object]) -> None:
+def _check_request(targets: dict[str, Path], opset: int | None, overwrite: bool, out: Path | None) -> None:
+    """Refuse before any work what could not be written."""
+    from ..export.write import check_opset, check_target, require_compiler, require_packages
+
+    if not targets:
+        raise ValueError("pass at least one of --onnx FILE.onnx, --torch-export FILE.pt2 and --aoti FILE.pt2")
+    if opset is not None and "onnx" not in targets:
+        raise ValueError(f"--opset {opset} requires --onnx, which is missing")
     for form, path in targets.items():
         try:
-            check(path, form, overwrite)
+            check_target(path, form, overwrite)
         except FileExistsError:
-            raise FileExistsError(
-                f"--{form} {path} is there already: choose another name, or pass --overwrite"
-            ) from None
+            raise FileExistsError(f"--{form} {path} exists already: choose another name, or pass --overwrite") from None
         except (ValueError, IsADirectoryError) as error:
             raise ValueError(f"--{form}: {error}") from error
     if len({path.resolve() for path in targets.values()}) < len(targets):
-        raise ValueError(f"two forms cannot be written to one file: {', '.join(map(str, targets.values()))}")
+        raise ValueError(f"two formats cannot share one file: {', '.join(map(str, targets.values()))}")
+    for form in targets:
+        require_packages(form)
+    check_opset(opset)
+    if "aoti" in targets:
+        require_compiler()
+    check_outputs(out)
+    if out is not None and out.resolve() in [path.resolve() for path in targets.values()]:
+        raise ValueError(f"--out writes JSON, but {out} is the name of an exported model; choose another name")
 
 
-def describe(file: Exported) -> list[str]:
-    """What was written, and how far it is from the model."""
+def describe_file(file: Exported) -> list[str]:
+    """Describe what was written, and its largest difference from the model."""
     from ..runtime.formatting import format_scientific, format_size
 
     form = {"onnx": f"ONNX, opset {file.opset}", "torch-export": "torch.export", "aoti": "AOTInductor"}[file.form]
@@ -161,7 +160,7 @@ def describe(file: Exported) -> list[str]:
 
 
 def describe_times(times: dict[str, dict[int, Latency]], versions: dict[str, str]) -> list[str]:
-    """Ratios to the model in PyTorch, as medians of calls that took turns."""
+    """Describe each file's latency relative to eager PyTorch, as medians of interleaved calls."""
     from ..runtime.formatting import format_milliseconds, format_number, format_span
 
     lines = []
@@ -173,15 +172,15 @@ def describe_times(times: dict[str, dict[int, Latency]], versions: dict[str, str
                 f"{format_number(taken.median_ms / eager.median_ms)} at batch {batch} ({format_milliseconds(taken.median_ms)}, "
                 f"quartiles {format_span(taken.low_ms, taken.high_ms)}, against {format_milliseconds(eager.median_ms)})"
             )
-        lines.append(f"Time of a call by {name}, as a part of eager PyTorch's: {'; '.join(parts)}")
+        lines.append(f"Latency by {name}, relative to eager PyTorch: {'; '.join(parts)}")
     if lines:
         where = ", ".join(f"{name} {versions[name]}" for name in ("device", "threads", "torch"))
-        lines.append(f"  of this machine, beside whatever else it did: {where}")
+        lines.append(f"  measured on this machine, under its current load: {where}")
     return lines
 
 
-def next_step(file: Exported) -> str:
-    """The line of Python that runs the file."""
+def format_next_step(file: Exported) -> str:
+    """Return the line of Python that runs the file."""
     path = repr(str(file.path))
     return {
         "onnx": f"onnxruntime.InferenceSession({path}).run(None, {{'images': images}})",
@@ -190,10 +189,10 @@ def next_step(file: Exported) -> str:
     }[file.form]
 
 
-def record(
+def make_record(
     model: str, traced: Traced, files: dict[str, Exported], times: dict[str, dict[int, Latency]]
 ) -> dict[str, Any]:
-    """All of it, in plain JSON types."""
+    """Return the results in plain JSON types."""
     from ..runtime import environment
 
     return {

@@ -1,4 +1,4 @@
-"""The command line: reads options, calls the library, prints. What is computed stands in the other modules."""
+"""The entry point of `lambda-vit`, and the commands `demo` and `doctor`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ import typer
 from ..runtime.optional_packages import MissingPackageError
 from . import analysis, conversion, export, planning, selection, training  # noqa: F401 (each registers its commands)
 from .app import FailureError, app, make_console
-from .options import (
-    Device,
-)
+from .options import Device
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the report and the model go.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder for the report and the model.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train, measure, select, dilute, remove and compare on scikit-learn's digits; takes a minute or two."""
+    """Run the whole method on scikit-learn's digits, from training to the comparison, in about two minutes."""
     from lambda_kernels.files import check_writable
 
     from .. import demo as module
@@ -50,9 +48,9 @@ def demo(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Print versions, devices, what the extension was built with, and which backend each operator takes and why."""
+    """Print versions and devices, how the extension was built, and which backend each operator uses and why."""
     from rich.table import Table
 
     from ..runtime import environment
@@ -75,14 +73,14 @@ def doctor(
         table.add_row(*row.values())
     console.print(table)
     tuned = found["tuning"]
-    console.print(f"tuning {tuned['switch']}, {len(tuned['entries'])} measured in {tuned['file']}", soft_wrap=True)
+    console.print(f"tuning {tuned['switch']}, {len(tuned['entries'])} entries in {tuned['file']}", soft_wrap=True)
     for entry in tuned["entries"]:
         times = ", ".join(f"{name} {time:.1f} µs" for name, time in entry["times_us"].items())
         console.print(f"  {entry['problem']}: {entry['candidate']} ({times})", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Entry point. Expected errors are one line and exit code 2; LAMBDA_VIT_DEBUG=1 shows where they came from."""
+    """Run the command line. An expected error prints one line and exits with 2; LAMBDA_VIT_DEBUG=1 shows its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every terminal and pipe can show λ and →
@@ -92,19 +90,11 @@ def main() -> None:
     except FailureError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except (
-        ValueError,
-        RuntimeError,
-        OSError,
-        MissingPackageError,
-    ) as error:  # a TypeError would be a fault of this program
+    except (ValueError, RuntimeError, OSError, MissingPackageError) as error:  # a TypeError is a fault of this program
         if os.environ.get("LAMBDA_VIT_DEBUG", "0") != "0":
             raise
-        hint = (
-            ""
-            if isinstance(error, (ValueError, OSError, ImportError))
-            else " (LAMBDA_VIT_DEBUG=1 shows where it came from)"
-        )
+        is_expected = isinstance(error, (ValueError, OSError, ImportError))
+        hint = "" if is_expected else " (set LAMBDA_VIT_DEBUG=1 for a traceback)"
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
 

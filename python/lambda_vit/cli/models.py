@@ -7,20 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from lambda_kernels.blocks.structure import inspect_model
-from lambda_kernels.checkpoints.folder import CONFIG, PREFIX
-from lambda_kernels.checkpoints.pretrained import from_pretrained
-from lambda_kernels.checkpoints.weights import blocks_with_attention, load_state_dict, read_weights
-
-from ..models.properties import same_model
-from ..runtime.progress import task
 from .options import parse_indices
 
+# Commands import this module to declare their options, which must not wait for `import torch`.
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
     from ..selection.result import Selection
 
@@ -34,23 +26,25 @@ def open_model(
     backend: str = "auto",
     option: str = "--model",
 ) -> nn.Module:
-    """Build the model `name` and load its weights; in eval mode, on `device`.
+    """Build the model `name` and load its weights, in eval mode on `device`.
 
     Args:
         name: A timm model name, also one of `lambda_kernels.timm_models`, or a folder written by `save_pretrained` or by
             timm's `save_for_hf` (which brings its own weights).
         weights: A state dict in .safetensors or .pth; cast to float32.
-        pretrained: Take timm's own weights from the hub (or its cache).
-        device: Where the model goes.
-        backend: For a saved folder whose attention was removed.
-        option: How the caller calls `name`, for messages.
+        pretrained: Download timm's weights from the hub, or use its cache.
+        device: Device of the model.
+        backend: Backend of a saved folder whose attention was removed.
+        option: The option that gives `name`, for messages.
 
     Raises:
-        ValueError: Neither or both sources of weights, or an unknown name; close ones are suggested.
+        ValueError: Neither or both sources of weights, or an unknown name; the message suggests similar names.
         UnsupportedModelError: The model's attention layers cannot be removed.
         CheckpointError: The weights do not fit.
         RuntimeError: The hub cannot be reached.
     """
+    from ..runtime.progress import task
+
     with task(f"Load {name}", 1) as advance:
         model = _open_model(name, weights, pretrained, device, backend, option)
         advance()
@@ -60,11 +54,16 @@ def open_model(
 def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, backend: str, option: str) -> nn.Module:
     import timm
 
+    from lambda_kernels.blocks.structure import inspect_model
+    from lambda_kernels.checkpoints.folder import CONFIG, PREFIX
+    from lambda_kernels.checkpoints.pretrained import from_pretrained
+    from lambda_kernels.checkpoints.weights import load_state_dict, read_weights
+
     prefix = "--" if option == "--model" else f"{option}-"
     if Path(name).is_dir():
         if weights is not None or pretrained:
             raise ValueError(
-                f"{option} {name} is a folder with weights of its own; leave {prefix}weights/pretrained out"
+                f"{option} {name} is a folder with its own weights; omit {prefix}weights and {prefix}pretrained"
             )
         return from_pretrained(name, device=check_device(device), backend=backend)
     ours = name.startswith(PREFIX)
@@ -75,8 +74,8 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
         hint = f"Did you mean {', '.join(close)}?" if close else "See timm.list_models()"
         raise ValueError(f"{option} {name!r} is neither a folder with a {CONFIG} nor a timm model. {hint}")
     if (weights is None) != pretrained:
-        what = "both were given" if pretrained else "random weights say nothing about attention"
-        raise ValueError(f"{option} {name} needs either {prefix}weights FILE or {prefix}pretrained: {what}")
+        what = "got both" if pretrained else "random weights do not show which attention layers matter"
+        raise ValueError(f"{option} {name} requires either {prefix}weights FILE or {prefix}pretrained: {what}")
     if ours and pretrained:
         raise ValueError(
             f"{option} {name}: there are no pretrained weights without attention. Pass {prefix}weights FILE, or the full "
@@ -89,8 +88,8 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # the hub client, urllib and timm each raise their own
             raise RuntimeError(
-                f"timm could not get the pretrained weights of {name} ({type(error).__name__}: {error}). With no network, "
-                f"download them elsewhere and pass {prefix}weights FILE"
+                f"timm could not download the pretrained weights of {name} ({type(error).__name__}: {error}). Without a "
+                f"network, download them elsewhere and pass {prefix}weights FILE"
             ) from error
     else:
         state = read_weights(weights)
@@ -101,13 +100,15 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
         inspect_model(model)
         load_state_dict(model, state, source=str(weights))
         if "." not in name:
-            # timm fills in the tag of its own default weights, which these are not.
+            # timm fills in the tag of its default weights, but these weights are others.
             model.pretrained_cfg = {**model.pretrained_cfg, "tag": ""}
     return model.to(place).eval()
 
 
 def _removed_from(state: dict[str, Tensor]) -> dict[str, list[int]]:
-    """`removed` for a model that these weights fit; nothing where they have all attention, so that a default stands."""
+    """Return `removed` for a model that these weights fit; nothing if no attention is missing, so that a default stands."""
+    from lambda_kernels.checkpoints.weights import blocks_with_attention
+
     blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
     removed = sorted(blocks - blocks_with_attention(state))
     return {"removed": removed} if removed else {}
@@ -123,32 +124,36 @@ def _close_names(name: str, names: list[str]) -> list[str]:
 
 
 def check_device(device: str) -> torch.device:
-    """The device `device` means; "auto" is the first accelerator, else the CPU.
+    """Return the device that `device` names; "auto" is the first accelerator, otherwise the CPU.
 
     Raises:
-        ValueError: No such device here; lists what there is.
+        ValueError: This machine has no such device; the message lists those it has.
     """
+    import torch
+
     if device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.empty(0, device=device)
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError, by device
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"--device {device} cannot be used here ({error}). There is: {', '.join(there)}") from error
+        available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"--device {device} cannot be used here ({error}). Available: {', '.join(available)}"
+        ) from error
     return torch.device(device)
 
 
-def weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:
+def make_weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:
     if weights is not None:
         return [f"{prefix}weights", weights]
     return [f"{prefix}pretrained"] if pretrained else []
 
 
-def chosen_layers(selection: Path | None, remove: str) -> Selection | tuple[int, ...]:
-    """The layers that --selection FILE or --remove INDICES names: a `Selection`, or indices that nobody checked yet.
+def read_layers(selection: Path | None, remove: str) -> Selection | tuple[int, ...]:
+    """Return the layers that --selection FILE or --remove INDICES names: a `Selection`, or unchecked indices.
 
     Raises:
-        ValueError: Neither or both were given, the file is no selection, or the indices are no numbers.
+        ValueError: Neither or both were given, the file is not a selection, or the indices are not integers.
     """
     from ..selection.result import Selection
 
@@ -163,17 +168,17 @@ def check_made_for(chosen: Selection, path: Path, network: nn.Module, model: str
     """Refuse a selection that was made for another model.
 
     Args:
-        chosen: What `path` holds.
-        path: For messages.
-        network: The model it is meant for now.
-        model: What --model said.
+        chosen: The selection in `path`.
+        path: The selection's file, for messages.
+        network: The model to apply it to.
+        model: The value of --model.
 
     Raises:
-        ValueError: Another number of blocks, another architecture or other weights.
+        ValueError: The numbers of blocks, the architectures or the weights differ.
     """
     from lambda_kernels.blocks.structure import inspect_model
 
-    from ..models.properties import model_name
+    from ..models.properties import model_name, same_model
 
     depth = inspect_model(network).depth
     if chosen.depth not in (None, depth):

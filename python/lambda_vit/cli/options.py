@@ -1,4 +1,4 @@
-"""What the commands of `lambda-vit` share: the application, the types of their options, and how they open and print."""
+"""Options that several commands share: their types, their help, and how their text is read."""
 
 from __future__ import annotations
 
@@ -22,51 +22,70 @@ if TYPE_CHECKING:
     from ..data.loader import ImageLoader
 
 
-Model = Annotated[str, typer.Option(help="timm's name of the model, or a folder saved by convert.", show_default=False)]
-
-Weights = Annotated[Path | None, typer.Option(help="State dict, .safetensors or .pth.", show_default=False)]
-
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take timm's own weights from the hub.")]
-
-# The layers to remove, one way or the other; `chosen_layers` reads them.
-SelectionFile = Annotated[
-    Path | None,
-    typer.Option(help="What select wrote, or the folder that holds it as selection.json.", show_default=False),
+Model = Annotated[
+    str, typer.Option(help="Name of a timm model, or a folder that convert or finetune saved.", show_default=False)
 ]
 
-Remove = Annotated[str, typer.Option(help="Block indices instead: 1,5,4,11.", show_default=False)]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights of the model: a state dict in .safetensors or .pth.", show_default=False)
+]
+
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download timm's pretrained weights.")]
+
+# The layers to remove, one way or the other; `read_layers` reads them.
+SelectionFile = Annotated[
+    Path | None,
+    typer.Option(help="Layers to remove: the selection.json that select wrote, or its folder.", show_default=False),
+]
+
+Remove = Annotated[
+    str, typer.Option(help="Layers to remove, as block indices instead of --selection: 1,5,4,11.", show_default=False)
+]
 
 Data = Annotated[Path, typer.Option(help="Folder or zip with train/<class>/* and val/<class>/*.", show_default=False)]
 
-Samples = Annotated[int, typer.Option(min=1, help="Images to measure on, spread evenly over the classes.")]
+Samples = Annotated[int, typer.Option(min=1, help="Number of images to measure, spread evenly over the classes.")]
 
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Number of processes that decode images; 0 decodes in the main process.")
+]
 
 ClassMap = Annotated[
     Path | None,
     typer.Option(
-        help="JSON: class folder → output of the model, where neither names nor number tell.", show_default=False
+        help='JSON file that maps each class folder to an output of the model, such as {"cat": 281}.',
+        show_default=False,
     ),
 ]
 
-SkipBad = Annotated[int, typer.Option(min=0, help="Leave out up to this many unreadable images.")]
+SkipBad = Annotated[int, typer.Option(min=0, help="Number of unreadable images to skip before the command fails.")]
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1 …")]
 
-Out = Annotated[Path, typer.Option(help="Where to write.", show_default=False)]
+Split = Annotated[str, typer.Option(help="Split of the images to measure.")]
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--out", help="Write the results to this JSON file.", show_default=False)
+]
+
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw the results to this file: .png, .svg or .pdf.", show_default=False)
+]
+
+Bins = Annotated[int, typer.Option(min=2, max=65536, help="Number of bins of a channel's histogram.")]
 
 
 class Estimator(str, enum.Enum):
-    """Of an entropy."""
+    """Estimators of an entropy."""
 
     gaussian = "gaussian"
     histogram = "histogram"
 
 
 class Estimators(str, enum.Enum):
-    """Of a profile, which can have both from one pass."""
+    """Estimators of a profile, which computes both in one pass."""
 
     both = "both"
     gaussian = "gaussian"
@@ -88,7 +107,7 @@ class Strategy(str, enum.Enum):
 
 
 class Cache(str, enum.Enum):
-    """Of embedded images."""
+    """Where a search keeps activations between rounds."""
 
     auto = "auto"
     ram = "ram"
@@ -97,7 +116,7 @@ class Cache(str, enum.Enum):
 
 
 class Recompute(str, enum.Enum):
-    """Of activations, in the MLP halves of the blocks."""
+    """What a training step recomputes in the MLP halves of blocks."""
 
     auto = "auto"
     none = "none"
@@ -106,7 +125,7 @@ class Recompute(str, enum.Enum):
 
 
 class Score(str, enum.Enum):
-    """Where the entropy is measured."""
+    """Outputs whose entropy is measured."""
 
     logits = "logits"
     pre_logits = "pre_logits"
@@ -125,7 +144,10 @@ def open_data(
     class_map: Path | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> ImageLoader:
-    """A loader; unless it is `labelled`, class folders only spread the samples and need not be the model's classes."""
+    """Open images as a loader for `model`.
+
+    Without `labelled`, the class folders only spread the samples: they need not be the model's classes.
+    """
     from ..data.images import open_images
     from ..data.loader import make_loader, subset
     from ..data.transforms import transforms_for
@@ -142,7 +164,7 @@ def read_class_map(path: Path) -> dict[str, int]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"--class-map {path} is no JSON: {error}") from error
+        raise ValueError(f"--class-map {path} is not a JSON file: {error}") from error
     if not isinstance(found, dict) or not all(type(index) is int for index in found.values()):
         raise ValueError(f'--class-map {path} must hold an object such as {{"cat": 281, "dog": 207}}')
     return found
@@ -154,42 +176,42 @@ def print_bad(console: Console, paths: Iterable[str]) -> None:
 
 
 def parse_indices(text: str, option: str) -> tuple[int, ...]:
-    """Block indices out of "1,5,4,11".
+    """Read block indices such as "1,5,4,11".
 
     Raises:
-        ValueError: Something in it is no whole number.
+        ValueError: A part of the text is not an integer.
     """
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ValueError(f"{option} takes block indices such as 1,5,4,11; got {text!r}") from None
+        raise ValueError(f"{option} expects block indices such as 1,5,4,11; got {text!r}") from None
 
 
 def parse_bytes(text: str, option: str) -> int | None:
-    """Bytes out of "8G", "512MiB" or "1000000"; None out of "".
+    """Read a number of bytes such as "8G", "512MiB" or "1000000"; "" gives None.
 
     Raises:
-        ValueError: It is no such thing.
+        ValueError: The text is not a size, or the size is 0.
     """
     if not text:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if found is None or float(found[1]) == 0:
-        raise ValueError(f"{option} takes a size such as 8G, 512M or a number of bytes; got {text!r}")
+        raise ValueError(f"{option} expects a size such as 8G, 512M or a number of bytes; got {text!r}")
     return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
 def check_outputs(out: Path | None, plot: Path | None = None) -> None:
-    """Raise before the work whose results could not be written: a record to `out`, a figure to `plot`.
+    """Check before any work that the results can be written: a record to `out`, a figure to `plot`.
 
     Raises:
         ValueError: A suffix does not fit, or a path is a folder.
-        OSError: A place cannot be written to.
+        OSError: A path cannot be written to.
     """
     if plot is not None:
         plot_format(plot)
     if out is not None and out.suffix.lower() in PLOT_SUFFIXES:
-        raise ValueError(f"--out writes JSON; got {str(out)!r}. A figure is drawn with --plot")
+        raise ValueError(f"--out writes JSON; got {str(out)!r}. To draw a figure, use --plot")
     for path in filter(None, (out, plot)):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file in it")

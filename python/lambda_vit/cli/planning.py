@@ -9,7 +9,7 @@ import typer
 
 from ..report.tables import plan_notes, plan_table
 from .app import app, make_console, print_next
-from .models import check_made_for, chosen_layers, weights_options
+from .models import check_made_for, make_weights_options, read_layers
 from .options import Device, Model, Pretrained, Recompute, Remove, SelectionFile, SkipBad, Weights, Workers, print_bad
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def plan(
     from .models import check_device, open_model
     from .options import check_outputs
 
-    chosen = chosen_layers(selection, remove)
+    chosen = read_layers(selection, remove)
     if (data is None) == (images is None):
         raise ValueError("pass either --data FOLDER or --images COUNT: hours depend on how many images an epoch has")
     dilution, recovery = split_epochs(epochs, dilution_epochs, recovery_epochs)
@@ -105,7 +105,7 @@ def plan(
         write_json(out, record)
         console.print(f"Written: {out}", soft_wrap=True)
     layers = ["--remove", remove] if selection is None else ["--selection", selection]
-    own = ["--model", model, *weights_options("--", weights, pretrained), *layers]
+    own = ["--model", model, *make_weights_options("--", weights, pretrained), *layers]
     length = ["--epochs", dilution + recovery, "--dilution-epochs", dilution, "--batch-size", batch_size * devices]
     length += [] if recompute is None else ["--recompute", recompute.value]
     print_next(console, "finetune", *own, "--data", data or "path/to/images", *length, "--out", "runs/finetune")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import app, make_console
-from .models import weights_options
+from .models import make_weights_options
 from .options import (
     BatchSize,
     Cache,
@@ -178,8 +178,8 @@ def select(
                       for path in paths})  # fmt: skip
     if not processes.is_main:
         return
-    own = ["--model", model, *weights_options("--", weights, pretrained)]
-    reference = ["--reference", model, *weights_options("--reference-", weights, pretrained)]
+    own = ["--model", model, *make_weights_options("--", weights, pretrained)]
+    reference = ["--reference", model, *make_weights_options("--reference-", weights, pretrained)]
     checking = ["--data", data, *_validation_options(trial, class_map, skip_bad)]
     if not network.num_classes or (trial is not None and not trial["labelled"]):
         checking = None

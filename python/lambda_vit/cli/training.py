@@ -13,7 +13,7 @@ import typer
 
 from ..training.recipe import Recipe, list_recipes, load_recipe
 from .app import app, make_console, print_next
-from .models import check_made_for, chosen_layers, weights_options
+from .models import check_made_for, make_weights_options, read_layers
 from .options import (
     ClassMap,
     Device,
@@ -152,7 +152,7 @@ def finetune(
 
     if full and (selection is not None or remove):
         raise ValueError("--full removes nothing: leave --selection and --remove away")
-    chosen = () if full else chosen_layers(selection, remove)
+    chosen = () if full else read_layers(selection, remove)
     read = load_recipe(recipe, overrides(flags))
     used = read if restart else inherit_micro_batch(read, out)
     if num_classes is not None and used.distillation != "none":
@@ -211,7 +211,7 @@ def finetune(
         if not run.stopped and not images.startswith(("hfds/", "wds/")):
             following = ["validate", "--model", out / "model"]
             if num_classes is None and used.img_size is None:  # else it answers to other images, or in other classes
-                following += ["--reference", model, *weights_options("--reference-", weights, pretrained)]
+                following += ["--reference", model, *make_weights_options("--reference-", weights, pretrained)]
             print_next(
                 console, *following, "--data", images, *([] if class_map is None else ["--class-map", class_map])
             )

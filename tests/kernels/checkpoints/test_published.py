@@ -279,7 +279,7 @@ def test_import_ref(run, state, tmp_path):
     assert code == 0, err
     for words in ("Architecture: deit_tiny_patch16_224 (from the name and its 192 channels), 1000 classes",
                   "Without attention: blocks 0, 2, 4 (from the file's name, tiny_024.pth); residual scale 2",
-                  "Left out: 18 tensors", "Not read: optimizer, lr_scheduler, epoch, args, scaler, max_accuracy",
+                  "Omitted: 18 tensors", "Not read: optimizer, lr_scheduler, epoch, args, scaler, max_accuracy",
                   "Published top-1 on ImageNet-1k: 72.94 % (torch 1.7.1), 72.79 % (torch 1.12.1); not measured here",
                   f"Next: lambda-vit validate --model {out} --data path/to/imagenet"):  # fmt: skip
         assert words in said

@@ -41,8 +41,8 @@ def test_onnx_and_a_program(run, saved, tmp_path):
     assert f"Written: {onnx} (ONNX, opset 20, " in printed
     assert "largest difference from the model, run by onnxruntime " in printed
     assert "run by torch.export.load: " in printed
-    assert "Time of a call by onnx, as a part of eager PyTorch's: " in printed
-    assert f"of this machine, beside whatever else it did: device {record['environment']['device']}" in printed
+    assert "Latency by onnx, relative to eager PyTorch: " in printed
+    assert f"measured on this machine, under its current load: device {record['environment']['device']}" in printed
     assert f"Next: onnxruntime.InferenceSession('{onnx}').run(None, {{'images': images}})" in printed
     assert f"Next: torch.export.load('{program}').module()(images)" in printed
     model, x = from_pretrained(saved), images(5)
@@ -58,7 +58,7 @@ def test_onnx_and_a_program(run, saved, tmp_path):
 
     code, printed, err = run("export", "--model", saved, "--onnx", onnx)
     assert code == 2
-    assert f"--onnx {onnx} is there already: choose another name, or pass --overwrite" in err
+    assert f"--onnx {onnx} exists already: choose another name, or pass --overwrite" in err
     changed = ["--overwrite", "--no-latency", "--fixed-batch", 2, "--image-size", 48, "--dtype", "float16"]
     code, printed, err = run("export", "--model", saved, "--torch-export", program, *changed)
     assert code == 0, err
@@ -75,14 +75,14 @@ def test_what_is_refused_before_work(run, saved, tmp_path, monkeypatch):
     (tmp_path / "folder.onnx").mkdir()
     again = tmp_path / "folder.onnx" / ".." / "m.pt2"  # the same file by another path
     for options, message in (
-        ([], "say what to write: --onnx FILE.onnx"),
+        ([], "pass at least one of --onnx FILE.onnx"),
         (["--onnx", program], "--onnx: a file of the form onnx ends in .onnx; got "),
         (["--onnx", tmp_path / "folder.onnx"], "folder.onnx is a folder; name a file in it"),
-        (["--aoti", program, "--torch-export", program], "two forms cannot be written to one file"),
-        (["--aoti", again, "--torch-export", program, "--overwrite"], "two forms cannot be written to one file"),
-        (["--torch-export", program, "--out", again], "--out writes JSON, and"),
+        (["--aoti", program, "--torch-export", program], "two formats cannot share one file"),
+        (["--aoti", again, "--torch-export", program, "--overwrite"], "two formats cannot share one file"),
+        (["--torch-export", program, "--out", again], "--out writes JSON, but"),
         (["--torch-export", program, "--out", tmp_path], "is a folder; name a file in it"),
-        (["--torch-export", program, "--opset", 20], "--opset 20 is for --onnx, which was not asked for"),
+        (["--torch-export", program, "--opset", 20], "--opset 20 requires --onnx, which is missing"),
         (["--onnx", onnx, "--opset", 17], "opset must lie between 18"),
         (["--onnx", "/proc/none/m.onnx"], "cannot write to /proc"),
         (["--onnx", onnx, "--class-map", tmp_path / "classes.json"], "must hold an object"),
@@ -115,7 +115,7 @@ def test_a_file_that_differs_is_a_failure(run, saved, tmp_path, monkeypatch):
 
 def test_what_was_not_compared_is_said(tmp_path):
     file = export.Exported(tmp_path / "a.onnx", "onnx", 3 << 20, Checked({}, "onnxruntime", "it is not here"), opset=20)
-    assert command_export.describe(file) == [
+    assert command_export.describe_file(file) == [
         f"Written: {tmp_path / 'a.onnx'} (ONNX, opset 20, 3.00 MiB)",
         "  not compared with the model: it is not here",
     ]
@@ -123,4 +123,4 @@ def test_what_was_not_compared_is_said(tmp_path):
     times = {"eager": {1: Latency(20.0, 19.0, 21.0, 9)}, "aoti": {1: Latency(10.0, 9.0, 12.0, 9)}}
     first, second = command_export.describe_times(times, {"device": "cpu (X)", "threads": "1 of 2", "torch": "2"})
     assert first.endswith("0.50 at batch 1 (10.0 ms, quartiles 9.00–12.0, against 20.0 ms)")
-    assert second == "  of this machine, beside whatever else it did: device cpu (X), threads 1 of 2, torch 2"
+    assert second == "  measured on this machine, under its current load: device cpu (X), threads 1 of 2, torch 2"

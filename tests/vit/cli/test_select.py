@@ -109,7 +109,7 @@ ERRORS = {
     "explicit without layers": (["--strategy", "explicit"], "'explicit' and layers belong together"),
     "a beam that is not one": (["--beam", 2, "--strategy", "one-shot", "--count", 1], "'one-shot' does not search"),
     "signed what": (["--signed", "--strategy", "kl", "--count", 1], "signed=True belongs to strategy 'nose'; got 'kl'"),
-    "no size": (["--cache-budget", "x"], "--cache-budget takes a size such as 8G"),
+    "no size": (["--cache-budget", "x"], "--cache-budget expects a size such as 8G"),
     "a small cache": (["--count", 1, "--cache", "ram", "--cache-budget", "1K"], "does not fit: 30 images take"),
     "all of them": (["--count", 4], "count must be from 1 to 3 for 4 blocks; got 4"),
     "no split": (["--count", 1, "--split", "test"], "split='test'"),
