@@ -156,7 +156,7 @@ def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, l
             ["deit_tinny", "Did you mean", "deit_tiny"],
         ),
         "no weights": (["select", "--model", "deit_tiny_patch16_224", *data, *out], ["--weights FILE", "--pretrained"]),
-        "two sources": (["select", "--model", saved, "--pretrained", *data, *out], ["folder with weights of its own"]),
+        "two sources": (["select", "--model", saved, "--pretrained", *data, *out], ["folder with its own weights"]),
         "a folder that is no model": (["select", "--model", folder, *data, *out], ["config.json"]),
         "no data": (["select", "--model", saved, "--data", folder / "absent", *out], ["absent", "does not exist"]),
         "no split": (["profile", "--model", saved, *data, "--split", "test"], ["split='test'", "train, val"]),
@@ -170,7 +170,7 @@ def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, l
         ),
         "another model": (["convert", "--model", saved, "--selection", tmp_path / "other.json", *out], ["vit_giant"]),
         "no selection": (["convert", "--model", saved, "--selection", tmp_path / "none.json", *out], ["none.json"]),
-        "no device": (["profile", "--model", saved, *data, "--device", "cuda:77"], ["cuda:77", "There is: cpu"]),
+        "no device": (["profile", "--model", saved, *data, "--device", "cuda:77"], ["cuda:77", "Available: cpu"]),
         "plan neither": (["plan", "--model", saved, "--images", 9, *out], ["--selection FILE or --remove"]),
         "plan both": (
             ["plan", "--model", saved, "--images", 9, "--selection", tmp_path / "deep.json", "--remove", "1", *out],
@@ -337,7 +337,7 @@ def test_doctor(run, no_interpreter):
 def test_doctor_tells_what_was_tuned(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LAMBDA_KERNELS_CACHE", str(tmp_path))
     _, out, _ = run("doctor")
-    assert f"0 measured in {tmp_path / 'tuning.json'}" in out
+    assert f"0 entries in {tmp_path / 'tuning.json'}" in out
     entry = {"candidate": "library", "times_us": {"library": 12.5, "fused 64x64x64 w4 s4": 20.0}}
     (tmp_path / "tuning.json").write_text(json.dumps({"format": 1, "entries": {"H200 | fc2": entry}}))
     monkeypatch.setenv("LAMBDA_KERNELS_TUNING", "off")

@@ -275,7 +275,7 @@ def test_command_on_one_model(command, tmp_path):
 def bad_options(tmp_path: Path) -> dict[str, tuple[list, type, list[str]]]:
     return {
         "two ways": (["--remove", "1", "--compare", tmp_path], ValueError, ["one of --remove", "--compare FOLDER"]),
-        "no folder": (["--compare", tmp_path / "absent"], ValueError, ["--compare", "absent", "no folder"]),
+        "no folder": (["--compare", tmp_path / "absent"], ValueError, ["--compare", "absent", "is not a folder"]),
         "no model": (["--compare", tmp_path], ValueError, ["config.json"]),
         "no number": (["--remove", "1,x"], ValueError, ["--remove", "'1,x'"]),
         "out of range": (["--remove", "1,4"], ValueError, ["4", "0 to 3"]),
