@@ -73,7 +73,7 @@ def doctor(
         table.add_row(*row.values())
     console.print(table)
     tuned = found["tuning"]
-    console.print(f"tuning {tuned['switch']}, {len(tuned['entries'])} entries in {tuned['file']}", soft_wrap=True)
+    console.print(f"tuning {tuned['switch']}, entries in {tuned['file']}: {len(tuned['entries'])}", soft_wrap=True)
     for entry in tuned["entries"]:
         times = ", ".join(f"{name} {time:.1f} µs" for name, time in entry["times_us"].items())
         console.print(f"  {entry['problem']}: {entry['candidate']} ({times})", soft_wrap=True, highlight=False)

@@ -337,12 +337,12 @@ def test_doctor(run, no_interpreter):
 def test_doctor_tells_what_was_tuned(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LAMBDA_KERNELS_CACHE", str(tmp_path))
     _, out, _ = run("doctor")
-    assert f"0 entries in {tmp_path / 'tuning.json'}" in out
+    assert f"entries in {tmp_path / 'tuning.json'}: 0" in out
     entry = {"candidate": "library", "times_us": {"library": 12.5, "fused 64x64x64 w4 s4": 20.0}}
     (tmp_path / "tuning.json").write_text(json.dumps({"format": 1, "entries": {"H200 | fc2": entry}}))
     monkeypatch.setenv("LAMBDA_KERNELS_TUNING", "off")
     _, out, _ = run("doctor")
-    assert "tuning off, 1 measured" in out
+    assert f"tuning off, entries in {tmp_path / 'tuning.json'}: 1" in out
     assert "H200 | fc2: library (library 12.5 µs, fused 64x64x64 w4 s4 20.0 µs)" in out
     _, out, _ = run("doctor", "--json")
     assert json.loads(out)["tuning"]["entries"] == [{"problem": "H200 | fc2", **entry}]
