@@ -106,7 +106,8 @@ def onednn_obstacles(device: torch.device, dtype: torch.dtype, *, is_inference: 
     """Everything that keeps oneDNN's products from running on `device` with `dtype`; empty when they can.
 
     Where `is_inference` is False, PyTorch's operators compute the call (see `inference_obstacles`). What these products can do
-    with its dtype on this processor is no obstacle then, nor is a dtype that autocast chose: models train and export on all of them.
+    with its dtype on this processor is no obstacle then, nor is a dtype that autocast chose: models train and export on all
+    processors.
     """
     obstacles = list(_why_no_onednn(is_inference and dtype == torch.bfloat16))
     if device.type != "cpu":
