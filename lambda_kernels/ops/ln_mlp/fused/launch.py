@@ -7,7 +7,6 @@ runs. This module needs triton.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,17 +198,7 @@ def row_warps(channels: int) -> int:
     return 4 if channels <= 1024 else 8 if channels <= 4096 else 16
 
 
-def one_pass(
-    x: Tensor,
-    p: Parameters,
-    o: Options,
-    out: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    *,
-    config: Config,
-    tma: bool,
-) -> Launch:
+def one_pass(x, p: Parameters, o: Options, out, mean, rstd, *, config: Config, tma: bool) -> Launch:
     """Launch of the whole forward into out [M, C]; mean and rstd [M] are written where they are given."""
     tokens, channels = x.shape
     width, _ = split_columns(channels)
@@ -235,11 +224,11 @@ def one_pass(
     )
 
 
-def row_statistics(
-    x: Tensor, p: Parameters, o: Options, mean: Tensor, rstd: Tensor, folded: Parameters, w1_sum: Tensor
-) -> Launch:
-    """Launch of row statistics and of W1's folding with γ and β: into `folded.w1` [H, C], and into w1_sum and `folded.b1`
-    [H], which are float32."""
+def row_statistics(x, p: Parameters, o: Options, mean, rstd, folded: Parameters, w1_sum) -> Launch:
+    """Launch of row statistics and of W1's folding with γ and β: `folded` gets w1 [H, C] and b1 [H], w1_sum [H] the row sums.
+
+    The vectors are float32.
+    """
     (tokens, channels), hidden = x.shape, p.w1.shape[0]
     warps = row_warps(channels)
     block, rows = rows_per_program(channels, warps)
@@ -271,7 +260,7 @@ def row_statistics(
     )
 
 
-def layer_norm(x: Tensor, p: Parameters, o: Options, out: Tensor, mean: Tensor, rstd: Tensor, *, given: bool) -> Launch:
+def layer_norm(x, p: Parameters, o: Options, out, mean, rstd, *, given: bool) -> Launch:
     """Launch of LN(s·x) into out [M, C]; mean and rstd [M] are read where `given`, else written."""
     tokens, channels = x.shape
     warps = row_warps(channels)
@@ -297,17 +286,7 @@ def layer_norm(x: Tensor, p: Parameters, o: Options, out: Tensor, mean: Tensor, 
     )
 
 
-def fc1(
-    x: Tensor,
-    p: Parameters,
-    o: Options,
-    act: Tensor,
-    pre: Tensor | None,
-    statistics: tuple[Tensor, Tensor, Tensor] | None = None,
-    *,
-    config: Config,
-    tma: bool,
-) -> Launch:
+def fc1(x, p: Parameters, o: Options, act, pre, statistics=None, *, config: Config, tma: bool) -> Launch:
     """Launch of the first product into act, and into pre where it is given, [M, H].
 
     x are normalized tokens; or, with `statistics`, tokens as they are and `p` as `row_statistics` folds it. `statistics`
@@ -337,7 +316,7 @@ def fc1(
     )
 
 
-def fc2(act: Tensor, x: Tensor, p: Parameters, o: Options, out: Tensor, *, config: Config, tma: bool) -> Launch:
+def fc2(act, x, p: Parameters, o: Options, out, *, config: Config, tma: bool) -> Launch:
     """Launch of the second product with bias, LayerScale and residual: act [M, H], x and out [M, C]."""
     (tokens, channels), hidden = x.shape, p.w2.shape[1]
     return Launch(
@@ -362,17 +341,7 @@ def fc2(act: Tensor, x: Tensor, p: Parameters, o: Options, out: Tensor, *, confi
 
 
 def hidden_gradient(
-    normed: Tensor | None,
-    p: Parameters,
-    o: Options,
-    pre: Tensor | None,
-    grad: Tensor,
-    grad_pre: Tensor,
-    act: Tensor | None,
-    sums: Tensor | None,
-    *,
-    config: Config,
-    tma: bool,
+    normed, p: Parameters, o: Options, pre, grad, grad_pre, act, sums, *, config: Config, tma: bool
 ) -> Launch:
     """Launch of dP [M, H] (and GELU(p)) from dB [M, C]; p from `normed`·W1ᵀ + b1, or from `pre` if that is given.
 
@@ -401,16 +370,7 @@ def hidden_gradient(
     )
 
 
-def elementwise(
-    pre: Tensor,
-    o: Options,
-    grad_act: Tensor,
-    grad_pre: Tensor,
-    act: Tensor | None,
-    sums: Tensor | None,
-    *,
-    config: Config,
-) -> Launch:
+def elementwise(pre, o: Options, grad_act, grad_pre, act, sums, *, config: Config) -> Launch:
     """Launch of dP = dA·GELU'(p) and GELU(p), all [M, H]."""
     tokens, hidden = pre.shape
     return Launch(
@@ -424,21 +384,11 @@ def elementwise(
 
 
 def layer_norm_input(
-    grad_ln: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    p: Parameters,
-    o: Options,
-    saved: Saved,
-    grad_x: Tensor | None,
-    sums: Sequence[Tensor | None],
-    *,
-    programs: int,
+    grad_ln, x, grad, p: Parameters, o: Options, saved: Saved, grad_x, sums, *, programs: int
 ) -> Launch:
-    """Launch of dx [M, C] and of the partial column sums [programs, C] for the gradients of γ, β and b2."""
+    """Launch of dx [M, C] and of the `sums` for the gradients of γ, β and b2: partial column sums [programs, C], or None."""
     tokens, channels = x.shape
     block, rows, warps = gradient_rows(channels)
-    sum_ln_weight, sum_ln_bias, sum_grad = sums
     return Launch(
         backward.layer_norm_input,
         (programs, 1, 1),
@@ -451,9 +401,7 @@ def layer_norm_input(
             "rstd": saved.rstd,
             "branch_scale": p.branch_scale,
             "grad_x": grad_x,
-            "sum_ln_weight": sum_ln_weight,
-            "sum_ln_bias": sum_ln_bias,
-            "sum_grad": sum_grad,
+            **dict(zip(("sum_ln_weight", "sum_ln_bias", "sum_grad"), sums, strict=True)),
             "M": tokens,
             "stride_x": x.stride(0),
             "residual_scale": o.residual_scale,
