@@ -32,10 +32,9 @@ from timm.models import (
 )
 from torch import nn
 
-from .blocks.structure import inspect_model
 from .checkpoints.folder import PREFIX
 from .checkpoints.published import RESIDUAL_SCALE
-from .checkpoints.rebuilding import find_model_args, is_json
+from .checkpoints.rebuilding import find_model_args, is_json, removal_args
 from .convert.conversion import convert_vit
 from .errors import UnsupportedModelError
 
@@ -83,16 +82,7 @@ def model_args(model: nn.Module) -> dict:
             f"{type(model).__name__} was no model that has a name here: there is no {PREFIX}{base} in timm"
         )
     sizes = find_model_args(model, base, {key: value for key, value in cfg.items() if is_json(value)}, {})
-    return {**sizes, **_removal(model)}
-
-
-def _removal(model: nn.Module) -> dict:
-    structure = inspect_model(model)
-    args = {"removed": list(structure.removed), "residual_scale": structure.residual_scale}
-    if structure.merging:
-        info = model.lambda_kernels_info.to_dict()
-        args |= {"tome_r": info["tome_r"], "tome_start": info["tome_start"]}
-    return args
+    return {**sizes, **removal_args(model)}
 
 
 def name_for_timm(model: nn.Module) -> nn.Module:
@@ -154,7 +144,7 @@ def _build(
             filter_fn=importlib.import_module(create.__module__).checkpoint_filter_fn,
             cache_dir=kwargs.get("cache_dir"),
         )
-    _take_name(model, base, _removal(model))
+    _take_name(model, base, removal_args(model))
     return model
 
 

@@ -170,8 +170,9 @@ class MlpBlockBase(nn.Module):
         if global_hooks() or any(map(is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
             found.append("a hook or a replaced forward inside the block must run")
         if not found:
-            w1, w2 = fc1.weight, fc2.weight
-            others = (norm2.weight, norm2.bias, fc1.bias, w2, fc2.bias, layer_scale(self, scale))
+            w1, w2 = _parameter(fc1, "weight"), _parameter(fc2, "weight")
+            biases = (_parameter(part, "bias") for part in (norm2, fc1, fc2))
+            others = (_parameter(norm2, "weight"), w2, *biases, layer_scale(self, scale))
             if any(other is not None and other.dtype != w1.dtype for other in others):
                 found.append(f"norm2, mlp and {scale} have different dtypes")
             if hasattr(w1, "__tensor_flatten__") or hasattr(w2, "__tensor_flatten__"):
@@ -251,6 +252,12 @@ class MlpBlockBase(nn.Module):
             recompute=self.recompute,
             backend=self.backend,
         )
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    # From the dictionary where it is there, several times faster than the attribute; a wrapper may keep it elsewhere.
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None and name not in module._parameters else found
 
 
 def _by_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .folder import CONFIG, PREFIX, WEIGHTS
-from .weights import blocks_with_attention, read_weights
+from .folder import CONFIG, PREFIX, WEIGHTS, check_timm_config
+from .weights import blocks_without_attention, read_weights
 
 # In the order in which timm looks for them.
 _FILES = (WEIGHTS, "pytorch_model.bin")
@@ -22,18 +22,12 @@ def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
     Raises:
         CheckpointError: The folder is none of timm's, holds no weights, or does not say what was removed and how.
     """
-    path, name, cfg = folder / CONFIG, config.get("architecture"), config.get("pretrained_cfg")
-    args = config.get("model_args", {})
-    for key, value, kind in (("architecture", name, str), ("pretrained_cfg", cfg, dict), ("model_args", args, dict)):
-        if not isinstance(value, kind):
-            raise CheckpointError(
-                f"{path} is neither a config of save_pretrained (lambda_kernels is None) nor one of timm's save_for_hf: "
-                f"{key} is {value!r}"
-            )
+    path = folder / CONFIG
+    check_timm_config(config, path)
     weights = next((folder / file for file in _FILES if (folder / file).is_file()), None)
     if weights is None:
         raise CheckpointError(f"{folder} has neither {' nor '.join(_FILES)}")
-    args = dict(args)
+    name, args = config["architecture"], dict(config.get("model_args", {}))
     ours = {key: args.pop(key, None) for key in ("removed", "residual_scale", "fuse", "backend", "recompute")}
     merging = {}
     if name.startswith(PREFIX):
@@ -53,15 +47,13 @@ def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
     return {
         "architecture": name,
         "model_args": args,
-        "pretrained_cfg": {**cfg, "architecture": name},
+        "pretrained_cfg": {**config["pretrained_cfg"], "architecture": name},
         "lambda_kernels": found,
     }, weights
 
 
 def _refuse_converted(path: Path, name: str, weights: Path) -> None:
-    state = read_weights(weights)
-    blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
-    gone = sorted(blocks - blocks_with_attention(state))
+    gone = blocks_without_attention(read_weights(weights))
     if gone:
         raise CheckpointError(
             f"{path}: lambda_kernels is None, so that it was read as a folder of timm's, of a {name} with all its attention; "

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..blocks.structure import inspect_model
-from ..convert.conversion import ConversionInfo, remove_attention
+from ..convert.conversion import remove_attention
 from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
 from ..files import atomic_write, remove_leftovers, sha256, write_json
-from .folder import _MERGING, _OPTIONAL, _PLAIN, CONFIG, PREFIX, PREVIOUS, WEIGHTS, _check_config, _read_json
-from .rebuilding import build, build_skeleton, find_model_args, first_difference, is_json
+from .folder import CONFIG, FORMAT_MERGING, FORMAT_PLAIN, PREFIX, PREVIOUS, WEIGHTS, check_config, read_json
+from .rebuilding import build, build_skeleton, find_model_args, first_difference, is_json, removal_args
 from .weights import load_state_dict, read_weights
 
 
@@ -94,15 +94,13 @@ def save_pretrained(
         "model_args": model_args,
         "pretrained_cfg": cfg,
         "lambda_kernels": {
-            "format": _MERGING if structure.merging else _PLAIN,
+            "format": FORMAT_MERGING if structure.merging else FORMAT_PLAIN,
             "version": __version__,
-            "removed": list(structure.removed),
-            "residual_scale": structure.residual_scale,
+            **removal_args(model),
             # "removed" leaves a model that was never converted as it is
             "fuse": info.fuse if info else "removed",
             "versions": _versions(),
             "selection": chosen,
-            **(_merging_of(info) if structure.merging else {}),
         },
     }
     difference = first_difference(build_skeleton(config), model)
@@ -142,10 +140,6 @@ def _versions() -> dict[str, str]:
     import timm
 
     return {"torch": str(torch.__version__), "timm": timm.__version__, "lambda_kernels": __version__}
-
-
-def _merging_of(info: ConversionInfo) -> dict[str, Any]:
-    return {name: info.to_dict()[name] for name in ("tome_r", "tome_start")}
 
 
 def _selection_record(model: nn.Module, selection: object, removed: tuple[int, ...]) -> dict[str, Any] | None:
@@ -239,14 +233,14 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     """The config in `folder`, checked, and the file of weights that belongs to it."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}; expected a folder written by save_pretrained")
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if isinstance(config, dict) and "lambda_kernels" not in config:
         from .hub_folder import read_hub_folder
 
         return read_hub_folder(config, folder)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} has no {WEIGHTS}; expected a folder written by save_pretrained")
-    _check_config(config, folder / CONFIG)
+    check_config(config, folder / CONFIG)
     weights = _weights_of(folder)
     if weights is None:
         raise CheckpointError(
@@ -256,10 +250,6 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     if weights.name == PREVIOUS:
         warnings.warn(f"the last save to {folder} was interrupted; this is the model saved before it", stacklevel=3)
     return config, weights
-
-
-# Of format 2; models that merge no tokens have none of them.
-_OPTIONAL |= {"lambda_kernels.tome_r": (int, list), "lambda_kernels.tome_start": int}
 
 
 def _check_room(folder: Path, state: dict[str, Tensor]) -> None:

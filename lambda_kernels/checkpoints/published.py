@@ -16,9 +16,11 @@ from ..errors import CheckpointError
 from .weights import (
     ATTENTION_PARTS,
     WRAPPERS,
-    blocks_with_attention,
+    blocks_without_attention,
     check_state_dict,
+    find_blocks,
     load_state_dict,
+    parse_block_key,
     read_file,
     without_wrappers,
 )
@@ -104,13 +106,13 @@ def load_released(
     path = Path(path)
     state, others, crop = _read(path)
     name = _NAME.fullmatch(path.name.split(".")[0])
-    depth = 1 + max((int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)), default=-1)
+    depth = 1 + max(find_blocks(state), default=-1)
     if depth == 0 or "patch_embed.proj.weight" not in state:
         raise CheckpointError(f"{path} holds no vision transformer under timm's names: {', '.join(list(state)[:3])} …")
     architecture, architecture_from = _find_architecture(path, state, name[1] if name else None, architecture)
     removed, removed_from = _find_removed(path, state, depth, name[2] if name else None, remove)
-    parts = tuple(f"blocks.{index}.{part}" for index in removed for part in ATTENTION_PARTS)
-    dropped = tuple(key for key in state if key.startswith(tuple(f"{part}." for part in parts)) or key in parts)
+    parts = {(index, part) for index in removed for part in ATTENTION_PARTS}
+    dropped = tuple(key for key in state if parse_block_key(key) in parts)
     model = _build(path, {key: value for key, value in state.items() if key not in dropped}, architecture, removed)
     model.pretrained_cfg = {**model.pretrained_cfg, "tag": "", "crop_pct": crop}  # type: ignore[assignment]  # as timm does
     entry = PUBLISHED.get(path.name.split(".")[0])
@@ -154,7 +156,7 @@ def _find_architecture(path: Path, state: dict[str, Tensor], size: str | None, g
 def _find_removed(
     path: Path, state: dict[str, Tensor], depth: int, digits: str | None, given: Iterable[int] | None
 ) -> tuple[tuple[int, ...], str]:
-    absent = tuple(sorted(set(range(depth)) - blocks_with_attention(state)))
+    absent = tuple(blocks_without_attention(state))
     said, by = None, ""
     if given is not None:
         said, by = check_indices(given, depth), "the argument"

@@ -84,6 +84,16 @@ def build_skeleton(config: dict) -> nn.Module:
         return build(config, "cpu")
 
 
+def removal_args(model: nn.Module) -> dict[str, Any]:
+    """`removed` and `residual_scale`, and `tome_r` and `tome_start` of a model that merges tokens: plain JSON types."""
+    structure = inspect_model(model)
+    args = {"removed": list(structure.removed), "residual_scale": structure.residual_scale}
+    if structure.merging:
+        info = model.lambda_kernels_info.to_dict()
+        args |= {name: info[name] for name in ("tome_r", "tome_start")}
+    return args
+
+
 def find_model_args(model: nn.Module, architecture: str, cfg: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
     ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}

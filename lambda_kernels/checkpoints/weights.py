@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def _explain_attention(model: nn.Module, lost: list[int], extra: list[int]) -> s
     if not lost:
         return f"has attention for blocks {extra}, which this model lost. Load it into the full model first, and convert that"
     # Blocks that neither of them has attention in are gone from the checkpoint as well.
-    gone = sorted((set(range(len(model.blocks))) - blocks_with_attention(model.state_dict())) - set(extra) | set(lost))
+    gone = sorted(set(blocks_without_attention(model.state_dict())) - set(extra) | set(lost))
     if not extra:
         return (
             f"has no attention for blocks {lost}: it was saved from a converted model. Load it with from_pretrained, or "
@@ -180,18 +181,26 @@ def _explain_attention(model: nn.Module, lost: list[int], extra: list[int]) -> s
     )
 
 
-def blocks_with_attention(state: dict[str, Tensor]) -> set[int]:
-    """Indices of the blocks that have keys `blocks.<i>.attn.…` in `state`."""
-    parts = (key.split(".") for key in state)
-    return {int(p[1]) for p in parts if len(p) > 3 and p[0] == "blocks" and p[1].isdigit() and p[2] == "attn"}
+def parse_block_key(key: str) -> tuple[int, str] | None:
+    """The index of the block and the name of its part that a key `blocks.<index>.<part>…` belongs to; None for other keys."""
+    found = re.match(r"blocks\.(\d+)\.([^.]+)", key)
+    return (int(found[1]), found[2]) if found else None
+
+
+def find_blocks(state: Iterable[str], part: str | None = None) -> set[int]:
+    """Indices of the blocks that have keys in `state`, of any part or of this one."""
+    parsed = filter(None, map(parse_block_key, state))
+    return {index for index, name in parsed if part in (None, name)}
+
+
+def blocks_without_attention(state: Iterable[str]) -> list[int]:
+    """Indices of the blocks that have keys in `state`, but none of an attention."""
+    return sorted(find_blocks(state) - find_blocks(state, "attn"))
 
 
 def _attention_blocks(keys: list[str]) -> list[int] | None:
-    """The blocks that `keys` belong to; None where one of them is not of the attention of a block."""
-    blocks = set()
-    for key in keys:
-        parts = key.split(".")
-        if len(parts) < 3 or parts[0] != "blocks" or parts[2] not in ATTENTION_PARTS:
-            return None
-        blocks.add(int(parts[1]))
-    return sorted(blocks)
+    """The blocks that `keys` belong to; None if a key does not belong to the attention of a block."""
+    parsed = [parse_block_key(key) for key in keys]
+    if not all(found and found[1] in ATTENTION_PARTS for found in parsed):
+        return None
+    return sorted({found[0] for found in parsed})

@@ -82,8 +82,8 @@ def check_removal(
     if residual_scale > 1.0 and _place(model)[1] is torch.float16:
         warnings.warn(
             f"the model is in float16, which ends at 65504, and residual_scale={residual_scale:g} makes its features up to "
-            f"{residual_scale ** len(removed):g} times larger. lambda_vit.measure.float16_range.check_float16 tells "
-            "by a batch whether they fit; bfloat16 holds them",
+            f"{residual_scale ** len(removed):g} times larger. Use bfloat16 or float32 instead, or compare the model's output "
+            "with that in float32",
             stacklevel=stacklevel,
         )
     small = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +106,9 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
 
 def _removed_from(state: dict[str, Tensor]) -> dict[str, list[int]]:
     """Return `removed` for a model that these weights fit; nothing if no attention is missing, so that a default stands."""
-    from lambda_kernels.checkpoints.weights import blocks_with_attention
+    from lambda_kernels.checkpoints.weights import blocks_without_attention
 
-    blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
-    removed = sorted(blocks - blocks_with_attention(state))
+    removed = blocks_without_attention(state)
     return {"removed": removed} if removed else {}
 
 

@@ -242,12 +242,12 @@ class _Meter:
                 f"{label}frequencies of NaFlexVit are not supported: its batches hold padding, and images whose token maps "
                 "differ. Use a model of one image size"
             )
-        self._anatomy = inspect_model(model)
-        refuse_merging(self._anatomy, "the analysis of frequencies")
+        self._structure = inspect_model(model)
+        refuse_merging(self._structure, "the analysis of frequencies")
         self._device, self._dtype = one_device(model), one_dtype(model)
         if self._device.type == "meta":
             raise ValueError(f"{label}the weights are on the meta device, where nothing is computed: load them first")
-        self.depth = self._anatomy.depth
+        self.depth = self._structure.depth
         self.grid = (0, 0)  # of the first batch, once there was one
         self._model, self._label = model, label
         self._prefix = _prefix_tokens(model)
@@ -342,7 +342,7 @@ class _Meter:
         blocks = (
             BlockFrequencies(
                 index,
-                index not in self._anatomy.removed,
+                index not in self._structure.removed,
                 tuple(spectra[index][0]),
                 tuple(spectra[index][1]),
                 tuple(spectra[index][2]),
@@ -359,8 +359,8 @@ class _Meter:
             self.grid,
             self._prefix,
             *self._seen,
-            self._anatomy.removed,
-            self._anatomy.residual_scale,
+            self._structure.removed,
+            self._structure.residual_scale if self._structure.removed else None,
             bins.frequencies,
             bins.coefficients,
             bins.highest,
