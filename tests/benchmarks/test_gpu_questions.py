@@ -259,7 +259,7 @@ def test_every_question_gets_an_answer(name, on_the_cpu):
             "epilogue",
             kernel_questions.launch,
             "fc1",
-            lambda right: lambda *a, **k: right(*a[:2], 2 * a[2], *a[3:], **k),
+            lambda right: lambda x, p, *a, **k: right(x, p._replace(b1=2 * p.b1), *a, **k),
         ),
     ],
     ids=["l2", "registers", "one_pass", "epilogue"],
