@@ -30,8 +30,9 @@ from lambda_vit.data.transforms import transforms_for
 from lambda_vit.runtime.processes import Processes
 from lambda_vit.selection.path_statistics import PathResult, PathStatistics
 from lambda_vit.selection.paths import FULL, Outputs, PathRunner, SkippedBlocks, Tokens
-from lambda_vit.selection.search_state import Found
-from lambda_vit.selection.strategies import STRATEGIES, greedy_round, ranking
+from lambda_vit.selection.rounds import rank_layers, search_round
+from lambda_vit.selection.search_state import SearchState
+from lambda_vit.selection.strategies import STRATEGIES
 
 BATCH = 25
 
@@ -119,13 +120,13 @@ class PoolMeasurement:
 
 def search(measurement: PoolMeasurement, strategy: str, count: int, beam: int = 1) -> dict:
     """Run a strategy, and tell its picks and scores."""
-    how, found = STRATEGIES[strategy], Found()
+    how, found = STRATEGIES[strategy], SearchState()
     candidates = range(measurement.pool.runner.depth)
     if how.how == "ranked":
-        found = ranking(measurement, how.criterion, candidates, count, strategy)
+        found = rank_layers(measurement, how.criterion, candidates, count, strategy)
     else:
         for _ in range(count):
-            found = greedy_round(measurement, how.criterion, found, candidates, beam, strategy)
+            found = search_round(measurement, how.criterion, found, candidates, beam, strategy)
     best = found.branches[0]
     return {"layers": list(best.layers[:count]), "rounds": [r.to_dict() for r in best.rounds]}
 

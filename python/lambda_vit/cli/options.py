@@ -92,20 +92,6 @@ class Estimators(str, enum.Enum):
     histogram = "histogram"
 
 
-class Strategy(str, enum.Enum):
-    """Of a selection."""
-
-    nose = "nose"
-    nose_signed = "nose-signed"
-    one_shot = "one-shot"
-    kl = "kl"
-    accuracy = "accuracy"
-    cosine = "cosine"
-    random = "random"
-    first = "first"
-    explicit = "explicit"
-
-
 class Cache(str, enum.Enum):
     """Where a search keeps activations between rounds."""
 

@@ -1,8 +1,9 @@
-"""`lambda-vit select`: pick the attention layers to remove, and report what that does."""
+"""`lambda-vit select`: picks the attention layers to remove, tries every pick, and writes the report."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import shlex
 import warnings
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..selection.strategies import SEARCHES, STRATEGIES
 from .app import app, make_console
 from .models import make_weights_options
 from .options import (
     BatchSize,
+    Bins,
     Cache,
     ClassMap,
     Data,
@@ -24,7 +27,7 @@ from .options import (
     Samples,
     Score,
     SkipBad,
-    Strategy,
+    Split,
     Weights,
     Workers,
     open_data,
@@ -40,10 +43,32 @@ if TYPE_CHECKING:
     from ..data.loader import ImageLoader
     from ..runtime.processes import Processes
     from ..selection.result import Selection
+    from ..selection.trajectory import TrialData
 
 
-# Images whose layers' outputs are profiled: entropies per channel need no more, since every token counts.
+# Number of images to profile layers on: every token counts, so entropies per channel need no more.
 PROFILE_IMAGES = 128
+
+
+class Strategy(str, enum.Enum):
+    """The registered strategies, by name."""
+
+    _ignore_ = ["registered", "name_of"]  # noqa: RUF012 (enum's own word, which no annotation may change)
+    registered = vars()
+    for name_of in STRATEGIES:
+        registered[name_of.replace("-", "_")] = name_of
+
+
+DEFAULT_STRATEGY = Strategy("nose")
+
+STRATEGY_HELP = (
+    "How layers are picked. "
+    + "; ".join(
+        f"{how}: {', '.join(name for name in STRATEGIES if STRATEGIES[name].how == key)}"
+        for key, how in SEARCHES.items()
+    )
+    + "."
+)
 
 
 @app.command()
@@ -53,8 +78,7 @@ def select(
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for selection.json, the report, and the progress; NAME.json puts the selection there and the "
-            "rest into NAME/.",
+            help="Output folder for selection.json, the report and the progress; or NAME.json, with the rest in NAME/.",
             show_default=False,
         ),
     ],
@@ -62,53 +86,62 @@ def select(
     pretrained: Pretrained = False,
     count: Annotated[
         int | None,
-        typer.Option(min=1, help="How many attention layers to pick; 5 where no budget is given.", show_default=False),
+        typer.Option(min=1, help="Number of attention layers to remove; 5 if no budget is given.", show_default=False),
     ] = None,
     params: Annotated[
         float | None,
-        typer.Option(
-            help="Instead: pick until this share of the parameters is left, such as 0.85.", show_default=False
-        ),
+        typer.Option(help="Share of the parameters to retain, such as 0.85, instead of --count.", show_default=False),
     ] = None,
     flops: Annotated[
         float | None,
-        typer.Option(help="Instead: until this share of the FLOPs is left.", show_default=False),
+        typer.Option(help="Share of the FLOPs to retain, such as 0.85, instead of --count.", show_default=False),
     ] = None,
     throughput: Annotated[
         float | None,
         typer.Option(
-            help="Instead: until this many times the throughput is measured, such as 1.2.", show_default=False
+            help="Throughput to reach, relative to the full model, such as 1.2, instead of --count.",
+            show_default=False,
         ),
     ] = None,
-    strategy: Annotated[Strategy, typer.Option(help="nose, a rival, or a control.")] = Strategy.nose,
-    estimator: Annotated[Estimator, typer.Option(help="Of the entropy.")] = Estimator.gaussian,
-    signed: Annotated[bool, typer.Option("--signed", help="With nose: the same as nose-signed.")] = False,
-    score: Annotated[Score, typer.Option(help="Where the entropy is measured.")] = Score.logits,
-    bins: Annotated[int, typer.Option(min=2, max=65536, help="Of a histogram.")] = 256,
-    exclude: Annotated[str, typer.Option(help="Blocks that keep their attention: 0,11.")] = "",
-    layers: Annotated[str, typer.Option(help="With explicit: the blocks, in order: 1,5,4.", show_default=False)] = "",
-    beam: Annotated[int, typer.Option(min=1, help="Sets of layers that a greedy search keeps; 1 is NOSE's own.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
-    split: Annotated[str, typer.Option(help="Split to measure on.")] = "train",
+    strategy: Annotated[Strategy, typer.Option(help=STRATEGY_HELP)] = DEFAULT_STRATEGY,
+    estimator: Annotated[Estimator, typer.Option(help="Entropy estimator.")] = Estimator.gaussian,
+    signed: Annotated[bool, typer.Option("--signed", help="Use nose-signed instead of nose.")] = False,
+    score: Annotated[Score, typer.Option(help="Output whose entropy is measured.")] = Score.logits,
+    bins: Bins = 256,
+    exclude: Annotated[str, typer.Option(help="Indices of blocks that retain their attention: 0,11.")] = "",
+    layers: Annotated[
+        str, typer.Option(help="Ordered block indices for --strategy explicit: 1,5,4.", show_default=False)
+    ] = "",
+    beam: Annotated[int, typer.Option(min=1, help="Number of sets that a greedy search retains per round.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed of --strategy random.")] = 0,
+    split: Split = "train",
     samples: Samples = 1024,
     class_map: ClassMap = None,
-    eval_split: Annotated[str, typer.Option(help="Split that the picks are tried on, nothing trained.")] = "val",
-    eval_samples: Annotated[int, typer.Option(min=0, help="Images of it; 0 leaves that out.")] = 1024,
-    tolerance: Annotated[float, typer.Option(min=0, help="Points of top-1 that the recommended pick may cost.")] = 5.0,
-    profile: Annotated[bool, typer.Option(help="Profile the layers for the report.")] = True,
+    eval_split: Annotated[
+        str, typer.Option(help="Split of the images on which the picks are tried, without training.")
+    ] = "val",
+    eval_samples: Annotated[
+        int, typer.Option(min=0, help="Number of images on which the picks are tried; 0 skips the trial.")
+    ] = 1024,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest loss of top-1, in points, of the recommended pick.")
+    ] = 5.0,
+    profile: Annotated[bool, typer.Option(help="Add a profile of the layers to the report.")] = True,
     latency: Annotated[bool, typer.Option(help="Measure the throughput after each pick.")] = True,
-    cache: Annotated[Cache, typer.Option(help="Where embedded images stay between rounds.")] = Cache.auto,
-    cache_budget: Annotated[str, typer.Option(help="What they may take: 8G.", show_default=False)] = "",
-    cache_dir: Annotated[Path | None, typer.Option(help="For disk.", show_default=False)] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget the progress of an earlier run.")] = False,
+    cache: Annotated[Cache, typer.Option(help="Storage of embedded images between rounds.")] = Cache.auto,
+    cache_budget: Annotated[str, typer.Option(help="Largest size of the cache, such as 8G.", show_default=False)] = "",
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the cache on disk.", show_default="temporary")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an earlier run in --out and start over.")] = False,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",
 ) -> None:
-    """Pick the attention layers whose removal changes the output least, try each pick, and report.
+    """Find the attention layers whose removal changes the output least, try each pick, and write a report.
 
-    Under torchrun the images are shared out; the same command goes on where an earlier one was stopped.
+    If the search is interrupted, run the same command again to resume. Under torchrun the processes share the images.
     """
     from lambda_kernels.files import check_writable
 
@@ -122,8 +155,8 @@ def select(
     console = make_console()
     excluded, given = parse_indices(exclude, "--exclude"), parse_indices(layers, "--layers")
     budget = Budget(count, params, flops, throughput)
-    named = "nose-signed" if signed and strategy is Strategy.nose else strategy.value
-    # These raise before anything is loaded.
+    named = "nose-signed" if signed and strategy.value == "nose" else strategy.value
+    # These checks raise before anything is loaded.
     budget.asked()
     check_search(named, signed=signed, beam=beam, layers=given or None)
     cached = {
@@ -143,7 +176,8 @@ def select(
         network = open_model(model, weights=weights, pretrained=pretrained, device=local_device(device))
         shard = (processes.rank, processes.size)
         loading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "skip_bad": skip_bad, "shard": shard}
-        labelled = strategy is Strategy.accuracy
+        criterion = STRATEGIES[named].criterion
+        labelled = criterion is not None and criterion.label
         loader = open_data(network, data, split, samples, **loading, labelled=labelled, class_map=class_map)
         trial, trial_notes = _open_trial(
             network, data, split, loader, eval_split, eval_samples, class_map=class_map, **loading
@@ -174,14 +208,14 @@ def select(
         record = _measure(
             network, selection, loader, trial, processes, profile, batch_size if latency else None, tolerance, bins
         )
-        bad = sorted({path for paths in processes.gather([*loader.bad, *trial["loader"].bad] if trial else loader.bad)
-                      for path in paths})  # fmt: skip
+        own_bad = [*loader.bad, *trial.loader.bad] if trial else loader.bad
+        bad = sorted({path for paths in processes.gather(own_bad) for path in paths})
     if not processes.is_main:
         return
     own = ["--model", model, *make_weights_options("--", weights, pretrained)]
     reference = ["--reference", model, *make_weights_options("--reference-", weights, pretrained)]
     checking = ["--data", data, *_validation_options(trial, class_map, skip_bad)]
-    if not network.num_classes or (trial is not None and not trial["labelled"]):
+    if not network.num_classes or (trial is not None and not trial.labelled):
         checking = None
     training = ["--data", data, *(["--skip-bad", skip_bad] if skip_bad else [])]
     commands = _next_commands(
@@ -189,7 +223,7 @@ def select(
     )
     _report(
         console, folder, selection_file, network, model, selection, record, engine, commands,
-        [*trial_notes, *record["notes"]], _described(data, loader, trial),
+        [*trial_notes, *record["notes"]], _describe_data(data, loader, trial),
     )  # fmt: skip
     print_bad(console, bad)
     for entry in commands:
@@ -205,12 +239,14 @@ def _open_trial(
     eval_samples: int,
     class_map: Path | None,
     **loading: Any,
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """The images that picks are tried on, and what to say of them."""
+) -> tuple[TrialData | None, list[str]]:
+    """Open the images on which the picks are tried; with notes for the report."""
+    from ..selection.trajectory import TrialData
+
     if not eval_samples:
         return None, []
     if not network.num_classes:
-        return None, ["The picks were not tried out: the model has no classifier, hence no answers to compare"]
+        return None, ["The picks were not tried: the model has no classifier, hence no answers to compare"]
     notes: list[str] = []
 
     def opened(name: str) -> tuple[ImageLoader, bool]:
@@ -219,7 +255,7 @@ def _open_trial(
         except ValueError as error:
             if class_map is not None:
                 raise
-            # Without labels that mean the model's classes there is still the agreement with the full model.
+            # Without labels of the model's classes, the agreement with the full model remains.
             found = open_data(network, data, name, eval_samples, **loading)
             notes.append(f"Accuracy was not measured: {error}")
             return found, False
@@ -230,64 +266,61 @@ def _open_trial(
         notes = [f"The picks were tried on the images they were measured on: {error}"]
         found, labelled = opened(split)
     held_out = found.dataset.at != loader.dataset.at
-    return {"loader": found, "labelled": labelled, "split": found.dataset.split, "held_out": held_out}, notes
+    return TrialData(found, labelled, found.dataset.split, held_out), notes
 
 
 def _measure(
     network: nn.Module,
     selection: Selection,
     loader: ImageLoader,
-    trial: dict[str, Any] | None,
+    trial: TrialData | None,
     processes: Processes,
     profile: bool,
     throughput_batch: int | None,
     tolerance: float,
     bins: int,
 ) -> dict[str, Any]:
-    """The trajectory and the layer profile of a record; the same in all processes."""
+    """Measure the trajectory and the layer profile of a record; the same in all processes."""
     from ..data.loader import make_loader, subset
     from ..measure.layer_profile import profile_layers
     from ..report.records.recommendation import add_recommendation
-    from ..selection.trajectory import caught, measure_trajectory
+    from ..runtime.capture import capture_warnings
+    from ..selection.trajectory import measure_trajectory
 
     record: dict[str, Any] = {"trajectory": None, "profile": None, "notes": []}
     if trial is not None:
         trajectory = measure_trajectory(
-            network, trial["loader"], selection, split=trial["split"], held_out=trial["held_out"],
-            labelled=trial["labelled"], throughput_batch=throughput_batch, bins=bins,
-            processes=processes,
-        )  # fmt: skip
+            network, trial, selection, throughput_batch=throughput_batch, bins=bins, processes=processes
+        )
         record["trajectory"] = add_recommendation(trajectory, selection, tolerance)
     if profile:
         with processes.all_or_none("Profile"):
             if processes.is_main:
                 few = subset(loader.dataset, min(PROFILE_IMAGES, len(loader.dataset)))
                 images = make_loader(few, loader.batch_size, workers=loader.workers, skip_bad=loader.skip_bad)
-                found, record["notes"] = caught(lambda: profile_layers(network, images))
+                found, record["notes"] = capture_warnings(lambda: profile_layers(network, images))
                 record["profile"] = found.to_dict()
     return record
 
 
-def _data_of(loader: ImageLoader, trial: dict[str, Any] | None) -> dict[str, Any]:
-    """What all processes have to have opened alike: each sees its own disks."""
+def _data_of(loader: ImageLoader, trial: TrialData | None) -> dict[str, Any]:
+    """Return what all processes must have opened alike: each reads its own disks."""
     from ..data.fingerprints import data_fingerprint
 
     found = {f"picked on, {name}": value for name, value in data_fingerprint(loader).items()}
     if trial is not None:
-        tried = data_fingerprint(trial["loader"], labelled=trial["labelled"])
-        tried |= {name: trial[name] for name in ("split", "labelled", "held_out")}
-        found |= {f"tried on, {name}": value for name, value in tried.items()}
+        found |= {f"tried on, {name}": value for name, value in trial.fingerprint().items()}
     return found
 
 
-def _described(data: Path, loader: ImageLoader, trial: dict[str, Any] | None) -> dict[str, Any]:
+def _describe_data(data: Path, loader: ImageLoader, trial: TrialData | None) -> dict[str, Any]:
     found = {"description": str(data), "calibration": len(loader.dataset)}
-    return found if trial is None else found | {"validation": len(trial["loader"].dataset)}
+    return found if trial is None else found | {"validation": len(trial.loader.dataset)}
 
 
-def _validation_options(trial: dict[str, Any] | None, class_map: Path | None, skip_bad: int) -> list[object]:
-    """What `validate` needs to be told to read the images that the picks were tried on."""
-    split = trial["split"] if trial is not None else "val"
+def _validation_options(trial: TrialData | None, class_map: Path | None, skip_bad: int) -> list[object]:
+    """Return the options by which `validate` reads the images on which the picks were tried."""
+    split = trial.split if trial is not None else "val"
     found: list[object] = [] if split in ("val", "all") else ["--split", split]
     found += [] if class_map is None else ["--class-map", class_map]
     return [*found, "--skip-bad", skip_bad] if skip_bad else found
@@ -303,10 +336,10 @@ def _next_commands(
     reference: list[object],
     checking: list[object] | None,
 ) -> list[dict[str, str]]:
-    """What to type next: for the recommended layers where there are any, else for all that were picked.
+    """List the next commands: for the recommended layers if there are any, otherwise for all picks.
 
-    `own` and `reference` say which model, `training` and `checking` on which images; no `checking` where these have no
-    labels that are the model's classes.
+    `own` and `reference` name the model, `training` and `checking` the images; `checking` is None if the images have no
+    labels of the model's classes.
     """
     step = trajectory["recommended"]["step"] if trajectory else 0
     chosen = ["--selection", selection_file]
@@ -315,12 +348,12 @@ def _next_commands(
         chosen = ["--remove", ",".join(map(str, selection.layers[:step]))]
         which = "the recommended layers"
     small = folder / "model"
-    entries = [(f"What training without {which} takes", ["plan", *own, *chosen, *training])]
+    entries = [(f"Plan a training without {which}", ["plan", *own, *chosen, *training])]
     if checking is not None:
         at = checking.index("--class-map") if "--class-map" in checking else len(checking)
         run = [*checking[at : at + 2], "--recipe", "short", "--out", folder / "finetune"]
-        entries.append((f"Fade {which} out, delete them, and train on", ["finetune", *own, *chosen, *training, *run]))
-    entries.append((f"Remove {which} now, with nothing trained", ["convert", *own, *chosen, "--out", small]))
+        entries.append((f"Train, and remove {which}", ["finetune", *own, *chosen, *training, *run]))
+    entries.append((f"Remove {which} without training", ["convert", *own, *chosen, "--out", small]))
     if checking is not None:
         entries.append(("Compare with the full model", ["validate", "--model", small, *reference, *checking]))
     return [{"what": what, "command": f"lambda-vit {shlex.join(map(str, words))}"} for what, words in entries]

@@ -22,6 +22,7 @@ from ..runtime.formatting import (
     format_signed,
     format_size,
 )
+from ..selection.strategies import CRITERIA, STRATEGIES
 from .figures.selection import score_plot, trajectory_plot
 from .parts import Cell, Column, Section, Table, filled
 from .records.readings import digits_of
@@ -36,27 +37,6 @@ from .records.scores import (
     score_text,
     score_unit,
 )
-
-_STRATEGIES = {
-    "nose": "NOSE (arXiv 2404.05657): in each round every layer left is scored together with those picked before, and the "
-    "lowest |TE| is picked",
-    "nose-signed": "NOSE by the paper's formula, the sign of TE left in: layers that inflate the entropy look best",
-    "one-shot": "one ranking: every layer is scored alone on the full model, and the lowest are picked",
-    "kl": "greedy: in each round the layer is picked whose absence moves the class probabilities least",
-    "accuracy": "greedy: in each round the layer is picked whose absence costs the fewest right answers",
-    "cosine": "one ranking: the layers are picked that turn the tokens passing through them least",
-    "random": "a control that measures nothing: layers drawn by chance",
-    "first": "a control that measures nothing: the first blocks",
-    "explicit": "given by hand",
-}
-
-_CRITERIA = {
-    "|TE|": "how far the output's entropy is from the full model's once this attention is skipped",
-    "TE": "how far the output's entropy is below the full model's once this attention is skipped",
-    "KL": "how far the class probabilities are from the full model's once this attention is skipped, on average",
-    "top-1 lost": "how many points of top-1 are lost once this attention is skipped",
-    "1 − cosine": "how much this attention changes the direction of the tokens that pass it; 0: not at all",
-}
 
 _OUTPUTS = {"logits": "the logits", "pre_logits": "what goes into the classifier"}
 
@@ -272,18 +252,23 @@ def _picked(chosen: Mapping[str, Any]) -> str:
     return " · ".join(parts) + "."
 
 
+def _describe_criterion(name: str) -> str:
+    """Return what a criterion measures; empty for one that this version does not know."""
+    return CRITERIA[name].about if name in CRITERIA else ""
+
+
 def _settings(chosen: Mapping[str, Any]) -> Table:
     strategy, name = chosen.get("strategy") or "", score_name(chosen)
-    words = _STRATEGIES.get(strategy, "")
-    rows = [("Strategy", f"{strategy}: {words}" if words else strategy)]
+    known = STRATEGIES.get(strategy)  # a record may come from another version
+    rows = [("Strategy", f"{strategy}: {known.report}" if known else strategy)]
     if (chosen.get("beam") or 1) > 1:
         beam = (
             f"the {chosen['beam']} best sets of layers are kept after each round; shown are the rounds that led to the"
         )
         rows.append(("Beam", f"{beam} winning set"))
-    if strategy not in ("random", "first", "explicit"):
+    if known is None or known.criterion is not None:
         unit = score_unit(chosen)
-        meaning = _CRITERIA.get(name, "")
+        meaning = _describe_criterion(name)
         head = name + (f", in {unit}" if unit else "")
         rows.append(("Criterion", f"{head}: {meaning}" if meaning else head))
     rows += [("Stopped at", chosen["stop"])] if chosen.get("stop") else []
@@ -331,17 +316,16 @@ def _ranking(chosen: Mapping[str, Any], one: Ranking) -> Table:
 
 def _scores_caption(chosen: Mapping[str, Any], once: bool) -> str:
     name, signed = score_name(chosen), diverging(chosen)
-    meaning = _CRITERIA.get(name, "")
+    meaning = _describe_criterion(name)
     if once:
         text = f"{in_unit(chosen)}{': ' if meaning else ''}{meaning}. " if meaning else f"{in_unit(chosen)}. "
         text += f"Every layer was scored alone on the full model; the {len(chosen['layers'])} picked ones are filled"
         return text + " and numbered in their order."
-    if name in ("TE", "|TE|"):
-        meaning = "how far the output's entropy is from the full model's once this attention is skipped too"
-        meaning += "; below zero, it has grown" if signed else ""
-    else:
-        meaning = meaning.replace(" is skipped", " is skipped too")
-        meaning += "; below zero, there are more right answers" if signed and name == "top-1 lost" else ""
+    meaning = meaning.replace("without this attention", "without this attention as well")
+    if signed:
+        meaning += {"TE": "; below zero, it has grown", "top-1 lost": "; below zero, there are more right answers"}[
+            name
+        ]
     text = f"{in_unit(chosen)}: {meaning}. " if meaning else f"{in_unit(chosen)}. "
     if lowest_picked(chosen):
         text += "Each round removes the lowest (outlined) and scores the rest again; grey blocks are gone already. "

@@ -37,8 +37,8 @@ RAM_SHARE = 0.25
 DISK_RESERVE = 1 << 30
 
 
-class Beginnings:
-    """Of one batch. What it holds never exceeds what the paths that were announced last have as beginnings."""
+class PrefixCache:
+    """Of one batch. What it holds never exceeds what the paths that were announced last have as prefixes."""
 
     def __init__(self) -> None:
         self._wanted: frozenset[Node] = frozenset()
@@ -72,7 +72,7 @@ class Batch:
         targets: int64 [N]; None where the loader gives none.
         full: The full model's logits, once somebody has put them there; they are kept with the rest.
         images: While they are at hand, for messages.
-        beginnings: Tokens further inside, from one pass to the next where there is memory for them.
+        prefixes: Tokens further inside, from one pass to the next where there is memory for them.
     """
 
     number: int
@@ -80,7 +80,7 @@ class Batch:
     targets: Tensor | None
     full: Tensor | None = None
     images: Images | None = None
-    beginnings: Beginnings = field(default_factory=Beginnings)
+    prefixes: PrefixCache = field(default_factory=PrefixCache)
 
     def __len__(self) -> int:
         return len(self.start.tokens)
@@ -100,7 +100,7 @@ class CachePlan:
     spare: int = 0
 
 
-class Embeddings:
+class ActivationCache:
     """Batches of tokens out of a loader of images; iterate as often as needed, inside `with`.
 
     Args:
@@ -144,7 +144,7 @@ class Embeddings:
         self._complete = False
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Embeddings:
+    def __enter__(self) -> ActivationCache:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -154,11 +154,6 @@ class Embeddings:
     def __len__(self) -> int:
         """Batches of a pass; TypeError where the loader does not know."""
         return len(self._loader)  # type: ignore[arg-type]  # who calls this takes the TypeError
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the next pass reads images."""
-        return not self._complete
 
     def __iter__(self) -> Iterator[Batch]:
         if self._complete:
@@ -280,7 +275,7 @@ def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 
     tokens, images = batch.start
     start = Tokens(mapped(tokens), None if images is None else batches.mapped(images, function))
-    return Batch(batch.number, start, mapped(batch.targets), mapped(batch.full), beginnings=batch.beginnings)
+    return Batch(batch.number, start, mapped(batch.targets), mapped(batch.full), prefixes=batch.prefixes)
 
 
 def _images(loader: Iterable, of_a_batch: int) -> int | None:
@@ -323,5 +318,5 @@ def positions(paths: Collection[SkippedBlocks], depth: int, each: int, budget: i
 
 
 def nodes(paths: Collection[SkippedBlocks], chosen: Collection[int]) -> int:
-    """How many different beginnings `paths` have up to the blocks `chosen`."""
+    """How many different prefixes `paths` have up to the blocks `chosen`."""
     return len({node(path, at) for path in paths for at in chosen})

@@ -22,16 +22,12 @@ from lambda_kernels.ops.checks import check_choice, dtype_name
 
 from ..data import batches
 from ..models.properties import eval_mode, one_device, one_dtype
-from ..models.views import skip_attention
 from ..runtime.processes import Processes
 from ..runtime.progress import task
 from . import activation_cache
-from .activation_cache import Batch, Embeddings
+from .activation_cache import ActivationCache, Batch
 from .path_statistics import PathResult, PathStatistics
 from .paths import FULL, Outputs, PathRunner, SkippedBlocks
-
-__all__ = ["ESTIMATORS", "SCORES", "Measurement", "constant_note", "skip_attention", "transfer_entropy"]
-
 
 ESTIMATORS = ("gaussian", "histogram")
 
@@ -49,7 +45,7 @@ class Measurement:
         score: What the entropies are of: "logits", or "pre_logits" for what goes into the classifier.
         bins: Of a histogram.
         cache: Where the embedded images stay between passes: "ram", "disk", "none"; "auto" is "ram" where it fits.
-        cache_budget: Bytes that they may take; None as `Embeddings`.
+        cache_budget: Bytes that they may take; None as `ActivationCache`.
         cache_folder: Where "disk" keeps them.
         processes: Those that measure together; None: those of the process group, if there is one, all of which then have
             to make a `Measurement` and call the same methods.
@@ -84,7 +80,7 @@ class Measurement:
         self.processes = Processes() if processes is None else processes
         self.estimator, self.score, self.bins = estimator, score, bins
         self.device, self.dtype = one_device(model), one_dtype(model)
-        self.embeddings = Embeddings(
+        self.activations = ActivationCache(
             self.runner,
             loader,
             self.device,
@@ -106,7 +102,7 @@ class Measurement:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.embeddings.__exit__(*exception)
+        self.activations.__exit__(*exception)
 
     @torch.inference_mode()
     def measure(
@@ -140,7 +136,7 @@ class Measurement:
         with self.processes.all_or_none(description):
             for batch in self._batches(description):
                 if keep:
-                    batch.beginnings.announce(paths, self._kept_before(paths))
+                    batch.prefixes.announce(paths, self._kept_before(paths))
                 try:
                     self._measure_batch(batch, paths, statistics, compare)
                 except NonFiniteActivationError as error:
@@ -178,7 +174,7 @@ class Measurement:
 
     def engine(self) -> dict[str, Any]:
         """How the work was done, for a report: the cache, where paths begin, passes and seconds."""
-        plan = self.embeddings.plan
+        plan = self.activations.plan
         return {
             "processes": self.processes.size,
             "passes": self.passes,
@@ -193,8 +189,8 @@ class Measurement:
 
     def _kept_before(self, paths: list[SkippedBlocks]) -> tuple[int, ...]:
         """Before which blocks of `paths` tokens are kept for the next round."""
-        plan = self.embeddings.plan
-        assert plan is not None, "the embeddings were kept before any path ran"
+        plan = self.activations.plan
+        assert plan is not None, "the activations were kept before any path ran"
         chosen = activation_cache.positions(paths, self.runner.depth, plan.inside, plan.spare) if plan.spare else ()
         taken = activation_cache.nodes(paths, chosen) * plan.inside
         if taken > self._kept_bytes:
@@ -206,9 +202,9 @@ class Measurement:
         started = time.perf_counter()
         total = None
         with contextlib.suppress(TypeError):
-            total = len(self.embeddings)
+            total = len(self.activations)
         with eval_mode(*self.runner.modules()), task(description, total) as advance:
-            for batch in self.embeddings:
+            for batch in self.activations:
                 yield batch
                 advance()
         self.passes += 1
@@ -218,7 +214,7 @@ class Measurement:
         self, batch: Batch, paths: list[SkippedBlocks], statistics: PathStatistics, compare: bool
     ) -> None:
         wanted = [FULL, *paths] if compare and batch.full is None else paths
-        found: dict[SkippedBlocks, Outputs] = dict(self.runner.outputs(batch.start, wanted, batch.beginnings))
+        found: dict[SkippedBlocks, Outputs] = dict(self.runner.outputs(batch.start, wanted, batch.prefixes))
         if compare and batch.full is None:
             batch.full = found[FULL].logits
         started = time.perf_counter()

@@ -8,7 +8,7 @@ the model around other blocks, and nothing of it is written again here.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,6 @@ from lambda_kernels.errors import UnsupportedModelError
 from ..data import batches
 from ..data.batches import Images
 from ..models.views import _Inject, _without_attention, _without_stem, with_blocks
-
-if TYPE_CHECKING:
-    pass
-
 
 SkippedBlocks = frozenset[int]
 
@@ -57,8 +53,8 @@ class Outputs(NamedTuple):
     logits: Tensor
 
 
-class Memory(Protocol):
-    """Tokens at nodes, from an earlier run over the same images; see `beginnings.Beginnings`."""
+class PrefixStore(Protocol):
+    """Tokens at nodes, from an earlier run over the same images; see `prefixes.PrefixCache`."""
 
     def find(self, key: Node) -> Tensor | None: ...
 
@@ -91,7 +87,7 @@ class PathRunner:
         self._blocks = list(model.blocks)
         self._free: dict[int, nn.Module] = {}
         self._seen: list[tuple[Tensor, BlockKwargs]] = []
-        self._front = with_blocks(model, [_Tap(self._seen) for _ in self._blocks])
+        self._front = with_blocks(model, [InputRecorder(self._seen) for _ in self._blocks])
         self._back: nn.Module | None = None
         self._given: list[BlockKwargs] = []
 
@@ -114,16 +110,16 @@ class PathRunner:
         return Tokens(tokens, None if self.why_images is None else images)
 
     def outputs(
-        self, start: Tokens, paths: Collection[SkippedBlocks], memory: Memory | None = None
+        self, start: Tokens, paths: Collection[SkippedBlocks], memory: PrefixStore | None = None
     ) -> Iterator[tuple[SkippedBlocks, Outputs]]:
-        """The outputs of all `paths`, each once, in an order of their own: beginnings that paths share are run once.
+        """The outputs of all `paths`, each once, in an order of their own: prefixes that paths share are run once.
 
         Args:
             start: What `embed` gave.
             paths: Sets of blocks whose attention is skipped.
             memory: Of the same images. Blocks before what it finds are not run, and it is offered what is run.
         """
-        first = _Place(self, self._given_to_blocks(start), 0, FULL, memory, tokens=start.tokens)
+        first = PrefixNode(self, self._given_to_blocks(start), 0, FULL, memory, tokens=start.tokens)
         for at, group in self._walk(first, list(dict.fromkeys(paths))):
             found = self._finish(at.tokens(), start.images)
             for path in group:
@@ -170,7 +166,7 @@ class PathRunner:
         positional, named = given
         return (self._without(index) if skipped else self._blocks[index])(x, *positional, **named)
 
-    def _walk(self, place: _Place, group: list[SkippedBlocks]) -> Iterator[tuple[_Place, list[SkippedBlocks]]]:
+    def _walk(self, place: PrefixNode, group: list[SkippedBlocks]) -> Iterator[tuple[PrefixNode, list[SkippedBlocks]]]:
         """Depth first, so that no more tokens are alive than paths have branched off on the way here."""
         for at in range(place.at, self.depth):
             skipping = [path for path in group if at in path]
@@ -238,22 +234,22 @@ class PathRunner:
             )
 
 
-class _Place:
+class PrefixNode:
     """The tokens at a node of the paths, run only when somebody asks for them."""
 
     def __init__(
-        self, runner: PathRunner, given: list[BlockKwargs], at: int, skipped: SkippedBlocks, memory: Memory | None, *,
-        tokens: Tensor | None = None, before: _Place | None = None,
+        self, runner: PathRunner, given: list[BlockKwargs], at: int, skipped: SkippedBlocks, memory: PrefixStore | None, *,
+        tokens: Tensor | None = None, before: PrefixNode | None = None,
     ) -> None:  # fmt: skip
         self.at = at
         self._given = given
         self._runner, self._skipped, self._memory = runner, skipped, memory
         self._tokens, self._before = tokens, before
 
-    def following(self, skipped: bool) -> _Place:
+    def following(self, skipped: bool) -> PrefixNode:
         """Behind the next block."""
         path = self._skipped | {self.at} if skipped else self._skipped
-        return _Place(self._runner, self._given, self.at + 1, path, self._memory, before=self)
+        return PrefixNode(self._runner, self._given, self.at + 1, path, self._memory, before=self)
 
     def tokens(self) -> Tensor:
         """[N, T, C], from memory or by running the blocks behind the last place that is known."""
@@ -270,7 +266,7 @@ class _Place:
         return self._tokens
 
 
-class _Tap(nn.Module):
+class InputRecorder(nn.Module):
     """Stands for a block: adds to `seen` what would go into it."""
 
     def __init__(self, seen: list[tuple[Tensor, BlockKwargs]]) -> None:

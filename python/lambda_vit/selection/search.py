@@ -15,13 +15,15 @@ from lambda_kernels.ops.checks import check_choice, require_int
 
 from ..data.fingerprints import data_fingerprint, model_fingerprint
 from ..models.properties import model_name
+from ..runtime.capture import capture_warnings
 from ..runtime.processes import Processes
 from ..runtime.progress import task
 from .budget import DEFAULT_COUNT, Budget, Stop
 from .measurement import Measurement, constant_note
 from .result import Selection, SelectionWarning
-from .search_state import Found, Progress, refuse_search
-from .strategies import STRATEGIES, Criterion, Strategy, control_order, greedy_round, ranking, shortened
+from .rounds import order_control, rank_layers, search_round, shorten_to_budget
+from .search_state import Progress, SearchState, refuse_search
+from .strategies import STRATEGIES, Criterion, Strategy
 
 
 def select_layers(
@@ -61,9 +63,8 @@ def select_layers(
         loader: Yields images, or tuples that begin with images and labels; iterated once per round, or once in all where
             the embedded images fit into the cache, so that it must give the same images each time. None for a control.
         count: How many layers to pick; 5, or all that may go if these are fewer, where no budget is given.
-        strategy: "nose"; "nose-signed"; "one-shot": rank once by |TE|; "kl": greedy, the divergence of the outputs from
-            the full model's; "accuracy": greedy, needs labels; "cosine": rank once by how far attention turns its tokens
-            (arXiv 2406.15786). Controls that measure nothing: "random" (seeded), "first" (blocks 0, 1, 2 …), "explicit".
+        strategy: A name in `lambda_vit.selection.strategies.STRATEGIES`, which describes each. "accuracy" requires labels;
+            the controls "random" (by `seed`), "first" and "explicit" (by `layers`) measure nothing.
         estimator: "gaussian" or "histogram", of all entropies.
         signed: With "nose", the same as "nose-signed".
         score: What entropies are of: "logits", or "pre_logits" for what goes into the classifier.
@@ -186,7 +187,7 @@ def run_selection(
             if processes.is_main and progress_file is not None:
                 refuse_search(Path(progress_file), strategy, restart)
             if processes.is_main:  # throughput is measured, and comes out differently each time
-                settled = shortened(control_order(strategy, candidates, most, seed, layers), stop)
+                settled = shorten_to_budget(order_control(strategy, candidates, most, seed, layers), stop)
         order, notes = processes.broadcast(settled)
         notes = [*_removal_warnings(model, order, structure), *notes]
         return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
@@ -213,7 +214,7 @@ def run_selection(
                 path = None if progress_file is None else Path(progress_file)
                 data = data_fingerprint(loader, labelled=criterion.label)
                 progress = Progress(path, options | data)
-        found = processes.broadcast(progress.found if progress else None) or Found()
+        found = processes.broadcast(progress.found if progress else None) or SearchState()
         found = _search(measurement, how, criterion, found, stop, candidates, most, beam, progress)
         engine = measurement.engine()
     best, full = found.branches[0], found.full
@@ -241,13 +242,13 @@ def _search(
     measurement: Measurement,
     how: Strategy,
     criterion: Criterion,
-    found: Found,
+    found: SearchState,
     stop: Stop,
     candidates: Sequence[int],
     most: int,
     beam: int,
     progress: Progress | None,
-) -> Found:
+) -> SearchState:
     """From where it stands to the end; rank 0 decides and writes."""
     processes = measurement.processes
     measurement.constant_channels = found.constant_channels
@@ -257,15 +258,15 @@ def _search(
         while not found.done:
             number = len(found.branches[0].layers) + 1
             if how.how == "ranked":
-                found = ranking(measurement, criterion, candidates, most, "Rank")
+                found = rank_layers(measurement, criterion, candidates, most, "Rank")
             else:
                 name = f"Round {number}" + (f" of {rounds}" if rounds else "")
-                found = greedy_round(measurement, criterion, found, candidates, beam, name)
+                found = search_round(measurement, criterion, found, candidates, beam, name)
             with processes.all_or_none("Select"):
                 if processes.is_main:
                     layers, notes, done = found.branches[0].layers, _measured_notes(measurement), True
                     if how.how == "ranked":
-                        layers, short = shortened(layers, stop)
+                        layers, short = shorten_to_budget(layers, stop)
                         found, notes = found.with_layers(layers), (*short, *notes)
                     elif not stop.met(layers):
                         done = len(layers) == most
@@ -310,7 +311,5 @@ def _checked_layers(
 
 
 def _removal_warnings(model: nn.Module, layers: Sequence[int], structure: ViTStructure) -> tuple[str, ...]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_removal(model, tuple(sorted(layers)), structure, 1.0)
-    return tuple(str(w.message) for w in caught)
+    _, notes = capture_warnings(lambda: check_removal(model, tuple(sorted(layers)), structure, 1.0))
+    return tuple(notes)

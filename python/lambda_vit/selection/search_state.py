@@ -35,7 +35,7 @@ class Progress:
     def __init__(self, path: Path | None, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        self.found: Found | None = None
+        self.found: SearchState | None = None
         if path is None:
             return
         remove_leftovers(path)
@@ -47,7 +47,7 @@ class Progress:
                 raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
             before, found = record["fingerprint"], record["found"]
             self._compare(before)
-            self.found = Found.from_dict(found)
+            self.found = SearchState.from_dict(found)
         except ProgressMismatchError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -56,7 +56,7 @@ class Progress:
                 "(restart=True), which removes it"
             ) from error
 
-    def save(self, found: Found) -> None:
+    def save(self, found: SearchState) -> None:
         """Write where the search stands, atomically."""
         self.found = found
         if self.path is not None:
@@ -86,7 +86,7 @@ def refuse_search(path: Path, control: str, restart: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Branch:
+class BeamState:
     """A set of layers that a search has come to, and the rounds that led there."""
 
     layers: tuple[int, ...] = ()
@@ -97,13 +97,13 @@ class Branch:
         return {"layers": list(self.layers), "rounds": [r.to_dict() for r in self.rounds]}
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Branch:
+    def from_dict(cls, value: dict[str, Any]) -> BeamState:
         """The inverse of `to_dict`."""
         return cls(tuple(value["layers"]), tuple(map(Round.from_dict, value["rounds"])))
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchState:
     """Where a search stands: its branches, the best first, and what was measured of the full model.
 
     Attributes:
@@ -115,18 +115,18 @@ class Found:
         notes: What has to be said of the measurement.
     """
 
-    branches: tuple[Branch, ...] = (Branch(),)
+    branches: tuple[BeamState, ...] = (BeamState(),)
     full: PathResult | None = None
     done: bool = False
     samples: int | None = None
     constant_channels: int = 0
     notes: tuple[str, ...] = ()
 
-    def noted(self, done: bool, samples: int, constant_channels: int, notes: tuple[str, ...]) -> Found:
+    def noted(self, done: bool, samples: int, constant_channels: int, notes: tuple[str, ...]) -> SearchState:
         """The same with what is known after the round."""
         return replace(self, done=done, samples=samples, constant_channels=constant_channels, notes=notes)
 
-    def with_layers(self, layers: tuple[int, ...]) -> Found:
+    def with_layers(self, layers: tuple[int, ...]) -> SearchState:
         """The same with other layers in its first branch."""
         return replace(self, branches=(replace(self.branches[0], layers=layers), *self.branches[1:]))
 
@@ -137,9 +137,9 @@ class Found:
         return {**vars(self), "branches": branches, "full": full, "notes": list(self.notes)}
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Found:
+    def from_dict(cls, value: dict[str, Any]) -> SearchState:
         """The inverse of `to_dict`."""
         full = None if value["full"] is None else PathResult.from_dict(value["full"])
-        branches = tuple(map(Branch.from_dict, value["branches"]))
+        branches = tuple(map(BeamState.from_dict, value["branches"]))
         known: dict[str, Any] = {"branches": branches, "full": full, "notes": tuple(value["notes"])}
         return cls(**known, **{name: value[name] for name in ("done", "samples", "constant_channels")})

@@ -1,39 +1,36 @@
-"""How paths are scored and searched: the strategies of `select_layers`, all behind one interface.
+"""The strategies of `select_layers`: each is one registered object, from which the command line, reports and docs are made.
 
-A strategy says what is measured of a path (its criterion), and how the layers follow from it: picked one by one, each
-time measured together with those already picked ("greedy"), or ranked once by what each does alone ("ranked"). Controls
-measure nothing.
+A strategy says how layers are found and by which criterion they are compared. This module loads no PyTorch, so that the
+command line can list the strategies at once.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .budget import Stop
-from .measurement import Measurement
-from .path_statistics import PathResult
-from .paths import FULL, SkippedBlocks
-from .result import Round
-from .search_state import Branch, Found
+if TYPE_CHECKING:
+    from .path_statistics import PathResult
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a path is judged by; lower is better.
+    """The quantity by which paths are compared; lower is better.
 
     Attributes:
-        name: As a report calls it.
-        unit: Of the score.
-        score: From the path's result and the full model's. The second number decides between equal scores. None: what
-            is measured are the blocks, not the outputs of paths.
-        compare: It needs the full model's logits beside the path's.
-        label: It needs labels.
+        name: Its name in reports.
+        unit: The unit of the score.
+        about: What the score measures, as the end of "Score: …".
+        score: Computes the score from the path's result and the full model's; the second number breaks ties. None: the
+            criterion compares blocks, not the outputs of paths.
+        compare: Whether it requires the full model's logits.
+        label: Whether it requires labels.
     """
 
     name: str
     unit: str
+    about: str
     score: Callable[[PathResult, PathResult], tuple[float, float]] | None
     compare: bool = False
     label: bool = False
@@ -41,122 +38,113 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How layers are found, and by what.
+    """How layers are found, and by which criterion.
 
     Attributes:
-        how: "greedy": one by one, each time together with those picked before. "ranked": by what each does alone.
-            "control": measures nothing.
-        criterion: What a path is judged by; None for a control.
-        about: In words, for people.
+        how: "greedy": one by one, each measured together with the earlier picks. "ranked": all by one measurement of each
+            layer alone. "control": measures nothing.
+        criterion: The quantity that it minimizes; None for a control.
+        about: One phrase for a list of strategies.
+        report: How a report describes the search.
     """
 
     how: str
     criterion: Criterion | None
     about: str
+    report: str
 
 
-def _te(result: PathResult, full: PathResult) -> tuple[float, float]:
+def _score_te(result: PathResult, full: PathResult) -> tuple[float, float]:
     return full.entropy - result.entropy, 0.0
 
 
-def _absolute_te(result: PathResult, full: PathResult) -> tuple[float, float]:
+def _score_absolute_te(result: PathResult, full: PathResult) -> tuple[float, float]:
     return abs(full.entropy - result.entropy), 0.0
 
 
-def _divergence(result: PathResult, full: PathResult) -> tuple[float, float]:
+def _score_divergence(result: PathResult, full: PathResult) -> tuple[float, float]:
     return result.kl, 0.0
 
 
-def _lost_accuracy(result: PathResult, full: PathResult) -> tuple[float, float]:
-    # Accuracies of few images are often equal: the loss then knows more.
+def _score_lost_accuracy(result: PathResult, full: PathResult) -> tuple[float, float]:
+    # Accuracies of few images are often equal: the loss breaks the tie.
     return full.top1 - result.top1, result.loss
 
 
-ABSOLUTE_TE = Criterion("|TE|", "bits", _absolute_te)
-
-TE = Criterion("TE", "bits", _te)
-
-DIVERGENCE = Criterion("KL", "bits", _divergence, compare=True)
-
-LOST_ACCURACY = Criterion("top-1 lost", "points", _lost_accuracy, label=True)
-
-COSINE = Criterion("1 − cosine", "", None)
-
+ABSOLUTE_TE = Criterion(
+    "|TE|",
+    "bits",
+    "the distance of the output's entropy from the full model's without this attention",
+    _score_absolute_te,
+)
+TE = Criterion(
+    "TE", "bits", "the drop of the output's entropy below the full model's without this attention", _score_te
+)
+DIVERGENCE = Criterion(
+    "KL",
+    "bits",
+    "the mean divergence of the class probabilities from the full model's without this attention",
+    _score_divergence,
+    compare=True,
+)
+LOST_ACCURACY = Criterion(
+    "top-1 lost", "points", "the points of top-1 lost without this attention", _score_lost_accuracy, label=True
+)
+COSINE = Criterion(
+    "1 − cosine", "", "the change of direction of the tokens that pass this attention; 0 means none", None
+)
 
 STRATEGIES = {
-    "nose": Strategy("greedy", ABSOLUTE_TE, "the smallest change of the output's entropy, layer by layer"),
-    "nose-signed": Strategy("greedy", TE, "the paper's formula, in which inflated entropy counts as good"),
-    "one-shot": Strategy("ranked", ABSOLUTE_TE, "as nose, but each layer measured alone, once"),
-    "kl": Strategy("greedy", DIVERGENCE, "the smallest divergence of the outputs from the full model's"),
-    "accuracy": Strategy("greedy", LOST_ACCURACY, "the smallest loss of accuracy on labelled images"),
-    "cosine": Strategy("ranked", COSINE, "the attention layers that turn their tokens least"),
-    "random": Strategy("control", None, "a seeded draw"),
-    "first": Strategy("control", None, "blocks 0, 1, 2 …"),
-    "explicit": Strategy("control", None, "the layers given"),
+    "nose": Strategy(
+        "greedy",
+        ABSOLUTE_TE,
+        "smallest change of the output's entropy",
+        "NOSE (arXiv 2404.05657): each round scores every remaining layer together with the earlier picks and picks the "
+        "lowest |TE|",
+    ),
+    "nose-signed": Strategy(
+        "greedy",
+        TE,
+        "the paper's formula, which prefers layers whose removal inflates the entropy",
+        "NOSE by the paper's formula, with the sign of TE: layers whose removal inflates the entropy score best",
+    ),
+    "one-shot": Strategy(
+        "ranked",
+        ABSOLUTE_TE,
+        "as nose, but each layer measured alone, once",
+        "one ranking: every layer is scored alone on the full model, and the lowest are picked",
+    ),
+    "kl": Strategy(
+        "greedy",
+        DIVERGENCE,
+        "smallest divergence of the class probabilities from the full model's",
+        "greedy: each round picks the layer whose removal changes the class probabilities least",
+    ),
+    "accuracy": Strategy(
+        "greedy",
+        LOST_ACCURACY,
+        "smallest loss of accuracy on labelled images; the loss breaks ties",
+        "greedy: each round picks the layer whose removal costs the fewest correct answers",
+    ),
+    "cosine": Strategy(
+        "ranked",
+        COSINE,
+        "smallest change of the tokens' direction by the attention (arXiv 2406.15786)",
+        "one ranking: picks the layers that change the direction of their tokens least",
+    ),
+    "random": Strategy("control", None, "random layers, by --seed", "a control that measures nothing: random layers"),
+    "first": Strategy("control", None, "blocks 0, 1, 2 …", "a control that measures nothing: the first blocks"),
+    "explicit": Strategy("control", None, "the blocks of --layers", "the given layers"),
 }
 
+CRITERIA = {strategy.criterion.name: strategy.criterion for strategy in STRATEGIES.values() if strategy.criterion}
 
-def control_order(
-    strategy: str, candidates: Sequence[int], most: int, seed: int, layers: Sequence[int] | None
-) -> tuple[int, ...]:
-    """The order in which a control removes layers, as many as may go."""
-    if strategy == "explicit":
-        return tuple(layers)
-    if strategy == "random":
-        return tuple(random.Random(seed).sample(list(candidates), most))
-    return tuple(candidates[:most])
+SEARCHES = {"greedy": "greedy", "ranked": "ranks once", "control": "measures nothing"}
 
 
-def shortened(layers: Sequence[int], stop: Stop) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The beginning of an order of layers that meets `stop`; all of it where none does, and then what to say."""
-    for count in range(1, len(layers) + 1):
-        if stop.met(layers[:count]):
-            return tuple(layers[:count]), ()
-    return tuple(layers), (stop.shortfall(layers),)
-
-
-def greedy_round(
-    measurement: Measurement, criterion: Criterion, found: Found, candidates: Sequence[int], beam: int, description: str
-) -> Found:
-    """Measure every branch with one more layer skipped, in one pass, and keep the best `beam`."""
-    children: dict[SkippedBlocks, list[tuple[Branch, int]]] = {}
-    for branch in found.branches:
-        for layer in candidates:
-            if layer not in branch.layers:
-                children.setdefault(frozenset((*branch.layers, layer)), []).append((branch, layer))
-    paths = [*([FULL] if found.full is None else []), *children]
-    results = measurement.measure(paths, description, compare=criterion.compare, label=criterion.label, keep=True)
-    full = results[FULL] if found.full is None else found.full
-    scores = {path: criterion.score(results[path], full) for path in children}
-    best = sorted(children, key=lambda path: (scores[path], sorted(path)))[:beam]
-    kept = []
-    for path in best:
-        # Where several branches lead to one set, the better one does: branches stand in that order.
-        branch, layer = children[path][0]
-        siblings = {
-            other: scores[frozenset((*branch.layers, other))][0] for other in candidates if other not in branch.layers
-        }
-        step = Round(layer, siblings, results[path].entropy, branch.layers)
-        kept.append(Branch((*branch.layers, layer), (*branch.rounds, step)))
-    return Found(tuple(kept), full)
-
-
-def ranking(
-    measurement: Measurement, criterion: Criterion, candidates: Sequence[int], most: int, description: str
-) -> Found:
-    """Measure every layer alone, and order all that may go by that."""
-    if criterion.score is None:
-        distances = measurement.cosine_distances(description)
-        scores = {layer: (distances[layer], 0.0) for layer in candidates}
-        full, entropies = None, {}
-    else:
-        paths = {layer: frozenset((layer,)) for layer in candidates}
-        results = measurement.measure(
-            [FULL, *paths.values()], description, compare=criterion.compare, label=criterion.label
-        )
-        full = results[FULL]
-        scores = {layer: criterion.score(results[path], full) for layer, path in paths.items()}
-        entropies = {layer: results[path].entropy for layer, path in paths.items()}
-    order = sorted(candidates, key=lambda layer: (scores[layer], layer))[:most]
-    step = Round(order[0], {layer: score for layer, (score, _) in scores.items()}, entropies.get(order[0]))
-    return Found((Branch(tuple(order), (step,)),), full)
+def list_strategies() -> list[tuple[str, str, str, str]]:
+    """Name, search, criterion and description of every strategy, as rows of a table."""
+    return [
+        (name, SEARCHES[strategy.how], strategy.criterion.name if strategy.criterion else "–", strategy.about)
+        for name, strategy in STRATEGIES.items()
+    ]

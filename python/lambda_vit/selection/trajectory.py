@@ -6,12 +6,13 @@ without k attention layers, nothing trained.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..data.fingerprints import data_fingerprint
 from ..measure.intervals import wilson_interval
 from ..runtime.processes import Processes
 from .measurement import Measurement
@@ -19,8 +20,8 @@ from .result import Selection
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
+    from ..data.loader import ImageLoader
     from ..measure.cost import Cost
 
 
@@ -99,14 +100,33 @@ def _cost(model: nn.Module, image_size: int | tuple[int, int, int] | None, batch
     return two, one.peak_memory_bytes + (batch_size - 1) * (two.peak_memory_bytes - one.peak_memory_bytes)
 
 
+@dataclass(frozen=True)
+class TrialData:
+    """The images on which picks are tried.
+
+    Attributes:
+        loader: Images, with labels where `labelled`; this process's share of them.
+        labelled: Whether the labels are the model's classes.
+        split: The split that `loader` reads, for the record.
+        held_out: Whether the selection has not seen these images.
+    """
+
+    loader: ImageLoader
+    labelled: bool
+    split: str
+    held_out: bool
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what all processes must have opened alike."""
+        found = data_fingerprint(self.loader, labelled=self.labelled)
+        return found | {"split": self.split, "labelled": self.labelled, "held_out": self.held_out}
+
+
 def measure_trajectory(
     model: nn.Module,
-    loader: Iterable,
+    trial: TrialData,
     selection: Selection,
     *,
-    split: str,
-    held_out: bool,
-    labelled: bool,
     throughput_batch: int | None,
     seconds: float = 60.0,
     bins: int = 256,
@@ -116,15 +136,12 @@ def measure_trajectory(
 
     Args:
         model: The full model.
-        loader: Images, with labels where they are the model's classes; this process's share of them.
+        trial: The images.
         selection: The layers, in the order of picking.
-        split: What `loader` reads, for the record.
-        held_out: Whether the selection has not seen these images.
-        labelled: Whether the labels are the model's classes.
-        throughput_batch: Images per forward of the timing; None takes no times.
-        seconds: For the timing.
-        bins: Of a histogram.
-        processes: Those that measure together.
+        throughput_batch: Images per forward pass of the timing; None measures no times.
+        seconds: Time budget of the timing.
+        bins: Number of bins of a histogram.
+        processes: The processes that measure together.
 
     Returns:
         The "trajectory" of a report's record; the same in all processes.
@@ -140,9 +157,9 @@ def measure_trajectory(
     estimator = selection.estimator or "gaussian"
     score = selection.score or "logits"
     with Measurement(
-        model, loader, estimator=estimator, score=score, bins=bins, cache="none", processes=processes
+        model, trial.loader, estimator=estimator, score=score, bins=bins, cache="none", processes=processes
     ) as measurement:
-        found = measurement.measure(paths, "Trajectory", compare=True, label=labelled)
+        found = measurement.measure(paths, "Trajectory", compare=True, label=trial.labelled)
     trajectory = None
     with processes.all_or_none("Trajectory"):
         if processes.is_main:
@@ -172,20 +189,12 @@ def measure_trajectory(
                     step |= {"images_per_second": None, "images_per_second_interval": None, "speedup": None}
             trajectory = {
                 "images": images,
-                "split": split,
-                "held_out": held_out,
-                "labelled": labelled,
+                "split": trial.split,
+                "held_out": trial.held_out,
+                "labelled": trial.labelled,
                 "estimator": estimator,
                 "score": score,
                 "throughput_batch": throughput_batch,
                 "steps": steps,
             }
     return processes.broadcast(trajectory)
-
-
-def caught(work: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What `work` returns, and the text of the warnings that it gave, each once."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        result = work()
-    return result, list(dict.fromkeys(str(w.message) for w in found))

@@ -43,14 +43,14 @@ def plan_of(cache: str, loader: object = None, **options: object) -> activation_
     with Measurement(small_vit(), labelled() if loader is None else loader, cache=cache, **options) as measurement:
         measurement.measure(PATHS)
         measurement.measure(PATHS)
-        return measurement.embeddings.plan
+        return measurement.activations.plan
 
 
 def test_the_size_is_known_before_anything_is_kept(monkeypatch):
     kept = []
-    keep = activation_cache.Embeddings._keep
+    keep = activation_cache.ActivationCache._keep
     monkeypatch.setattr(
-        activation_cache.Embeddings, "_keep", lambda self, batch: (kept.append(self.plan), keep(self, batch))
+        activation_cache.ActivationCache, "_keep", lambda self, batch: (kept.append(self.plan), keep(self, batch))
     )
     plan = plan_of("ram", cache_budget=24 * EACH)
     assert (plan.kind, plan.bytes) == ("ram", 24 * EACH)
@@ -183,12 +183,12 @@ def test_what_is_kept_is_no_view_of_more():
     """The tokens of a batch may be a slice of a larger tensor, which a kept view would keep alive."""
     with Measurement(small_vit(), labelled(), cache="ram") as measurement:
         measurement.measure(PATHS, compare=True)
-        for kept in measurement.embeddings._kept:
+        for kept in measurement.activations._kept:
             assert isinstance(kept, Batch)
             for tensor in (kept.start.tokens, kept.targets, kept.full):
                 assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             assert kept.images is None
-    assert measurement.embeddings._kept == []
+    assert measurement.activations._kept == []
 
 
 def test_the_full_models_answers_are_kept_with_the_rest():

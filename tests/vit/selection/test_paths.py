@@ -1,4 +1,4 @@
-"""Paths with shared beginnings: the numbers of one full forward per candidate, at the price of a trie."""
+"""Paths with shared prefixes: the numbers of one full forward per candidate, at the price of a trie."""
 
 from __future__ import annotations
 

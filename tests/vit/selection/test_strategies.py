@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from places import REPOSITORY
 from selection_support import labelled, plain_result
 from small_models import small_vit
 
@@ -16,6 +17,7 @@ from lambda_vit.measure.cost import count_flops
 from lambda_vit.selection import budget
 from lambda_vit.selection.measurement import Measurement
 from lambda_vit.selection.result import SelectionWarning
+from lambda_vit.selection.strategies import STRATEGIES, list_strategies
 
 DEPTH = 5
 
@@ -391,3 +393,17 @@ def test_answers_of_tokens_are_refused():
         with pytest.raises(ValueError, match=r"compared by logits \[N, classes\]; the model gives \[[0-9]+, 5, 10\]"):
             select_layers(model, DATA, 1, strategy=strategy)
     assert len(select_layers(model, DATA, 1).layers) == 1
+
+
+def test_the_documented_table_lists_the_registered_strategies():
+    page = (REPOSITORY / "docs" / "selection.md").read_text(encoding="utf-8")
+    for name, *cells in list_strategies():
+        row = f"| `{name}` | {' | '.join(cells)} |".replace("|TE|", r"\|TE\|")
+        assert row in page, f"docs/selection.md lacks the row {row}"
+    assert page.count("\n| `") >= len(STRATEGIES)
+
+
+def test_the_command_line_offers_the_registered_strategies():
+    from lambda_vit.cli.selection import Strategy
+
+    assert [member.value for member in Strategy] == list(STRATEGIES)

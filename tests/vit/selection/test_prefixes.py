@@ -11,7 +11,7 @@ from small_models import images, small_vit
 
 from lambda_vit import select_layers
 from lambda_vit.models.views import skip_attention
-from lambda_vit.selection.activation_cache import Beginnings, nodes, positions
+from lambda_vit.selection.activation_cache import PrefixCache, nodes, positions
 from lambda_vit.selection.measurement import Measurement
 from lambda_vit.selection.paths import FULL, PathRunner, node
 
@@ -35,7 +35,7 @@ def rounds_of(picks: tuple[int, ...], depth: int = DEPTH) -> list[list[frozenset
 def test_rounds_give_the_same_bits_and_run_what_is_new(order, chosen):
     """A node is run in a round if a path that needs it meets nothing kept behind it; counted by the definition."""
     model = small_vit(depth=DEPTH)
-    runner, memory = PathRunner(model), Beginnings()
+    runner, memory = PathRunner(model), PrefixCache()
     runs: list[int] = []
     with torch.inference_mode():
         start = runner.embed(images())
@@ -60,7 +60,7 @@ def test_rounds_give_the_same_bits_and_run_what_is_new(order, chosen):
 
 
 def test_what_no_path_begins_with_is_dropped():
-    memory, x = Beginnings(), torch.zeros(1)
+    memory, x = PrefixCache(), torch.zeros(1)
     memory.announce([frozenset({0}), frozenset({3})], (2, 4))
     for key in ((2, FULL), (2, frozenset({0})), (4, frozenset({3})), (1, FULL), (2, frozenset({1}))):
         memory.offer(key, x)
@@ -90,7 +90,7 @@ class Watched(Measurement):
 
     def measure(self, *args, **options):
         found = super().measure(*args, **options)
-        self.sizes = [*getattr(self, "sizes", []), [len(b.beginnings) for b in self.embeddings]]
+        self.sizes = [*getattr(self, "sizes", []), [len(b.prefixes) for b in self.activations]]
         return found
 
 
@@ -106,7 +106,7 @@ class Watched(Measurement):
     ],
 )
 def test_a_search_keeps_what_fits(options, kept, tmp_path):
-    """Counts by hand for picks 2, 0, 4: beginnings before blocks 1 to 4, or before 2 and 4 where all are too many. The
+    """Counts by hand for picks 2, 0, 4: prefixes before blocks 1 to 4, or before 2 and 4 where all are too many. The
     second round would then have 12, but two of them lie before others that are kept, and are not run.
     """
     model, sizes = small_vit(depth=DEPTH), {}
