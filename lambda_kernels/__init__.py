@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     )
     from .ops.ln_mlp.function import ln_mlp
 
-
 # public name → the module that defines it; resolved by __getattr__ on first use
 _PUBLIC = {
     "AlreadyConvertedError": "errors",
@@ -46,7 +45,6 @@ _PUBLIC = {
     "ln_mlp": "ops.ln_mlp.function",
     "save_pretrained": "checkpoints.pretrained",
 }
-
 
 __all__ = [
     "AlreadyConvertedError",

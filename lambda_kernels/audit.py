@@ -34,16 +34,12 @@ from .ops.ln_mlp.fused.kernels import configs
 if TYPE_CHECKING:
     from .ops.ln_mlp.fused.launch import Launch
 
-
 # Shared memory a program may use, bytes: CUDA C++ programming guide, table of technical specifications.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
 ARCHITECTURES = (80, 90, 100)
-
 
 # The matrix instruction that products of 16-bit operands must become.
 _MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
@@ -232,15 +228,12 @@ _WIDTHS: dict[bool, tuple[int, ...]] = {
     True: (64, 128, 192, 256, 384, 768, 1024, 1152, 1408),
     False: (100, 192, 384, 768),
 }
-
 # Of one tile, all widths above a few tiles give the same code.
 _DEFAULT_WIDTHS: dict[str, dict[bool, tuple[int, ...]]] = {
     "one_pass": {True: (192, 384), False: (100, 192)},
     "others": {True: (768,), False: (100,)},
 }
-
 _VARIANT_WIDTHS = (192, 384, 768)
-
 _VARIANTS = {
     "one_pass": ("mixed", "tanh"),
     "fc1": ("normalized", "tanh"),
@@ -248,9 +241,7 @@ _VARIANTS = {
     "hidden_gradient": ("tanh",),
     "saved_gradient": ("tanh",),
 }
-
 _TOKENS = 50_432
-
 _ROW_WIDTHS = (192, 768, 1664, 4096)
 
 
@@ -380,7 +371,6 @@ def audit(chosen: Iterable[Case], workers: int = 1) -> Iterator[Finding]:
 
 
 _COLUMNS = ("kernel", "shape", "config", "sm", "regs", "stack", "shared", "matrix", "spills", "in loop", "verdict")
-
 _WIDTH = (16, 36, 18, 4, 5, 6, 7, 7, 7, 8, 0)
 
 

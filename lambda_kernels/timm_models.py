@@ -42,7 +42,6 @@ from .errors import UnsupportedModelError
 # a model among them whose own blocks are of another kind is refused when it is built.
 MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "eva", "beit", "naflexvit")
 
-
 # What was removed where the paper's networks lost no accuracy by it; see `published.PUBLISHED`.
 DEFAULT_REMOVED = {
     "deit_tiny_patch16_224": (0, 2, 4),
@@ -50,14 +49,10 @@ DEFAULT_REMOVED = {
     "deit_base_patch16_224": (0, 1, 3, 4, 6),
 }
 
-
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
-
 _NO_SOURCE = dict.fromkeys((*_SOURCES, "hf_hub_filename", "source"))
 
-
 __all__: list[str] = []  # timm adds every name that it registers
-
 
 # Read by timm's register_model: mean, standard deviation, crop and classifier of each model, without its weights.
 default_cfgs: dict[str, DefaultCfg] = {}

@@ -81,7 +81,6 @@ class Family:
 
 _MASKS = {"attn_mask": None, "is_causal": False}
 
-
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (

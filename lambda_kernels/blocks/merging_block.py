@@ -140,11 +140,8 @@ class MergingSequential(nn.Sequential):
 
 # What timm's Attention is made of in the versions that are known; another part would do something that is not done here.
 _ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"}
-
 _OPTIONAL_PARTS = {"norm", "gate"}
-
 _KNOWN_ARGUMENTS = {"self", "x", "attn_mask", "is_causal"}
-
 _UNKNOWN_ARGUMENTS = sorted(set(inspect.signature(Attention.forward).parameters) - _KNOWN_ARGUMENTS)
 
 

@@ -23,9 +23,7 @@ from .hooks import global_hooks, is_altered
 
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
-
 _BARE = frozenset(vars(nn.Module()))
-
 _SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "family", "tome_r", "prefix_tokens"))
 
 

@@ -15,37 +15,24 @@ class Refusal(NamedTuple):
 
 
 PLAIN = "Use a model whose blocks are timm.models.vision_transformer.Block (ViT, DeiT, DeiT-III, DINOv2, SigLIP …)"
-
 _SMALL = "Use a model of one width throughout, such as deit_tiny_patch16_224 or deit3_small_patch16_224"
-
 _PYRAMID = (
     "Use a model of one width throughout, such as deit3_base_patch16_224; for dense features vit_base_patch14_dinov2"
 )
-
 _CLASSIC = "Use a model with plain self-attention in every block, such as deit3_small_patch16_224"
-
 _PRE_NORM = "Use a model whose norms come before the branches, such as vit_base_patch16_224"
-
 _SEQUENTIAL = "Use a model whose blocks run attention and MLP one after the other, such as vit_base_patch16_224"
-
 _TOWER = "Use a model with a classifier behind the blocks, such as vit_base_patch16_siglip_gap_224"
-
 _ROTARY = "Use a model whose blocks are timm.models.eva.EvaBlock, such as vit_medium_patch16_rope_reg1_gap_256, or a plain ViT"
-
 _WINDOWS = "Use a model with global attention, such as vit_base_patch16_224 or vit_base_patch14_dinov2"
 
-
 _STAGES = "its attention stands in stages of different widths, between layers that merge tokens"
-
 _CONVOLUTIONAL = (
     "a convolutional network in which attention stands in a few places, without an MLP of its own behind it"
 )
-
 _PIXELS = "attention over feature maps in some stages of a convolutional network"
 
-
 _NORMLESS = "no norms before its branches but batch norms inside its linears, and some of its attention merges tokens"
-
 
 # By qualified class. Blocks stand here where a model's `blocks` hold them, models where they have no such blocks.
 _BY_CLASS: dict[str, Refusal] = {
@@ -146,11 +133,8 @@ _BY_CLASS: dict[str, Refusal] = {
     for name in ("Sequential", "ModuleList")
 }
 
-
 NO_BLOCKS = Refusal("it has no sequence of transformer blocks named `blocks`", PLAIN)
-
 UNKNOWN_BLOCK = Refusal("this library does not know its forward", PLAIN)
-
 SUBCLASS = Refusal("a subclass of timm's block may compute something else", PLAIN)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import CheckpointError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
 # The weights that an existing config.json belongs to, kept until the new one has replaced it.
 PREVIOUS = "model.previous.safetensors"
 
@@ -35,7 +34,6 @@ _KINDS: _Kinds = {
     "lambda_kernels.fuse": str,
     "lambda_kernels.sha256": str,
 }
-
 # Fields that folders may lack.
 _OPTIONAL: _Kinds = {
     "lambda_kernels.versions": dict,

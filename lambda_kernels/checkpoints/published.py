@@ -45,17 +45,13 @@ PUBLISHED = {
     "tiny_0246": Published("deit_tiny_patch16_224", (0, 2, 4, 6), (71.90, 71.88)),
 }
 
-
 # All of them were diluted, which leaves a factor of 2 on the residual.
 RESIDUAL_SCALE = 2.0
-
 
 # The share of the image that is kept when they are evaluated, as DeiT's own script does it; timm's configs say 0.9.
 CROP = 0.875
 
-
 _WIDTHS = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
-
 # The shortest released name has three digits; fewer may well be the number of an epoch.
 _NAME = re.compile(r"(tiny|small|base)_(\d{3,})")
 

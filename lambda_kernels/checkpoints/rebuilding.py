@@ -24,7 +24,6 @@ from ..errors import CheckpointError
 # one is a mark that torch.compile leaves on what it was given.
 _NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing", "_is_torch_compile")
 
-
 # Arguments of timm.create_model that name weights. Older timm (seen in 1.0.15) runs the code in a file of checkpoint_path.
 _SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_dir"}
 

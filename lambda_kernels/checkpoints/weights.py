@@ -17,7 +17,6 @@ from ..errors import CheckpointError
 # Under these names the files of training scripts keep the state dict.
 WRAPPERS = ("state_dict", "model", "net")
 
-
 # What a block loses with its attention, as its keys are called: `ls1` in timm's Block, `gamma_1` in Eva's and BEiT's.
 ATTENTION_PARTS = ("norm1", "attn", "ls1", "gamma_1")
 

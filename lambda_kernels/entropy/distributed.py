@@ -21,7 +21,6 @@ from .state import State, What, extremes
 if TYPE_CHECKING:
     Group = dist.ProcessGroup | None  # None: all processes
 
-
 _HEADER_BYTES = 4096
 
 

@@ -30,9 +30,7 @@ from .state import STD_FLOOR, Batch, State, Watch, What
 
 __all__ = ["KINDS", "PER", "STD_FLOOR", "EntropyMeter", "gaussian_entropy", "histogram_entropy", "update_together"]
 
-
 KINDS = ("gaussian", "histogram")
-
 PER = ops.PER
 
 

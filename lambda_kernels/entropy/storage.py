@@ -15,11 +15,8 @@ from ..ops.histogram.reference import MOMENTS
 from .state import State, What, canonical
 
 FORMAT = 2
-
 _COLUMNS = {1: 5, FORMAT: MOMENTS}  # of `moments`; format 1 has no low parts
-
 TENSORS = ("moments", "counts", "outside", "grid")
-
 _KEYS = {"format", "options", "updates", *TENSORS}
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .training.finetune import finetune
     from .training.plan.planning import plan_training
 
-
 _PUBLIC = {
     "Selection": "selection.result",
     "compare_frequencies": "measure.frequency",
@@ -38,7 +37,6 @@ _PUBLIC = {
     "skip_attention": "models.views",
     "transfer_entropy": "selection.measurement",
 }
-
 
 __all__ = [
     "Selection",

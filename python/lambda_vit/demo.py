@@ -31,7 +31,6 @@ from .training.finetune import Epoch, finetune
 
 # A ViT small enough to train in seconds. timm's default initialisation reaches only about 42 % here, "moco" over 90.
 ARCHITECTURE = "vit_tiny_patch16_224"
-
 MODEL_ARGS = {
     "img_size": 8,
     "patch_size": 2,
@@ -43,7 +42,6 @@ MODEL_ARGS = {
     "mlp_ratio": 2.0,
     "weight_init": "moco",
 }
-
 LEAST_BASELINE = 90.0
 
 

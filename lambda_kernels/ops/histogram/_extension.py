@@ -16,13 +16,9 @@ REMEDY = (
     "machine with a C++ compiler; `-v` shows what is built and why"
 )
 
-
 _lock = threading.Lock()
-
 _loaded: ModuleType | None = None
-
 _failure: Exception | None = None
-
 _cpu_capability = "unknown"
 
 

@@ -42,9 +42,7 @@ __all__ = [
     "uniform_grid",
 ]
 
-
 BACKENDS = ("auto", "extension", "torch")
-
 PER = twin.PER
 
 

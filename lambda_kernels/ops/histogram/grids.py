@@ -25,19 +25,14 @@ from . import reference as twin
 
 MAX_BINS = 65536
 
-
 # The dyadic grid. Bins are no finer than 2^-23 of the largest magnitude, so that indices, the unused bins of a centred
 # grid included, stay below 2^24: they and all arithmetic on float32 values are then exact in float32 as well. A product
 # with 2^126, the inverse of the finest width, is one with a normal float32.
 _INDEX_BITS = 22
-
 _FINEST_EXPONENT = -126
-
 _EXACT_INDEX = 2.0**24
-
 # Beyond this a float64 times a power of two may leave the normal numbers, and grids would no longer nest.
 LARGEST_MAGNITUDE = 2.0**500
-
 
 # Rows of code counts that are binned again at a time.
 _ROWS = 64

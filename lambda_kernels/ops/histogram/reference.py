@@ -10,23 +10,17 @@ from torch import Tensor
 
 # Which values share a row of a histogram's results; the operator's `per` is an index into this.
 PER = ("channel", "layer", "sample")
-
 _CHANNEL, _LAYER, _SAMPLE = range(3)
-
 
 # Counters for what no bin holds: underflow, overflow, NaN, +Inf, −Inf.
 _OUTSIDE = 5
-
 # Columns of moments: number, mean, M2, the low parts of these two, minimum and maximum.
 MOMENTS = 7
-
 # Elements of a histogram's input that are turned into float64 at a time: bounds the memory to some megabytes.
 _CHUNK_ELEMENTS = 1 << 18
 
-
 # The bfloat16 codes: magnitudes in [2^-24, 2^16), and the bits of the first of them.
 CODES_PER_SIGN = 40 * 128
-
 FIRST_CODE = (127 - 24) * 128
 
 

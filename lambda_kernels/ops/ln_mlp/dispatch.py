@@ -18,9 +18,7 @@ from . import onednn
 
 BACKENDS = ("auto", "triton", "onednn", "torch")
 
-
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-
 
 _EXPORTED = "the model is being exported, and an exported model has to run without this library"
 

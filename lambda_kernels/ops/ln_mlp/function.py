@@ -15,11 +15,8 @@ from .arguments import SAVE_NOTHING, Options, Parameters
 # At this width and below, products are cheaper than the memory traffic of saved activations.
 RECOMPUTE_ALL_BELOW = 256
 
-
 APPROXIMATIONS = ("auto", "none", "tanh")
-
 RECOMPUTE = ("auto", "none", "act", "all")
-
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

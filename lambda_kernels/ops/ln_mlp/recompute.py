@@ -26,7 +26,6 @@ from .arguments import Needs, Options, Parameters
 
 # Rows at a time. A CPU is as fast with rows whose hidden values its caches hold; a GPU wants enough of them to fill it.
 ROWS = {"cpu": 1024}
-
 ROWS_ELSEWHERE = 16384
 
 

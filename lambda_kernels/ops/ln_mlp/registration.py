@@ -18,7 +18,6 @@ from .arguments import SAVE, SAVE_NOTHING, Needs, Options, Parameters, Saved
 # A fragment, since the compiled extension registers operators under the same name.
 _library = torch.library.Library("lambda_kernels", "FRAGMENT")
 
-
 _PARAMETERS = (
     "Tensor? ln_weight, Tensor? ln_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? layer_scale, "
     "Tensor? branch_scale, float eps, float residual_scale, str approximate"

@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 
 _lists: list[list[str]] = []
-
 _paused = 0
 
 

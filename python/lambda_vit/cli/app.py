@@ -11,7 +11,6 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from rich.console import Console
 
-
 ORDER = (
     "demo",
     "profile",

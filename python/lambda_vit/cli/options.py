@@ -21,37 +21,27 @@ if TYPE_CHECKING:
 
     from ..data.loader import ImageLoader
 
-
 Model = Annotated[
     str, typer.Option(help="Name of a timm model, or a folder that convert or finetune saved.", show_default=False)
 ]
-
 Weights = Annotated[
     Path | None, typer.Option(help="Weights of the model: a state dict in .safetensors or .pth.", show_default=False)
 ]
-
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download timm's pretrained weights.")]
-
 # The layers to remove, one way or the other; `read_layers` reads them.
 SelectionFile = Annotated[
     Path | None,
     typer.Option(help="Layers to remove: the selection.json that select wrote, or its folder.", show_default=False),
 ]
-
 Remove = Annotated[
     str, typer.Option(help="Layers to remove, as block indices instead of --selection: 1,5,4,11.", show_default=False)
 ]
-
 Data = Annotated[Path, typer.Option(help="Folder or zip with train/<class>/* and val/<class>/*.", show_default=False)]
-
 Samples = Annotated[int, typer.Option(min=1, help="Number of images to measure, spread evenly over the classes.")]
-
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
-
 Workers = Annotated[
     int, typer.Option(min=0, help="Number of processes that decode images; 0 decodes in the main process.")
 ]
-
 ClassMap = Annotated[
     Path | None,
     typer.Option(
@@ -59,9 +49,7 @@ ClassMap = Annotated[
         show_default=False,
     ),
 ]
-
 SkipBad = Annotated[int, typer.Option(min=0, help="Number of unreadable images to skip before the command fails.")]
-
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1 …")]
 
 Split = Annotated[str, typer.Option(help="Split of the images to measure.")]

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from ..data.loader import ImageLoader
 
-
 Epochs = Annotated[int | None, typer.Option(min=1, help="In all.", show_default="400")]
 
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from ..selection.result import Selection
     from ..selection.trajectory import TrialData
 
-
 # Number of images to profile layers on: every token counts, so entropies per channel need no more.
 PROFILE_IMAGES = 128
 

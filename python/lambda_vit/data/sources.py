@@ -12,7 +12,6 @@ from typing import Any
 from ..runtime.progress import track
 
 VAL_NAMES = ("val", "validation", "valid", "test")
-
 SPLIT_NAMES = ("train", *VAL_NAMES)
 
 

@@ -18,11 +18,9 @@ from .tracing import Runner, _as_runner, run_eagerly
 if TYPE_CHECKING:
     from .tracing import Traced
 
-
 # Of the largest difference, relative to the largest output, or to 1 where that is smaller. float32: hundreds of sums in
 # another order leave some 1e-6. float16 and bfloat16: some units in the last place (2⁻¹¹, 2⁻⁸) after a dozen blocks.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
 
 # One image, which tracing is most easily wrong about, and another number than it was traced with.
 BATCHES = (1, 3)

@@ -28,7 +28,6 @@ from ..runtime import environment
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-
 # What torch.export is shown where the batch is left open: of one image it would conclude that there is always one.
 _EXAMPLE_BATCH = 2
 

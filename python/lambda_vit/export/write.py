@@ -30,18 +30,14 @@ from .tracing import Runner, Traced, trace_model, undisturbed
 if TYPE_CHECKING:
     from .tracing import Traced
 
-
 # A protobuf file ends at 2 GiB, and what is not a weight needs room in it too.
 EXTERNAL_ABOVE = 3 << 29
-
 
 # What PyTorch's exporter has operators for; asked for newer ones it writes files that are no valid ONNX (seen for 28).
 OPSETS = range(18, 24)
 
-
 # Under this name a .pt2 program holds the metadata, as JSON.
 PROGRAM_METADATA = "lambda_kernels.json"
-
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 

@@ -28,13 +28,10 @@ ESTIMATORS = {
     "gaussian": ("gaussian",),
     "histogram": ("histogram",),
 }
-
 LAYERS = ("attn", "mlp")
-
 
 # With fewer tokens per bin the corrected histogram entropy of a normal channel is 0.03 bits too low, and soon more.
 TOKENS_PER_BIN = 4
-
 
 # On a CUDA device a call per layer would cost more than its counting: layers wait until this much of them is there.
 TOGETHER_BYTES = 256 << 20

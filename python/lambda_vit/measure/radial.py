@@ -17,7 +17,6 @@ from lambda_kernels.entropy.state import STD_FLOOR
 # Amplitudes below it, 2^-24, count as that much in logarithms: zero has none, and rounding errors mean nothing.
 AMPLITUDE_FLOOR = STD_FLOOR
 
-
 # Maps are transformed in float64 as many at a time as take this many bytes of real numbers.
 BYTES_AT_ONCE = 64 << 20
 

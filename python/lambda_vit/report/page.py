@@ -21,7 +21,6 @@ from .figures import page as figures
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-
 # What an entry must have when its section is there; all else may be left out and shows as a dash.
 _REQUIRED = {
     "profile": ("blocks",),

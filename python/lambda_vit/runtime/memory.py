@@ -7,7 +7,6 @@ from pathlib import Path
 
 _ROOT = Path("/")
 
-
 # A control group's files, in its folder: the limit, what is in use, and in memory.stat what of that the kernel gives
 # back when memory runs short.
 _GROUPS = {

@@ -21,7 +21,6 @@ from .formatting import format_differences
 
 T = TypeVar("T")
 
-
 # A pass over a large shard can take long; only a process that hangs, and does not die, is waited for until then.
 TIMEOUT = datetime.timedelta(hours=6)
 

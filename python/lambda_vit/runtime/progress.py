@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
-
 _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("lambda_vit_progress", default=None)
 
 

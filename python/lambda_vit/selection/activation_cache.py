@@ -30,10 +30,8 @@ from .paths import Node, PathRunner, SkippedBlocks, Tokens, node
 
 CACHES = ("auto", "ram", "disk", "none")
 
-
 # Of the memory that is free, what a cache takes without having been told; of the disk, what it leaves free.
 RAM_SHARE = 0.25
-
 DISK_RESERVE = 1 << 30
 
 

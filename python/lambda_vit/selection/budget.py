@@ -94,7 +94,6 @@ class Stop:
 
 
 _NAMES = {"params": "parameters", "flops": "FLOPs"}
-
 _MISSED = "was not reached:"
 
 

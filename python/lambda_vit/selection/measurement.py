@@ -30,7 +30,6 @@ from .path_statistics import PathResult, PathStatistics
 from .paths import FULL, Outputs, PathRunner, SkippedBlocks
 
 ESTIMATORS = ("gaussian", "histogram")
-
 SCORES = ("logits", "pre_logits")
 
 

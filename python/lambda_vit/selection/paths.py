@@ -25,7 +25,6 @@ SkippedBlocks = frozenset[int]
 
 FULL: SkippedBlocks = frozenset()
 
-
 # What decides about the tokens that go into a block: the block, and what was skipped before it.
 Node = tuple[int, SkippedBlocks]
 

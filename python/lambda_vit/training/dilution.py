@@ -32,9 +32,7 @@ from ..models.properties import eval_mode, input_shape, one_device, one_dtype
 if TYPE_CHECKING:
     from ..selection.result import Selection
 
-
 SHAPES = ("linear", "cosine", "step")
-
 
 # What (2 − λ) is at λ = 0: the factor on the residual of a block whose attention was diluted away.
 DILUTED_SCALE = 2.0
@@ -256,9 +254,7 @@ class LambdaSchedule:
 # By how much deleting the attention may move a logit, as a share of the largest one. The block computes the same at
 # λ = 0 with the attention and without; a fused kernel only adds up in another order.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
 TF32_BOUND = 2e-2  # products of float32 that keep ten bits of each factor
-
 
 # Images that are compared; more would say nothing else.
 COMPARED = 16

@@ -65,7 +65,6 @@ def rows_before(
 
 
 FORMAT = 1
-
 FILES = {
     "config.yaml": "the recipe as it was used",
     "log.jsonl": "every epoch, and a row every few steps",

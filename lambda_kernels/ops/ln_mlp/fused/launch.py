@@ -23,15 +23,12 @@ from .kernels.configs import Config
 # Set when the kernels were imported: they run in Triton's interpreter, on the CPU.
 INTERPRETED = in_interpreter()
 
-
 # Neighbouring row tiles that run together, for the L2 cache.
 _GROUP = 8
-
 
 # Elements per thread of the kernels that take whole rows: enough loads in flight, few enough registers. The backward keeps
 # six values for each.
 _ROW_ELEMENTS = 16
-
 _GRADIENT_ROW_ELEMENTS = 8
 
 
@@ -97,7 +94,6 @@ class Launch:
 # Compiled kernels by specialization: Triton's own way to one costs more host time than all else here together.
 _compiled: dict[tuple[object, ...], Any] = {}
 
-
 _LARGEST_INT32 = 2**31 - 1
 
 
@@ -149,7 +145,6 @@ def is_describable(*matrices: Tensor | None) -> bool:
 
 # What a descriptor holds besides its tensor, by layout: validating it anew costs more than the launch.
 _layouts: dict[tuple[object, ...], dict[str, Any]] = {}
-
 _MOST_LAYOUTS = 4096
 
 

@@ -23,7 +23,6 @@ from .kernels import configs
 from .tuning import Candidate, Problem
 
 LIBRARY = Candidate("library")
-
 STAGED = Candidate("staged")
 
 

@@ -42,20 +42,14 @@ from .kernels.configs import Config
 # Raise this with every change of the kernels or their launches: earlier times say nothing about them.
 KERNEL_REVISION = 2
 
-
 SWITCH = "LAMBDA_KERNELS_TUNING"
 
 _CACHE = "LAMBDA_KERNELS_CACHE"
 
-
 _FORMAT = 1
-
 _TOLERANCE = 1.02
-
 _LOCK_SECONDS = 10.0
-
 _CAPTURING = "the stream is being captured"
-
 
 # Errors of the moment, not of the candidate: no memory just now, or a device lost to an earlier kernel.
 _PASSING = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -105,11 +99,8 @@ class Decision:
 
 
 _Key = tuple[object, ...]
-
 _Offer = tuple[Candidate, ...]
-
 _Memory = dict[_Key, tuple[tuple[_Offer, Decision], ...]]
-
 _Entry = dict[str, Any]  # "candidate": str, "times_us": {str: µs}, as in the file
 
 
@@ -156,7 +147,6 @@ class _State:
 
 
 _state = _State()
-
 
 # Held while measuring, so that threads neither measure twice nor disturb each other's times. Reentrant because a
 # composite candidate chooses among ways to compute its parts while it is being timed.

@@ -8,7 +8,6 @@ from typing import Any
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
-
 # What would differ from one picture of a record to the next.
 _STAMPS = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
 

@@ -19,7 +19,6 @@ from .style import INK, MUTED, PAPER, PICK, SERIES, new_figure, shortened
 
 # From the first block to the last, darker and darker: the order stays visible without colour.
 _DEPTH = ("#e0a10f", SERIES[0], INK)
-
 _LABEL = "Δ log amplitude (natural log)"
 
 

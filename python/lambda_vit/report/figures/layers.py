@@ -24,14 +24,10 @@ _LOOKS = {
     "attn": {"color": SERIES[0], "marker": "o", "markersize": 5, "markerfacecolor": SERIES[0]},
     "mlp": {"color": SERIES[1], "marker": "s", "markersize": 5, "markerfacecolor": PAPER},
 }
-
 _DASHES = {"attn": "-", "mlp": (0, (4, 1.5))}
-
 _AXIS = {"gaussian": "mean log₂ σ", "histogram": "differential entropy"}
-
 # What a normal distribution's differential entropy has on top of log2 σ.
 _CONSTANT = 0.5 * math.log2(2 * math.pi * math.e)
-
 # Panels that hold more blocks lie one below the other.
 _MOST_BESIDE = 16
 

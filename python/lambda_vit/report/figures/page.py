@@ -18,7 +18,6 @@ from .style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure, number
 
 # Runs share a schedule, so their curves lie on each other: dashes let the lower one show.
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
-
 _MARKERS = ("o", "s", "^", "D")
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 WIDTH = 7.6  # inches
 
-
 # role: (light, dark). Figures are drawn in the light colours; in the SVG each becomes a CSS variable, so that the
 # page's colour scheme decides. Series colours follow Okabe and Ito: apart for every common kind of colour blindness.
 PALETTE = {
@@ -31,9 +30,7 @@ PALETTE = {
     "series-4": ("#4b3f94", "#a79bf0"),
     "series-5": ("#7a4a1e", "#cf9a68"),
 }
-
 INK, MUTED, GRID, PAPER, OFF, PICK, *SERIES = (light for light, _ in PALETTE.values())
-
 
 _STYLE = {
     "font.family": "DejaVu Sans",  # ships inside matplotlib: the same widths everywhere

@@ -10,7 +10,6 @@ from .style import MUTED, PAPER, PICK, SERIES, Plot, numbers
 # More markers than this run into each other.
 _MOST_MARKED = 60
 
-
 _PANELS = {
     "top1": ("top-1 (%)", 1.9),
     "loss": ("training loss", 1.25),
@@ -18,9 +17,7 @@ _PANELS = {
     "lr": ("learning rate", 0.9),
 }
 
-
 _DASHED = (0, (4, 1.5))
-
 # (weights, while diluting): the network that still has attention is another one, so it is drawn hollow and dashed.
 _LOOKS: dict[tuple[str, bool], dict[str, Any]] = {
     ("top1", False): {"color": SERIES[0], "marker": "o", "markersize": 4.5, "linewidth": 1.6},

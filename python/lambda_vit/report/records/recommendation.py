@@ -12,7 +12,6 @@ from ...selection.budget import missed
 from ...selection.result import Selection
 
 TOLERANCE = 5.0  # points
-
 # From here on one percent is ten images, which nobody needs to be told.
 _MANY = 1000
 

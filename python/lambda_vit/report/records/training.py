@@ -341,7 +341,6 @@ def _again(command: str, processes: int) -> str:
 
 
 _FLAGS = ("--pretrained",)
-
 _VALUES = ("--model", "--weights", "--data", "--val-data", "--class-map", "--num-classes", "--skip-bad", "--img-size")
 
 

@@ -25,16 +25,13 @@ from .model_setup import frozen_parts, set_training_mode
 if TYPE_CHECKING:
     from ..images.stream import MicroBatch
 
-
 # λ is the only buffer, and each process sets its own; newer PyTorch has another name for leaving them alone.
 _DDP = nn.parallel.DistributedDataParallel
-
 _NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(_DDP).parameters
     else "broadcast_buffers": False
 }
-
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

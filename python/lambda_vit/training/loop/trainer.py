@@ -37,10 +37,8 @@ if TYPE_CHECKING:
     from ..storage.checkpoints import Checkpoints
     from ..storage.log import RunLog
 
-
 # fp16: so many steps in a row whose gradient overflows are no search for the right scale any more.
 MOST_SKIPPED = 25
-
 
 # Recipe fields that a run may change when it goes on: the one changes nothing it ends with, the data tell of the other.
 _FREE = ("checkpoint_every", "micro_batch")

@@ -33,13 +33,10 @@ from .step_timing import Loading, measure_loading, saved_bytes, time_steps, trai
 if TYPE_CHECKING:
     from ...selection.result import Selection
 
-
 # The paper's schedule: λ goes from 1 to 0 in the first, and the network trains on without attention in the second.
 DILUTION_EPOCHS, RECOVERY_EPOCHS = 300, 100
 
-
 COUNTED_AT = (2, 4)  # images: what autograd saves is a fixed part and a part per image, so two batches tell both
-
 _MOMENTS = 2 * 4  # bytes of AdamW's two float32 per parameter
 
 

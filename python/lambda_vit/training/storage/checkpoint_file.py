@@ -23,14 +23,10 @@ from lambda_kernels.checkpoints.weights import why_unreadable
 from lambda_kernels.files import atomic_writes, sha256
 
 FORMAT = 1
-
 FILE = re.compile(r"step-(\d{9,})(?:-\d+)?\.(?:pt|json)")
-
 LEFTOVER = re.compile(r"\.(step-(\d{9,})(?:-\d+)?\.(?:pt|json))\.\d+-[0-9a-f]{8}\.tmp")
 
-
 _VALUES = (bool, int, float, str, type(None))
-
 # What the archive takes beyond the values of tensors, generously: headers and alignment of each storage, and pickles.
 _PER_FILE, _PER_STORAGE, _PER_TENSOR, _PER_VALUE = 16 << 10, 512, 128, 16
 

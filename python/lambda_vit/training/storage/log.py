@@ -228,7 +228,6 @@ def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:
 
 # A report may take this share of the time since the one before it; the first waits as if one had taken FIRST seconds.
 SHARE = 0.02
-
 FIRST = 3.0
 
 

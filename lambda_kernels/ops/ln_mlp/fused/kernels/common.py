@@ -15,20 +15,13 @@ import triton.language as tl
 # tanh(x·(C0 + C1·t + C2·t²)), t = x², makes 0.5·x·(1 + tanh) the erf GELU to 3.2e-5. The polynomial turns over at
 # |x| = 8.4 and changes sign at |x| = 11.1, so t is capped where tanh has long been 1 in float32.
 _C0 = tl.constexpr(0.797458348)
-
 _C1 = tl.constexpr(0.0370120553)
-
 _C2 = tl.constexpr(-0.000350699)
-
 _T_MAX = tl.constexpr(50.0)
 
-
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
-
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-
 _CUBIC = tl.constexpr(0.035677408136300125)  # 0.044715·√(2/π)
 
 

@@ -32,10 +32,8 @@ class Config:
 # Of the kernel that follows a library product.
 ELEMENTWISE = Config(32, 128, 0, 4, 1)
 
-
 # Widest row that one pass keeps on the chip.
 ONE_PASS_CHANNELS = 384
-
 
 KERNELS = ("one_pass", "fc1", "fc2", "hidden_gradient", "saved_gradient")
 
@@ -97,7 +95,6 @@ _HALF: dict[tuple[str, str, bool], tuple[Config, ...]] = {
     ("hidden_gradient", "ampere", False): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
 }
 
-
 # The same for float32, always through pointers: its products are no tensor-core ones unless TF32 is allowed.
 _SINGLE: dict[str, tuple[Config, ...]] = {
     "fc1": (Config(64, 64, 32, 8, 2),),
@@ -105,7 +102,6 @@ _SINGLE: dict[str, tuple[Config, ...]] = {
     "saved_gradient": (Config(64, 64, 32, 8, 2),),
     "hidden_gradient": (Config(64, 64, 32, 8, 2),),
 }
-
 
 # (family, descriptors) → (widest row, tile) of the one-pass kernel, for 16-bit operands and for float32.
 _ONE_PASS_HALF: dict[tuple[str, bool], tuple[tuple[int, Config], ...]] = {
@@ -124,7 +120,6 @@ _ONE_PASS_HALF: dict[tuple[str, bool], tuple[tuple[int, Config], ...]] = {
     ("blackwell", False): ((192, Config(64, 64, 0, 8, 1)),),
     ("ampere", False): ((192, Config(32, 64, 0, 4, 2)), (192, Config(32, 32, 0, 4, 2)), (384, Config(32, 32, 0, 8, 1))),
 }
-
 _ONE_PASS_SINGLE = ((192, Config(32, 32, 0, 8, 1)), (384, Config(16, 32, 0, 8, 1)))
 
 
