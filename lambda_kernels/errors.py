@@ -1,14 +1,14 @@
-"""The exceptions of this library. Each message names the argument or the layer, the value got, and what to do."""
+"""The exceptions of this library. Each message names the argument or the layer, the value received, and what to do."""
 
 from __future__ import annotations
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no blocks that this library knows how to change without altering what the model computes."""
+    """The model has no blocks that this library can change without altering what the model computes."""
 
 
 class AlreadyConvertedError(ValueError):
-    """The model has attention layers removed already, and other ones than those asked for."""
+    """The model has already lost attention layers other than the requested ones."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -24,4 +24,4 @@ class CheckpointError(ValueError):
 
 
 class NonFiniteActivationError(ValueError):
-    """NaN or infinity where a statistic was to be measured; the message says where it was first seen."""
+    """A value to be measured is NaN or infinite; the message says where this was first seen."""

@@ -1,11 +1,11 @@
-"""Feature maps for dense tasks out of a model that has lost attention layers, and the scale that they have.
+"""Feature maps for dense tasks from a model that has lost attention layers, and the scale of these maps.
 
-A removed block of residual_scale s passes s·x on, so that behind k of them the residual stream is s^k times as large as it
-would be without the factors: with z = x/s^k
+A removed block with residual_scale s passes s·x on. After k such blocks the residual stream is therefore s^k times as large
+as it would be without the factors: with z = x/s^k
 
     z ← z + s^−k·MLP(LN(s^k·z))
 
-and LN(s^k·z) is LN(z) with an epsilon divided by s^2k. A final norm takes the factor out. Features taken before it have it.
+and LN(s^k·z) is LN(z) with an epsilon divided by s^2k. A final norm removes the factor. Features from before it have it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from .blocks.structure import inspect_model, refuse_merging
 from .errors import UnsupportedModelError
-from .ops.checks import check_choice
+from .ops.checks import as_int, check_choice
 
 OUTPUT_FORMATS = ("NCHW", "NLC")
 
 
 def residual_scales(model: nn.Module) -> tuple[float, ...]:
-    """The factor s^k on the residual stream behind each block: k removed blocks of residual_scale s up to and with it.
+    """The factor s^k on the residual stream after each block, where k removed blocks with residual_scale s precede or are it.
 
-    Dividing what `forward_intermediates` gives for block i by the i-th of these undoes the factors; for s = 2 no bit is lost.
+    Divide the output of `forward_intermediates` for block i by the i-th factor to undo it; for s = 2 this is exact.
 
     Args:
         model: A timm vision transformer, converted or not.
@@ -42,11 +42,11 @@ def residual_scales(model: nn.Module) -> tuple[float, ...]:
 
 
 class FeatureModel(FeatureGetterNet):
-    """What `feature_model` makes: timm's own wrapper of `features_only=True`, whose features may be divided by their scale.
+    """timm's wrapper for `features_only=True`, which can also divide each feature map by its scale; see `feature_model`.
 
     Attributes:
-        scales: The factor s^k that each feature map has, or had if `rescale`.
-        rescale: Whether maps are divided by it.
+        scales: The factor s^k of each feature map, before `rescale`.
+        rescale: Whether maps are divided by these factors.
     """
 
     def __init__(self, model: nn.Module, out_indices: list[int], norm: bool, rescale: bool, output_fmt: str) -> None:
@@ -72,31 +72,30 @@ def feature_model(
     output_fmt: str = "NCHW",
     inplace: bool = False,
 ) -> FeatureModel:
-    """A backbone for dense tasks, as `timm.create_model(…, features_only=True)` gives, out of a converted model.
+    """A backbone for dense tasks from a converted model, as `timm.create_model(…, features_only=True)` makes from others.
 
-    Blocks behind the last map, the classifier and, without `norm`, the final norm are left out.
+    It omits the blocks after the last map, the classifier and, without `norm`, the final norm.
 
     Args:
         model: A timm vision transformer, converted or not.
         out_indices: Blocks whose outputs are the maps; negative ones count from the end, a number n means the last n blocks.
-        norm: Put every map through the model's final norm, which takes the factor s^k out (up to its epsilon).
-        rescale: Divide each map by s^k, so that it has the size that it would have without the factors. A head that was
-            trained on the one kind of map is off by the factor on the other.
-        output_fmt: "NCHW" for maps `[N, C, H, W]`, "NLC" for tokens `[N, H·W, C]`; class and register tokens are left out.
-        inplace: Take `model` itself apart instead of a deep copy.
+        norm: Apply the model's final norm to every map, which removes the factor s^k (up to its epsilon).
+        rescale: Divide each map by s^k, which gives it the size that it would have without the factors. A head that was
+            trained on one kind of map is wrong by the factor on the other.
+        output_fmt: "NCHW" for maps `[N, C, H, W]`, "NLC" for tokens `[N, H·W, C]`; class and register tokens are omitted.
+        inplace: Use the blocks of `model` itself instead of a deep copy.
 
     Returns:
-        A module from images to a list of maps, with timm's `feature_info`; eval or training mode as `model` has it.
+        A module from images to a list of maps, with timm's `feature_info`, in the mode (eval or training) of `model`.
 
     Raises:
         ValueError: An index is out of range, `output_fmt` is unknown, or `norm` and `rescale` are both set.
-        UnsupportedModelError: The model is wrapped, of an unknown kind, merges tokens, or has no final norm to put maps
-            through.
+        UnsupportedModelError: The model is wrapped, of an unknown kind, merges tokens, or has no final norm for `norm`.
     """
     check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
     if norm and rescale:
         raise ValueError(
-            "norm=True takes the scale out already, and what it gives has no scale to divide by; set one only"
+            "norm=True already removes the scale, so rescale=True has nothing to divide by; set only one of them"
         )
     structure = inspect_model(model)
     refuse_merging(structure, "a feature model")
@@ -110,7 +109,7 @@ def feature_model(
     model = model if inplace else copy.deepcopy(model)
     training = model.training
     features = FeatureModel(model, indices, norm, rescale, output_fmt)
-    features.training = training  # of the wrapper alone: parts keep the mode they have
+    features.training = training  # only the wrapper: each part retains its mode
     info = getattr(model, "lambda_kernels_info", None)
     if info is not None:
         left = len(model.blocks)
@@ -120,17 +119,16 @@ def feature_model(
 
 
 def _block_indices(out_indices: object, depth: int) -> list[int]:
-    """`out_indices` counted from the first block, and in the order of the blocks, which is that of timm's maps."""
+    """`out_indices` counted from the first block, in the order of the blocks, which is the order of timm's maps."""
     allowed = f"a number of blocks from 1 to {depth}, or block indices from {-depth} to {depth - 1}"
     last = out_indices if isinstance(out_indices, int) else None
     values = out_indices if last is None else [last]
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
         raise ValueError(f"out_indices must be {allowed}; got {out_indices!r}")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
+        index = as_int(value)
+        if index is None or not (1 <= index <= depth if last is not None else -depth <= index < depth):
             raise ValueError(f"out_indices holds {value!r}; it must be {allowed}")
-        if not (1 <= value <= depth if last is not None else -depth <= value < depth):
-            raise ValueError(f"out_indices holds {value}; it must be {allowed}")
     if last is not None:
         return list(range(depth - last, depth))
     indices = sorted({value % depth for value in values})

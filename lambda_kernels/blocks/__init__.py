@@ -1,1 +1,1 @@
-"""What a timm block looks like to this library, and the modules that replace one."""
+"""Descriptions of timm's blocks, and the modules that replace them."""

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 class AttentionFreeBlock(MlpBlockBase):
     """A ViT block whose attention is gone: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`.
 
-    Takes over the parts of the block it replaces, under timm's names, so state-dict keys survive. `forward` takes all that
-    timm's block takes; without attention, masks, rotary embeddings and position biases have nothing to act on.
+    It uses the parts of the block that it replaces, under timm's names, so that state-dict keys remain. `forward` accepts all
+    arguments of timm's block, but ignores masks, rotary embeddings and position biases, which concern the attention.
 
     Args:
         norm2: The norm before the MLP.
         mlp: The MLP.
-        ls2: LayerScale, the bare parameter γ of families that have one, or None.
+        ls2: LayerScale (in some families a bare parameter γ), or None.
         drop_path2: Stochastic depth or None.
         residual_scale: s; 1 where the attention was skipped, 2 where it was diluted into the identity.
         fuse: Compute through `ln_mlp` where that is possible.
-        backend: Passed on to `ln_mlp`.
-        recompute: What a training step computes again instead of saving it: "auto", "none", "act" or "all", as for `ln_mlp`.
-            Where the submodules run one by one it is done by running them twice; `recomputed(...)` says whether they can.
-        family: A name of `families.FAMILIES`: what the parts are called and what `forward` takes.
+        backend: Passed to `ln_mlp`.
+        recompute: What a training step recomputes instead of saving it: "auto", "none", "act" or "all", as for `ln_mlp`.
+            Submodules that run one by one are run twice for it; `recomputed(...)` says whether they can be.
+        family: A key of `families.FAMILIES`, which defines the names of the parts and the arguments of `forward`.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class AttentionFreeBlock(MlpBlockBase):
 
     @classmethod
     def from_block(cls, block: nn.Module, **options: Any) -> Self:
-        """Take over the MLP half of a block of a known family or of a `FusedMlp`; its parameters are shared, not copied.
+        """Make one from the MLP half of `block`, whose parameters it shares.
 
         Args:
-            block: timm's, or a `FusedMlp`.
-            **options: Keyword arguments of the constructor; those for how it runs default to those of a `FusedMlp`.
+            block: timm's block of a known family, or a `FusedMlp`.
+            **options: Keyword arguments of the constructor; `fuse`, `backend` and `recompute` default to those of a `FusedMlp`.
         """
         family = find_family_or_vit(block)
         scale = getattr(block, family.scales[1])
@@ -68,8 +68,8 @@ class AttentionFreeBlock(MlpBlockBase):
         )
 
     def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
-        """Tokens `x` [N, T, C] to tokens; `arguments` and `named`, meant for the attention, are checked and left."""
-        FAMILIES[self.family].for_attention(arguments, named)  # refuses what timm's block refuses
+        """Map tokens `x` [N, T, C] to tokens; `arguments` and `named` are checked, then ignored: they are for the attention."""
+        FAMILIES[self.family].for_attention(arguments, named)  # raises as timm's block does
         return self._mlp_half(x)
 
     def extra_repr(self) -> str:
@@ -84,11 +84,11 @@ def _explain_attention_keys(
     strict: bool,
     *lists: list[str],
 ) -> None:
-    # A checkpoint of the full model would otherwise only give a list of unexpected keys. The reason goes among them: PyTorch
-    # always calls this with strict=True, and an error of its own would be raised with strict=False too.
+    # Otherwise PyTorch only lists the unexpected keys of a full checkpoint. The reason is added to that list: PyTorch always
+    # calls this with strict=True, so that an exception would be raised with strict=False too.
     _, unexpected, _ = lists
     if any(key.startswith((f"{prefix}attn.", f"{prefix}norm1.")) for key in state_dict):
         unexpected.append(
-            f"{prefix.rstrip('.')} has no attention any more, but the checkpoint holds some for it. Load a full checkpoint "
-            "into the full model first and convert that"
+            f"{prefix.rstrip('.')} has lost its attention, but the checkpoint has weights for it. Load a full checkpoint "
+            "into the full model, then convert that"
         )

@@ -1,8 +1,8 @@
-"""What each timm model looks like to this library: which blocks it can change, and what their parts are called.
+"""The families of timm blocks that this library can change: their classes, and the names of their parts.
 
-All that blocks, surgery, paths and dilution know about a family of blocks is in its `Family`; what is refused, and why, is in
-`refusals`. Blocks are compared by class identity, never by name or by attributes: several timm families share the attribute
-names `norm1`, `attn`, `mlp` and mean other things by them.
+All that the library knows about a family of blocks is in its `Family`; `refusals` lists which classes are refused, and why.
+Blocks are compared by class identity, never by name or attributes: several timm families use the names `norm1`, `attn` and
+`mlp` with other meanings.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of block: `x ← x + drop_path1(scale1(attn(norm1(x)))); x ← x + drop_path2(scale2(mlp(norm2(x))))`.
+    """A kind of block: `x ← x + drop_path1(scale1(attn(norm1(x)))); x ← x + drop_path2(scale2(mlp(norm2(x))))`.
 
     Attributes:
-        name: How blocks of this library remember which family theirs was.
+        name: The key in `FAMILIES`, which blocks of this library store.
         block: timm's class.
-        scales: What the LayerScales of attention and MLP are called.
-        bare: They are parameters of the block itself, or None where there is none; else modules, an identity for none.
-        arguments: What `forward` takes beyond tokens and hands on to the attention, in timm's order, with defaults.
-        attributes: Plain values that timm keeps on the block and that a replacement takes over.
-        parts: The submodules and bare scales of a block, in timm's order.
-        accepted: What timm's own block takes beyond tokens in the version that is installed.
+        scales: Names of the LayerScales of attention and MLP.
+        bare: Whether these are parameters of the block itself, or None if absent; else they are modules, or identities.
+        arguments: Arguments of `forward` besides tokens, which it passes to the attention, in timm's order, with defaults.
+        attributes: Plain values that timm stores on the block and that a replacement copies.
+        parts: Names of the submodules and bare scales of a block, in timm's order.
+        accepted: Arguments besides tokens that timm's block accepts in the installed version.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Family:
 
     @property
     def unknown_arguments(self) -> list[str]:
-        """What this version of timm may pass to its blocks and this description does not know."""
+        """Arguments that the installed timm may pass to its blocks and that this description lacks."""
         return [name for name in self.accepted if name not in self.arguments]
 
     def for_attention(self, positional: tuple[object, ...], named: dict[str, Any]) -> dict[str, Any]:
-        """What a block was called with beyond tokens, as keyword arguments for its attention.
+        """The arguments of a call of a block, besides tokens, as keyword arguments for its attention.
 
-        Arguments that were not given are passed with their defaults where timm's block passes them.
+        Omitted arguments are passed with their defaults where timm's block passes them.
 
         Raises:
-            TypeError: An argument that the family's blocks do not take, or one given twice.
+            TypeError: An argument that the family's blocks do not accept, or the same argument twice.
         """
         if not positional and not named:
             return {name: self.arguments[name] for name in self.accepted}
@@ -71,7 +71,7 @@ class Family:
             if name in given:
                 raise TypeError(f"forward() got {name!r} twice")
             given[name] = value
-        # An attention that does not know an argument refuses it, as it does under timm's block; a default says nothing.
+        # An attention raises for an argument that it does not accept, as in timm's block, unless it has its default.
         return {
             name: given.get(name, default)
             for name, default in self.arguments.items()
@@ -92,6 +92,6 @@ FAMILIES: dict[str, Family] = {
 
 
 def layer_scale(block: nn.Module, scale: str) -> Tensor | None:
-    """γ [C] of a LayerScale of a block, by its name in the block's family; None for none."""
+    """γ [C] of the LayerScale of this name of a block; None if it has none."""
     found = getattr(block, scale, None)
     return getattr(found, "gamma", None) if isinstance(found, nn.Module) else found

@@ -1,4 +1,4 @@
-"""What a call of a module would run beside the forward of its class."""
+"""Hooks and replaced forwards: whatever a call of a module runs besides the forward of its class."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from torch import nn
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of `module` would run hooks of its own."""
+    """Whether a call of `module` runs hooks registered on it."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def global_hooks() -> bool:
-    """Whether a call of any module would run hooks."""
-    # PyTorch asks the same at each call of a module.
+    """Whether a call of any module runs hooks."""
+    # PyTorch checks the same at each call of a module.
     every = nn.modules.module
     return bool(
         every._global_forward_hooks
@@ -25,6 +25,6 @@ def global_hooks() -> bool:
 
 
 def is_altered(module: nn.Module | None) -> bool:
-    """Whether a call of `module` would run hooks of its own, or another forward than its class has."""
-    # Some libraries replace `forward` on the instance (accelerate does, for offloading), which no type shows.
+    """Whether a call of `module` runs hooks registered on it, or another forward than that of its class."""
+    # Some libraries replace `forward` on the instance (accelerate does, for offloading), which the type does not show.
     return module is not None and (has_hooks(module) or "forward" in module.__dict__)

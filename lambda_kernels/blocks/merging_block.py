@@ -1,8 +1,8 @@
-"""Blocks that merge tokens between their attention and their MLP, and the sequence that takes tokens through them.
+"""Blocks that merge tokens between their attention and their MLP, and the sequence that runs them.
 
-What a merge has to know of the ones before it (the sizes of tokens and where they went) belongs to one forward. It is made
-by the sequence, handed from block to block as an argument and dropped at the end: nothing of it stays on a module, so that
-copies, threads and forwards cannot meet.
+The state of merging (the sizes of tokens and where they went) belongs to one forward. The sequence creates it, passes it from
+block to block as an argument and drops it at the end. No module stores it, so that copies, threads and concurrent forwards
+cannot interfere.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from .mlp_block import copy_with, find_replacement_obstacles
 from .refusals import qualified_name
 
 _ALONE = (
-    "this block merges tokens and has to know their sizes, which only a whole `model.blocks` hands on; it was called alone, "
-    "or with a mask. Gradient checkpointing, forward_intermediates, get_intermediate_layers and masks go block by block: "
-    "turn them off (recompute='all' saves memory instead; intermediate features of merged tokens are no maps), or take "
-    "merging off with convert_vit(model, …, tome_r=0)"
+    "this block merges tokens and needs their sizes, which only a call of the whole `model.blocks` passes to it; it was called "
+    "alone, or with a mask. Gradient checkpointing, forward_intermediates, get_intermediate_layers and masks call blocks one "
+    "by one: turn them off (recompute='all' saves memory instead; intermediate features of merged tokens are not maps), or "
+    "turn merging off with convert_vit(model, …, tome_r=0)"
 )
 
 
-class Carried:
-    """What one forward knows about its merged tokens.
+class MergeState:
+    """The merged tokens of one forward.
 
     Attributes:
-        sizes: [B, N now]: how many of the first tokens each one stands for; None before the first merge.
-        place: [B, N at first]: where each of the first tokens is now; None before the first merge.
+        sizes: [B, present N]: how many of the original tokens each token represents; None before the first merge.
+        place: [B, original N]: the present index of each original token; None before the first merge.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Carried:
         self.place: Tensor | None = None
 
     def merge(self, x: Tensor, merge: Merge) -> Tensor:
-        """Merge the tokens x [B, N, C], and remember it."""
+        """Merge the tokens x [B, N, C], and record it."""
         sizes = self.sizes
         if sizes is None:
             sizes = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -64,13 +64,13 @@ class Carried:
 class MergingBlock(FusedMlp):
     """A ViT block that merges `tome_r` tokens into similar ones between its attention and its MLP.
 
-    Its attention counts tokens by their sizes. Holds the submodules of timm's `Block` under their names, like `FusedMlp`;
-    merging has no parameters. Works inside a `MergingSequential` alone.
+    Its attention weights tokens by their sizes. It holds the submodules of timm's `Block` under their names, like
+    `FusedMlp`; merging has no parameters. It works only inside a `MergingSequential`.
 
     Args:
         parts: As for `FusedMlp`.
-        tome_r: Tokens to merge; at most half of the patches that are left are.
-        prefix_tokens: Tokens at the front that are no patches: they stay by themselves.
+        tome_r: Tokens to merge; at most half of the present patches are merged.
+        prefix_tokens: Number of tokens at the front that are not patches and are never merged.
         options: As for `FusedMlp`.
     """
 
@@ -79,33 +79,33 @@ class MergingBlock(FusedMlp):
         self.tome_r = tome_r
         self.prefix_tokens = prefix_tokens
 
-    def forward(  # type: ignore[override]  # what timm's Block takes, and what MergingSequential hands on
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, carried: Carried | None = None
+    def forward(  # type: ignore[override]  # the arguments of timm's Block, and the state from MergingSequential
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, state: MergeState | None = None
     ) -> Tensor:
-        if carried is None or attn_mask is not None or is_causal:
+        if state is None or attn_mask is not None or is_causal:
             raise RuntimeError(_ALONE)
         r = count_mergeable(x.shape[1], self.tome_r, self.prefix_tokens)
-        if r == 0 and carried.sizes is None:
+        if r == 0 and state.sizes is None:
             return super().forward(x)
-        branch, keys = self._attend(self.norm1(x), carried.sizes)
+        branch, keys = self._attend(self.norm1(x), state.sizes)
         x = x + self.drop_path1(self.ls1(branch))
         if r:
-            x = carried.merge(x, match_tokens(keys, r, protected=self.prefix_tokens))
+            x = state.merge(x, match_tokens(keys, r, protected=self.prefix_tokens))
         return self._mlp_half(x)
 
     def _attend(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `attn` gives for x [B, N, C] where tokens have sizes, and its keys, their mean over the heads, [B, N, D]."""
+        """The output of `attn` for x [B, N, C] with tokens of these sizes, and the mean [B, N, D] of its keys over heads."""
         attn = self.attn
         if is_altered(attn):
             raise RuntimeError(
-                "a hook or a replaced forward on the attention of a block that merges tokens would not run: the block works "
-                "with the attention's parts. Hook those, or take merging off with convert_vit(model, …, tome_r=0)"
+                "a hook or a replaced forward on the attention of a block that merges tokens would not run: the block calls "
+                "the attention's parts. Hook those, or turn merging off with convert_vit(model, …, tome_r=0)"
             )
         batch, tokens, _ = x.shape
         q, k, v = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q), attn.k_norm(k)
         fused = bool(attn.fused_attn)
-        dropping = (attn if fused else attn.attn_drop).training  # whose mode timm asks for
+        dropping = (attn if fused else attn.attn_drop).training  # the module whose mode timm checks
         out = proportional_attention(
             q, k, v, sizes,
             dropout=attn.attn_drop.p if dropping else 0.0,
@@ -124,21 +124,21 @@ class MergingBlock(FusedMlp):
 
 
 class MergingSequential(nn.Sequential):
-    """The blocks of a model of which some merge tokens. What comes out has as many tokens as went in.
+    """The blocks of a model of which some merge tokens. The output has as many tokens as the input.
 
-    Behind the last block every token of the beginning gets what it was merged into. So the mean over patches that timm takes
-    is the mean weighted by size, the largest value and attention pooling are right too, and a dense head finds each patch in
-    its place; it costs one copy of rows.
+    After the last block, every original token receives the value of the token that it was merged into. So timm's mean over
+    patches is the mean weighted by size, max pooling and attention pooling are right too, and a dense head finds each patch
+    in its place, for the cost of one copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        carried = Carried()
+        state = MergeState()
         for block in self:
-            x = block(x, carried=carried) if type(block) is MergingBlock else block(x)
-        return x if carried.place is None else unmerge_tokens(x, carried.place)
+            x = block(x, state=state) if type(block) is MergingBlock else block(x)
+        return x if state.place is None else unmerge_tokens(x, state.place)
 
 
-# What timm's Attention is made of in the versions that are known; another part would do something that is not done here.
+# The parts of timm's Attention in the known versions; another part would do something that `_attend` omits.
 _ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"}
 _OPTIONAL_PARTS = {"norm", "gate"}
 _KNOWN_ARGUMENTS = {"self", "x", "attn_mask", "is_causal"}
@@ -148,7 +148,7 @@ _UNKNOWN_ARGUMENTS = sorted(set(inspect.signature(Attention.forward).parameters)
 def find_merging_obstacles(block: nn.Module) -> list[str]:
     """Why `block` cannot merge tokens; empty when it can."""
     if type(block) not in (Block, FusedMlp, MergingBlock):
-        return [f"it is {qualified_name(block)}, and merging knows timm.models.vision_transformer.Block alone"]
+        return [f"it is {qualified_name(block)}, and merging supports only timm.models.vision_transformer.Block"]
     found = [] if type(block) is MergingBlock else find_replacement_obstacles(block)
     attn = block._modules.get("attn")
     if type(attn) is not Attention:
@@ -178,21 +178,21 @@ def make_merging_block(block: nn.Module, tome_r: int, prefix_tokens: int, **opti
 
 
 def remove_merging(block: nn.Module) -> nn.Module:
-    """`block` as one that does not merge: itself, or a `FusedMlp` around the submodules of a `MergingBlock`.
+    """A block that does not merge in place of `block`: itself, or a `FusedMlp` with the submodules of a `MergingBlock`.
 
     Raises:
-        UnsupportedModelError: It carries hooks or anything else that would be lost.
+        UnsupportedModelError: Hooks or anything else on it would be lost.
     """
     if type(block) is not MergingBlock:
         return block
     found = find_replacement_obstacles(block)
     if found:
-        raise UnsupportedModelError(f"a block that merges tokens cannot be put back: {'; '.join(found)}")
+        raise UnsupportedModelError(f"token merging cannot be turned off: {'; '.join(found)}")
     return FusedMlp.from_block(block)
 
 
 def wrap_block_sequence(blocks: nn.Sequential | nn.ModuleList, merges: bool) -> nn.Sequential | nn.ModuleList:
-    """The sequence of blocks as one that hands on the sizes of tokens, or as a plain one; itself where it is that already."""
+    """The blocks in a `MergingSequential` if some merge tokens, else in a plain sequence: `blocks` itself where possible."""
     if merges == (type(blocks) is MergingSequential):
         return blocks
     new = (MergingSequential if merges else nn.Sequential)(OrderedDict(blocks.named_children()))
@@ -201,9 +201,9 @@ def wrap_block_sequence(blocks: nn.Sequential | nn.ModuleList, merges: bool) -> 
 
 
 def token_counts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[int, int]] | None:
-    """(tokens that go in, tokens merged) of each block, for images of the size that the model was built for.
+    """(input tokens, merged tokens) of each block, for images of the size that the model was built for.
 
-    None where nothing is merged, or where the model does not say how many patches it has.
+    None if no block merges tokens, or if the model does not know its number of patches.
     """
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if patches is None or not any(type(block) is MergingBlock for block in blocks):

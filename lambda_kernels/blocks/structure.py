@@ -1,4 +1,4 @@
-"""The structure of a model: which of its blocks are supported, what was removed, and what runs before its blocks."""
+"""The structure of a model: whether its blocks are supported, what was removed, and what runs before them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _FEATURES = "convert the whole model first, then wrap it: lambda_kernels.feature
 
 @dataclass(frozen=True)
 class Stem:
-    """What a model does before its blocks, so that a view of it can take tokens in place of images.
+    """What a model does before its blocks, and how a view of it that receives tokens instead of images skips that.
 
     Attributes:
-        identities: Submodules that then do nothing.
-        absent: Attributes that are then None.
-        no_tokens: Prefix tokens `[1, n, C]` of which none is then put before the others.
-        pos_embed: What `_pos_embed` gives besides tokens; None where the model has no such method.
+        identities: Submodules to replace by identities.
+        absent: Attributes to set to None.
+        no_tokens: Prefix tokens `[1, n, C]` to omit.
+        pos_embed: What `_pos_embed` returns besides tokens; None if the model has no such method.
     """
 
     identities: tuple[str, ...]
@@ -41,23 +41,23 @@ _STEMS: dict[type[nn.Module], Stem] = {
 
 
 def find_stem(model: nn.Module) -> Stem:
-    """How to leave out what `model` does before its blocks; that of a ViT for models of unknown classes."""
+    """How to skip what `model` does before its blocks; for models of unknown classes, as for a ViT."""
     return next((_STEMS[cls] for cls in type(model).__mro__ if cls in _STEMS), _VIT_STEM)
 
 
 @dataclass(frozen=True)
 class ViTStructure:
-    """What matters about a supported model before and after its attention layers are removed.
+    """The properties of a supported model that conversions depend on.
 
-    Blocks that keep their attention count alike, whether they are timm's own or `FusedMlp`.
+    Blocks with attention are treated alike, whether they are timm's own or `FusedMlp`.
     """
 
     depth: int
     removed: tuple[int, ...]
-    residual_scale: float  # of the removed blocks; 1 where none was removed
+    residual_scale: float  # of the blocks without attention; 1 if there are none
     pooling: str  # timm's global_pool: "token", "avg", "map" …
     has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
-    families: tuple[str, ...] = field(default=("vit",))  # of the blocks, each once, in order
+    families: tuple[str, ...] = field(default=("vit",))  # of the blocks, each once, in their order
     merging: tuple[int, ...] = ()  # blocks that merge tokens
 
 
@@ -65,8 +65,8 @@ def inspect_model(model: nn.Module) -> ViTStructure:
     """Describe `model`, or refuse it.
 
     Raises:
-        UnsupportedModelError: The model is wrapped, has no `blocks`, or its blocks are of a class whose attention cannot
-            be removed alone. Names the class, the reason and an alternative. The model is never changed.
+        UnsupportedModelError: The model is wrapped, has no `blocks`, or the attention of its blocks cannot be removed
+            alone. The message names the class, the reason and an alternative. The model never changes.
     """
     from .attention_free import AttentionFreeBlock
     from .fused_mlp import FusedMlp
@@ -87,7 +87,7 @@ def inspect_model(model: nn.Module) -> ViTStructure:
         refusal = find_refusal(stranger)
         if refusal is None:
             refusal = SUBCLASS if isinstance(stranger, tuple(known)) else UNKNOWN_BLOCK
-        # A block that stands in for another one for a while can say itself what has to be done first.
+        # A block that replaces another one temporarily names the remedy itself.
         reason = getattr(stranger, "why_not_convertible", None) or refusal.reason
         raise UnsupportedModelError(
             f"{name} is not supported: blocks[{index}] is {qualified_name(stranger)} "
@@ -111,19 +111,19 @@ def inspect_model(model: nn.Module) -> ViTStructure:
 
 
 def refuse_merging(structure: ViTStructure, doing: str) -> None:
-    """Refuse what works on a network block by block, where nothing hands on the sizes of merged tokens.
+    """Refuse token merging where blocks run one by one, since the sizes of merged tokens would be lost.
 
     Args:
         structure: From `inspect_model`.
-        doing: What is refused, for the message.
+        doing: The operation, for the message.
 
     Raises:
-        UnsupportedModelError: Some block merges tokens.
+        UnsupportedModelError: A block merges tokens.
     """
     if structure.merging:
         raise UnsupportedModelError(
-            f"{doing} works on blocks that keep their tokens, and blocks {list(structure.merging)} merge some. Merging comes "
-            "last: take it off with convert_vit(model, remove, tome_r=0), and put it on again afterwards"
+            f"{doing} does not support token merging, and blocks {list(structure.merging)} merge tokens. Turn merging off "
+            "with convert_vit(model, remove, tome_r=0), and on again afterwards"
         )
 
 
@@ -142,4 +142,4 @@ def _refuse_wrappers(model: nn.Module) -> None:
     if wrapper in remedies:
         inner, remedy = remedies[wrapper]
         if isinstance(getattr(model, inner, None), nn.Module):
-            raise UnsupportedModelError(f"{wrapper} wraps the model, and would keep what it saw before: {remedy}")
+            raise UnsupportedModelError(f"{wrapper} wraps the model, and would still run the old blocks: {remedy}")

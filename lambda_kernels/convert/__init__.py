@@ -1,1 +1,1 @@
-"""Surgery on models: removing attention layers, fusing MLP halves, merging tokens. No arithmetic."""
+"""Changes to models: removing attention layers, fusing MLP halves, merging tokens. No arithmetic."""

@@ -1,4 +1,4 @@
-"""Checks of what a conversion is asked to do, before anything changes."""
+"""Checks of a requested conversion, before the model changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..blocks.structure import ViTStructure
 from ..errors import UnsupportedModelError
 from ..ops.checks import as_int
 
-# Below this, LayerScale makes the MLP branch so small that a doubled residual drowns it.
+# Below this mean, LayerScale makes the MLP branch negligible beside a doubled residual.
 SMALL_GAMMA = 0.05
 
 
@@ -25,10 +25,10 @@ def unwrap_layers(layers: Any) -> Any:
 
 
 def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int, ...]:
-    """Return block indices, sorted, or raise ValueError naming the wrong one and the range.
+    """Return block indices, sorted. A wrong one raises a ValueError that names it and the allowed range.
 
     Args:
-        layers: Integers, or any object with a `layers` attribute that holds them (a `Selection`).
+        layers: Integers, or an object such as a `Selection` whose attribute `layers` holds them.
         depth: Number of blocks.
         name: The argument's name for the message.
     """
@@ -50,26 +50,26 @@ def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int
 def check_removal(
     model: nn.Module, removed: tuple[int, ...], structure: ViTStructure, residual_scale: float, *, stacklevel: int = 3
 ) -> None:
-    """Refuse removals that would leave a model that cannot work; warn about those that look wrong.
+    """Refuse removals after which the model could not work; warn about those that look wrong.
 
-    `stacklevel` is that of `warnings.warn`, counted from within.
+    `stacklevel` is passed to `warnings.warn` here.
 
     Raises:
-        ValueError: A class token would be cut off from the image.
-        UnsupportedModelError: No norm would absorb a residual scaled in every removed block.
+        ValueError: The class token would be cut off from the image.
+        UnsupportedModelError: The model has no final norm to absorb the scaled residual of the removed blocks.
     """
     if structure.pooling == "token" and len(removed) == structure.depth:
         raise ValueError(
             f"removing the attention of all {structure.depth} blocks cuts the class token off from the image: every image "
-            "would get the same logits. Keep at least one"
+            "would get the same logits. Retain the attention of at least one block"
         )
     trailing = 0
     while trailing < len(removed) and structure.depth - 1 - trailing in removed:
         trailing += 1
     if structure.pooling == "token" and trailing:
         warnings.warn(
-            f"the last {trailing} block(s) would have no attention: nothing computed there for the image's patches reaches "
-            "the class token, only its own MLP acts",
+            f"the last {trailing} block(s) would have no attention, so nothing that they compute for the image's patches "
+            "reaches the class token",
             stacklevel=stacklevel,
         )
     if residual_scale == 1.0 or not removed:
@@ -79,7 +79,7 @@ def check_removal(
             f"{type(model).__name__} has no norm after its last block, so its features would grow "
             f"{residual_scale ** len(removed):g}-fold with residual_scale={residual_scale:g}. Use residual_scale=1.0"
         )
-    if residual_scale > 1.0 and _place(model)[1] is torch.float16:
+    if residual_scale > 1.0 and get_device_and_dtype(model)[1] is torch.float16:
         warnings.warn(
             f"the model is in float16, which ends at 65504, and residual_scale={residual_scale:g} makes its features up to "
             f"{residual_scale ** len(removed):g} times larger. Use bfloat16 or float32 instead, or compare the model's output "
@@ -95,11 +95,11 @@ def check_removal(
     if small:
         warnings.warn(
             f"blocks {small} have LayerScale gammas below {SMALL_GAMMA} on average: a residual scaled by "
-            f"{residual_scale:g} dwarfs their MLP. Only right if the model was trained that way",
+            f"{residual_scale:g} dwarfs their MLP branch. That is right only if the model was trained so",
             stacklevel=stacklevel,
         )
 
 
-def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def get_device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     weight = next(model.parameters(), torch.empty(0))
     return weight.device, weight.dtype

@@ -1,4 +1,4 @@
-"""Model surgery: put attention-free blocks where attention was, fused ones elsewhere. No arithmetic here."""
+"""Conversion of a model: its blocks are replaced by attention-free and fused ones. No arithmetic here."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from ..blocks.mlp_block import MlpBlockBase, copy_with, find_family, find_replac
 from ..blocks.structure import inspect_model
 from ..errors import AlreadyConvertedError, BackendUnavailableError
 from ..ops.ln_mlp.fused import tuning
-from .checks import _place, check_indices, check_removal
+from .checks import check_indices, check_removal, get_device_and_dtype
 from .settings import ConversionSettings
 from .token_merging import plan_merging
 
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """One block after conversion: is its attention there, and how does its MLP half run."""
+    """One block after conversion: whether it has attention, and how its MLP half runs."""
 
     block: int
     attention: str  # "kept" or "removed"
     mlp: str  # "timm": the block is timm's own; "modules", "torch", "onednn", "triton": see AttentionFreeBlock.path
     reason: str
-    recompute: str  # what a training step computes again in the MLP half: "none", "act" or "all"
+    recompute: str  # what a training step recomputes in the MLP half: "none", "act" or "all"
     recompute_reason: str
-    # Of images of the size that the model was built for; None where no block of the model merges tokens.
-    tokens: int | None = None  # that go in
-    merged: int = 0  # of them, into others, between the attention and the MLP
+    # For images of the size that the model was built for.
+    tokens: int | None = None  # input tokens; None if no block of the model merges tokens
+    merged: int = 0  # how many of them are merged into others, between the attention and the MLP
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionInfo(ConversionSettings):
-    """What `convert_vit` did to a model, which carries it as `lambda_kernels_info`: the settings, and what they gave.
+    """What `convert_vit` did to a model, stored on it as `lambda_kernels_info`: the settings and their effect.
 
-    `blocks` says how each block runs in eval mode, and what it recomputes in training, on the device and with the dtype
-    that the model had when it was converted; `describe_blocks(model)` says it for the present ones.
+    `blocks` describes how each block runs in eval mode and what it recomputes in training, on the device and in the dtype
+    of the model at its conversion; `describe_blocks(model)` does so for the present ones.
     """
 
     removed: tuple[int, ...]
@@ -75,13 +75,13 @@ class ConversionInfo(ConversionSettings):
 def remove_attention(model: nn.Module, removed: tuple[int, ...], settings: ConversionSettings) -> nn.Module:
     """Replace the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
-    Any block with timm's names for its MLP half can lose its attention, one without it too. The others become what
-    `settings` say.
+    `removed` may name any block with timm's names for its MLP half, even one without attention. The other blocks follow
+    `settings`.
 
     Raises:
         ValueError: `tome_r` or `tome_start` does not fit the blocks.
-        UnsupportedModelError: Tokens cannot be merged in this model; it is untouched.
-        BackendUnavailableError: The backend was requested by name and cannot run; the model is untouched.
+        UnsupportedModelError: Tokens cannot be merged in this model, which is unchanged.
+        BackendUnavailableError: The backend was requested by name and cannot run; the model is unchanged.
     """
     return _replace_blocks(model, removed, settings, plan_merging(model, removed, settings))
 
@@ -102,7 +102,7 @@ def _replace_blocks(
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
         warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
-    _warn_of_saving(rows, fuse, settings.recompute)
+    _warn_without_recompute(rows, fuse, settings.recompute)
     for index, block in enumerate(new):
         model.blocks[index] = block
     blocks = model.blocks = wrap_block_sequence(model.blocks, bool(merges))
@@ -113,9 +113,9 @@ def _replace_blocks(
 
 
 def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo], backend: str) -> None:
-    """Refuse a backend that was requested by name where blocks that are to be fused would run their submodules instead.
+    """Refuse a backend requested by name if a block to be fused would run its submodules instead.
 
-    It is eval mode that counts, as in `rows`: dropout that trains is no reason. Blocks that stay timm's were not asked.
+    Eval mode counts, as in `rows`: dropout in training is no obstacle. Blocks that remain timm's are exempt.
     """
     asked = [row for block, row in zip(blocks, rows, strict=True) if isinstance(block, MlpBlockBase) and block.fuse]
     alike: dict[str, list[int]] = {}
@@ -126,12 +126,12 @@ def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo], back
         listed = "; ".join(f"blocks {indices}: {reason}" for reason, indices in alike.items())
         raise BackendUnavailableError(
             f"backend={backend!r} cannot run the MLP halves of all blocks that are to be fused ({listed}). Use backend='auto', "
-            "which takes kernels where they serve and says in lambda_kernels_info where not"
+            "which uses kernels where they can run and reports the others in lambda_kernels_info"
         )
 
 
-def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> None:
-    """Warn about blocks that were to compute something again and cannot; timm's own are meant to with `fuse="all"` alone."""
+def _warn_without_recompute(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> None:
+    """Warn about blocks that should recompute and cannot. timm's own blocks should only with `fuse="all"`."""
     if recompute in ("auto", "none"):
         return
     asked = [row for row in rows if row.recompute == "none" and (row.mlp != "timm" or fuse == "all")]
@@ -143,7 +143,7 @@ def _warn_of_saving(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> Non
 def _convert_kept_block(
     model: nn.Module, index: int, settings: ConversionSettings, merges: dict[int, int]
 ) -> nn.Module:
-    """What a block with attention becomes; itself where it is that already, or where something would be lost.
+    """The block that replaces one with attention: itself if nothing changes, or if something would be lost.
 
     The block itself does not change: the caller may still find that the model cannot be converted.
     """
@@ -176,7 +176,7 @@ def convert_vit(
 ) -> nn.Module:
     """Remove attention layers of a timm vision transformer, and run the MLP halves of its blocks through `ln_mlp`.
 
-    The parameters of removed attention leave the model; those that are left keep their names.
+    The parameters of the removed attention leave the model; the others keep their names.
 
     Args:
         model: A timm model whose `blocks` are of a family in `families.FAMILIES`: plain ViTs (`vision_transformer.Block`),
@@ -186,32 +186,32 @@ def convert_vit(
         residual_scale: 1.0 for a skipped attention (measuring, zero-shot use), 2.0 for one that was diluted into the
             identity while training.
         fuse: Which MLP halves go through `ln_mlp`: "all", "removed" (only blocks without attention) or "none". With "all",
-            blocks that keep their attention become `FusedMlp`, else they are timm's own. A block that carries hooks or
-            anything else of its own stays, and `lambda_kernels_info` says so.
-        backend: "auto", "triton", "onednn" or "torch", passed on to `ln_mlp`. "triton" and "onednn" are requested by name: a
-            model with an MLP half that `fuse` names and that they cannot serve in eval mode is refused.
-        recompute: What a training step computes again in the MLP halves instead of saving it: "all" (the input of a half is
-            kept alone), "act" (the first product is kept too), "none", or "auto": by width in the kernels, nothing elsewhere.
-            It changes neither weights nor what is saved with `save_pretrained`. Blocks that stay timm's own are not reached.
+            blocks that keep their attention become `FusedMlp`, else they are timm's own. A block with hooks or
+            other additions of its own is not replaced, and `lambda_kernels_info` says so.
+        backend: "auto", "triton", "onednn" or "torch", passed to `ln_mlp`. "triton" and "onednn" are strict: a
+            model is refused if they cannot run, in eval mode, each MLP half that `fuse` selects.
+        recompute: What a training step recomputes in the MLP halves instead of saving it: "all" (it saves only the input),
+            "act" (also the first product), "none", or "auto" (kernels decide by width, others recompute nothing).
+            It changes neither the weights nor what `save_pretrained` writes, and does not apply to timm's own blocks.
         tome_r: Tokens to merge in each block that keeps its attention (arXiv 2210.09461), between the attention and the
-            MLP: one number, or one for each block that merges. 0 merges none, and takes merging off a model that has it;
-            None leaves it as it is, which for a model that was never converted is 0. Merging has no parameters. It comes
-            last: nothing is selected, diluted or profiled behind it.
-        tome_start: From which of the blocks that keep their attention on tokens are merged, counted from 0. None leaves it
-            as it is, which at first is 1, as in the published figures of both together.
+            MLP: one number, or one for each block that merges. 0 merges none and removes merging from a model that has it;
+            None retains what the model has, which is 0 at first. Merging has no parameters. It comes last: models that
+            merge tokens cannot be profiled, diluted or searched.
+        tome_start: The first block that merges tokens, counted from 0 among the blocks that keep their attention. None
+            retains what the model has, which is 1 at first, as in the published results of both methods together.
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
-        The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that was converted by the same
-        arguments comes back as it is; another `fuse`, `backend`, `recompute` or `tome_r` is applied.
+        The converted model, with `lambda_kernels_info` (a `ConversionInfo`). A model that was converted with
+        the same arguments is returned unchanged; another `fuse`, `backend`, `recompute` or `tome_r` is applied.
 
     Raises:
-        ValueError: Indices or options are wrong, or no attention would be left for a class token to read the image.
-        UnsupportedModelError: The model's blocks cannot lose their attention alone, or not merge tokens; the model is
-            untouched.
-        AlreadyConvertedError: Other layers were removed before, or with another residual_scale.
-        BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on the model's device, or not for all its MLP
-            halves; the model is untouched.
+        ValueError: An index or option is wrong, or the class token would be cut off from the image.
+        UnsupportedModelError: The attention of its blocks cannot be removed alone, or its tokens cannot be merged; the model
+            is unchanged.
+        AlreadyConvertedError: Other layers have already been removed, or with another residual_scale.
+        BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on the model's device, or not all its MLP
+            halves; the model is unchanged.
     """
     settings = ConversionSettings.resolve(
         model,
@@ -242,7 +242,7 @@ def convert_vit(
 
 
 def describe_blocks(model: nn.Module) -> tuple[BlockInfo, ...]:
-    """How each block of a converted model runs in eval mode, where the model is now, what it recomputes, and why."""
+    """How each block of a converted model runs in eval mode on its present device, what it recomputes, and why."""
     return _describe(model, model.blocks, model.lambda_kernels_info.fuse)
 
 
@@ -254,14 +254,14 @@ def _widths(blocks: Iterable[nn.Module]) -> tuple[tuple[int, int], ...]:
 
 
 def _describe(model: nn.Module, blocks: Sequence[nn.Module], fuse: str) -> tuple[BlockInfo, ...]:
-    """How `blocks` run where `model` is; they need not be in it yet."""
-    device, dtype = _place(model)
+    """How `blocks` run on the device of `model`, which need not contain them yet."""
+    device, dtype = get_device_and_dtype(model)
     rows = []
     for index, block in enumerate(blocks):
         if isinstance(block, MlpBlockBase):
             choice, again = block.path(device, dtype, training=False), block.recomputed(device, dtype)
             attention = "removed" if isinstance(block, AttentionFreeBlock) else "kept"
-            # A block that stands in for another one for a while says so.
+            # A block that replaces another one temporarily says so.
             reason = "; ".join(filter(None, (getattr(block, "why_not_convertible", None), choice.reason)))
             rows.append(BlockInfo(index, attention, choice.backend, reason, again.level, again.reason))
         else:
@@ -276,4 +276,4 @@ def _describe(model: nn.Module, blocks: Sequence[nn.Module], fuse: str) -> tuple
 def _why_not_fused(block: nn.Module, fuse: str) -> str:
     if fuse != "all":
         return f"fuse={fuse!r}"
-    return "; ".join(find_replacement_obstacles(block)) or "it was put there after the conversion"
+    return "; ".join(find_replacement_obstacles(block)) or "the block was inserted after the conversion"

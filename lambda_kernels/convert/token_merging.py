@@ -1,4 +1,4 @@
-"""Which blocks of a model merge tokens, and how many: checks before anything is changed, and the exchange of blocks."""
+"""Which blocks of a model merge tokens, and how many: checked before the model changes."""
 
 from __future__ import annotations
 
@@ -56,25 +56,25 @@ def _check_model(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(
-            f"tokens of {name} cannot be merged: only of timm's VisionTransformer is it known which ones are patches"
+            f"tokens of {name} cannot be merged: only in timm's VisionTransformer is it known which tokens are patches"
         )
     if getattr(model, "grad_checkpointing", False):
         raise UnsupportedModelError(
-            f"tokens of this {name} cannot be merged: gradient checkpointing runs its blocks one by one, where nothing hands "
-            "on the sizes of tokens. Call model.set_grad_checkpointing(False), and use recompute='all' to save memory"
+            f"tokens of this {name} cannot be merged: gradient checkpointing runs its blocks one by one, without the "
+            "sizes of tokens. Call model.set_grad_checkpointing(False), and use recompute='all' to save memory"
         )
     _check_exchange(model.blocks, nn.Sequential, MergingSequential)
     patches = getattr(model.patch_embed, "num_patches", None)
     if patches is not None and patches < 2:
-        raise ValueError(f"tome_r: this {name} has {patches} patch, and merging takes two")
+        raise ValueError(f"tome_r: this {name} has {patches} patch, and merging needs two")
 
 
 def _check_exchange(container: nn.Module, old: type, new: type) -> None:
-    """Refuse to put a `new` in the place of an `old` that carries what would be lost."""
+    """Refuse to replace an `old` container by a `new` one if something on it would be lost."""
     if type(container) is new:
         return
     if type(container) is not old:
-        if new is nn.Sequential:  # nothing merges, and nothing is to
+        if new is nn.Sequential:  # nothing merges tokens, before or after
             return
         raise UnsupportedModelError(f"tokens cannot be merged: model.blocks is {qualified_name(container)}")
     if is_altered(container):

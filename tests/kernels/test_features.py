@@ -193,7 +193,7 @@ def test_training_a_head():
         ({"out_indices": []}, "out_indices must be"),
         ({"out_indices": [3, -1]}, r"out_indices names a block twice: \[3, -1\]"),
         ({"output_fmt": "NHWC"}, "output_fmt"),
-        ({"norm": True, "rescale": True}, "norm=True takes the scale out already"),
+        ({"norm": True, "rescale": True}, "norm=True already removes the scale"),
     ],
 )
 def test_wrong_arguments(options, message):

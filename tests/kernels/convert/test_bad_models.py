@@ -171,5 +171,5 @@ def test_no_attention_left_and_no_norm(name):
 def test_a_full_checkpoint_does_not_go_into_a_converted_model():
     for name in ("eva02", "beit"):
         model = build(name)
-        with pytest.raises(RuntimeError, match=r"blocks\.1 has no attention any more.*Load a full checkpoint"):
+        with pytest.raises(RuntimeError, match=r"blocks\.1 has lost its attention.*Load a full checkpoint"):
             convert_vit(model, (1,)).load_state_dict(model.state_dict())

@@ -223,7 +223,7 @@ def test_mask_and_compile_and_checkpointing():
         ((1.0,), ["1.0"]),
         (3, ["3", "sequence"]),
         (None, ["None"]),
-        ((0, 1, 2, 3), ["class token", "Keep at least one"]),
+        ((0, 1, 2, 3), ["class token", "Retain the attention of at least one block"]),
     ],
 )
 def test_wrong_indices(remove, words):

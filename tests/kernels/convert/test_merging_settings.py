@@ -61,7 +61,7 @@ def test_wrong_numbers(options, message, inplace):
 
 
 def test_nothing_to_merge():
-    with pytest.raises(ValueError, match="tome_r: this VisionTransformer has 1 patch, and merging takes two"):
+    with pytest.raises(ValueError, match="tome_r: this VisionTransformer has 1 patch, and merging needs two"):
         convert_vit(small_vit(img_size=16), (), tome_r=1)
     pooled = small_vit(img_size=SIZE, global_pool="avg", class_token=False)
     with pytest.raises(ValueError, match=r"tome_start=0, but .* the model has 0 of them \[\]"):
@@ -132,7 +132,7 @@ def test_models_that_cannot():
             self.blocks = nn.Sequential(Block(48, 3), Block(48, 3))
 
     with pytest.raises(
-        UnsupportedModelError, match="tokens of Other cannot be merged: only of timm's VisionTransformer"
+        UnsupportedModelError, match="tokens of Other cannot be merged: only in timm's VisionTransformer"
     ):
         convert_vit(Other(), (), tome_r=1)
 
@@ -153,7 +153,7 @@ def test_other_families():
 @torch.no_grad()
 def test_what_goes_block_by_block_is_refused():
     converted, x = merged(), images(2, SIZE)
-    alone = "this block merges tokens and has to know their sizes, .*tome_r=0"
+    alone = "this block merges tokens and needs their sizes, .*tome_r=0"
     for call in (
         lambda: converted.forward_intermediates(x),
         lambda: converted.get_intermediate_layers(x, 1, reshape=True),
@@ -235,7 +235,9 @@ def test_hooks_on_blocks_that_merge():
     converted.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     convert_vit(converted, (1,), tome_r=6, inplace=True)(images(1, SIZE))
     assert seen == [20]
-    with pytest.raises(UnsupportedModelError, match="cannot be put back: a hook on the block itself would be lost"):
+    with pytest.raises(
+        UnsupportedModelError, match="token merging cannot be turned off: a hook on the block itself would be lost"
+    ):
         convert_vit(converted, (1,), tome_r=0, inplace=True)
     converted(images(1, SIZE))
     assert seen == [20, 20]
@@ -298,7 +300,7 @@ def test_merging_comes_last():
         (lambda: feature_frequencies(converted, loader), "the analysis of frequencies"),
         (lambda: feature_model(converted), "a feature model"),
     ):
-        message = rf"{what} works on blocks that keep their tokens, and blocks \[.*\] merge some.* tome_r=0"
+        message = rf"{what} does not support token merging, and blocks \[.*\] merge tokens.* tome_r=0"
         with pytest.raises((UnsupportedModelError, ValueError), match=message):
             call()
 

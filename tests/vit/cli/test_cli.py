@@ -186,7 +186,7 @@ def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, l
             ["vit_giant", "select on this model"],
         ),
         "plan out of range": (["plan", "--model", saved, "--images", 9, "--remove", "4", *out], ["4", "0 to 3"]),
-        "plan all": (["plan", "--model", saved, "--images", 9, "--remove", "0,1,2,3", *out], ["Keep at least one"]),
+        "plan all": (["plan", "--model", saved, "--images", 9, "--remove", "0,1,2,3", *out], ["of at least one block"]),
         "plan no epochs": (
             ["plan", "--model", saved, "--images", 9, "--remove", "1", "--dilution-epochs", 0, "--recovery-epochs", 0],
             ["at least one epoch"],
