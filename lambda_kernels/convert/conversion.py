@@ -226,7 +226,7 @@ def convert_vit(
     removed = check_indices(remove, structure.depth)
     if structure.removed and (removed, settings.residual_scale) != (structure.removed, structure.residual_scale):
         raise AlreadyConvertedError(
-            f"blocks {list(structure.removed)} of the model have lost their attention already (residual_scale "
+            f"the model has lost the attention of blocks {list(structure.removed)} already (residual_scale "
             f"{structure.residual_scale:g}); requested: {list(removed)} (residual_scale {residual_scale:g}). Convert the full "
             "model instead"
         )

@@ -92,7 +92,7 @@ def test_wrong_indices_in_every_family(name, layers, words):
 def test_converted_models_of_every_family(name):
     model = convert_vit(build(name), (0, 2))
     assert convert_vit(model, (0, 2)) is model
-    with pytest.raises(AlreadyConvertedError, match=r"blocks \[0, 2\] already.*asked for \[1\]"):
+    with pytest.raises(AlreadyConvertedError, match=r"blocks \[0, 2\] already.*requested: \[1\]"):
         convert_vit(model, (1,))
     with pytest.raises(ValueError, match=r"\[0, 2\] already; dilute the full model"):
         dilute(model, (1,))

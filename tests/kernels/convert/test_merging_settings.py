@@ -141,8 +141,8 @@ def test_other_families():
     for block in (timm.models.eva.EvaBlock(48, 3), timm.models.beit.Block(48, 3)):
         (found,) = find_merging_obstacles(block)
         assert found == (
-            f"it is {type(block).__module__}.{type(block).__name__}, and merging knows "
-            "timm.models.vision_transformer.Block alone"
+            f"it is {type(block).__module__}.{type(block).__name__}, and merging supports only "
+            "timm.models.vision_transformer.Block"
         )
     rotary = FusedMlp.from_block(small_vit().blocks[0])
     rotary.attn = timm.models.eva.EvaBlock(48, 3).attn
@@ -236,7 +236,7 @@ def test_hooks_on_blocks_that_merge():
     convert_vit(converted, (1,), tome_r=6, inplace=True)(images(1, SIZE))
     assert seen == [20]
     with pytest.raises(
-        UnsupportedModelError, match="token merging cannot be turned off: a hook on the block itself would be lost"
+        UnsupportedModelError, match="merging cannot be turned off: a hook on the block itself would be lost"
     ):
         convert_vit(converted, (1,), tome_r=0, inplace=True)
     converted(images(1, SIZE))

@@ -85,7 +85,7 @@ def test_models_that_merge_tokens():
 def test_half_models_are_warned_about():
     model = small_vit().half()
     for act in (lambda: convert_vit(model, (0, 1), residual_scale=2.0), lambda: dilute(model, (0, 1))):
-        with pytest.warns(UserWarning, match="float16.*65504.*up to 4 times larger.*check_float16.*bfloat16"):
+        with pytest.warns(UserWarning, match="float16.*65504.*up to 4 times larger.*Use bfloat16"):
             act()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
