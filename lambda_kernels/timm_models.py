@@ -1,10 +1,10 @@
-"""Models without some of their attention under names of timm: importing this module registers them.
+"""timm models without some of their attention: importing this module registers their names with timm.
 
     import lambda_kernels.timm_models
     model = timm.create_model("lambda_deit_base_patch16_224", removed=[0, 1, 3, 4, 6], residual_scale=2.0)
 
-`lambda_<name>` is there for every model of the modules of timm whose blocks can lose their attention. As a program it
-registers them and then runs a script of timm's:
+There is a `lambda_<name>` for every model in those modules of timm whose blocks can lose their attention. As a program, this
+module registers them and then runs a script of timm:
 
     python -m lambda_kernels.timm_models validate.py --model lambda_deit_base_patch16_224 --checkpoint base.pth …
 """
@@ -38,11 +38,11 @@ from .checkpoints.rebuilding import find_model_args, is_json, removal_args
 from .convert.conversion import convert_vit
 from .errors import UnsupportedModelError
 
-# Modules of timm with models whose blocks can lose their attention. Where a version lacks one, its models are not there;
-# a model among them whose own blocks are of another kind is refused when it is built.
+# Modules of timm with models whose blocks can lose their attention. Modules that the installed timm lacks are skipped; a
+# model whose blocks are of another kind is refused when it is built.
 MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "eva", "beit", "naflexvit")
 
-# What was removed where the paper's networks lost no accuracy by it; see `published.PUBLISHED`.
+# The layers that the paper's networks lost without a loss of accuracy; see `published.PUBLISHED`.
 DEFAULT_REMOVED = {
     "deit_tiny_patch16_224": (0, 2, 4),
     "deit_small_patch16_224": (0, 2, 4),
@@ -52,55 +52,53 @@ DEFAULT_REMOVED = {
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 _NO_SOURCE = dict.fromkeys((*_SOURCES, "hf_hub_filename", "source"))
 
-__all__: list[str] = []  # timm adds every name that it registers
+__all__: list[str] = []  # timm appends every name that it registers
 
 # Read by timm's register_model: mean, standard deviation, crop and classifier of each model, without its weights.
 default_cfgs: dict[str, DefaultCfg] = {}
 
 
 def model_args(model: nn.Module) -> dict:
-    """What `timm.create_model("lambda_…", **model_args(model))` needs to build `model` again: plain JSON types.
+    """The arguments with which `timm.create_model("lambda_…", **model_args(model))` rebuilds `model`: plain JSON types.
 
-    As the `model_args` of timm's `save_for_hf` and `push_to_hf_hub`, where timm does not find them by itself (1.0.15).
+    They are the `model_args` of timm's `save_for_hf` and `push_to_hf_hub`, which older timm (1.0.15) does not find itself.
 
     Returns:
-        `removed`, `residual_scale` and how blocks run, with every argument of timm's that can be told from the model.
+        `removed`, `residual_scale`, settings of token merging, and timm's arguments that can be inferred from the model.
 
     Raises:
-        UnsupportedModelError: The model is none that can be converted.
-        ValueError: It does not say which timm model it was.
+        UnsupportedModelError: The model cannot be converted.
+        ValueError: It does not name its timm architecture.
     """
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     base = (cfg.get("architecture") or "").removeprefix(PREFIX)
     if not timm.is_model(f"{PREFIX}{base}"):
-        raise ValueError(
-            f"{type(model).__name__} was no model that has a name here: there is no {PREFIX}{base} in timm"
-        )
+        raise ValueError(f"{type(model).__name__} has no name here: timm has no {PREFIX}{base}")
     sizes = find_model_args(model, base, {key: value for key, value in cfg.items() if is_json(value)}, {})
     return {**sizes, **removal_args(model)}
 
 
 def name_for_timm(model: nn.Module) -> nn.Module:
-    """Give a converted model the name under which timm builds it, in place, so that `save_for_hf` writes what it is.
+    """Give a converted model the name under which timm builds it, in place, so that `save_for_hf` writes the right name.
 
-    Models built by such a name have it. `convert_vit` and `from_pretrained` leave the name of the full model.
+    Models built by such a name already have it. `convert_vit` and `from_pretrained` retain the name of the full model.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: The model does not say which timm model it was, or has no name here.
+        ValueError: The model does not name its timm architecture, or has no name here.
     """
     args = model_args(model)
-    _take_name(model, model.pretrained_cfg["architecture"].removeprefix(PREFIX), args)
+    _set_name(model, model.pretrained_cfg["architecture"].removeprefix(PREFIX), args)
     return model
 
 
-def _take_name(model: nn.Module, base: str, args: dict) -> None:
-    # The weights that timm has for `base` are none of this model.
+def _set_name(model: nn.Module, base: str, args: dict) -> None:
+    # timm's weights for `base` do not fit this model.
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _NO_SOURCE}
     model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": f"{PREFIX}{base}"}  # type: ignore[assignment]  # as timm does
-    # Kept by newer timm (seen in 1.0.31) for what it saves; it adds what create_model was called with, not defaults.
+    # Newer timm (seen in 1.0.31) saves these; it adds the arguments of create_model, not defaults.
     model._model_args = {**(getattr(model, "_model_args", None) or {}), **args}  # type: ignore[assignment]  # as timm does
 
 
@@ -109,7 +107,7 @@ def _build(
 ) -> nn.Module:
     name = f"{PREFIX}{base}"
     if removed is None:
-        raise ValueError(f"{name} needs removed=[…], the blocks without attention: nothing was published for {base}")
+        raise ValueError(f"{name} needs removed=[…], the blocks without attention: the paper has no default for {base}")
     if kwargs.get("features_only"):
         raise UnsupportedModelError(
             f"{name} has no features_only=True: build the model, and call forward_intermediates"
@@ -122,7 +120,7 @@ def _build(
     sources = [cfg for cfg in (given, overlay) if isinstance(cfg, dict) and any(cfg.get(key) for key in _SOURCES)]
     if pretrained and not sources:
         _check_full_weights(name, base, residual_scale)
-        # A config that tells mean and crop alone must not hide where timm's own weights are.
+        # A config with only mean and crop must not hide the source of timm's own weights.
         given = given.get("tag") if isinstance(given, dict) else given
     create = model_entrypoint(base)
     model = create(
@@ -130,7 +128,7 @@ def _build(
     )
     model = convert_vit(model, removed, residual_scale=residual_scale, inplace=True, **options)
     if pretrained and sources:
-        # They are weights of the model that this has become, not of the full one.
+        # These weights are of the converted model, not of the full one.
         load_pretrained(
             model,
             pretrained_cfg=model.pretrained_cfg,
@@ -139,20 +137,20 @@ def _build(
             filter_fn=importlib.import_module(create.__module__).checkpoint_filter_fn,
             cache_dir=kwargs.get("cache_dir"),
         )
-    _take_name(model, base, removal_args(model))
+    _set_name(model, base, removal_args(model))
     return model
 
 
 def _check_full_weights(name: str, base: str, residual_scale: float) -> None:
     if residual_scale != 1.0:
         raise ValueError(
-            f"{name}: there are no pretrained weights without attention. pretrained=True takes those of {base}, which fit a "
+            f"{name}: there are no pretrained weights without attention. pretrained=True uses those of {base}, which fit a "
             f"skipped attention: pass residual_scale=1.0 (got {residual_scale:g}), and train. To load a checkpoint of this "
             "model, pass pretrained=False and checkpoint_path, or call timm.models.load_checkpoint"
         )
     warnings.warn(
-        f"{name}: the pretrained weights are those of {base}, trained with all its attention; expect less accuracy until it is "
-        "trained without",
+        f"{name}: the pretrained weights are those of {base}, trained with all its attention; expect lower accuracy until the "
+        "model is trained without it",
         stacklevel=5,
     )
 
@@ -184,13 +182,13 @@ def _entry_point(base: str) -> Callable[..., nn.Module]:
     create.__name__ = create.__qualname__ = f"{PREFIX}{base}"
     create.__doc__ = (
         f"timm's {base} without the attention of the blocks `removed`; the other arguments are those of `convert_vit`, then "
-        f"those of {base}. `pretrained=True` takes timm's weights of the full model and needs `residual_scale=1.0`."
+        f"those of {base}. `pretrained=True` uses timm's weights of the full model and needs `residual_scale=1.0`."
     )
     return create
 
 
 def _without_source(base: str) -> DefaultCfg | None:
-    """The configs of `base` by tag, its default first, none of them with weights."""
+    """The configs of `base` by tag, its default first, without their weights."""
     tagged = {key.partition(".")[2]: cfg for key, cfg in get_arch_pretrained_cfgs(base).items()}
     default = get_pretrained_cfg(base, allow_unregistered=True)
     if default is None:
@@ -223,7 +221,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, which is where timm looks for the configs.
+    # Imported under its own name, where timm looks for the configs.
     importlib.import_module("lambda_kernels.timm_models")
     main(sys.argv[1:])
 else:

@@ -1,4 +1,4 @@
-"""Blocks that call the operators. They keep timm's parameter names, so that checkpoints fit with and without them."""
+"""The MLP half of a block, which all replacement blocks share: as one `ln_mlp`, or its submodules one by one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SETTINGS = frozenset(("residual_scale", "fuse", "backend", "recompute", "family
 
 
 def find_gelu_form(act: nn.Module) -> str | None:
-    """`approximate` of the GELU that `act` computes, or None when it is another function."""
+    """`approximate` of the GELU that `act` computes; None if it computes another function."""
     if type(act) is nn.GELU:
         return act.approximate
     if type(act) is GELUTanh:
@@ -37,10 +37,10 @@ def find_gelu_form(act: nn.Module) -> str | None:
 
 
 def find_replacement_obstacles(block: nn.Module) -> list[str]:
-    """What would be lost or go wrong if another block took over the parts of `block`; empty when nothing would.
+    """Reasons why another block cannot replace `block` and use its parts; empty if it can.
 
     Args:
-        block: One of timm's of a known family, or a `FusedMlp`.
+        block: timm's block of a known family, or a `FusedMlp`.
     """
     found = []
     family = find_family_or_vit(block)
@@ -67,19 +67,19 @@ def find_replacement_obstacles(block: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a training step computes again in an MLP half instead of saving it, and the reason for that."""
+    """What a training step recomputes in an MLP half instead of saving it, and why."""
 
     level: str  # "none", "act" or "all", as for `ln_mlp`
     reason: str
 
 
 class MlpBlockBase(nn.Module):
-    """What the blocks share: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
+    """The base of the blocks here: `x ← s·x; x ← x + drop_path2(ls2(mlp(norm2(x))))`, as one `ln_mlp` where that is possible.
 
     Subclasses register `norm2`, `mlp`, `drop_path2` and the LayerScale of the MLP, under the names of their `family`.
     """
 
-    family = "vit"  # a name, so that copies and pickles of blocks share one description
+    family = "vit"  # the name, not the Family, so that copies and pickles share one description
 
     def __init__(self, residual_scale: float, fuse: bool, backend: str, recompute: str, family: str = "vit") -> None:
         super().__init__()
@@ -94,8 +94,8 @@ class MlpBlockBase(nn.Module):
     def path(self, device: torch.device, dtype: torch.dtype, training: bool | None = None) -> Choice:
         """How the MLP half runs for tokens on `device` with `dtype`, and why.
 
-        `backend` is "modules" where the submodules are called one by one, else what `ln_mlp` chooses. `training` asks for
-        a mode other than the present one: True for a call that autograd records, False for one that it does not.
+        `backend` of the result is "modules" if the submodules are called one by one, else the choice of `ln_mlp`. `training`
+        replaces the present mode: True for a call that autograd records, False for one that it does not.
         """
         recording = training
         if recording is None:
@@ -109,9 +109,9 @@ class MlpBlockBase(nn.Module):
         return choose(device, dtype, self.backend, recording=recording)
 
     def recomputed(self, device: torch.device, dtype: torch.dtype, training: bool | None = True) -> Recompute:
-        """What a step on tokens on `device` with `dtype` computes again for its gradients, and why.
+        """What a training step for tokens on `device` with `dtype` recomputes, and why.
 
-        `training` is the mode that is asked about, None the present one of each submodule.
+        `training` replaces the mode of the submodules; None uses the present one of each.
         """
         by = self._path(device, dtype, training, recording=True).backend
         if by == "modules":
@@ -131,14 +131,14 @@ class MlpBlockBase(nn.Module):
         return Recompute(level, "'auto' leaves it to autograd where no kernel runs")
 
     def fusion_obstacles(self, training: bool | None = None) -> list[str]:
-        """Why the submodules cannot run as one `ln_mlp` without changing what they compute; empty when they can.
+        """Reasons why the submodules cannot run as one `ln_mlp` with the same result; empty if they can.
 
-        Asked at every forward: submodules may be wrapped, replaced, hooked or put into another mode at any time.
-        `training` asks for a mode other than the one each submodule is in.
+        Checked at every forward: submodules may be wrapped, replaced, hooked or put into another mode at any time.
+        `training` replaces the mode of the submodules.
         """
         if not self.fuse:
             return ["fusion was switched off"]
-        # Out of the dictionaries: attributes of an nn.Module are found by a search that would cost more than all of this.
+        # From the dictionaries: the attribute lookup of nn.Module would cost more than all the rest of this.
         norm2, mlp, drop_path2 = map(self._modules.get, ("norm2", "mlp", "drop_path2"))
         scale = FAMILIES[self.family].scales[1]
         ls2 = self._modules.get(scale)
@@ -160,7 +160,7 @@ class MlpBlockBase(nn.Module):
             found.append(f"{scale} is {type(ls2).__name__}, not LayerScale")
         if type(drop1) is not nn.Dropout or type(drop2) is not nn.Dropout:
             found.append("mlp's dropouts were replaced")
-        # Each one's own mode: Monte-Carlo dropout puts only the dropouts of an evaluated model into training mode.
+        # The mode of each dropout: Monte-Carlo dropout puts only the dropouts of an evaluated model into training mode.
         elif any(d.p > 0 and (d.training if training is None else training) for d in (drop1, drop2)):
             found.append("dropout is active")
         if type(drop_path2) not in (nn.Identity, DropPath):
@@ -178,7 +178,7 @@ class MlpBlockBase(nn.Module):
         return found
 
     def _modules_recompute(self) -> tuple[str, list[str]]:
-        """What is asked for where the modules run one by one, and why they must not run again, or not so."""
+        """The requested level where the modules run one by one, and reasons why they cannot recompute so."""
         if self.recompute in ("auto", "none"):
             return "none", []
         scale = self._modules.get(FAMILIES[self.family].scales[1])
@@ -188,16 +188,16 @@ class MlpBlockBase(nn.Module):
         if global_hooks() or any(map(is_altered, parts)):
             found.append("a hook or a replaced forward inside the block would run twice")
         if any(module.training and any(True for _ in module.buffers(recurse=False)) for module in parts):
-            found.append("what a module inside the block keeps in buffers would be updated twice")
+            found.append("the buffers of a module inside the block would be updated twice")
         if self.recompute == "act" and type(self.mlp) is not Mlp:
             found.append(f"mlp is {type(self.mlp).__name__}, not Mlp, and may have no activation to stop at")
         return self.recompute, found
 
     def _by_modules(self, x: Tensor) -> Tensor:
-        """The half with its submodules called one by one; under `recompute` they are called again in the backward.
+        """Run the submodules one by one; with `recompute`, they run again in the backward.
 
-        Random numbers are then drawn from the same state, and autocast is as it was. Of the products the first runs twice with
-        "all", the second where a dropout or LayerScale behind it asks for its result.
+        The second run uses the same random state and the same autocast. The first product runs twice with "all", the second
+        one if a dropout or LayerScale after it needs its result.
         """
         level, obstacles = self._modules_recompute() if torch.is_grad_enabled() else ("none", [])
         if level == "none" or obstacles:
@@ -221,7 +221,7 @@ class MlpBlockBase(nn.Module):
         return self._scaled(x) + self.drop_path2(_by_scale(self, FAMILIES[self.family].scales[1], branch))
 
     def _attention_branch(self, x: Tensor, positional: tuple[object, ...], named: dict[str, Any]) -> Tensor:
-        """`drop_path1(scale1(attn(norm1(x))))`; `positional` and `named` are what `forward` was given beyond tokens."""
+        """`drop_path1(scale1(attn(norm1(x))))`; `positional` and `named` are the other arguments of `forward`."""
         family = FAMILIES[self.family]
         branch = self.attn(self.norm1(x), **family.for_attention(positional, named))
         return self.drop_path1(_by_scale(self, family.scales[0], branch))
@@ -231,7 +231,7 @@ class MlpBlockBase(nn.Module):
         if self.fusion_obstacles():
             return self._by_modules(x)
         form = find_gelu_form(mlp.act)
-        assert form is not None, "another activation is an obstacle"
+        assert form is not None, "fusion_obstacles refuses other activations"
         fc1, fc2 = mlp.fc1, mlp.fc2
         scale = layer_scale(self, FAMILIES[self.family].scales[1])
         return ln_mlp(
@@ -253,13 +253,12 @@ class MlpBlockBase(nn.Module):
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
-    # From the dictionary where it is there, several times faster than the attribute; a wrapper may keep it elsewhere.
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None and name not in module._parameters else found
+    # The dictionary is several times faster than the attribute, which wrappers may define otherwise.
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def _by_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:
-    """A branch times its LayerScale: a module, a parameter of the block, or None for none."""
+    """A branch times its LayerScale, which is a module, a parameter of the block, or None."""
     scale = getattr(block, name)
     if scale is None:
         return branch
@@ -267,9 +266,9 @@ def _by_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:
 
 
 def _stochastic_depth(drop_path: nn.Module, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor | None:
-    """What timm's DropPath would multiply each sample's branch by, `[B, 1, …]` for x `[B, …, C]`; None where it does nothing.
+    """The factor `[B, 1, …]` of timm's DropPath for the branches of x `[B, …, C]`; None if it does nothing.
 
-    Drawn as timm draws it, in the dtype of the branch that `weight` and the LayerScale `scale` make, so that the same seed
+    It is drawn as timm does, in the dtype that `weight` and the LayerScale `scale` give the branch, so that the same seed
     drops the same samples.
     """
     if type(drop_path) is not DropPath or not drop_path.training or not drop_path.drop_prob:
@@ -286,11 +285,11 @@ _Half = TypeVar("_Half", bound=MlpBlockBase)
 
 
 def copy_runtime_settings(new: _Half, block: nn.Module, options: dict[str, Any]) -> _Half:
-    """Finish `new`, which took over parts of `block`: settings that `options` leave open and the mode are those of `block`."""
+    """Give `new`, which uses parts of `block`, the mode of `block` and the settings of it that `options` omit."""
     if isinstance(block, MlpBlockBase):
         for name in ("fuse", "backend", "recompute"):
             setattr(new, name, options.get(name, getattr(block, name)))
-    new.training = block.training  # of this block alone: its parts keep the mode they have
+    new.training = block.training  # only this block: each part retains its mode
     return new
 
 
@@ -308,12 +307,12 @@ def copy_with(block: _Half, **attributes: Any) -> _Half:
 
 
 def find_family_or_vit(block: nn.Module) -> Family:
-    """That of `block`; of a module of an unknown class with the parts of a ViT block, that of timm's `Block`."""
+    """The family of `block`; that of timm's `Block` for a module of an unknown class, which needs the parts of a ViT block."""
     return find_family(block) or FAMILIES["vit"]
 
 
 def find_family(block: nn.Module) -> Family | None:
-    """The family of timm's own block, or of a block of this library that stands for one; None for all others."""
+    """The family of timm's own block, or of a block of this library that replaces one; None for all others."""
     if isinstance(block, MlpBlockBase):
         return FAMILIES[block.family]
     return next((family for family in FAMILIES.values() if type(block) is family.block), None)

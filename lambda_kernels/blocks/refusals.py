@@ -1,4 +1,4 @@
-"""Models and blocks whose attention this library does not remove: the reason for each, and what to use instead."""
+"""Models and blocks whose attention this library does not remove: the reason for each, and an alternative."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Refusal(NamedTuple):
-    """Why a class is refused, and what does the same job and can be converted."""
+    """Why a class is refused, and a similar model that can be converted."""
 
     reason: str
     instead: str
@@ -34,7 +34,7 @@ _PIXELS = "attention over feature maps in some stages of a convolutional network
 
 _NORMLESS = "no norms before its branches but batch norms inside its linears, and some of its attention merges tokens"
 
-# By qualified class. Blocks stand here where a model's `blocks` hold them, models where they have no such blocks.
+# By qualified class: of the blocks in a model's `blocks`, or of a model that has none.
 _BY_CLASS: dict[str, Refusal] = {
     f"timm.models.{name}": Refusal(reason, instead)
     for instead, rows in {
@@ -145,10 +145,10 @@ def qualified_name(value: object) -> str:
 
 
 def find_refusal(value: nn.Module) -> Refusal | None:
-    """What is said about the class of `value`, a model or a block; None where it is in no list."""
+    """The refusal of the class of `value`, a model or a block; None if it is not listed."""
     return _BY_CLASS.get(qualified_name(value))
 
 
 def refused_classes() -> dict[str, Refusal]:
-    """Every class that is refused by name, whether this version of timm has it or not."""
+    """Every class that is refused by name, even if the installed timm lacks it."""
     return dict(_BY_CLASS)

@@ -1,4 +1,4 @@
-"""Folders in timm's own form, as `timm.models.save_for_hf` and `push_to_hf_hub` write them."""
+"""Folders in timm's own layout, as `timm.models.save_for_hf` and `push_to_hf_hub` write them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from ..errors import CheckpointError
 from .folder import CONFIG, PREFIX, WEIGHTS, check_timm_config
 from .weights import blocks_without_attention, read_weights
 
-# In the order in which timm looks for them.
+# In timm's order of preference.
 _FILES = (WEIGHTS, "pytorch_model.bin")
 
 
 def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
-    """What `save_pretrained` would have written for the model in `folder`, and the file of its weights.
+    """The config that `save_pretrained` would have written for the model in `folder`, and the file of its weights.
 
     Args:
-        config: What config.json holds.
-        folder: Where it stands.
+        config: The content of config.json.
+        folder: The folder of config.json.
 
     Raises:
-        CheckpointError: The folder is none of timm's, holds no weights, or does not say what was removed and how.
+        CheckpointError: timm did not write the folder, it has no weights, or it does not say what was removed and how.
     """
     path = folder / CONFIG
     check_timm_config(config, path)
@@ -56,7 +56,7 @@ def _refuse_converted(path: Path, name: str, weights: Path) -> None:
     gone = blocks_without_attention(read_weights(weights))
     if gone:
         raise CheckpointError(
-            f"{path}: lambda_kernels is None, so that it was read as a folder of timm's, of a {name} with all its attention; "
-            f"but {weights.name} has none for blocks {gone}. Build it by its name in timm, {PREFIX}{name.partition('.')[0]} "
-            f"with removed={gone} and the residual_scale it was trained with, and load {weights.name} into that"
+            f"{path}: lambda_kernels is None, so this is read as timm's folder of a {name} with all its attention; but "
+            f"{weights.name} has none for blocks {gone}. Build the model by its name in timm, {PREFIX}{name.partition('.')[0]} "
+            f"with removed={gone} and the residual_scale of its training, and load {weights.name} into it"
         )

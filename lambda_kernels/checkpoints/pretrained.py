@@ -1,6 +1,6 @@
-"""Saving and loading: `config.json` says what to build and what was removed, `model.safetensors` holds the weights.
+"""Saving and loading: `config.json` describes the model and what was removed, `model.safetensors` holds the weights.
 
-Strict both ways: a model that the config cannot rebuild is refused when it is saved, not when it is needed.
+Both are strict: a model that its config cannot rebuild is refused at saving, not at loading.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .weights import load_state_dict, read_weights
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a saved folder says of its model beyond what it is; hangs on a loaded one as `lambda_kernels_provenance`.
+    """The origin of a saved model; a loaded model has it as `lambda_kernels_provenance`.
 
     Attributes:
         architecture: timm's name of the model that attention was removed from.
-        versions: Of "torch", "timm" and "lambda_kernels", when it was saved; empty where the folder does not say.
-        selection: How the removed layers were chosen, with all scores, as `Selection.to_dict` gives it; None: unknown.
+        versions: Versions of "torch", "timm" and "lambda_kernels" at saving; empty if the folder does not record them.
+        selection: How the removed layers were chosen, with all scores, as from `Selection.to_dict`; None if unknown.
     """
 
     architecture: str
@@ -53,25 +53,25 @@ def save_pretrained(
 ) -> Path:
     """Write `folder/config.json` and `folder/model.safetensors`.
 
-    They replace earlier ones so that `from_pretrained` finds the old model or the new one whenever this is killed.
+    They replace earlier files so that `from_pretrained` finds the old or the new model even if this is killed at any time.
 
     Args:
         model: A timm vision transformer, converted or not.
         folder: Created if needed.
         architecture: timm's name of the model; None reads it from the model.
-        model_args: Arguments for `timm.create_model` that cannot be seen on the model. Sizes, classes, pooling and rates
-            are found by themselves.
-        selection: How the removed layers were chosen: a `Selection`, or a dict as its `to_dict` gives it. It goes into the
-            config with all its scores. None keeps the one that the model was loaded with.
+        model_args: Arguments for `timm.create_model` that cannot be inferred from the model. Sizes, classes, pooling and
+            rates are inferred.
+        selection: How the removed layers were chosen: a `Selection`, or a dict from its `to_dict`. The config stores it
+            with all its scores. None retains the one that the model was loaded with.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: timm would build another model from the config; the first difference is named. Or `selection` is of
-            other layers than those that were removed.
+        CheckpointError: timm would build another model from the config; the message names the first difference. Or
+            `selection` and the model differ in the removed layers.
         UnsupportedModelError: The model is wrapped, of an unknown kind, or its attention is still being diluted.
-        OSError: No room on the disk; nothing was written.
+        OSError: The disk has too little space; nothing was written.
     """
     folder = Path(folder)
     structure = inspect_model(model)
@@ -79,7 +79,7 @@ def save_pretrained(
     architecture = (architecture or cfg.get("architecture") or "").removeprefix(PREFIX)
     if not architecture:
         raise CheckpointError(
-            f"{type(model).__name__} does not say which timm model it is. Build it with timm.create_model, or pass "
+            f"{type(model).__name__} does not name its timm architecture. Build it with timm.create_model, or pass "
             "architecture='…' (and model_args)"
         )
     cfg = {key: value for key, value in cfg.items() if is_json(value)}
@@ -97,7 +97,7 @@ def save_pretrained(
             "format": FORMAT_MERGING if structure.merging else FORMAT_PLAIN,
             "version": __version__,
             **removal_args(model),
-            # "removed" leaves a model that was never converted as it is
+            # "removed" changes nothing in a model that was never converted
             "fuse": info.fuse if info else "removed",
             "versions": _versions(),
             "selection": chosen,
@@ -106,8 +106,8 @@ def save_pretrained(
     difference = first_difference(build_skeleton(config), model)
     if difference:
         raise CheckpointError(
-            f"timm.create_model({architecture!r}, **{model_args}) would not rebuild this model: {difference}. Pass what it "
-            "was built with as model_args={…}"
+            f"timm.create_model({architecture!r}, **{model_args}) would not rebuild this model: {difference}. Pass the "
+            "arguments that it was built with as model_args={…}"
         )
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     _check_room(folder, state)
@@ -120,7 +120,7 @@ def save_pretrained(
         remove_leftovers(folder / name)
     try:
         with atomic_write(folder / WEIGHTS) as weights:
-            # safetensors (seen in 0.8) leaves its files to their owner alone; ours are readable as the user's umask has it.
+            # safetensors (seen in 0.8) makes its files readable by their owner only; these follow the user's umask.
             weights.touch()
             mode = stat.S_IMODE(weights.stat().st_mode)
             save_file(state, weights, metadata={"format": "pt"})
@@ -130,7 +130,7 @@ def save_pretrained(
                 with atomic_write(folder / PREVIOUS) as kept:
                     _link_or_copy(folder / WEIGHTS, kept)
     except SafetensorError as error:
-        raise OSError(f"writing {folder / WEIGHTS} failed ({error}); the model that was there is kept") from error
+        raise OSError(f"writing {folder / WEIGHTS} failed ({error}); the earlier model there is unchanged") from error
     write_json(folder / CONFIG, config)
     (folder / PREVIOUS).unlink(missing_ok=True)
     return folder
@@ -143,7 +143,7 @@ def _versions() -> dict[str, str]:
 
 
 def _selection_record(model: nn.Module, selection: object, removed: tuple[int, ...]) -> dict[str, Any] | None:
-    """`selection` as plain JSON types; None where there is none."""
+    """`selection` as plain JSON types; None if there is none."""
     if selection is None:
         known = getattr(getattr(model, "lambda_kernels_provenance", None), "selection", None)
         return known if known is not None and sorted(known["layers"]) == list(removed) else None
@@ -151,7 +151,7 @@ def _selection_record(model: nn.Module, selection: object, removed: tuple[int, .
     layers = record.get("layers") if isinstance(record, dict) else None
     if not isinstance(layers, list) or not is_json(record):
         raise CheckpointError(
-            f"selection must be a Selection, or a dict as its to_dict() gives it; got {type(selection).__name__}"
+            f"selection must be a Selection, or a dict from its to_dict(); got {type(selection).__name__}"
         )
     if sorted(layers) != list(removed):
         raise CheckpointError(
@@ -168,7 +168,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _weights_of(folder: Path) -> Path | None:
-    """The file of weights that `folder/config.json` was written with; None if neither is."""
+    """The file of weights that belongs to `folder/config.json`; None if there is none."""
     try:
         expected = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lambda_kernels"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -190,11 +190,11 @@ def from_pretrained(
     A folder that timm's `save_for_hf` wrote is read too, if its architecture is plain or one of `timm_models`.
 
     Args:
-        folder: What was given to `save_pretrained`.
-        device: Where the model goes.
-        fuse: As for `convert_vit`; None keeps what was saved.
+        folder: The folder that `save_pretrained` wrote.
+        device: The device of the model.
+        fuse: As for `convert_vit`; None uses the saved one.
         backend: As for `convert_vit`.
-        recompute: As for `convert_vit`; it is not saved, since it belongs to a training and not to the model.
+        recompute: As for `convert_vit`; it is not saved, since it belongs to the training, not to the model.
 
     Returns:
         The model, with `lambda_kernels_info` and `lambda_kernels_provenance` (a `Provenance`).
@@ -204,7 +204,7 @@ def from_pretrained(
         BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run on `device`, or "onednn" in no block.
     """
     running: dict[str, Any] = {"backend": backend, "recompute": recompute, **({} if fuse is None else {"fuse": fuse})}
-    ConversionSettings(**running)  # refuses what it does not know before anything is read
+    ConversionSettings(**running)  # raises before anything is read
     folder = Path(folder)
     config, weights = _read_folder(folder)
     ours = config["lambda_kernels"]
@@ -217,11 +217,11 @@ def from_pretrained(
         load_state_dict(model, state, assign=True, source=weights.name)  # assign keeps the dtypes of the file
     except CheckpointError as error:
         raise CheckpointError(
-            f"{folder / CONFIG} describes another model than {weights.name} holds, as if one of them had been changed: {error}"
+            f"{folder / CONFIG} describes another model than {weights.name} holds; one of them may have been changed: {error}"
         ) from error
     model = model.to(device).eval()
     info = model.lambda_kernels_info
-    # Not before the model is where it will run: there alone it shows whether a backend is available, and which one runs.
+    # Only on its final device does it show whether a backend is available, and which one runs.
     model = remove_attention(model, info.removed, replace(info.settings, **running))
     model.lambda_kernels_provenance = Provenance(  # type: ignore[assignment]  # a record, which PyTorch does not foresee
         config["architecture"], ours.get("versions") or {}, ours.get("selection")
@@ -230,7 +230,7 @@ def from_pretrained(
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The config in `folder`, checked, and the file of weights that belongs to it."""
+    """The checked config in `folder`, and the file of weights that belongs to it."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}; expected a folder written by save_pretrained")
     config = read_json(folder / CONFIG)
@@ -244,11 +244,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     weights = _weights_of(folder)
     if weights is None:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is not the file that {CONFIG} was written with: a file was damaged or replaced. Save the "
-            "model again"
+            f"{folder / WEIGHTS} does not belong to {CONFIG}: a file was damaged or replaced. Save the model again"
         )
     if weights.name == PREVIOUS:
-        warnings.warn(f"the last save to {folder} was interrupted; this is the model saved before it", stacklevel=3)
+        warnings.warn(f"the last save to {folder} was interrupted; loading the model saved before it", stacklevel=3)
     return config, weights
 
 

@@ -1,4 +1,4 @@
-"""The published networks (arXiv 2404.05657): what was removed from which, and a reader for the released checkpoints."""
+"""The published networks (arXiv 2404.05657): which layers each one lacks, and a reader for the released checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Published:
     top1: tuple[float, float]
 
 
-# By the name of the released file, without .pth.
+# By the name of the released file without .pth.
 PUBLISHED = {
     "base_01346": Published("deit_base_patch16_224", (0, 1, 3, 4, 6), (81.83, 81.77)),
     "base_013469": Published("deit_base_patch16_224", (0, 1, 3, 4, 6, 9), (81.33, 81.46)),
@@ -45,30 +45,30 @@ PUBLISHED = {
     "tiny_0246": Published("deit_tiny_patch16_224", (0, 2, 4, 6), (71.90, 71.88)),
 }
 
-# All of them were diluted, which leaves a factor of 2 on the residual.
+# All of them were diluted, which doubles the residual in each removed block.
 RESIDUAL_SCALE = 2.0
 
-# The share of the image that is kept when they are evaluated, as DeiT's own script does it; timm's configs say 0.9.
+# Share of the image that remains after the center crop in evaluation, as in DeiT's own script; timm's configs have 0.9.
 CROP = 0.875
 
 _WIDTHS = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
-# The shortest released name has three digits; fewer may well be the number of an epoch.
+# The shortest released name has three digits; fewer could be the number of an epoch.
 _NAME = re.compile(r"(tiny|small|base)_(\d{3,})")
 
 
 @dataclass(frozen=True)
 class Released:
-    """A released checkpoint as a model, and how what it is was found out.
+    """A released checkpoint as a model, and how it was identified.
 
     Attributes:
         model: Converted, in eval mode, on the CPU, with the weights of the file.
-        architecture: timm's name of the model that attention was removed from.
-        architecture_from: What said so.
+        architecture: timm's name of the full model.
+        architecture_from: The source of `architecture`.
         removed: Blocks without attention.
-        removed_from: What said so.
-        dropped: Keys of the attention of removed blocks that were still in the file.
-        others: Names of what else the file holds, such as "optimizer"; not read.
-        published: The entry of `PUBLISHED` that it is; None where it is none of them.
+        removed_from: The source of `removed`.
+        dropped: Keys of removed attention in the file, which were ignored.
+        others: Names of other entries of the file, such as "optimizer", which were ignored.
+        published: The matching entry of `PUBLISHED`, or None.
     """
 
     model: nn.Module
@@ -86,18 +86,18 @@ def load_released(
 ) -> Released:
     """Read a checkpoint as the paper's training script writes it, for example `base_01346.pth`.
 
-    It is a dict with the state dict under `model` (or `net`). What was removed is said by the file's name (its digits), by
-    the attention that is absent from its keys, or by `remove`.
+    It is a dict with the state dict under `model` (or `net`). The digits of the file's name, the attention missing from its
+    keys, or `remove` say which layers were removed.
 
     Args:
-        path: The file. No code that is pickled in it is run; see `weights.read_file`.
-        remove: Block indices; None takes them from the name or the keys. They overrule the name.
-        architecture: timm's name of the full model; None takes it from the name and the width. It overrules the name.
+        path: The file. Code pickled in it never runs; see `weights.read_file`.
+        remove: Block indices, which override the name; None infers them from the name or the keys.
+        architecture: timm's name of the full model, which overrides the name; None infers it from name and width.
 
     Raises:
-        CheckpointError: The file cannot be read or holds no such model, name, keys and arguments contradict each other, or
-            none of them says what was removed.
-        ValueError: `remove` holds something that is no block index.
+        CheckpointError: The file cannot be read or holds no such model; or its name, its keys and the arguments contradict
+            each other, or do not say what was removed.
+        ValueError: `remove` holds an invalid block index.
     """
     path = Path(path)
     state, others, crop = _read(path)
@@ -118,10 +118,10 @@ def load_released(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
-    """The state dict, the names of what else there is, and the crop that the file's options name."""
+    """The state dict, the names of the other entries, and the crop from the options in the file."""
     loaded = read_file(path)
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds no state dict, but a {type(loaded).__name__}")
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     key = next((key for key in (*WRAPPERS[1:], WRAPPERS[0]) if isinstance(loaded.get(key), dict)), None)
     state = without_wrappers(check_state_dict(loaded if key is None else loaded[key], path))
     others = () if key is None else tuple(str(other) for other in loaded if other != key)
@@ -138,7 +138,7 @@ def _find_architecture(path: Path, state: dict[str, Tensor], size: str | None, g
     by_width = _WIDTHS.get(width)
     if by_width is None:
         raise CheckpointError(
-            f"{path} is {width} channels wide, which is no DeiT ({', '.join(map(str, _WIDTHS))}); name the model with "
+            f"{path} is {width} channels wide, not a width of DeiT ({', '.join(map(str, _WIDTHS))}); name the model with "
             "architecture (--architecture)"
         )
     if size is not None and f"deit_{size}_patch16_224" != by_width:
@@ -166,7 +166,7 @@ def _find_removed(
             f"{path}: blocks {list(said)} lost their attention according to {'remove' if given is not None else 'its name'}, "
             f"but its keys have none for blocks {list(absent)}. "
             + (
-                f"Leave remove (--remove) out, or pass {','.join(map(str, absent))}; convert can remove more afterwards"
+                f"Omit remove (--remove), or pass {','.join(map(str, absent))}; convert can remove more afterwards"
                 if given is not None
                 else f"Pass remove (--remove) {','.join(map(str, absent))} if the keys are right"
             )
@@ -186,7 +186,7 @@ def _build(path: Path, state: dict[str, Tensor], architecture: str, removed: tup
 
     if not timm.is_model(architecture):
         raise CheckpointError(
-            f"architecture (--architecture) {architecture!r} is no timm model; see timm.list_models()"
+            f"architecture (--architecture) {architecture!r} is not a timm model; see timm.list_models()"
         )
     classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     model = timm.create_model(architecture, pretrained=False, num_classes=classes)
@@ -195,6 +195,6 @@ def _build(path: Path, state: dict[str, Tensor], architecture: str, removed: tup
         load_state_dict(model, state, source=path.name)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{path} is no {architecture} without the attention of {list(removed)}: {error}"
+            f"{path} is not a {architecture} without the attention of {list(removed)}: {error}"
         ) from error
     return model.eval()

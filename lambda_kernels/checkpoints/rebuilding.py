@@ -1,4 +1,4 @@
-"""What a saved config builds: the arguments that timm needs for it, and whether the result is the model that was saved."""
+"""Rebuilding a model from its config: the arguments for timm, and whether the result is the saved model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ..convert.conversion import remove_attention
 from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
 
-# Attributes of a timm model that change neither its weights, once they are loaded, nor what it computes from them. The last
-# one is a mark that torch.compile leaves on what it was given.
+# Attributes of a timm model that affect neither its loaded weights nor its output. The last one is a mark that torch.compile
+# sets on its argument.
 _NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing", "_is_torch_compile")
 
-# Arguments of timm.create_model that name weights. Older timm (seen in 1.0.15) runs the code in a file of checkpoint_path.
+# Arguments of timm.create_model that name weights. Older timm (seen in 1.0.15) runs code in a file of checkpoint_path.
 _SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_dir"}
 
 
 def build(config: dict, device: str) -> nn.Module:
-    """The model that `config` describes (see `checkpoint`), with the weights that timm starts from.
+    """The model that `config` describes (see `pretrained`), with timm's initial weights.
 
     Raises:
         CheckpointError: timm cannot build it.
@@ -46,7 +46,7 @@ def build(config: dict, device: str) -> nn.Module:
             model = timm.create_model(
                 config["architecture"],
                 pretrained=False,
-                # the mean, standard deviation and crop that the weights were trained with come back with them
+                # restores the mean, standard deviation and crop of the training
                 pretrained_cfg=cfg or None,
                 **config["model_args"],
             )
@@ -54,7 +54,7 @@ def build(config: dict, device: str) -> nn.Module:
         raise CheckpointError(
             f"timm cannot build {config['architecture']!r} with {config['model_args']} ({type(error).__name__}: {error})"
         ) from error
-    # The warnings of convert_vit were given when the model was converted.
+    # Without the warnings of convert_vit, which were issued at the conversion.
     removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
     names = ("residual_scale", "fuse", "tome_r", "tome_start")
     settings = ConversionSettings(**{name: ours[name] for name in names if ours.get(name) is not None})
@@ -62,22 +62,22 @@ def build(config: dict, device: str) -> nn.Module:
 
 
 def _check_sources(config: dict) -> None:
-    """Refuse a config with which timm would read more than the folder: from a hub, or a file that may hold code."""
+    """Refuse a config that would make timm read from a hub, or a file that may hold code."""
     import timm
 
     named = sorted(_SOURCES & config["model_args"].keys())
     if named:
-        raise CheckpointError(f"model_args has {', '.join(named)}; weights come out of the folder alone")
+        raise CheckpointError(f"model_args has {', '.join(named)}; weights are read only from the folder")
     if not timm.is_model(config["architecture"]):
         raise CheckpointError(f"timm cannot build {config['architecture']!r}: it has no model of that name")
 
 
 def build_skeleton(config: dict) -> nn.Module:
-    """The model for its structure alone: without memory for weights where timm can build it so."""
+    """The structure of the model, on the meta device where timm can build it there."""
     try:
         return build(config, "meta")
     except CheckpointError as error:
-        # Older timm (seen in 1.0.20) reads its drop-path rates off a tensor, which a meta tensor does not have.
+        # Older timm (seen in 1.0.20) reads its drop-path rates from a tensor, which fails on the meta device.
         if "meta" not in str(error):
             raise
         return build(config, "cpu")
@@ -94,7 +94,7 @@ def removal_args(model: nn.Module) -> dict[str, Any]:
 
 
 def find_model_args(model: nn.Module, architecture: str, cfg: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given`, and whatever can be seen to differ from what timm builds for the name alone."""
+    """`given`, and all arguments of the model that visibly differ from timm's defaults for the name."""
     ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
     plain = {"architecture": architecture, "model_args": given, "pretrained_cfg": cfg, "lambda_kernels": ours}
     default = visible_args(build_skeleton(plain))
@@ -103,7 +103,7 @@ def find_model_args(model: nn.Module, architecture: str, cfg: dict[str, Any], gi
 
 
 def visible_args(model: nn.Module) -> dict[str, Any]:
-    """Constructor arguments that can be read off a built model; those of ViT, DeiT, Eva, BEiT and NaFlexViT."""
+    """Constructor arguments that can be inferred from a built ViT, DeiT, Eva, BEiT or NaFlexViT."""
     names = _argument_names(model)
     args: dict[str, Any] = {
         k: v
@@ -111,7 +111,7 @@ def visible_args(model: nn.Module) -> dict[str, Any]:
         if k in names and k not in _NO_EFFECT and isinstance(v, (bool, int, float, str))
     }
     patch = getattr(model, "patch_embed", None)
-    embeds = getattr(model, "embeds", model)  # of NaFlexViT, which keeps there what others have on the model
+    embeds = getattr(model, "embeds", model)  # where NaFlexViT stores what others have on the model
     proj = getattr(patch, "proj", None)
     if isinstance(proj, nn.Conv2d):
         args |= {"in_chans": proj.in_channels, "patch_size": list(proj.kernel_size)}
@@ -136,7 +136,7 @@ def visible_args(model: nn.Module) -> dict[str, Any]:
 
 
 def _argument_names(model: nn.Module) -> set[str]:
-    # Over all base classes: a distilled model passes *args and **kwargs on.
+    # Of all base classes: a distilled model passes *args and **kwargs to them.
     constructors = [cls.__init__ for cls in type(model).__mro__]  # type: ignore[misc]  # each class's own is meant
     names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     if "cfg" in names:
@@ -148,7 +148,7 @@ def _argument_names(model: nn.Module) -> set[str]:
 
 
 def _doubles_glu(model: nn.Module) -> bool:
-    # Eva asks its gated MLPs for twice the width that mlp_ratio says, a ViT for just that.
+    # Eva makes its gated MLPs twice as wide as mlp_ratio says, a ViT does not.
     from timm.layers import GluMlp
     from timm.models.eva import Eva
 
@@ -171,14 +171,14 @@ def _args_of_blocks(blocks: nn.Sequential | nn.ModuleList) -> dict[str, Any]:
     query = getattr(attention, "qkv", None)
     query = getattr(attention, "q_proj", None) if query is None else query
     if isinstance(query, nn.Linear):
-        # Eva and BEiT keep the bias beside the layer.
+        # Eva and BEiT store the bias outside the layer.
         args["qkv_bias"] = query.bias is not None or getattr(attention, "q_bias", None) is not None
     args["qk_norm"] = not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity)
     return args
 
 
 def ratio_for(channels: int, hidden: int) -> float:
-    """The float that `int(channels * ratio)` makes `hidden` of again; the quotient can fall short of it by one."""
+    """The float for which `int(channels * ratio)` is `hidden`; with the plain quotient it can be one less."""
     ratio = hidden / channels
     return ratio if int(channels * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -197,7 +197,7 @@ def _rate(dropout: nn.Module | None) -> float:
 
 
 def _init_values(block: nn.Module) -> float | None:
-    """Any value makes a LayerScale; its gamma comes from the weights. Not every timm keeps the one it was built with."""
+    """Any value makes a LayerScale, whose gamma comes from the weights; not every timm stores the original value."""
     scale = getattr(block, "ls2", None)
     found = getattr(scale, "init_values", None)
     if isinstance(found, (int, float)):
@@ -207,7 +207,7 @@ def _init_values(block: nn.Module) -> float | None:
 
 
 def first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
-    """What distinguishes `model` from the one that its config builds; None if nothing does that weights cannot mend."""
+    """The first difference between `model` and what its config builds, apart from values of weights; None if there is none."""
     if type(rebuilt) is not type(model):
         return f"the class is {type(model).__name__}, timm builds {type(rebuilt).__name__}"
     new, old = dict(rebuilt.named_modules()), dict(model.named_modules())
@@ -231,7 +231,7 @@ def first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
 
 
 def _class_name(module: nn.Module) -> str:
-    # A FusedMlp computes what timm's block does, and which of the two a block is says nothing about the weights.
+    # A FusedMlp computes the same as timm's block, and has the same weights.
     if isinstance(module, MlpBlockBase) and not isinstance(module, AttentionFreeBlock):
         return FAMILIES[module.family].block.__name__
     return type(module).__name__

@@ -1,4 +1,4 @@
-"""State dicts: read from files without running what is pickled in them, and loaded strictly with reasons."""
+"""State dicts: reading them from files without running pickled code, and loading them strictly with explanations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
-# Under these names the files of training scripts keep the state dict.
+# Names under which the files of training scripts store the state dict.
 WRAPPERS = ("state_dict", "model", "net")
 
-# What a block loses with its attention, as its keys are called: `ls1` in timm's Block, `gamma_1` in Eva's and BEiT's.
+# The parts that a block loses with its attention: `ls1` is in timm's Block, `gamma_1` in Eva's and BEiT's.
 ATTENTION_PARTS = ("norm1", "attn", "ls1", "gamma_1")
 
 
@@ -36,13 +36,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_file(path: str | Path) -> object:
-    """What a .safetensors or a pickled file holds, on the CPU.
+    """The content of a .safetensors or a pickled file, on the CPU.
 
-    Of a pickled file only data is built: what `torch.load(weights_only=True)` knows, `argparse.Namespace` (training scripts
-    keep their options in one) and NumPy's scalars (their metrics).
+    From a pickled file only data is built: what `torch.load(weights_only=True)` allows, `argparse.Namespace` (the options of
+    training scripts) and NumPy's scalars (their metrics).
 
     Raises:
-        CheckpointError: The file is missing or damaged, or asks for anything else; what it asks for is named and not run.
+        CheckpointError: The file is missing or damaged, or requires other classes or functions, which are named and not run.
     """
     path = Path(path)
     if path.is_dir():
@@ -60,28 +60,28 @@ def read_file(path: str | Path) -> object:
         refused = _refused_globals(path) or _refused_in(error)
         if refused:
             raise CheckpointError(
-                f"{path} cannot be read as weights: it asks for {', '.join(refused)}, and code out of a file is never run. If "
-                "you trust it, load it where it was written and save its state dict alone"
+                f"{path} cannot be read as weights: it requires {', '.join(refused)}, and code from a file never runs. If "
+                "you trust it, load it where it was written and save only its state dict"
             ) from error
         raise CheckpointError(f"{path} cannot be read as weights ({why_unreadable(path, error)})") from error
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
-    """What an error of `torch.load` or of safetensors says of the file, in one line.
+    """The reason of an error of `torch.load` or of safetensors, in one line.
 
-    PyTorch's own words for a pickle that is more than data advise to load it with `weights_only=False`, which runs its code.
+    PyTorch's own message for a pickle with more than data advises `weights_only=False`, which would run its code.
     """
     if path.stat().st_size == 0:
         return "the file is empty"
     if isinstance(error, pickle.UnpicklingError):
-        reason = "it is none of PyTorch's, or holds more than tensors and plain values; code out of a file is never run"
+        reason = "PyTorch did not write it, or it holds more than tensors and plain values; code from a file never runs"
         return f"UnpicklingError: {reason}"
     said = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _plain_data_allowed() -> AbstractContextManager:
-    # On leaving, PyTorch would also forbid what the caller had allowed before.
+    # At its exit, PyTorch would also forbid what the caller had already allowed.
     already = torch.serialization.get_safe_globals()
     return torch.serialization.safe_globals([kind for kind in _plain_data() if kind not in already])
 
@@ -101,7 +101,7 @@ def _plain_data() -> list:
 
 
 def _refused_globals(path: Path) -> list[str]:
-    """Names of what a pickled file would call or build beyond plain data; empty where that cannot be told."""
+    """Names that a pickled file would call or build besides plain data; empty if they cannot be determined."""
     try:
         with _plain_data_allowed():
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -110,7 +110,7 @@ def _refused_globals(path: Path) -> list[str]:
 
 
 def _refused_in(error: Exception) -> list[str]:
-    """The same out of PyTorch's error, which for files in the older format names the first."""
+    """The same from PyTorch's error, which names the first one for files in the older format."""
     found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
     return [found[1]] if found else []
 
@@ -119,7 +119,7 @@ def check_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     """`loaded`, if it is a state dict.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: It is not.
     """
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
@@ -129,7 +129,7 @@ def check_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
 
 
 def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the prefixes gone that DistributedDataParallel and torch.compile put before every key."""
+    """`state` without the prefixes that DistributedDataParallel and torch.compile add to every key."""
     while state:
         prefix = next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in state)), None)
         if prefix is None:
@@ -141,10 +141,10 @@ def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_state_dict(
     model: nn.Module, state: dict[str, Tensor], *, assign: bool = False, source: str = "the checkpoint"
 ) -> None:
-    """Load strictly, and explain what does not fit. Unlike plain `load_state_dict`, nothing is loaded in that case.
+    """Load strictly, or load nothing and explain what does not fit.
 
     Raises:
-        CheckpointError: Keys or shapes differ; says so where the one model has attention layers that the other lost.
+        CheckpointError: Keys or shapes differ; the message says so if only one of the models has certain attention layers.
     """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -155,18 +155,23 @@ def load_state_dict(
     lost, extra = _attention_blocks(missing), _attention_blocks(unexpected)
     if not shapes and lost is not None and extra is not None:
         raise CheckpointError(f"{source} {_explain_attention(model, lost, extra)}")
-    parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
-             for what, keys in (("missing keys", missing), ("unexpected keys", unexpected)) if keys]  # fmt: skip
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
+        for what, keys in (("missing keys", missing), ("unexpected keys", unexpected))
+        if keys
+    ]
     for key in sorted(shapes)[:3]:
         parts.append(f"{key} is {list(state[key].shape)}, the model has {list(own[key].shape)}")
     raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}")
 
 
 def _explain_attention(model: nn.Module, lost: list[int], extra: list[int]) -> str:
-    """What differs and what to do: the model has attention in `lost` that the checkpoint lacks, and none in `extra`."""
+    """The difference and the remedy: only the model has attention in `lost`, only the checkpoint has it in `extra`."""
     if not lost:
-        return f"has attention for blocks {extra}, which this model lost. Load it into the full model first, and convert that"
-    # Blocks that neither of them has attention in are gone from the checkpoint as well.
+        return (
+            f"has attention for blocks {extra}, which this model lost. Load it into the full model, then convert that"
+        )
+    # Blocks without attention in either of them count as removed from the checkpoint as well.
     gone = sorted(set(blocks_without_attention(model.state_dict())) - set(extra) | set(lost))
     if not extra:
         return (

@@ -84,7 +84,7 @@ def test_names_are_there_for_models_of_the_modules_of_timm():
     for key in ("url", "file", "hf_hub_id"):  # timm's own weights are none of this model
         assert not model.pretrained_cfg.get(key)
     with pytest.raises(
-        ValueError, match=r"lambda_vit_base_patch16_224 needs removed=\[…\].*nothing was published for vit_base"
+        ValueError, match=r"lambda_vit_base_patch16_224 needs removed=\[…\].*the paper has no default for vit_base"
     ):
         small("lambda_vit_base_patch16_224")
     with pytest.raises(UnsupportedModelError, match="ParallelScalingBlock"):

@@ -59,7 +59,7 @@ def test_a_config_reads_nothing_but_its_folder(form, tmp_path):
 
     for name, value in (("checkpoint_path", str(tmp_path / "harmful.pth")), ("pretrained_cfg_overlay", {"file": "x"})):
         refused(
-            f"model_args has {name}; weights come out of the folder alone",
+            f"model_args has {name}; weights are read only from the folder",
             model_args={**config["model_args"], name: value},
         )
     refused("timm cannot build 'hf-hub:some/model': it has no model of that name", architecture="hf-hub:some/model")

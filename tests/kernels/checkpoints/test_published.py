@@ -147,11 +147,11 @@ def test_the_architecture_has_to_fit(state, tmp_path):
     assert (found.architecture_from, found.removed, found.published) == ("the argument", (0, 1, 3, 4, 6), None)
     with pytest.raises(CheckpointError, match=r"is no vit_small_patch16_224.*\[192.*the model has \[384"):
         load_released(tmp_path / "base_01346.pth", architecture="vit_small_patch16_224")
-    with pytest.raises(CheckpointError, match="'deit_teeny' is no timm model"):
+    with pytest.raises(CheckpointError, match="'deit_teeny' is not a timm model"):
         load_released(tmp_path / "base_01346.pth", architecture="deit_teeny")
     narrow = {**state, "patch_embed.proj.weight": torch.zeros(48, 3, 16, 16)}
     torch.save({"model": narrow}, tmp_path / "tiny_024.pth")
-    with pytest.raises(CheckpointError, match=r"48 channels wide, which is no DeiT \(192, 384, 768\)"):
+    with pytest.raises(CheckpointError, match=r"48 channels wide, not a width of DeiT \(192, 384, 768\)"):
         load_released(tmp_path / "tiny_024.pth")
 
 
@@ -177,7 +177,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match=r"tiny_024\.pth cannot be read as weights"):
         load_released(path)
     for holds, message in (
-        ([1, 2], "holds no state dict, but a list"),
+        ([1, 2], "holds a list, not a state dict"),
         ({"model": {"a": 1}}, "holds no state dict"),
         ({"model": {"fc.weight": torch.zeros(2)}}, r"no vision transformer under timm's names: fc\.weight"),
         ({"epoch": 3}, "holds no state dict"),
@@ -220,9 +220,9 @@ def test_code_in_a_file_is_refused_and_not_run(where, state, tmp_path):
             read(path)
         assert "weights_only" not in str(caught.value)  # PyTorch advises to switch that off
         if where == "bare pickle":
-            assert "more than tensors and plain values; code out of a file is never run" in str(caught.value)
+            assert "more than tensors and plain values; code from a file never runs" in str(caught.value)
         else:
-            assert "it asks for posix.system, and code out of a file is never run" in str(caught.value)
+            assert "it requires posix.system, and code from a file never runs" in str(caught.value)
     assert not (tmp_path / "ran").exists()
     with contextlib.suppress(RuntimeError):  # of a bare pickle, which is no file of PyTorch's
         torch.load(path, weights_only=False)  # the file does what it is feared to do

@@ -329,7 +329,7 @@ def test_what_cannot_be_saved_is_refused_before_training(tmp_path, monkeypatch):
     model = tiny_vit()
     model.pretrained_cfg = {}
     monkeypatch.setattr(train_state.TrainState, "step", die)
-    with pytest.raises(CheckpointError, match="does not say which timm model it is"):
+    with pytest.raises(CheckpointError, match="does not name its timm architecture"):
         run(tmp_path / "run", model=model)
     with pytest.raises(UnsupportedModelError):
         run(tmp_path / "run", model=torch.nn.Linear(2, 2))

@@ -87,7 +87,7 @@ DAMAGES = {
     "itself": (change_manifest(file="step-000000030.json"), r"30.json is damaged .*file 'step-000000030.json'"),
     "unreadable manifest": (manifest_is_a_folder, r"30.json cannot be read \(Is a directory\)"),
     "no archive": (replace_state(b"hello"), r"30.pt cannot be loaded \("),
-    "code": (harmful, r"30.pt cannot be loaded \(UnpicklingError: it is none of PyTorch's, or holds more"),
+    "code": (harmful, r"30.pt cannot be loaded \(UnpicklingError: PyTorch did not write it, or it holds more"),
 }  # fmt: skip
 
 
