@@ -239,7 +239,7 @@ def test_a_converted_model_takes_its_name(hub, tmp_path):
     rebuilt.load_state_dict(model.state_dict())
     assert torch.equal(rebuilt.eval()(images()), model(images()))
     model.pretrained_cfg = {"architecture": "somebodys_vit"}
-    with pytest.raises(ValueError, match="there is no lambda_somebodys_vit in timm"):
+    with pytest.raises(ValueError, match="timm has no lambda_somebodys_vit"):
         timm_models.name_for_timm(model)
 
 

@@ -312,7 +312,7 @@ fired: list[int] = []
     [
         (add_hook, "all", "hook or a replaced forward inside the block would run twice"),
         (replace_forward, "act", "hook or a replaced forward inside the block would run twice"),
-        (add_counter, "all", "in buffers would be updated twice"),
+        (add_counter, "all", "the buffers of a module inside the block would be updated twice"),
         (other_mlp, "act", "mlp is GluMlp, not Mlp"),
     ],
 )

@@ -145,7 +145,7 @@ def test_the_architecture_has_to_fit(state, tmp_path):
         load_released(tmp_path / "base_01346.pth")
     found = load_released(tmp_path / "base_01346.pth", architecture="deit_tiny_patch16_224")
     assert (found.architecture_from, found.removed, found.published) == ("the argument", (0, 1, 3, 4, 6), None)
-    with pytest.raises(CheckpointError, match=r"is no vit_small_patch16_224.*\[192.*the model has \[384"):
+    with pytest.raises(CheckpointError, match=r"is not a vit_small_patch16_224.*\[192.*the model has \[384"):
         load_released(tmp_path / "base_01346.pth", architecture="vit_small_patch16_224")
     with pytest.raises(CheckpointError, match="'deit_teeny' is not a timm model"):
         load_released(tmp_path / "base_01346.pth", architecture="deit_teeny")
