@@ -34,7 +34,7 @@ from torch import nn
 
 from .checkpoints.folder import PREFIX
 from .checkpoints.published import RESIDUAL_SCALE
-from .checkpoints.rebuilding import find_model_args, is_json, removal_args
+from .checkpoints.rebuilding import find_model_args, get_removal_args, is_json
 from .convert.conversion import convert_vit
 from .errors import UnsupportedModelError
 
@@ -75,7 +75,7 @@ def model_args(model: nn.Module) -> dict:
     if not timm.is_model(f"{PREFIX}{base}"):
         raise ValueError(f"{type(model).__name__} has no name here: timm has no {PREFIX}{base}")
     sizes = find_model_args(model, base, {key: value for key, value in cfg.items() if is_json(value)}, {})
-    return {**sizes, **removal_args(model)}
+    return {**sizes, **get_removal_args(model)}
 
 
 def name_for_timm(model: nn.Module) -> nn.Module:
@@ -137,7 +137,7 @@ def _build(
             filter_fn=importlib.import_module(create.__module__).checkpoint_filter_fn,
             cache_dir=kwargs.get("cache_dir"),
         )
-    _set_name(model, base, removal_args(model))
+    _set_name(model, base, get_removal_args(model))
     return model
 
 
@@ -187,7 +187,7 @@ def _entry_point(base: str) -> Callable[..., nn.Module]:
     return create
 
 
-def _without_source(base: str) -> DefaultCfg | None:
+def _strip_sources(base: str) -> DefaultCfg | None:
     """The configs of `base` by tag, its default first, without their weights."""
     tagged = {key.partition(".")[2]: cfg for key, cfg in get_arch_pretrained_cfgs(base).items()}
     default = get_pretrained_cfg(base, allow_unregistered=True)
@@ -203,7 +203,7 @@ def _register() -> None:
     for module in MODULES:
         for base in timm.list_models(module=module):
             entry = _entry_point(base)
-            cfg = _without_source(base)
+            cfg = _strip_sources(base)
             if cfg is not None:
                 default_cfgs[entry.__name__] = cfg
             globals()[entry.__name__] = register_model(entry)

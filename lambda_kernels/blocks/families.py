@@ -91,7 +91,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def layer_scale(block: nn.Module, scale: str) -> Tensor | None:
+def get_layer_scale(block: nn.Module, scale: str) -> Tensor | None:
     """γ [C] of the LayerScale of this name of a block; None if it has none."""
     found = getattr(block, scale, None)
     return getattr(found, "gamma", None) if isinstance(found, nn.Module) else found

@@ -12,7 +12,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def global_hooks() -> bool:
+def has_global_hooks() -> bool:
     """Whether a call of any module runs hooks."""
     # PyTorch checks the same at each call of a module.
     every = nn.modules.module

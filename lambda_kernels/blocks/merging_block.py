@@ -200,7 +200,7 @@ def wrap_block_sequence(blocks: nn.Sequential | nn.ModuleList, merges: bool) -> 
     return new
 
 
-def token_counts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[int, int]] | None:
+def count_tokens(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[int, int]] | None:
     """(input tokens, merged tokens) of each block, for images of the size that the model was built for.
 
     None if no block merges tokens, or if the model does not know its number of patches.

@@ -18,8 +18,8 @@ from ..ops.ln_mlp import recompute as recomputed
 from ..ops.ln_mlp.dispatch import Choice, choose
 from ..ops.ln_mlp.function import RECOMPUTE, compute_dtype, ln_mlp, resolve_recompute
 from ..ops.ln_mlp.reference import scale_residual
-from .families import FAMILIES, Family, layer_scale
-from .hooks import global_hooks, is_altered
+from .families import FAMILIES, Family, get_layer_scale
+from .hooks import has_global_hooks, is_altered
 
 _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
@@ -165,12 +165,12 @@ class MlpBlockBase(nn.Module):
             found.append("dropout is active")
         if type(drop_path2) not in (nn.Identity, DropPath):
             found.append(f"drop_path2 is {type(drop_path2).__name__}, not DropPath")
-        if global_hooks() or any(map(is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
+        if has_global_hooks() or any(map(is_altered, (norm2, mlp, *inside, ls2, drop_path2))):
             found.append("a hook or a replaced forward inside the block must run")
         if not found:
             w1, w2 = _parameter(fc1, "weight"), _parameter(fc2, "weight")
             biases = (_parameter(part, "bias") for part in (norm2, fc1, fc2))
-            others = (_parameter(norm2, "weight"), w2, *biases, layer_scale(self, scale))
+            others = (_parameter(norm2, "weight"), w2, *biases, get_layer_scale(self, scale))
             if any(other is not None and other.dtype != w1.dtype for other in others):
                 found.append(f"norm2, mlp and {scale} have different dtypes")
             if hasattr(w1, "__tensor_flatten__") or hasattr(w2, "__tensor_flatten__"):
@@ -185,7 +185,7 @@ class MlpBlockBase(nn.Module):
         halves = (self.norm2, self.mlp, scale, self.drop_path2)
         parts = [module for part in halves if part is not None for module in part.modules()]
         found = recomputed.obstacles()
-        if global_hooks() or any(map(is_altered, parts)):
+        if has_global_hooks() or any(map(is_altered, parts)):
             found.append("a hook or a replaced forward inside the block would run twice")
         if any(module.training and any(True for _ in module.buffers(recurse=False)) for module in parts):
             found.append("the buffers of a module inside the block would be updated twice")
@@ -193,7 +193,7 @@ class MlpBlockBase(nn.Module):
             found.append(f"mlp is {type(self.mlp).__name__}, not Mlp, and may have no activation to stop at")
         return self.recompute, found
 
-    def _by_modules(self, x: Tensor) -> Tensor:
+    def _run_modules(self, x: Tensor) -> Tensor:
         """Run the submodules one by one; with `recompute`, they run again in the backward.
 
         The second run uses the same random state and the same autocast. The first product runs twice with "all", the second
@@ -218,22 +218,22 @@ class MlpBlockBase(nn.Module):
         return scale_residual(x, self.residual_scale)
 
     def _after(self, x: Tensor, branch: Tensor) -> Tensor:
-        return self._scaled(x) + self.drop_path2(_by_scale(self, FAMILIES[self.family].scales[1], branch))
+        return self._scaled(x) + self.drop_path2(_apply_layer_scale(self, FAMILIES[self.family].scales[1], branch))
 
     def _attention_branch(self, x: Tensor, positional: tuple[object, ...], named: dict[str, Any]) -> Tensor:
         """`drop_path1(scale1(attn(norm1(x))))`; `positional` and `named` are the other arguments of `forward`."""
         family = FAMILIES[self.family]
         branch = self.attn(self.norm1(x), **family.for_attention(positional, named))
-        return self.drop_path1(_by_scale(self, family.scales[0], branch))
+        return self.drop_path1(_apply_layer_scale(self, family.scales[0], branch))
 
     def _mlp_half(self, x: Tensor) -> Tensor:
         norm2, mlp = self.norm2, self.mlp
         if self.fusion_obstacles():
-            return self._by_modules(x)
+            return self._run_modules(x)
         form = find_gelu_form(mlp.act)
         assert form is not None, "fusion_obstacles refuses other activations"
         fc1, fc2 = mlp.fc1, mlp.fc2
-        scale = layer_scale(self, FAMILIES[self.family].scales[1])
+        scale = get_layer_scale(self, FAMILIES[self.family].scales[1])
         return ln_mlp(
             x,
             norm2.weight,
@@ -245,7 +245,7 @@ class MlpBlockBase(nn.Module):
             eps=norm2.eps,
             residual_scale=self.residual_scale,
             layer_scale=scale,
-            branch_scale=_stochastic_depth(self.drop_path2, x, fc2.weight, scale),
+            branch_scale=_draw_branch_scale(self.drop_path2, x, fc2.weight, scale),
             approximate=form,
             recompute=self.recompute,
             backend=self.backend,
@@ -257,7 +257,7 @@ def _parameter(module: nn.Module, name: str) -> Any:
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
-def _by_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:
+def _apply_layer_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:
     """A branch times its LayerScale, which is a module, a parameter of the block, or None."""
     scale = getattr(block, name)
     if scale is None:
@@ -265,7 +265,7 @@ def _by_scale(block: nn.Module, name: str, branch: Tensor) -> Tensor:
     return scale(branch) if isinstance(scale, nn.Module) else scale * branch
 
 
-def _stochastic_depth(drop_path: nn.Module, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor | None:
+def _draw_branch_scale(drop_path: nn.Module, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor | None:
     """The factor `[B, 1, …]` of timm's DropPath for the branches of x `[B, …, C]`; None if it does nothing.
 
     It is drawn as timm does, in the dtype that `weight` and the LayerScale `scale` give the branch, so that the same seed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .folder import CONFIG, PREFIX, WEIGHTS, check_timm_config
-from .weights import blocks_without_attention, read_weights
+from .weights import find_blocks_without_attention, read_weights
 
 # In timm's order of preference.
 _FILES = (WEIGHTS, "pytorch_model.bin")
@@ -53,7 +53,7 @@ def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
 
 
 def _refuse_converted(path: Path, name: str, weights: Path) -> None:
-    gone = blocks_without_attention(read_weights(weights))
+    gone = find_blocks_without_attention(read_weights(weights))
     if gone:
         raise CheckpointError(
             f"{path}: lambda_kernels is None, so this is read as timm's folder of a {name} with all its attention; but "

@@ -24,7 +24,7 @@ from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
 from ..files import atomic_write, remove_leftovers, sha256, write_json
 from .folder import CONFIG, FORMAT_MERGING, FORMAT_PLAIN, PREFIX, PREVIOUS, WEIGHTS, check_config, read_json
-from .rebuilding import build, build_skeleton, find_model_args, first_difference, is_json, removal_args
+from .rebuilding import build, build_skeleton, find_difference, find_model_args, get_removal_args, is_json
 from .weights import load_state_dict, read_weights
 
 
@@ -96,14 +96,14 @@ def save_pretrained(
         "lambda_kernels": {
             "format": FORMAT_MERGING if structure.merging else FORMAT_PLAIN,
             "version": __version__,
-            **removal_args(model),
+            **get_removal_args(model),
             # "removed" changes nothing in a model that was never converted
             "fuse": info.fuse if info else "removed",
             "versions": _versions(),
             "selection": chosen,
         },
     }
-    difference = first_difference(build_skeleton(config), model)
+    difference = find_difference(build_skeleton(config), model)
     if difference:
         raise CheckpointError(
             f"timm.create_model({architecture!r}, **{model_args}) would not rebuild this model: {difference}. Pass the "

@@ -16,13 +16,13 @@ from ..errors import CheckpointError
 from .weights import (
     ATTENTION_PARTS,
     WRAPPERS,
-    blocks_without_attention,
     check_state_dict,
     find_blocks,
+    find_blocks_without_attention,
     load_state_dict,
     parse_block_key,
     read_file,
-    without_wrappers,
+    strip_wrappers,
 )
 
 
@@ -123,7 +123,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     key = next((key for key in (*WRAPPERS[1:], WRAPPERS[0]) if isinstance(loaded.get(key), dict)), None)
-    state = without_wrappers(check_state_dict(loaded if key is None else loaded[key], path))
+    state = strip_wrappers(check_state_dict(loaded if key is None else loaded[key], path))
     others = () if key is None else tuple(str(other) for other in loaded if other != key)
     options = {} if key is None else loaded.get("args")
     options = vars(options) if isinstance(options, argparse.Namespace) else options
@@ -152,7 +152,7 @@ def _find_architecture(path: Path, state: dict[str, Tensor], size: str | None, g
 def _find_removed(
     path: Path, state: dict[str, Tensor], depth: int, digits: str | None, given: Iterable[int] | None
 ) -> tuple[tuple[int, ...], str]:
-    absent = tuple(blocks_without_attention(state))
+    absent = tuple(find_blocks_without_attention(state))
     said, by = None, ""
     if given is not None:
         said, by = check_indices(given, depth), "the argument"

@@ -83,7 +83,7 @@ def build_skeleton(config: dict) -> nn.Module:
         return build(config, "cpu")
 
 
-def removal_args(model: nn.Module) -> dict[str, Any]:
+def get_removal_args(model: nn.Module) -> dict[str, Any]:
     """`removed` and `residual_scale`, and `tome_r` and `tome_start` of a model that merges tokens: plain JSON types."""
     structure = inspect_model(model)
     args = {"removed": list(structure.removed), "residual_scale": structure.residual_scale}
@@ -97,12 +97,12 @@ def find_model_args(model: nn.Module, architecture: str, cfg: dict[str, Any], gi
     """`given`, and all arguments of the model that visibly differ from timm's defaults for the name."""
     ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
     plain = {"architecture": architecture, "model_args": given, "pretrained_cfg": cfg, "lambda_kernels": ours}
-    default = visible_args(build_skeleton(plain))
-    found = {k: v for k, v in visible_args(model).items() if k not in given and v != default.get(k)}
+    default = infer_args(build_skeleton(plain))
+    found = {k: v for k, v in infer_args(model).items() if k not in given and v != default.get(k)}
     return {**found, **given}
 
 
-def visible_args(model: nn.Module) -> dict[str, Any]:
+def infer_args(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that can be inferred from a built ViT, DeiT, Eva, BEiT or NaFlexViT."""
     names = _argument_names(model)
     args: dict[str, Any] = {
@@ -162,7 +162,7 @@ def _args_of_blocks(blocks: nn.Sequential | nn.ModuleList) -> dict[str, Any]:
         (layer for name in ("fc1", "fc1_g") if isinstance(layer := getattr(last.mlp, name, None), nn.Linear)), None
     )
     if first is not None:
-        args["mlp_ratio"] = ratio_for(first.in_features, first.out_features)
+        args["mlp_ratio"] = find_mlp_ratio(first.in_features, first.out_features)
         args["proj_drop_rate"] = _rate(getattr(last.mlp, "drop2", getattr(last.mlp, "drop", None)))
     attention = next((block.attn for block in blocks if hasattr(block, "attn")), None)
     if attention is None:
@@ -177,7 +177,7 @@ def _args_of_blocks(blocks: nn.Sequential | nn.ModuleList) -> dict[str, Any]:
     return args
 
 
-def ratio_for(channels: int, hidden: int) -> float:
+def find_mlp_ratio(channels: int, hidden: int) -> float:
     """The float for which `int(channels * ratio)` is `hidden`; with the plain quotient it can be one less."""
     ratio = hidden / channels
     return ratio if int(channels * ratio) == hidden else math.nextafter(ratio, math.inf)
@@ -206,7 +206,7 @@ def _init_values(block: nn.Module) -> float | None:
     return 1e-5 if hasattr(scale, "gamma") or any(gamma is not None for gamma in bare) else None
 
 
-def first_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
+def find_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
     """The first difference between `model` and what its config builds, apart from values of weights; None if there is none."""
     if type(rebuilt) is not type(model):
         return f"the class is {type(model).__name__}, timm builds {type(rebuilt).__name__}"

@@ -32,7 +32,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    return without_wrappers(check_state_dict(loaded, path))
+    return strip_wrappers(check_state_dict(loaded, path))
 
 
 def read_file(path: str | Path) -> object:
@@ -57,16 +57,16 @@ def read_file(path: str | Path) -> object:
         with _plain_data_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and pickle each have their own kinds
-        refused = _refused_globals(path) or _refused_in(error)
+        refused = _find_refused_globals(path) or _find_refused_global(error)
         if refused:
             raise CheckpointError(
                 f"{path} cannot be read as weights: it requires {', '.join(refused)}, and code from a file never runs. If "
                 "you trust it, load it where it was written and save only its state dict"
             ) from error
-        raise CheckpointError(f"{path} cannot be read as weights ({why_unreadable(path, error)})") from error
+        raise CheckpointError(f"{path} cannot be read as weights ({explain_unreadable(path, error)})") from error
 
 
-def why_unreadable(path: Path, error: Exception) -> str:
+def explain_unreadable(path: Path, error: Exception) -> str:
     """The reason of an error of `torch.load` or of safetensors, in one line.
 
     PyTorch's own message for a pickle with more than data advises `weights_only=False`, which would run its code.
@@ -100,7 +100,7 @@ def _plain_data() -> list:
     return allowed
 
 
-def _refused_globals(path: Path) -> list[str]:
+def _find_refused_globals(path: Path) -> list[str]:
     """Names that a pickled file would call or build besides plain data; empty if they cannot be determined."""
     try:
         with _plain_data_allowed():
@@ -109,7 +109,7 @@ def _refused_globals(path: Path) -> list[str]:
         return []
 
 
-def _refused_in(error: Exception) -> list[str]:
+def _find_refused_global(error: Exception) -> list[str]:
     """The same from PyTorch's error, which names the first one for files in the older format."""
     found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
     return [found[1]] if found else []
@@ -128,7 +128,7 @@ def check_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` without the prefixes that DistributedDataParallel and torch.compile add to every key."""
     while state:
         prefix = next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in state)), None)
@@ -152,7 +152,7 @@ def load_state_dict(
     if not (missing or unexpected or shapes):
         model.load_state_dict(state, strict=True, assign=assign)
         return
-    lost, extra = _attention_blocks(missing), _attention_blocks(unexpected)
+    lost, extra = _find_attention_blocks(missing), _find_attention_blocks(unexpected)
     if not shapes and lost is not None and extra is not None:
         raise CheckpointError(f"{source} {_explain_attention(model, lost, extra)}")
     parts = [
@@ -172,7 +172,7 @@ def _explain_attention(model: nn.Module, lost: list[int], extra: list[int]) -> s
             f"has attention for blocks {extra}, which this model lost. Load it into the full model, then convert that"
         )
     # Blocks without attention in either of them count as removed from the checkpoint as well.
-    gone = sorted(set(blocks_without_attention(model.state_dict())) - set(extra) | set(lost))
+    gone = sorted(set(find_blocks_without_attention(model.state_dict())) - set(extra) | set(lost))
     if not extra:
         return (
             f"has no attention for blocks {lost}: it was saved from a converted model. Load it with from_pretrained, or "
@@ -197,12 +197,12 @@ def find_blocks(state: Iterable[str], part: str | None = None) -> set[int]:
     return {index for index, name in parsed if part in (None, name)}
 
 
-def blocks_without_attention(state: Iterable[str]) -> list[int]:
+def find_blocks_without_attention(state: Iterable[str]) -> list[int]:
     """Indices of the blocks that have keys in `state`, but none of an attention."""
     return sorted(find_blocks(state) - find_blocks(state, "attn"))
 
 
-def _attention_blocks(keys: list[str]) -> list[int] | None:
+def _find_attention_blocks(keys: list[str]) -> list[int] | None:
     """The blocks that `keys` belong to; None if a key does not belong to the attention of a block."""
     parsed = [parse_block_key(key) for key in keys]
     if not all(found and found[1] in ATTENTION_PARTS for found in parsed):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks.families import layer_scale
+from ..blocks.families import get_layer_scale
 from ..blocks.mlp_block import find_family
 from ..blocks.structure import ViTStructure
 from ..errors import UnsupportedModelError
@@ -89,7 +89,7 @@ def check_removal(
     small = []
     for index in removed:
         family = find_family(model.blocks[index])
-        gamma = None if family is None else layer_scale(model.blocks[index], family.scales[1])
+        gamma = None if family is None else get_layer_scale(model.blocks[index], family.scales[1])
         if gamma is not None and not gamma.is_meta and gamma.detach().abs().mean() < SMALL_GAMMA:
             small.append(index)
     if small:

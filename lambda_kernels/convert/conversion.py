@@ -13,7 +13,7 @@ from torch import nn
 from ..blocks.attention_free import AttentionFreeBlock
 from ..blocks.fused_mlp import FusedMlp
 from ..blocks.hooks import has_hooks
-from ..blocks.merging_block import make_merging_block, remove_merging, token_counts, wrap_block_sequence
+from ..blocks.merging_block import count_tokens, make_merging_block, remove_merging, wrap_block_sequence
 from ..blocks.mlp_block import MlpBlockBase, copy_with, find_family, find_replacement_obstacles
 from ..blocks.structure import inspect_model
 from ..errors import AlreadyConvertedError, BackendUnavailableError
@@ -265,15 +265,15 @@ def _describe(model: nn.Module, blocks: Sequence[nn.Module], fuse: str) -> tuple
             reason = "; ".join(filter(None, (getattr(block, "why_not_convertible", None), choice.reason)))
             rows.append(BlockInfo(index, attention, choice.backend, reason, again.level, again.reason))
         else:
-            why = _why_not_fused(block, fuse)
+            why = _explain_not_fused(block, fuse)
             rows.append(BlockInfo(index, "kept", "timm", why, "none", f"the block is timm's own: {why}"))
-    counts = token_counts(model, blocks)
+    counts = count_tokens(model, blocks)
     if counts is not None:
         rows = [replace(row, tokens=tokens, merged=merged) for row, (tokens, merged) in zip(rows, counts, strict=True)]
     return tuple(rows)
 
 
-def _why_not_fused(block: nn.Module, fuse: str) -> str:
+def _explain_not_fused(block: nn.Module, fuse: str) -> str:
     if fuse != "all":
         return f"fuse={fuse!r}"
     return "; ".join(find_replacement_obstacles(block)) or "the block was inserted after the conversion"

@@ -106,9 +106,9 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
 
 def _removed_from(state: dict[str, Tensor]) -> dict[str, list[int]]:
     """Return `removed` for a model that these weights fit; nothing if no attention is missing, so that a default stands."""
-    from lambda_kernels.checkpoints.weights import blocks_without_attention
+    from lambda_kernels.checkpoints.weights import find_blocks_without_attention
 
-    removed = blocks_without_attention(state)
+    removed = find_blocks_without_attention(state)
     return {"removed": removed} if removed else {}
 
 

@@ -8,7 +8,7 @@ import torch
 from small_models import small_vit
 from torch import nn
 
-from lambda_kernels.checkpoints.rebuilding import find_model_args, first_difference, ratio_for, visible_args
+from lambda_kernels.checkpoints.rebuilding import find_difference, find_mlp_ratio, find_model_args, infer_args
 
 pytestmark = pytest.mark.models
 
@@ -33,14 +33,14 @@ def test_a_model_is_built_again_from_what_can_be_seen(family):
         pytest.skip(f"timm {timm.__version__} has no {name}")
     model = timm.create_model(name, **{**SIZES, **options})
     default = timm.create_model(name, **{key: SIZES[key] for key in ("embed_dim", "depth", "num_heads")})
-    changed = {k: v for k, v in visible_args(model).items() if v != visible_args(default).get(k)}
+    changed = {k: v for k, v in infer_args(model).items() if v != infer_args(default).get(k)}
     rebuilt = timm.create_model(name, **{key: SIZES[key] for key in ("embed_dim", "depth", "num_heads")}, **changed)
-    assert first_difference(rebuilt, model) is None
+    assert find_difference(rebuilt, model) is None
     rebuilt.load_state_dict(model.state_dict(), strict=True)
     if BUILDS_ON_META:
         with torch.device("meta"):
-            assert first_difference(timm.create_model(name, **{**SIZES, **options}), model) is None
-    assert first_difference(default, model) is not None
+            assert find_difference(timm.create_model(name, **{**SIZES, **options}), model) is None
+    assert find_difference(default, model) is not None
     assert "pre_norm" not in changed  # nor anything else that was left alone
 
 
@@ -57,26 +57,26 @@ def test_a_ratio_gives_the_width_back():
     assert int(49 * (1 / 49)) == 0
     for channels in (*range(1, 200), 384, 768, 1152, 1408, 1664):
         for hidden in (1, channels, 3 * channels + 1, 4304, 6144):
-            assert int(channels * ratio_for(channels, hidden)) == hidden
+            assert int(channels * find_mlp_ratio(channels, hidden)) == hidden
 
 
 def test_differences_are_named():
     model = small_vit()
-    assert first_difference(small_vit(), model) is None
-    assert "head" in first_difference(small_vit(num_classes=3), model)
+    assert find_difference(small_vit(), model) is None
+    assert "head" in find_difference(small_vit(num_classes=3), model)
     other = small_vit()
     other.blocks[2].mlp.act = nn.SiLU()
-    assert first_difference(model, other) == "blocks.2.mlp.act is SiLU(), timm builds GELU(approximate='none')"
+    assert find_difference(model, other) == "blocks.2.mlp.act is SiLU(), timm builds GELU(approximate='none')"
     other = small_vit()
     other.extra = nn.Identity()
-    assert first_difference(model, other) == "extra exists only in the model"
+    assert find_difference(model, other) == "extra exists only in the model"
     other = small_vit()
     torch.compile(other, backend="eager")  # leaves a mark on what it is given, and changes nothing of it
-    assert first_difference(model, other) is None
+    assert find_difference(model, other) is None
     other = small_vit()
     other.no_embed_class = True
-    assert "no_embed_class is True" in first_difference(model, other)
+    assert "no_embed_class is True" in find_difference(model, other)
     other = small_vit()
     other.cls_token = nn.Parameter(torch.zeros(1, 2, 48))
-    assert first_difference(model, other) == "cls_token has shape [1, 2, 48], timm builds [1, 1, 48]"
-    assert "timm builds Linear" in first_difference(nn.Linear(2, 2), nn.Identity())
+    assert find_difference(model, other) == "cls_token has shape [1, 2, 48], timm builds [1, 1, 48]"
+    assert "timm builds Linear" in find_difference(nn.Linear(2, 2), nn.Identity())

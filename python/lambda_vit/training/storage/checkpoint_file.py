@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels._version import __version__
-from lambda_kernels.checkpoints.weights import why_unreadable
+from lambda_kernels.checkpoints.weights import explain_unreadable
 from lambda_kernels.files import atomic_writes, sha256
 
 FORMAT = 1
@@ -229,4 +229,4 @@ def read(folder: Path, manifest: Manifest) -> Any:
     except OSError as error:
         raise UnusableError(f"{name} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # pickle, the archive and torch each have their own kinds
-        raise UnusableError(f"{name} cannot be loaded ({why_unreadable(folder / name, error)})") from error
+        raise UnusableError(f"{name} cannot be loaded ({explain_unreadable(folder / name, error)})") from error
