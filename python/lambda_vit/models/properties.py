@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from lambda_kernels.ops.checks import dtype_name
+from lambda_kernels.ops.checks import as_int, dtype_name
 
 
 def one_device(model: nn.Module) -> torch.device:
@@ -72,11 +72,11 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, int, int] | None 
         ValueError: `image_size` is not one or three positive integers, or is None and the model does not say.
     """
     if isinstance(image_size, (tuple, list)):
-        if len(image_size) != 3 or any(not isinstance(n, int) or n < 1 for n in image_size):
+        if len(image_size) != 3 or any((as_int(n) or 0) < 1 for n in image_size):
             raise ValueError(f"image_size={image_size!r}: expected (channels, height, width), all at least 1")
         channels, height, width = image_size
         return channels, height, width
-    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+    if image_size is not None and (as_int(image_size) or 0) < 1:
         raise ValueError(f"image_size={image_size!r}: expected pixels, or (channels, height, width)")
     model = _unwrapped(model)
     published = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")

@@ -21,7 +21,12 @@ from torch.nn import functional as F
 import lambda_vit.cli.main as cli
 from lambda_kernels import CheckpointError, from_pretrained
 from lambda_kernels.checkpoints.published import PUBLISHED, load_released
-from lambda_kernels.checkpoints.weights import read_weights
+from lambda_kernels.checkpoints.weights import (
+    find_blocks,
+    find_blocks_without_attention,
+    parse_block_key,
+    read_weights,
+)
 
 pytestmark = pytest.mark.models
 
@@ -297,3 +302,14 @@ def test_import_ref(run, state, tmp_path):
     assert "blocks 1, 7 (from the argument)" in said
     assert "Published" not in said
     assert from_pretrained(tmp_path / "other").lambda_kernels_info.removed == (1, 7)
+
+
+def test_keys_are_parsed_in_one_place():
+    assert parse_block_key("blocks.11.attn.qkv.weight") == (11, "attn")
+    assert parse_block_key("blocks.0.gamma_1") == (0, "gamma_1")
+    assert [
+        parse_block_key(key) for key in ("blocks.x.attn.qkv", "norm.weight", "encoder.blocks.0.attn", "blocks.0")
+    ] == [None] * 4
+    state = ["blocks.0.norm1.weight", "blocks.0.attn.proj.bias", "blocks.2.mlp.fc1.bias", "head.bias"]
+    assert find_blocks(state) == {0, 2}
+    assert find_blocks_without_attention(state) == [2]

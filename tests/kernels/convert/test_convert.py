@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import types
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -22,6 +24,7 @@ from lambda_kernels import (
 )
 from lambda_kernels.blocks import mlp_block
 from lambda_kernels.convert.conversion import describe_blocks
+from lambda_kernels.convert.settings import ConversionSettings
 from lambda_kernels.ops.ln_mlp.fused import tuning
 
 pytestmark = pytest.mark.models
@@ -384,3 +387,25 @@ def test_the_info_tells_which_kernels_were_chosen():
         converted(images().to(DEVICE))
     assert any(line.startswith("fc2, ") and "library (forced)" in line for line in info.kernels)
     assert json.loads(json.dumps(info.to_dict()))["kernels"] == list(info.kernels)
+
+
+def test_settings_are_checked_once_and_do_not_change():
+    settings = ConversionSettings(residual_scale=2, tome_r=[4, np.int64(2)])
+    assert (settings.residual_scale, settings.tome_r) == (2.0, (4, 2))
+    assert type(settings.tome_r[1]) is int
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.fuse = "none"
+    for wrong, words in (({"residual_scale": True}, "got True"), ({"tome_start": -1}, "of at least 0; got -1")):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(settings, **wrong)
+
+
+def test_the_info_holds_the_settings_of_the_next_conversion():
+    model = convert_vit(small_vit(), (1,), residual_scale=2.0, fuse="removed", recompute="none", tome_r=1, tome_start=0)
+    info = model.lambda_kernels_info
+    assert info.settings == ConversionSettings(
+        residual_scale=2.0, fuse="removed", recompute="none", tome_r=1, tome_start=0
+    )
+    resolved = ConversionSettings.resolve(model, tome_r=None, tome_start=None, fuse="none")
+    assert resolved == ConversionSettings(fuse="none", tome_r=1, tome_start=0)
+    assert convert_vit(model, (1,), **dataclasses.asdict(info.settings)) is model
