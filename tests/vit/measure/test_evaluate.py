@@ -450,7 +450,7 @@ def test_latency_is_each_models_own_in_milliseconds():
     [
         ({}, {}, "models is empty"),
         ({"m": vit()}, {"rounds": 0}, "rounds must be an integer of at least 1; got 0"),
-        ({"m": vit()}, {"batch_sizes": (1, 0)}, "batch_sizes=0"),
+        ({"m": vit()}, {"batch_sizes": (1, 0)}, "batch_sizes must be an integer of at least 1; got 0"),
         ({"m": vit(), "n": vit().to("meta")}, {}, "m on cpu, n on meta"),
         ({"m": vit()}, {"device": "meta"}, r"\(meta\), got m on cpu"),
     ],
