@@ -31,7 +31,6 @@ _REQUIRED = {
     "trajectory.steps[]": ("removed",),
     "trajectory.recommended": ("step", "reason"),
     "variants[]": ("name", "label"),
-    "training[].epochs[]": ("epoch",),
     "kernel_paths[]": ("block", "attention", "mlp"),
     "checks[]": ("name", "ok"),
     "next_commands[]": ("what", "command"),

@@ -17,7 +17,6 @@ from ..runtime.formatting import (
     format_flops,
     format_list,
     format_milliseconds,
-    format_number,
     format_ranges,
     format_signed,
     format_size,
@@ -159,7 +158,6 @@ def sections(record: dict[str, Any]) -> list[Section]:
         _profile,
         report_selection.selection,
         _variants,
-        _training,
         training.loss_curve,
         _costs,
         _checks,
@@ -250,36 +248,6 @@ def _variants(record: dict[str, Any]) -> Section | None:
     figure = "variants" if any(v.get("top1") is not None for v in variants) else ""
     table = filled("Variants", columns, rows)
     return Section("variants", "Accuracy", [text], [table], figure, caption if figure else "")
-
-
-def _training(record: dict[str, Any]) -> Section | None:
-    runs = [run for run in record.get("training") or () if run.get("epochs")]
-    if not runs:
-        return None
-    digits = digits_of(record)
-    rows = []
-    for run in runs:
-        epochs = run["epochs"]
-        fades = [n for n, e in enumerate(epochs) if e.get("lambda") is not None]
-        last_fading = max((n for n in fades if epochs[n]["lambda"] > 0), default=-1)
-        gone = str(epochs[last_fading + 1]["epoch"]) if last_fading + 1 < len(epochs) else "never"
-        scores = [e["top1"] for e in epochs if e.get("top1") is not None and not e.get("lambda")]
-        last = epochs[-1]
-        rows.append(
-            [Cell(run.get("label") or run.get("name", "")), Cell(str(len(epochs))), Cell(gone if fades else NONE),
-             Cell(NONE if last.get("loss") is None else format_number(last["loss"])),
-             Cell(format_fixed(last.get("top1"), digits)), Cell(format_fixed(max(scores, default=None), digits))]
-        )  # fmt: skip
-    names = ("Epochs", "λ = 0 from epoch", "Last loss", "Last top-1, %", "Best top-1, %")
-    table = filled("Training runs", [Column("Run"), *(Column(name, True) for name in names)], rows)
-    caption = "Validation top-1, training loss and λ, the share of attention that is left, by epoch."
-    fading = any(epoch.get("lambda") for run in runs for epoch in run["epochs"])
-    text = (
-        ["Best leaves out the epochs with λ above 0: there the network is not yet the one that is kept."]
-        if fading
-        else []
-    )
-    return Section("training", "Training", text, [table], "training", caption)
 
 
 def _costs(record: dict[str, Any]) -> Section | None:

@@ -43,15 +43,6 @@ def made_up(blocks: int = 6, picks: int = 3) -> dict[str, Any]:
             "note": "", **more,
         }  # fmt: skip
 
-    def run(name: str, label: str, epochs: int, start: float, end: float, fade: int | None):
-        rows = []
-        for e in range(1, epochs + 1):
-            share = 1 - math.exp(-4 * e / epochs)
-            fading = None if fade is None else round(max(0.0, 1 - (e - 1) / fade), 4)
-            rows.append({"epoch": e, "loss": round(2.2 * (1 - share) + 0.12, 4),
-                         "top1": round(start + (end - start) * share, 2), "lambda": fading})  # fmt: skip
-        return {"name": name, "label": label, "epochs": rows}
-
     return {
         "title": "Smaller vision transformer: digits demo",
         "created": "2025-03-04T10:12:44+00:00",
@@ -76,9 +67,6 @@ def made_up(blocks: int = 6, picks: int = 3) -> dict[str, Any]:
             variant("random", "Control: random layers, diluted", spread, 88.3, 3.7, True),
             variant("first", f"Control: first {picks} layers, diluted", first, 76.9, 4.6, True, peak_memory_bytes=None),
         ],
-        "training": [run("baseline", "Baseline", 15, 20, 96.4, None),
-                     run("dilution", "Dilution of the picked layers", 20, 90, 95.6, 14),
-                     run("dilution-first", "Dilution of the first layers (control)", 20, 45, 76.9, 14)],
         "kernel_paths": [{"block": b, "attention": "removed" if b in layers else "kept", "mlp": "torch",
                           "reason": "no GPU: the fused kernel needs one"} for b in range(blocks)],
         "checks": [

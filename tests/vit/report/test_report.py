@@ -62,7 +62,7 @@ def test_page_is_accessible_and_follows_the_colour_scheme(written):
     page = Page(text)
     count = [tag for tag, _ in page.tags].count
     figures = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(figures) == count("figcaption") == 4
+    assert len(figures) == count("figcaption") == 3
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in figures)
     assert count("caption") == count("table") > 8
     assert all("scope" in attrs for tag, attrs in page.tags if tag == "th")
@@ -82,7 +82,7 @@ def test_every_section_variant_and_number_is_on_page_and_in_markdown(written):
     wanted += ["205 k", "171 k", "28.2 MFLOP", "23.4 MFLOP", "801 KiB", "9.00 MiB", "1.28 ms", "1.24–1.39", "13.9 ms"]
     wanted += ["94.0–98.1", "they overlap", "they are apart", "H(full) = 36.8 bits", FADE]
     wanted += [v["label"] for v in record["variants"]] + [f"{v['top1']:.1f}" for v in record["variants"]]
-    wanted += [run["label"] for run in record["training"]] + list(record["environment"].values())
+    wanted += list(record["environment"].values())
     wanted += [text for c in record["checks"] for text in (c["name"], c["value"], c["detail"])]
     wanted += record["not_exercised"] + record["warnings"] + record["selection"]["warnings"]
     wanted += [c["what"] for c in record["next_commands"]] + list(record["files"].values())
@@ -98,7 +98,7 @@ def test_page_and_markdown_follow_one_order(written):
     paths = written[1]
     page = re.findall(r"<h2[^>]*>([^<]+)</h2>", paths["html"].read_text(encoding="utf-8"))
     assert page == re.findall(r"^## (.+)$", paths["md"].read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert page == ["Key numbers", "Entropy by block", "Selection", "Accuracy", "Training", "Cost", "Checks",
+    assert page == ["Key numbers", "Entropy by block", "Selection", "Accuracy", "Cost", "Checks",
                     "Kernel path per block", "Environment", "Not exercised", "Warnings", "Next commands",
                     "Files"]  # fmt: skip
 
@@ -109,7 +109,7 @@ HOSTILE = 'a<script>alert("1")</script> & b | c *d* `e` $f$'
 def test_hostile_text_stays_text():
     record = made_up()
     record["title"] = record["summary"] = record["variants"][1]["label"] = record["checks"][0]["name"] = HOSTILE
-    record["training"][0]["label"] = record["next_commands"][0]["command"] = record["warnings"][0] = HOSTILE
+    record["next_commands"][0]["command"] = record["warnings"][0] = HOSTILE
     record["environment"]["device"] = record["profile"]["unit"] = HOSTILE + '" onload="x'
     page = Page(report._render("report.html.j2", record))
     assert page.text.count('<script>alert("1")</script> & b | c') > 6
@@ -122,7 +122,7 @@ def test_hostile_text_stays_text():
 
 def test_markdown_tables_are_well_formed_and_the_picture_is_named(written):
     text = written[1]["md"].read_text(encoding="utf-8")
-    assert assert_tables_are_whole(text) == 11
+    assert assert_tables_are_whole(text) == 10
     assert "](report.png)" in text
     assert "\n\n\n" not in text
 
@@ -150,15 +150,13 @@ def test_odd_but_honest_records_render(tmp_path):
         "flops": None,
     }
     record["variants"][3] |= {"top1": None, "top1_interval": None, "removed": list(range(0, 12, 2))}
-    record["training"][0]["epochs"] = record["training"][0]["epochs"][:1]
-    record["training"][1]["epochs"] = []
     record["checks"][1]["ok"] = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         paths = write_report(record, tmp_path)
     page = Page(paths["html"].read_text(encoding="utf-8")).text
     assert "1 of 3 checks failed" in page
-    assert "TE in bits: how far the output's entropy is" in page
+    assert "TE in bits: the drop of the output's entropy below the full model's" in page
     assert "FAILED" in page
     assert "FAILED" in printed(record, 80)
 
@@ -166,7 +164,7 @@ def test_odd_but_honest_records_render(tmp_path):
 @pytest.mark.parametrize(
     ("section", "heading"),
     [("profile", "Entropy by block"), ("selection", "Selection"), ("variants", "Accuracy"), ("variants", "Key numbers"),
-     ("variants", "Cost"), ("training", "Training"), ("checks", "Checks"), ("kernel_paths", "Kernel path per block"),
+     ("variants", "Cost"), ("checks", "Checks"), ("kernel_paths", "Kernel path per block"),
      ("environment", "Environment"), ("not_exercised", "Not exercised"), ("next_commands", "Next commands"),
      ("files", "Files")],
 )  # fmt: skip
@@ -301,12 +299,3 @@ def test_selection_without_rounds_is_still_told():
     record = {"selection": {"layers": [4, 1], "strategy": "random", "rounds": [], "entropy_full": None, "warnings": []}}
     assert "Picked, in this order: 4, 1 · strategy random." in printed(record, 80)
     assert "strategy random" in report._render("report.md.j2", record)
-
-
-def test_lambda_ends_when_the_layers_are_gone():
-    fades = [1.0, 0.5, 0.0, None]
-    epochs = [{"epoch": n, "loss": 1.0, "top1": 99.0 - n, "lambda": fade} for n, fade in enumerate(fades, 1)]
-    markdown = report._render("report.md.j2", {"training": [{"name": "dilution", "epochs": epochs}]})
-    assert "| dilution | 4 | 3 | 1.00 | 95.0 | 96.0 |" in markdown
-    assert report.figures._faded(fades) == [1.0, 0.5, 0.0, 0.0]
-    assert report.figures._faded([None, None]) == [None, None]

@@ -1,4 +1,4 @@
-"""The report's figures: what every pick does, entropy by block, selection scores, accuracy of the variants, training curves.
+"""The report's figures: what every pick does, entropy by block, selection scores, accuracy of the variants, loss curves.
 
 Every figure has the same width and takes the height its content needs; text sizes are then the same in all of them, for
 6 blocks and for 32.
@@ -14,11 +14,7 @@ from typing import Any
 from ..records.readings import baseline, digits_of
 from . import layers as profile_figures
 from . import selection, training
-from .style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure, numbers
-
-# Runs share a schedule, so their curves lie on each other: dashes let the lower one show.
-_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
-_MARKERS = ("o", "s", "^", "D")
+from .style import MUTED, PALETTE, PAPER, PICK, SERIES, Plot, new_figure
 
 
 def plots(record: dict[str, Any]) -> list[Plot]:
@@ -32,11 +28,6 @@ def plots(record: dict[str, Any]) -> list[Plot]:
     if measured:
         lines = sum(0.32 + 0.15 * _wrap(v["label"]).count("\n") for v in measured)
         found.append(Plot("variants", "Top-1 accuracy of the variants", 1.1 + lines, _draw_variants))
-    if any(run.get("epochs") for run in record.get("training") or ()):
-        panels = _training_panels(record)
-        legend = 0.24 * sum(bool(run.get("epochs")) for run in record["training"])
-        height = 0.55 + legend + 1.15 * sum(weight for _, _, weight in panels)
-        found.append(Plot("training", "Training", height, _draw_training))
     found += [plot] if (plot := training.course_plot(record)) else []
     return found
 
@@ -139,54 +130,3 @@ def _draw_variants(figure: Any, record: dict[str, Any]) -> None:
         label = "full model" if full["name"] == "full" else "reference"
         handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle="--", label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-
-
-def _training_panels(record: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(key, axis label, height in panels) of what the epochs carry."""
-    epochs = [epoch for run in record["training"] for epoch in run.get("epochs") or ()]
-    panels = (("top1", "top-1 (%)", 1.5), ("loss", "training loss", 1.0), ("lambda", "λ", 0.7))
-    return [panel for panel in panels if any(epoch.get(panel[0]) is not None for epoch in epochs)]
-
-
-def _faded(values: list[float | None]) -> list[float | None]:
-    """λ by epoch: where there was one before, none means that the layers are gone."""
-    first = next((n for n, value in enumerate(values) if value is not None), len(values))
-    return [0.0 if value is None and n > first else value for n, value in enumerate(values)]
-
-
-def _draw_training(figure: Any, record: dict[str, Any]) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    panels = _training_panels(record)
-    runs = [run for run in record["training"] if run.get("epochs")]
-    if not panels:
-        return
-    weights = [weight for _, _, weight in panels]
-    stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=weights)[:, 0]
-    handles = []
-    for index, run in enumerate(runs):
-        epochs = [epoch["epoch"] for epoch in run["epochs"]]
-        look: dict[str, Any] = {
-            "color": SERIES[index % len(SERIES)],
-            "linestyle": _DASHES[index % len(_DASHES)],
-            "marker": _MARKERS[index % len(_MARKERS)] if len(epochs) <= 30 else "",
-            "markersize": 3.5,
-            "linewidth": 1.5,
-        }
-        for axes, (key, _, _) in zip(stack, panels, strict=True):
-            values = [epoch.get(key) for epoch in run["epochs"]]
-            if key == "lambda":
-                values = _faded(values)
-            axes.plot(epochs, numbers(values), **look)
-        label = textwrap.shorten(run.get("label") or run.get("name", ""), 80, placeholder=" …")
-        handles.append(Line2D([], [], label=label, **look))
-    for axes, (key, label, _) in zip(stack, panels, strict=True):
-        axes.set_ylabel(label)
-        if key == "lambda":
-            axes.set_ylim(-0.08, 1.08)
-            axes.set_yticks([0, 0.5, 1])
-    stack[-1].set_xlabel("epoch")
-    stack[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.align_ylabels(list(stack))
-    figure.legend(handles=handles, loc="outside lower left", ncols=1)
