@@ -273,7 +273,7 @@ class _Demo:
         summary = (
             f"Without the attention of blocks {layers} ({len(picks['nose'].layers)} of {len(full.blocks)}) the model has "
             f"{smaller:.0f} % fewer parameters. Top-1 is {after['top1']:.1f} % after dilution against "
-            f"{before['top1']:.1f} % with all its attention ({untrained['top1']:.1f} % with nothing trained, "
+            f"{before['top1']:.1f} % with all its attention ({untrained['top1']:.1f} % without training, "
             f"{by_name['first diluted']['top1']:.1f} % with the first {len(picks['first'].layers)} removed instead, "
             f"{by_name['full tuned']['top1']:.1f} % for the full model trained as long). "
             f"Dilution against dropping at once: {after['top1']:.1f} and {by_name['nose dropped']['top1']:.1f} %; on "
@@ -349,7 +349,7 @@ def next_commands(folder: Path) -> list[dict[str, str]]:
             "--recipe short --data path/to/images --out runs/finetune",
         },
         {
-            "what": "Or remove it at once, with nothing trained",
+            "what": "Or remove it at once, without training",
             "command": "lambda-vit convert --model deit_small_patch16_224 --pretrained --selection runs/select "
             "--out smaller/",
         },

@@ -172,7 +172,7 @@ def sections(record: dict[str, Any]) -> list[Section]:
         sections.append(Section("environment", "Environment", tables=[table]))
     if items := record.get("not_exercised"):
         title = f"Not {tried(record)}"
-        sections.append(Section("not-exercised", title, ["This run says nothing about:"], items=items))
+        sections.append(Section("not-exercised", title, ["This run did not cover:"], items=items))
     if items := warnings(record):
         sections.append(Section("warnings", "Warnings", items=items))
     if (commands := record.get("next_commands")) and not any(section.commands for section in sections):
@@ -202,9 +202,11 @@ def _profile(record: dict[str, Any]) -> Section | None:
     what = " and ".join("mean log₂ σ" if name == "gaussian" else f"{name} estimator".strip() for name in names)
     caption = f"Entropy of each attention's and each MLP's output, per channel ({what}, {profile.get('unit', 'bits')})."
     if "gaussian" in names:
-        caption += " The Gaussian's additive constant is left out: differences count, and negative values are usual."
+        caption += (
+            " The Gaussian's additive constant is omitted: only differences matter, and negative values are common."
+        )
     if len(names) > 1:
-        caption += " Both panels span the same range of bits: normal channels stand at one height in both."
+        caption += " Both panels span the same range of bits, so that normal channels have the same height in both."
     for name in names:
         if bottom := lowest(profile, name)[:1]:
             least = next(row for row in blocks if row["block"] == bottom[0])
@@ -242,7 +244,7 @@ def _variants(record: dict[str, Any]) -> Section | None:
     if any(row[2].text != NONE for row in rows):
         text += " Identity is the factor on the skip path of a block whose attention is removed."
     caption = (
-        "Top-1 with its 95 % interval. Filled: trained as it stands; hollow: attention removed and nothing trained. "
+        "Top-1 with its 95 % interval. Filled: trained; hollow: attention removed without training. "
         "Dashed line and band: the full model and its interval."
     )
     figure = "variants" if any(v.get("top1") is not None for v in variants) else ""
@@ -297,7 +299,7 @@ def _paths(record: dict[str, Any]) -> Section | None:
     rows = [[Cell(str(p["block"])), Cell(p["attention"]), Cell(p["mlp"]), Cell(p.get("reason") or "")] for p in paths]
     tally = {name: sum(p["mlp"] == name for p in paths) for name in dict.fromkeys(p["mlp"] for p in paths)}
     gone = sum(p["attention"] == "removed" for p in paths)
-    text = f"Attention is gone from {gone} of {len(paths)} blocks. MLP halves by path: "
+    text = f"Attention was removed from {gone} of {len(paths)} blocks. MLP halves by path: "
     text += ", ".join(f"{name} {number}" for name, number in tally.items()) + "."
     columns = [Column("Block", True), Column("Attention"), Column("MLP runs on"), Column("Why")]
     return Section("kernel-paths", "Kernel path per block", [text], [Table("Kernel path per block", columns, rows)])

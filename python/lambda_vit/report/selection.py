@@ -38,7 +38,7 @@ from .records.scores import (
     score_unit,
 )
 
-_OUTPUTS = {"logits": "the logits", "pre_logits": "what goes into the classifier"}
+_OUTPUTS = {"logits": "the logits", "pre_logits": "the input of the classifier"}
 
 
 def check(record: Mapping[str, Any]) -> None:
@@ -71,15 +71,17 @@ def headline(record: Mapping[str, Any]) -> str:
     number, step = found
     last = len(_steps(record)) - 1
     if not number:
-        return "Recommended without training: keep every attention layer." if last else "No attention layer was picked."
+        return (
+            "Recommended without training: retain every attention layer." if last else "No attention layer was picked."
+        )
     full, digits = _steps(record)[0], digits_of(record)
     noun = "block" if number == 1 else "blocks"
     picks = f"{number} of {last} picks" if last > 1 else "the only pick"
     text = f"Recommended: remove the attention of {noun} {format_ranges(step['removed'])} ({picks})."
     if step.get("top1") is not None and full.get("top1") is not None:
-        text += f" With nothing trained, top-1 goes from {full['top1']:.{digits}f} to {step['top1']:.{digits}f} %"
+        text += f" Without training, top-1 changes from {full['top1']:.{digits}f} to {step['top1']:.{digits}f} %"
     elif step.get("agreement") is not None:
-        text += f" With nothing trained, {step['agreement']:.{digits}f} % of the answers stay the full model's"
+        text += f" Without training, {step['agreement']:.{digits}f} % of the answers match the full model's"
     else:
         return text
     gains = [f"{step['speedup']:.2f} times the images per second"] if step.get("speedup") else []
@@ -107,7 +109,7 @@ def key_numbers(record: Mapping[str, Any]) -> dict[str, Any] | None:
         if span:
             ends = " to ".join(format_signed(end, digits) for end in span)
             note = f"95 % interval of the difference {ends}: it {_holds_zero(span)} 0"
-        add("Top-1, nothing trained", f"{full['top1']:.{digits}f} %", f"{step['top1']:.{digits}f} %", change, note)
+        add("Top-1 without training", f"{full['top1']:.{digits}f} %", f"{step['top1']:.{digits}f} %", change, note)
     if step.get("agreement") is not None:
         change = f"{format_signed(step['agreement'] - 100, digits)} points"
         add("Same answer as the full model", "100 %", f"{step['agreement']:.{digits}f} %", change)
@@ -263,7 +265,7 @@ def _settings(chosen: Mapping[str, Any]) -> Table:
     rows = [("Strategy", f"{strategy}: {known.report}" if known else strategy)]
     if (chosen.get("beam") or 1) > 1:
         beam = (
-            f"the {chosen['beam']} best sets of layers are kept after each round; shown are the rounds that led to the"
+            f"each round retains the {chosen['beam']} best sets of layers; the report shows the rounds that led to the"
         )
         rows.append(("Beam", f"{beam} winning set"))
     if known is None or known.criterion is not None:
@@ -319,7 +321,7 @@ def _scores_caption(chosen: Mapping[str, Any], once: bool) -> str:
     meaning = _describe_criterion(name)
     if once:
         text = f"{in_unit(chosen)}{': ' if meaning else ''}{meaning}. " if meaning else f"{in_unit(chosen)}. "
-        text += f"Every layer was scored alone on the full model; the {len(chosen['layers'])} picked ones are filled"
+        text += f"Every layer was scored alone on the full model; the {len(chosen['layers'])} picks are filled"
         return text + " and numbered in their order."
     meaning = meaning.replace("without this attention", "without this attention as well")
     if signed:
@@ -328,9 +330,11 @@ def _scores_caption(chosen: Mapping[str, Any], once: bool) -> str:
         ]
     text = f"{in_unit(chosen)}: {meaning}. " if meaning else f"{in_unit(chosen)}. "
     if lowest_picked(chosen):
-        text += "Each round removes the lowest (outlined) and scores the rest again; grey blocks are gone already. "
+        text += (
+            "Each round removes the lowest (outlined) and scores the others again; grey blocks were removed earlier. "
+        )
     else:
-        text += "Outlined: what each round of the winning set removed; grey blocks are gone already. "
+        text += "Outlined: the layer that each round of the winning set removed; grey blocks were removed earlier. "
     scale = "sign" if signed else "logarithm, so that small scores stay apart"
     return f"{text}Colour follows the {scale}."
 

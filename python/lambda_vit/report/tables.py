@@ -196,7 +196,7 @@ def plan_notes(result: Plan) -> list[str]:
     shape = "×".join(map(str, result.input_shape))
     lines += [
         "",
-        "What this rests on:",
+        "Assumptions:",
         f"- {result.images:,} images per epoch, {result.batch_size} per step and device; the last step of an epoch counts "
         "in full.",
         f"- Steps were timed here on random {result.dtype} images of {shape}: forward, loss, backward, clipping, AdamW.",

@@ -66,13 +66,13 @@ def _removed(record: Mapping[str, Any]) -> str:
     run, blocks = _run(record), (record.get("model") or {}).get("blocks")
     layers = run.get("layers") or ()
     if not layers:
-        return "Nothing was removed: the model was trained as it is."
+        return "No attention was removed: the model was trained unchanged."
     which = f"The attention of block{'s' * (len(layers) > 1)} {format_ranges(layers)}"
     which += f" ({len(layers)} of {blocks})" if blocks else ""
     boundary = run.get("boundary")
     if boundary is None:
-        return f"{which} was dropped before the first step, and the rest was trained on."
-    return f"{which} was faded out and deleted: λ reached 0 {_place(run, boundary['step'])}."
+        return f"{which} was removed before the first step, and the model was trained without it."
+    return f"{which} was faded out and removed: λ reached 0 {_place(run, boundary['step'])}."
 
 
 def _sizes(record: Mapping[str, Any]) -> str:
@@ -90,31 +90,31 @@ def _sizes(record: Mapping[str, Any]) -> str:
 def _answers(record: Mapping[str, Any]) -> str:
     before, after, digits = _row(record, "full"), _row(record, "model"), digits_of(record)
     if after.get("top1") is None:
-        return "Its accuracy was not measured."
+        return "The accuracy of the model was not measured."
     images = after.get("images")
     text = f"Top-1 is {_accuracy(after, digits)}"
     text += f" on {images:,} images," if images else ","
-    text += " measured on the model loaded back from disk"
+    text += " measured on the model loaded from disk"
     if before.get("top1") is None:
-        return text + "; before the training it was not measured."
+        return text + "; it was not measured before training."
     if before.get("trained") is False:
-        return f"{text}; before the training the classifier was new. In brackets: the 95 % interval."
-    name = "the full model" if _run(record).get("layers") else "the model as it was"
+        return f"{text}; the classifier was new before training. In brackets: the 95 % interval."
+    name = "the full model" if _run(record).get("layers") else "the original model"
     return f"{text}; {name} has {_accuracy(before, digits)}. In brackets: 95 % intervals."
 
 
 def _weights(run: Mapping[str, Any]) -> str:
     """Which weights the best are: "the averaged weights (EMA 0.9999)"."""
     if run["best"].get("weights") != "ema":
-        return "the weights themselves, not their average," if (run.get("recipe") or {}).get("ema") else "the weights"
-    return f"the averaged weights (EMA, decay {run['recipe']['ema']:g})"
+        return "the weights (not their moving average)" if (run.get("recipe") or {}).get("ema") else "the weights"
+    return f"the moving average of the weights (EMA, decay {run['recipe']['ema']:g})"
 
 
 def _kept(record: Mapping[str, Any]) -> str:
     run = _run(record)
     if not run.get("best"):
         return ""
-    return f"Kept are {_weights(run)} of epoch {run['best']['epoch']}."
+    return f"The saved model is {_weights(run)} of epoch {run['best']['epoch']}."
 
 
 def _unfinished(run: Mapping[str, Any]) -> str:
@@ -123,10 +123,10 @@ def _unfinished(run: Mapping[str, Any]) -> str:
     done = f"{len(run['history'])} of {epochs} epoch{'s' * (epochs != 1)} ({position:,} of {steps:,} steps)"
     status = run.get("status")
     if status == "failed":
-        return f"Failed after {done}: {run.get('error') or 'no reason was noted'}."
+        return f"Failed after {done}: {run.get('error') or 'the log has no reason'}."
     if status == "stopped":
-        return f"Stopped on a signal after {done}; the same command goes on from there."
-    return f"Not finished: {done} were done when this was written."
+        return f"Stopped by a signal after {done}; run the same command again to resume."
+    return f"Not finished: {done} were done when this report was written."
 
 
 def _interim(record: Mapping[str, Any]) -> str:
@@ -144,11 +144,13 @@ def _interim(record: Mapping[str, Any]) -> str:
         best = run["best"]
         text += f" The best so far, after epoch {best['epoch']}: top-1 {_accuracy(best, digits)}"
         full = _row(record, "full")
-        return text + (f"; the full model has {_accuracy(full, digits)}." if full.get("top1") is not None else ".")
+        return text + (f"; the full model reaches {_accuracy(full, digits)}." if full.get("top1") is not None else ".")
     measured = [row for row in run["history"] if row.get("top1") is not None]
     if measured and fading:
         last = measured[-1]
-        text += f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, not yet that of the smaller network."
+        text += (
+            f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, measured before the attention was gone."
+        )
     return text
 
 
@@ -160,7 +162,7 @@ def status(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return []
     resumed = sum(event["kind"] == "resume" for event in run["events"])
     found = [("result", *words.get(run.get("status") or "", ("not finished", "pick")))]
-    found += [("events", f"went on after {resumed} stop{'s' * (resumed > 1)}", "")] if resumed else []
+    found += [("events", f"resumed after {resumed} stop{'s' * (resumed > 1)}", "")] if resumed else []
     return found
 
 
@@ -194,20 +196,20 @@ def result(record: Mapping[str, Any]) -> Section | None:
         text += [_choice(record)]
         if run.get("result"):
             text.append(
-                "Accuracy was counted on the folder model/ after training: written, loaded back with from_pretrained, and run "
-                "over the validation images."
+                "Accuracy was measured after training on the folder model/, loaded with from_pretrained, on all "
+                "validation images."
             )
             text += _difference(record)
     else:
-        text.append(f"{_unfinished(run)} Nothing here is a final figure.")
+        text.append(f"{_unfinished(run)} No figure in this report is final.")
     untrained = _row(record, "untrained")
     if untrained.get("top1") is not None:
-        text.append(f"With the attention removed and nothing trained, top-1 is {_accuracy(untrained, digits)}.")
+        text.append(f"With the attention removed and without training, top-1 is {_accuracy(untrained, digits)}.")
     if boundary := run.get("boundary"):
         bound = f" (allowed: {format_scientific(boundary['bound'])})" if boundary.get("bound") is not None else ""
         moved = f"by more than {format_scientific(boundary['difference'])}" if boundary["difference"] else "at all"
         text.append(
-            f"λ reached 0 {_place(run, boundary['step'])}. Deleting the attention there moved no logit {moved}{bound}."
+            f"λ reached 0 {_place(run, boundary['step'])}. Removing the attention there changed no logit {moved}{bound}."
         )
     return Section("result", "Result", text, commands=list(record.get("next_commands") or ()))
 
@@ -222,10 +224,10 @@ def _difference(record: Mapping[str, Any]) -> list[str]:
         return []
     ends = " to ".join(format_signed(end, digits) for end in span)
     change = format_signed(after["top1"] - before["top1"], digits)
-    verdict = "which chance alone could have made" if span[0] <= 0 <= span[1] else "more than chance"
+    verdict = "which chance alone may explain" if span[0] <= 0 <= span[1] else "more than chance"
     return [
         f"Both models answered the same images: the difference is {change} points (95 % interval {ends}), {verdict}. "
-        "The interval knows the images' chance, not that of the training."
+        "The interval covers the sampling of validation images, not the variation between training runs."
     ]
 
 
@@ -233,25 +235,25 @@ def _choice(record: Mapping[str, Any]) -> str:
     run = _run(record)
     best = run.get("best")
     if not best:
-        return "There were no validation images: the weights kept are those of the last step."
+        return "There were no validation images: the saved model has the weights of the last step."
     rated = [row for row in run["history"] if row.get("attention") != "diluting" and row.get("top1") is not None]
     measured = sum(1 + (row.get("top1_ema") is not None) for row in rated)
-    text = f"Kept are {_weights(run)} of epoch {best['epoch']} (step {best['step']:,}): "
-    gone = " since the attention is gone" if run.get("layers") else ""
+    text = f"The saved model is {_weights(run)} of epoch {best['epoch']} (step {best['step']:,}): "
+    gone = " since the attention was removed" if run.get("layers") else ""
     if measured < 2:
-        return f"{text}the only ones that were measured{gone}."
+        return f"{text}the only ones measured{gone}."
     text += (
-        f"the highest top-1 of {measured} measurements{gone}. The choice was made on the same images, which flatters the "
+        f"the highest top-1 of {measured} measurements{gone}. The same images served for this choice, which flatters the "
         "figure a little"
     )
-    return text + ("; accuracies from before, with λ above 0, never count." if run.get("boundary") else ".")
+    return text + ("; accuracies with λ above 0 do not count." if run.get("boundary") else ".")
 
 
 _SHOWN = {
     "top1": "top-1 on the validation images",
     "loss": "the loss",
-    "lambda": "λ, the share of attention that is left",
-    "lr": "the highest learning rate of any parameter",
+    "lambda": "λ, the remaining share of attention",
+    "lr": "the highest learning rate of all parameters",
 }
 
 
@@ -266,28 +268,28 @@ def loss_curve(record: Mapping[str, Any]) -> Section | None:
     text = []
     if any(row.get("attention") == "diluting" and row.get("top1") is not None for row in run["history"]):
         text.append(
-            "Accuracies with λ above 0 (hollow) are those of a network that still has part of the attention: they say how "
-            "the fading goes, not how good the smaller model is."
+            "Accuracies with λ above 0 (hollow) belong to a network that still has part of its attention: they show how "
+            "dilution proceeds, not how good the smaller model is."
         )
     if not any(row.get("top1") is not None for row in run["history"]):
         over = run.get("status") == "finished"
         text.append("No accuracy was measured during training." if over else "No accuracy was measured yet.")
     if run.get("memory_bytes") is not None:
         where = "main memory" if str(run.get("device") or "cpu").startswith("cpu") else "memory"
-        text.append(f"Most {where} that a process had while training: {format_size(run['memory_bytes'])}.")
+        text.append(f"Peak {where} of a process during training: {format_size(run['memory_bytes'])}.")
     caption = f"From the top: {'; '.join(_SHOWN[name] for name in panels(run))}."
     if any("loss_low" in point for point in run["course"]):
         caption += (
             " Each point of the loss stands for several logged steps; the band spans the lowest and highest of them."
         )
     if run.get("recipe", {}).get("mixup") or run.get("recipe", {}).get("cutmix"):
-        caption += " The loss is that of mixed images, hence high however good the model is."
+        caption += " The loss includes mixed images, so it stays high even for a good model."
     return Section("training", "Training", text, tables, "course", caption)
 
 
 def _phases(record: Mapping[str, Any]) -> Table | None:
     run, digits = _run(record), digits_of(record)
-    names = {"diluting": "Attention fading", "removed": "Attention gone", "full": "Training"}
+    names = {"diluting": "Attention fading", "removed": "Attention removed", "full": "Training"}
     rows = []
     for key, label in names.items():
         epochs = [row for row in run["history"] if (row.get("attention") or "full") == key]
@@ -326,7 +328,7 @@ _MOST_EPOCHS = 50
 def _epochs(record: Mapping[str, Any]) -> Table | None:
     run, digits = _run(record), digits_of(record)
     best = run.get("best") or {}
-    words = {"diluting": "fading", "removed": "gone", "full": "all there"}
+    words = {"diluting": "fading", "removed": "removed", "full": "complete"}
     rows = []
     every = -(-len(run["history"]) // _MOST_EPOCHS)
     for row in _some(run, every):
@@ -345,7 +347,7 @@ def _epochs(record: Mapping[str, Any]) -> Table | None:
         )  # fmt: skip
     names = ("Epoch", "Step", "Loss", "Top-1, %", "Top-1 averaged, %")
     columns = [*(Column(name, True) for name in names), Column("Attention"), Column("λ", True), Column("Time", True)]
-    name = "Every epoch" if every < 2 else f"One epoch in {every}, and those that matter (log.jsonl has all)"
+    name = "Every epoch" if every < 2 else f"One epoch in {every}, and the decisive ones (log.jsonl has all)"
     return dataclasses.replace(filled(name, columns, rows), folded=True) if rows else None
 
 
@@ -363,7 +365,7 @@ def _some(run: Mapping[str, Any], every: int) -> list[Mapping[str, Any]]:
 
 
 _KINDS = {
-    "resume": "went on", "boundary": "attention deleted", "notice": "notice", "start": "started", "stop": "stopped",
+    "resume": "resumed", "boundary": "attention removed", "notice": "notice", "start": "started", "stop": "stopped",
 }  # fmt: skip
 
 
@@ -399,7 +401,7 @@ def recipe(record: Mapping[str, Any]) -> Section | None:
 
     defaults, used = Recipe().to_dict(), run["recipe"]
     changed = [name for name, value in used.items() if name not in defaults or defaults[name] != value]
-    text = "All defaults." if not changed else "Not the defaults: "
+    text = "All defaults." if not changed else "Changed from the defaults: "
     text += ", ".join(f"{name} {_value(used[name])}" for name in changed) + "." * bool(changed)
     rows = [
         [Cell(name, tone="pick" if name in changed else ""), Cell(_value(value), tone="pick" if name in changed else ""),

@@ -83,7 +83,7 @@ def selection_record(
         "next_commands": [
             {"what": "Fade these layers out while training, then delete them:",
              "command": f"lambda-vit finetune {data} \\\n  --selection runs/select/selection.json --out runs/diluted"},
-            {"what": "Remove them as they are, with nothing trained:",
+            {"what": "Remove them as they are, without training:",
              "command": f"lambda-vit convert --model {name} --pretrained --selection runs/select/selection.json --out smaller"},
         ],
         "files": {"selection.json": "the picks and every score", "report.html": "this report as one page"},

@@ -324,7 +324,7 @@ def test_a_new_classifier_follows_the_seed_alone(finetune, tmp_path):
     first, second = (from_pretrained(tmp_path / place / "model").state_dict() for place in ("one", "two"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     report = (tmp_path / "two" / "report.md").read_text()
-    assert "before the training the classifier was new" in report
+    assert "the classifier was new before training" in report
     assert "Both models answered the same images" not in report
 
 

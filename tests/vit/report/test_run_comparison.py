@@ -72,8 +72,8 @@ def test_nothing_removed_is_compared_with_what_it_was(tmp_path):
         ("full", "As it was", []), ("model", "Fine-tuned", [])
     ]  # fmt: skip
     text = Page(report_training.write_training_report(tmp_path)["html"].read_text(encoding="utf-8")).text
-    assert "Nothing was removed: the model was trained as it is." in text
-    assert "the model as it was has" in text
+    assert "No attention was removed: the model was trained unchanged." in text
+    assert "the original model has" in text
 
 
 @pytest.mark.parametrize(("allowed", "names"), [(0, []), (3, ["full"])])

@@ -113,8 +113,8 @@ def test_key_numbers_are_those_of_the_recommended_step():
     number = record["trajectory"]["recommended"]["step"]
     full, step = record["trajectory"]["steps"][0], record["trajectory"]["steps"][number]
     rows = {row["name"]: row for row in compared["rows"]}
-    assert rows["Top-1, nothing trained"]["after"] == f"{step['top1']:.1f} %"
-    assert rows["Top-1, nothing trained"]["note"].startswith("95 % interval of the difference −")
+    assert rows["Top-1 without training"]["after"] == f"{step['top1']:.1f} %"
+    assert rows["Top-1 without training"]["note"].startswith("95 % interval of the difference −")
     assert rows["Same answer as the full model"]["after"] == f"{step['agreement']:.1f} %"
     assert rows["Parameters"]["change"] == formatting.format_change(full["parameters"], step["parameters"])
     assert rows["Images per second, batch 64"]["after"] == f"{step['images_per_second']:.0f}"
@@ -125,7 +125,7 @@ def test_nothing_recommended_has_no_key_numbers():
     record = selection_record()
     record["trajectory"]["recommended"] = {"step": 0, "reason": "Too much is lost at once."}
     assert selection.key_numbers(record) is None
-    assert "Recommended without training: keep every attention layer." in markdown(record)
+    assert "Recommended without training: retain every attention layer." in markdown(record)
     assert "Too much is lost at once." in printed(record, 80)
 
 

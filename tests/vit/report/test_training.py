@@ -88,11 +88,11 @@ def test_a_finished_run_says_what_was_removed_and_how_good_it_is(tmp_path):
     run = record["finetuning"]
     low, high = run["result"]["top1_interval"]
     for words in (
-        "attention of blocks 3, 5–7 (4 of 12) was faded out and deleted",
+        "attention of blocks 3, 5–7 (4 of 12) was faded out and removed",
         "λ reached 0 in epoch 23, after step 14,063",
         "Parameters 22.1 M → 19.7 M (−10.7 %), FLOPs per image 9.20 GFLOP → 7.90 GFLOP (−14.1 %)",
         f"Top-1 is {run['result']['top1']:.2f} % ({low:.2f}–{high:.2f}) on 50,000 images",
-        "measured on the model loaded back from disk",
+        "measured on the model loaded from disk",
         "the full model has 79.83 %",
         f"Kept are the averaged weights (EMA, decay 0.9999) of epoch {run['best']['epoch']}",
     ):
@@ -101,7 +101,7 @@ def test_a_finished_run_says_what_was_removed_and_how_good_it_is(tmp_path):
     assert "the highest top-1 of 16 measurements since the attention is gone" in whole
     assert "moved no logit by more than 3.1e−06 (allowed: 1.3e−03)" in whole
     assert "(95 % interval −1." in whole
-    assert "With the attention removed and nothing trained, top-1 is 58.71 %" in whole
+    assert "With the attention removed and without training, top-1 is 58.71 %" in whole
     assert [check["ok"] for check in record["checks"]] == [True, True]
 
 
@@ -114,9 +114,9 @@ def test_a_running_run_claims_nothing_final(tmp_path):
     text = training.headline(record)
     assert text.startswith("Not finished: 9 of 30 epochs (940 of 3,000 steps)")
     assert "is still there in part" in text
-    assert "not yet that of the smaller network" in text
+    assert "measured before the attention was gone" in text
     assert "Key numbers" not in plain(record)
-    assert [name for _, name, _ in training.status(record)] == ["not finished", "went on after 1 stop"]
+    assert [name for _, name, _ in training.status(record)] == ["not finished", "resumed after 1 stop"]
     assert "not_exercised" not in record
 
 
@@ -201,12 +201,12 @@ def test_a_long_run_is_a_small_report(tmp_path):
 def test_what_was_not_measured_is_said(tmp_path):
     record = record_of(tmp_path, **CASES["nothing compared"])
     whole = plain(record)
-    assert "before the training it was not measured" in whole
+    assert "it was not measured before training" in whole
     assert "how accurate the model was on these images before" in whole
     assert "latency and throughput" in whole
     assert "FLOPs and memory of a forward" in whole
     no_images = record_of(tmp_path / "b", **CASES["no validation"])
-    assert "Its accuracy was not measured." in training.headline(no_images)
+    assert "The accuracy of the model was not measured." in training.headline(no_images)
     assert "there were no validation images" in plain(no_images)
     assert "## Accuracy" not in plain(no_images)
 
@@ -218,7 +218,7 @@ def test_a_new_classifier_is_no_rival(tmp_path):
         row if row["name"] == "model" else {**row, "trained": False} for row in rows
     ]  # as `rows_before` marks them
     record = changed(tmp_path, command=f"{COMMAND} --num-classes 100", variants=marked)
-    assert "before the training the classifier was new" in training.headline(record)
+    assert "the classifier was new before training" in training.headline(record)
     assert "Top-1 accuracy" not in plain(record)
     assert "Both models answered" not in plain(record)
     assert "--reference" not in record["next_commands"][0]["command"]
@@ -251,9 +251,9 @@ def test_resumes_notices_and_skipped_images_are_told(tmp_path):
         log.write('{"kind": "unheard", "step": 3, "what": "of"}\nnot json\n{"kind": "step", "step": 99999')
     record = changed(folder, unreadable=["a/1.png", "a/2.png"])
     whole = plain(record)
-    for words in ("| 4,000 | went on | 4 processes |", "| 13,000 | went on", "checkpoint 7 is <damaged", "| what of |",
+    for words in ("| 4,000 | resumed | 4 processes |", "| 13,000 | resumed", "checkpoint 7 is <damaged", "| what of |",
                   "2 unreadable images left out: a/1.png; a/2.png", "1 line of log.jsonl could not be read",
-                  "attention deleted | of blocks 3, 5–7; largest difference of a logit 3.1e−06",
+                  "attention removed | of blocks 3, 5–7; largest difference of a logit 3.1e−06",
                   "2025-03-04 10:12:44.001"):  # fmt: skip
         assert words in whole
     assert record["finetuning"]["position"] == 16_000
@@ -262,7 +262,9 @@ def test_resumes_notices_and_skipped_images_are_told(tmp_path):
 
 def test_the_recipe_is_whole_and_shows_what_is_not_the_default(tmp_path):
     whole = plain(record_of(tmp_path, steps_per_epoch=20, lr=3e-4, freeze=("embed", 2)))
-    assert "Not the defaults: batch_size 2048, micro_batch 256, lr 0.0003, ema 0.9999, freeze embed, 2." in whole
+    assert (
+        "Changed from the defaults: batch_size 2048, micro_batch 256, lr 0.0003, ema 0.9999, freeze embed, 2." in whole
+    )
     for name in Recipe().to_dict():
         assert f"| {name} |" in whole
 
@@ -319,7 +321,7 @@ def test_command_writes_the_report_again(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    assert "Stopped on a signal after 26 of 30 epochs" in " ".join(capsys.readouterr().out.split())
+    assert "Stopped by a signal after 26 of 30 epochs" in " ".join(capsys.readouterr().out.split())
     assert (folder / "report.html").exists()
 
 

@@ -150,14 +150,14 @@ def test_reason_names_blocks_figures_next_pick_and_noise():
     interval = f"{low:+.1f} to {high:+.1f} points".replace("-", "−")
     for words in (
         "Remove the attention of blocks 5 and 6: the first 2 of 3 picks.",
-        "With nothing trained, top-1 is 76.0 %, against 79.5 % of the full model: 3.5 points less, within the tolerance of "
+        "Without training, top-1 is 76.0 %, compared with 79.5 % for the full model: 3.5 points less, within the tolerance of "
         "5 points, as after every earlier pick.",
-        "The next pick, block 7, takes top-1 to 70.5 %: 9.0 points less, more than the tolerance of 5 points",
+        "The next pick, block 7, changes top-1 to 70.5 %: 9.0 points less, more than the tolerance of 5 points",
         f"On the same 200 images, the 95 % interval of the difference is {interval}: it includes 0",
-        "One percent stands for 2 images.",
-        "The images were held out: none of them was used for picking.",
-        "Training after the removal usually wins accuracy back; how much, these figures cannot predict.",
-        "This does not meet what was asked for (3 layers): that takes all 3 picks, block 7 too",
+        "One percent corresponds to 2 images.",
+        "The images were held out: none of them was used for the selection.",
+        "Training after the removal usually recovers accuracy; these figures cannot predict how much.",
+        "This does not meet the budget (3 layers), which requires all 3 picks, block 7 too",
     ):
         assert words in reason
     assert len(reason.splitlines()) == 3
@@ -167,18 +167,18 @@ def test_reason_says_when_the_loss_is_more_than_chance_and_when_the_choice_could
     steps = made([80.0, 76.0, 74.0], [100.0, 95.0, 92.0])
     reason = recommend(steps, images=20_000)["reason"]
     assert "the loss is more than chance" in reason
-    assert "One percent stands for" not in reason
+    assert "One percent corresponds to" not in reason
     assert "80.00 %" in reason
-    assert "more images could decide otherwise" not in reason
-    assert "more images could decide otherwise" in recommend(steps, images=300)["reason"]
+    assert "more images may change the decision" not in reason
+    assert "more images may change the decision" in recommend(steps, images=300)["reason"]
 
 
 def test_all_picks_within_the_tolerance():
     reason = recommend(made([80.0, 79.0, 81.0]), wanted="85 % of the parameters", held_out=False)["reason"]
     assert "all 2 picks" in reason
     assert "no loss, and every earlier pick stays within the tolerance of 5 points" in reason
-    assert "nothing here says that one more layer would be too many" in reason
-    assert "This meets what was asked for: 85 % of the parameters." in reason
+    assert "All picks stay within the tolerance: removing more layers may be possible" in reason
+    assert "This meets the budget: 85 % of the parameters." in reason
     assert "were not held out" in reason
     assert "next pick" not in reason
 
@@ -192,20 +192,20 @@ def test_the_only_pick():
 def test_nothing_is_recommended_where_the_first_pick_is_too_much():
     reason = recommend(made([80.0, 60.0, 78.0]), images=100, wanted="2 layers")["reason"]
     assert reason.startswith(
-        "Remove nothing unless you train afterwards. The first pick, block 5, takes top-1 to 60.0 %"
+        "Remove no layer unless you train afterwards. The first pick, block 5, changes top-1 to 60.0 %"
     )
-    assert "After 2 picks it is within the tolerance again" in reason
-    assert "does not meet what was asked for (2 layers): that takes all 2 picks, and training" in reason
+    assert "Accuracy returns within the tolerance after 2 picks" in reason
+    assert "does not meet the budget (2 layers), which requires all 2 picks, and training" in reason
     assert "interval of the difference" not in reason.splitlines()[1]
     only = recommend(made([80.0, 60.0]), wanted="1 layer")["reason"]
-    assert "does not meet what was asked for (1 layer): that takes the only pick, and training" in only
+    assert "does not meet the budget (1 layer), which requires the only pick, and training" in only
 
 
 def test_without_labels_agreement_decides():
     steps = made([None] * 4, [100.0, 97.0, 95.0, 90.0])
     found = recommend(steps, images=100, held_out=False)
     assert (found["step"], found["measure"]) == (2, "agreement")
-    assert "There are no labels" in found["reason"]
+    assert "Without labels" in found["reason"]
     assert "agreement with the full model's answers is 95.0 %: 5.0 points short of 100 %" in found["reason"]
     assert "The 95 % interval of the agreement, on 100 images, is 88.8 to 97.8 %." in found["reason"]
     assert "top-1" not in found["reason"]
@@ -239,7 +239,7 @@ def test_recommend_refuses(steps, options, match):
 
 
 def test_a_budget_that_all_picks_miss():
-    words = "What was asked for (3 × the throughput) is not met by all 2 picks either."
+    words = "All 2 picks do not meet the budget (3 × the throughput) either."
     for top1 in ([80.0, 79.0, 78.0], [80.0, 79.0, 60.0]):
         reason = recommend(made(top1), wanted="3 × the throughput", reached=False)["reason"]
         assert words in reason

@@ -108,7 +108,7 @@ def _draw_variants(figure: Any, record: dict[str, Any]) -> None:
         "markerfacecolor": PAPER,
         "markeredgewidth": 1.6,
     }
-    looks = ((True, "trained", solid), (False, "nothing trained", hollow))
+    looks = ((True, "trained", solid), (False, "not trained", hollow))
     for y, row in enumerate(rows):
         look = solid if row.get("trained") else hollow
         if row.get("top1_interval"):

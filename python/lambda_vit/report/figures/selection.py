@@ -31,7 +31,7 @@ def trajectory_plot(record: Mapping[str, Any]) -> Plot | None:
     if not panels:
         return None
     height = 1.15 + sum(weight for _, weight in panels)
-    return Plot("trajectory", "What every pick does, with nothing trained", height, _draw_trajectory)
+    return Plot("trajectory", "Effect of every pick, without training", height, _draw_trajectory)
 
 
 def _blocks_down(record: Mapping[str, Any]) -> bool:

@@ -40,7 +40,7 @@ def recommend(
     held_out: bool | None = None,
     reached: bool = True,
 ) -> dict[str, Any]:
-    """The last step up to which top-1 with nothing trained stays within `tolerance` points of the full model's.
+    """The last step up to which top-1 without training stays within `tolerance` points of the full model's.
 
     Without labels the agreement with the full model's answers takes the place of top-1. A step counts only if all earlier
     ones are within the tolerance too: what comes back after a breakdown is luck more often than not.
@@ -114,12 +114,14 @@ class _View:
         if chosen:
             words.append(f"Remove the attention of {_blocks(removed)}: {_picks(chosen, last)}.")
         else:
-            words.append("Remove nothing unless you train afterwards.")
+            words.append("Remove no layer unless you train afterwards.")
         if self.measure == "agreement":
-            words.append("There are no labels, so this goes by how often the answer stays the full model's.")
+            words.append("Without labels, the criterion is how often the answer matches the full model's.")
         if chosen:
-            figure = f"With nothing trained, {name} is {self.percent(self.values[chosen])}"
-            figure += f", against {self.percent(self.values[0])} of the full model" if self.measure == "top1" else ""
+            figure = f"Without training, {name} is {self.percent(self.values[chosen])}"
+            figure += (
+                f", compared with {self.percent(self.values[0])} for the full model" if self.measure == "top1" else ""
+            )
             if self.values[chosen] >= self.values[0]:
                 earlier = f", and every earlier pick stays within {limit}" if chosen > 1 else ""
                 words.append(f"{figure}: no loss{earlier}.")
@@ -130,20 +132,22 @@ class _View:
             words.append(self._next(chosen + 1, name, limit))
             back = [n for n in range(chosen + 2, last + 1) if within[n]]
             if back:
-                words.append(f"After {back[0]} picks it is within the tolerance again; one does not build on that.")
+                words.append(
+                    f"Accuracy returns within the tolerance after {back[0]} picks; such a recovery may be chance."
+                )
         else:
-            words.append("No pick leaves the tolerance: nothing here says that one more layer would be too many.")
+            words.append("All picks stay within the tolerance: removing more layers may be possible.")
         return " ".join(words)
 
     def _next(self, step: int, name: str, limit: str) -> str:
         block = self.steps[step].get("picked")
         which = "the first pick" if step == 1 else "the next pick"
         which += "" if block is None else f", block {block},"
-        text = f"{which[0].upper()}{which[1:]} takes {name} to {self.percent(self.values[step])}: "
+        text = f"{which[0].upper()}{which[1:]} changes {name} to {self.percent(self.values[step])}: "
         text += f"{self._gap(step)}, more than {limit}"
         span = self._interval(step)
         if span and span[1] >= -self.tolerance:
-            text += f" (95 % interval {_signed(span)} points: more images could decide otherwise)"
+            text += f" (95 % interval {_signed(span)} points: more images may change the decision)"
         return text + "."
 
     def _interval(self, step: int) -> tuple[float, float] | None:
@@ -163,23 +167,23 @@ class _View:
             words.append(
                 f"On the same {self.images:,} images, the 95 % interval of the difference is {_signed(span)} points"
             )
-            words[-1] += ": it includes 0, so chance alone could have made it." if span[0] <= 0 <= span[1] else (
+            words[-1] += ": it includes 0, so chance alone may explain it." if span[0] <= 0 <= span[1] else (
                 f": the {'gain' if difference > 0 else 'loss'} is more than chance."
             )  # fmt: skip
             if span[0] < -self.tolerance:
-                words.append("Its lower end lies beyond the tolerance.")
+                words.append("The lower end of the interval lies beyond the tolerance.")
         elif span:
             words.append(f"The 95 % interval of the agreement, on {self.images:,} images, is "
                          f"{100 + span[0]:.1f} to {100 + span[1]:.1f} %.")  # fmt: skip
         if self.images and self.images < _MANY:
             one = self.images / 100
             stands = f"{one:.1f}".removesuffix(".0")
-            words.append(f"One percent stands for {stands} image{'s' if stands != '1' else ''}.")
+            words.append(f"One percent corresponds to {stands} image{'s' if stands != '1' else ''}.")
         if held_out is not None:
             words.append(
-                "The images were held out: none of them was used for picking."
+                "The images were held out: none of them was used for the selection."
                 if held_out
-                else "The images were not held out: layers were picked on them too, which flatters these figures."
+                else "The images were not held out: the selection used them too, so these figures are optimistic."
             )
         return " ".join(words)
 
@@ -187,16 +191,16 @@ class _View:
 def _outlook(steps: Sequence[Mapping[str, Any]], chosen: int, wanted: str | None, reached: bool) -> str:
     """What training may change, and whether the budget is met."""
     last = len(steps) - 1
-    words = ["Training after the removal usually wins accuracy back; how much, these figures cannot predict."]
+    words = ["Training after the removal usually recovers accuracy; these figures cannot predict how much."]
     if wanted and not reached:
-        words.append(f"What was asked for ({wanted}) is not met by {_picks(last, last)} either.")
+        words.append(f"{_picks(last, last).capitalize()} do not meet the budget ({wanted}) either.")
     elif wanted and chosen == last:
-        words.append(f"This meets what was asked for: {wanted}.")
+        words.append(f"This meets the budget: {wanted}.")
     elif wanted:
         rest = _blocks([step["picked"] for step in steps[chosen + 1 :] if step.get("picked") is not None])
         words.append(
-            f"This does not meet what was asked for ({wanted}): that takes {_picks(last, last)}"
-            f"{f', {rest} too' if rest and chosen else ''}, and training to make up for them."
+            f"This does not meet the budget ({wanted}), which requires {_picks(last, last)}"
+            f"{f', {rest} too' if rest and chosen else ''}, and training to recover their accuracy."
         )
     return " ".join(words)
 

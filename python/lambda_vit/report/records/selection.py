@@ -1,4 +1,4 @@
-"""What a selection does to the network, measured after each pick with nothing trained, and the record of all of it."""
+"""What a selection does to the network, measured after each pick without training, and the record of all of it."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ def _event(row: Mapping[str, Any]) -> dict[str, Any]:
 def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder: Path) -> list[str]:
     found = []
     if run.get("status") == "failed":
-        found.append(f"The run failed: {run.get('error') or 'no reason was noted'}")
+        found.append(f"The run failed: {run.get('error') or 'the log has no reason'}")
     bad = run.get("unreadable") or []
     if bad:
         listed = "; ".join(map(str, bad[:10])) + (" …" if len(bad) > 10 else "")
