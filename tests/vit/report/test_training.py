@@ -94,7 +94,7 @@ def test_a_finished_run_says_what_was_removed_and_how_good_it_is(tmp_path):
         f"Top-1 is {run['result']['top1']:.2f} % ({low:.2f}–{high:.2f}) on 50,000 images",
         "measured on the model loaded from disk",
         "the full model has 79.83 %",
-        f"Kept are the averaged weights (EMA, decay 0.9999) of epoch {run['best']['epoch']}",
+        f"The saved model is the moving average of the weights (EMA, decay 0.9999) of epoch {run['best']['epoch']}",
     ):
         assert words in text
     whole = plain(record)
@@ -257,7 +257,7 @@ def test_resumes_notices_and_skipped_images_are_told(tmp_path):
                   "2025-03-04 10:12:44.001"):  # fmt: skip
         assert words in whole
     assert record["finetuning"]["position"] == 16_000
-    assert "went on after 2 stops" in whole
+    assert "resumed after 2 stops" in whole
 
 
 def test_the_recipe_is_whole_and_shows_what_is_not_the_default(tmp_path):
