@@ -1,8 +1,4 @@
-"""Feature frequencies as a terminal shows them: the table, and what has to be said about its numbers.
-
-What is shown is a record: {"model": name, "before": `FeatureFrequencies.to_dict()`}, or {"model": name} with what
-`FrequencyComparison.to_dict()` gives, where "compared" may name the second model.
-"""
+"""The tables that commands print: feature frequencies, layer profiles and training plans, each with its notes."""
 
 from __future__ import annotations
 
@@ -25,8 +21,6 @@ from ..runtime.formatting import (
 )
 from .records.readings import CLEAR, LAYER_NAMES, _highest, at, direction, estimators, lowest, mean, verdict
 
-if TYPE_CHECKING:
-    from rich.table import Table
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -159,8 +153,8 @@ def _recomputing(result: Plan) -> list[str]:
     if not parts:
         return []
     return [
-        f"- Computed again in the backward instead of saved, of MLP halves alone: {'; '.join(parts)}. The time of a step holds "
-        "it; what one block needs for it at a time is scratch memory."
+        f"- MLP halves recompute in the backward pass instead of saving: {'; '.join(parts)}. The time of a step includes "
+        "this; a block's recomputation needs scratch memory."
     ]
 
 
@@ -180,14 +174,14 @@ def plan_notes(result: Plan) -> list[str]:
         )
     phases = result.phases.values()
     lines.append(
-        f"In all: {format_hours(sum(p.hours for p in phases))} of training steps on {result.devices} × {result.device}"
+        f"Total: {format_hours(sum(p.hours for p in phases))} of training steps on {result.devices} × {result.device}"
     )
     if result.loading is not None:
         speed = result.loading.images_per_second
         how = (
             f"with --workers {result.loading.workers}"
             if result.loading.workers
-            else "without workers, so that training waits for it"
+            else "without workers, so that training waits for loading"
         )
         lines.append(
             f"Loading: {speed:,.0f} images per second ({how}; {result.loading.images:,} timed). The slower one is "
@@ -200,28 +194,28 @@ def plan_notes(result: Plan) -> list[str]:
         f"- {result.images:,} images per epoch, {result.batch_size} per step and device; the last step of an epoch counts "
         "in full.",
         f"- Steps were timed here on random {result.dtype} images of {shape}: forward, loss, backward, clipping, AdamW.",
-        "- " + ("Loading was timed alone, with timm's random crops and flips." if result.loading else "Loading images is")
-        + ("" if result.loading else " left out; --data measures it.") + " Validation and checkpoints are left out.",
-        f"- Saved for backward: what autograd keeps of forwards of {COUNTED_AT[0]} and {COUNTED_AT[1]} images, each storage "
-        "once, weights left out.",
-        "- Memory of a step: weights, gradients, AdamW's two float32 per trainable parameter, and what is saved. Scratch "
-        "memory inside operators comes on top.",
+        "- " + ("Loading was timed alone, with timm's random crops and flips." if result.loading else "Image loading is")
+        + ("" if result.loading else " omitted; --data measures it.") + " Validation and checkpoints are omitted.",
+        f"- Saved for backward: what autograd saves in forward passes of {COUNTED_AT[0]} and {COUNTED_AT[1]} images, each "
+        "storage once, without weights.",
+        "- Memory of a step: weights, gradients, AdamW's two float32 per trainable parameter, and saved tensors. Scratch "
+        "memory inside operators is extra.",
         *_recomputing(result),
     ]  # fmt: skip
     unsteady = max(n.step.high_ms / n.step.low_ms for n in result.networks.values() if n.step)
     if unsteady > 1.5:
         lines.append(
-            f"- The quartiles of the step times are a factor of {format_number(unsteady)} apart: something else was using this "
-            "machine. Repeat it while that is quiet."
+            f"- The quartiles of the step times are a factor of {format_number(unsteady)} apart: other programs used this "
+            "machine. Repeat the measurement on a quiet machine."
         )
     if result.devices > 1:
         lines.append(
-            f"- {result.devices} devices are taken to be exactly {result.devices} times as fast as one; nothing was "
+            f"- {result.devices} devices are assumed to be exactly {result.devices} times as fast as one; nothing was "
             "measured on more than one."
         )
     peak = result.networks["diluting"].peak_bytes
     if peak is None:
-        lines.append("- The real peak is measured on CUDA only.")
+        lines.append("- The actual peak is measured on CUDA only.")
     elif peak > result.networks["diluting"].step_bytes:
         over = peak - result.networks["diluting"].step_bytes
         lines.append(f"- The measured peak is {format_size(over)} above the count: scratch memory of operators.")

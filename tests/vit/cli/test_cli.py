@@ -109,7 +109,7 @@ def test_plan_with_recomputed_activations(run, saved, tmp_path):
         code, out, err = run(*arguments, "--device", "cpu", "--out", tmp_path / name, *options)
         assert code == 0, err
         found[name] = json.loads((tmp_path / name).read_text())
-        told = "of MLP halves alone: diluting: 'all' in 4 of 4 blocks; without: 'all' in 4 of 4 blocks. The time" in out
+        told = "instead of saving: diluting: 'all' in 4 of 4 blocks; without: 'all' in 4 of 4 blocks. The time" in out
         assert told == (name == "all")
         assert ("--dilution-epochs 300 --batch-size 2 --recompute all --out" in out) == told
     assert (found["usual"]["recompute"], found["all"]["recompute"]) == (None, "all")

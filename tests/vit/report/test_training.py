@@ -98,8 +98,8 @@ def test_a_finished_run_says_what_was_removed_and_how_good_it_is(tmp_path):
     ):
         assert words in text
     whole = plain(record)
-    assert "the highest top-1 of 16 measurements since the attention is gone" in whole
-    assert "moved no logit by more than 3.1e−06 (allowed: 1.3e−03)" in whole
+    assert "the highest top-1 of 16 measurements since the attention was removed" in whole
+    assert "changed no logit by more than 3.1e−06 (allowed: 1.3e−03)" in whole
     assert "(95 % interval −1." in whole
     assert "With the attention removed and without training, top-1 is 58.71 %" in whole
     assert [check["ok"] for check in record["checks"]] == [True, True]
