@@ -1,4 +1,4 @@
-"""`lambda-vit plan`: what a removal saves and what the training for it costs, before anything is trained."""
+"""`lambda-vit plan`: computes before training what a removal saves and what its training costs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ import typer
 from ..report.tables import plan_notes, plan_table
 from .app import app, make_console, print_next
 from .models import check_made_for, make_weights_options, read_layers
-from .options import Device, Model, Pretrained, Recompute, Remove, SelectionFile, SkipBad, Weights, Workers, print_bad
+from .options import (
+    Device,
+    JsonFile,
+    Model,
+    Pretrained,
+    Recompute,
+    Remove,
+    SelectionFile,
+    SkipBad,
+    Weights,
+    Workers,
+    check_outputs,
+    print_bad,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..data.loader import ImageLoader
-
-Epochs = Annotated[int | None, typer.Option(min=1, help="In all.", show_default="400")]
 
 
 @app.command()
@@ -29,46 +40,51 @@ def plan(
     remove: Remove = "",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder or zip with train/<class>/*: counted, and timed while loading.", show_default=False),
+        typer.Option(
+            help="Folder or zip with train/<class>/*, to count the images and time their loading.", show_default=False
+        ),
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option(min=1, help="Instead of --data: images of one epoch, ImageNet: 1281167.", show_default=False),
+        typer.Option(
+            min=1, help="Number of images per epoch, instead of --data; 1281167 for ImageNet.", show_default=False
+        ),
     ] = None,
-    epochs: Epochs = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Total training epochs.", show_default="400")] = None,
     dilution_epochs: Annotated[
         int | None,
-        typer.Option(min=0, help="While attention fades.", show_default="three quarters"),
+        typer.Option(min=0, help="Epochs over which the attention fades.", show_default="three quarters"),
     ] = None,
     recovery_epochs: Annotated[
         int | None,
-        typer.Option(min=0, help="After that, without it.", show_default="the rest"),
+        typer.Option(min=0, help="Epochs after the attention is removed.", show_default="the rest"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per training step and device.")] = 64,
-    devices: Annotated[int, typer.Option(min=1, help="That share the training; taken to scale linearly.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices; assumed to scale linearly.")] = 1,
     recompute: Annotated[
         Recompute | None,
         typer.Option(
-            help="What steps compute again in MLP halves instead of saving it.", show_default="as the model is"
+            help="What training steps recompute in fused MLPs instead of saving it.", show_default="the model's own"
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Budget for all timing.")] = 60.0,
-    out: Annotated[Path | None, typer.Option(help="Write JSON here.", show_default=False)] = None,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Time budget for all measurements, in seconds.")] = 60.0,
+    out: JsonFile = None,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",
 ) -> None:
-    """Dry run: what removing attention layers saves, and the memory and hours that the training for it takes."""
+    """Estimate what removing attention layers saves, and the memory and hours that its training requires."""
     from lambda_kernels.files import write_json
 
     from ..runtime import environment, progress
     from ..training.plan.planning import plan_training, split_epochs
     from .models import check_device, open_model
-    from .options import check_outputs
 
     chosen = read_layers(selection, remove)
     if (data is None) == (images is None):
-        raise ValueError("pass either --data FOLDER or --images COUNT: hours depend on how many images an epoch has")
+        raise ValueError(
+            "pass either --data FOLDER or --images COUNT: the hours depend on the number of images per epoch"
+        )
     dilution, recovery = split_epochs(epochs, dilution_epochs, recovery_epochs)
     check_outputs(out)
     where = check_device(device)

@@ -104,43 +104,50 @@ def finetune(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder or zip with train/<class>/* and val/<class>/*; hfds/NAME, wds/PATH.", show_default=False
+            help="Folder or zip with train/<class>/* and val/<class>/*, or hfds/NAME, or wds/PATH.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run; one that is there goes on.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Output folder of the run; an existing run is resumed.", show_default=False)
+    ],
     weights: Weights = None,
     pretrained: Pretrained = False,
     selection: SelectionFile = None,
     remove: Remove = "",
     recipe: Annotated[
         str | None,
-        typer.Option(help="A shipped recipe or a YAML file; flags win over it.", show_default=False),
+        typer.Option(help="Name of a shipped recipe, or a YAML file; flags override its fields.", show_default=False),
     ] = None,
     recipes: Annotated[
-        bool, typer.Option("--list-recipes", callback=_list_recipes, is_eager=True, help="List the shipped ones.")
+        bool,
+        typer.Option(
+            "--list-recipes", callback=_list_recipes, is_eager=True, help="List the shipped recipes and exit."
+        ),
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Remove nothing: the model with all its attention.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train the full model, with all its attention.")] = False,
     num_classes: Annotated[
         int | None,
-        typer.Option(min=1, help="Put a new classifier with so many outputs in place.", show_default=False),
+        typer.Option(
+            min=1, help="Number of outputs of a new classifier, which replaces the model's.", show_default=False
+        ),
     ] = None,
     val_data: Annotated[
         str | None,
-        typer.Option(help="Where val/<class>/* is, if not in --data.", show_default=False),
+        typer.Option(help="Folder or zip with val/<class>/*, if not in --data.", show_default=False),
     ] = None,
     class_map: ClassMap = None,
     workers: Workers = 0,
     skip_bad: SkipBad = 0,
     device: Device = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Remove an earlier run in --out, and start over.")] = False,
-    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between two rows of log.jsonl.")] = 50,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write for TensorBoard too.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an earlier run in --out and start over.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Number of checkpoints to retain.")] = 2,
+    log_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between two rows of log.jsonl.")] = 50,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write a TensorBoard log.")] = False,
     **flags: Any,
 ) -> None:
-    """Fade selected attention away while training, delete it, train on; leaves a smaller model, measured as it was saved.
+    """Train a model while its selected attention fades out and is removed, and save the evaluated smaller model.
 
-    The same command goes on where a run was stopped or killed. Under torchrun the steps are shared out.
+    If the run is interrupted, run the same command again to resume. Under torchrun the processes share the steps.
     """
     from lambda_kernels.files import check_writable
 
@@ -151,7 +158,7 @@ def finetune(
     from ..training.storage.log import check_tensorboard
 
     if full and (selection is not None or remove):
-        raise ValueError("--full removes nothing: leave --selection and --remove away")
+        raise ValueError("--full removes nothing: omit --selection and --remove")
     chosen = () if full else read_layers(selection, remove)
     read = load_recipe(recipe, overrides(flags))
     used = read if restart else inherit_micro_batch(read, out)
@@ -278,9 +285,9 @@ def _tell(console: Any, run: FinetuningRun, restart: bool) -> None:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="What --out of finetune was.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of the run: the --out of finetune.", show_default=False)],
 ) -> None:
-    """Write the report of a fine-tuning from its log: while it goes on, or after it was killed."""
+    """Write the report of a fine-tuning run from its log, also while it runs or after it was interrupted."""
     from ..report.page import console_summary, write_report
     from ..report.records.training import training_record
 
