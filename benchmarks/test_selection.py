@@ -11,7 +11,8 @@ import torch
 from lambda_kernels import EntropyMeter
 from lambda_vit.models.views import skip_attention
 from lambda_vit.selection.measurement import Measurement
-from lambda_vit.selection.paths import FULL, PathRunner
+from lambda_vit.selection.paths import PathRunner
+from lambda_vit.selection.prefix_cache import FULL
 
 pytestmark = [pytest.mark.benchmark(group="selection"), pytest.mark.usefixtures("one_thread")]
 

@@ -29,7 +29,8 @@ from lambda_vit.data.loader import make_loader, subset
 from lambda_vit.data.transforms import transforms_for
 from lambda_vit.runtime.processes import Processes
 from lambda_vit.selection.path_statistics import PathResult, PathStatistics
-from lambda_vit.selection.paths import FULL, Outputs, PathRunner, SkippedBlocks, Tokens
+from lambda_vit.selection.paths import Outputs, PathRunner, Tokens
+from lambda_vit.selection.prefix_cache import FULL, SkippedBlocks
 from lambda_vit.selection.rounds import rank_layers, search_round
 from lambda_vit.selection.search_state import SearchState
 from lambda_vit.selection.strategies import STRATEGIES

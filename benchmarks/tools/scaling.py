@@ -257,7 +257,7 @@ def _selecting(quick: bool, *, shared: bool) -> Series:
     from lambda_kernels import EntropyMeter
     from lambda_vit.models.views import skip_attention
     from lambda_vit.selection.measurement import Measurement
-    from lambda_vit.selection.paths import FULL
+    from lambda_vit.selection.prefix_cache import FULL
 
     torch.manual_seed(0)
     layers = 12

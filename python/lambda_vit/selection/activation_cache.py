@@ -1,7 +1,6 @@
-"""What goes into the first block, batch by batch, kept between passes in memory or on disk so that images are read once.
+"""Caches the inputs of the first block between passes, in memory or on disk, so that images are read and embedded once.
 
-How much that takes is known from the first batch, before anything is kept: a budget that it does not fit is an error, or
-with "auto" means that nothing is kept.
+The first batch tells the size of the cache. If it exceeds the budget, "auto" caches nothing and the other kinds fail.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +25,26 @@ from ..data import batches
 from ..data.batches import Images
 from ..runtime.formatting import format_size
 from ..runtime.memory import free_memory
-from .paths import Node, PathRunner, SkippedBlocks, Tokens, node
+from .paths import PathRunner, Tokens
+from .prefix_cache import PrefixCache
 
 CACHES = ("auto", "ram", "disk", "none")
 
-# Of the memory that is free, what a cache takes without having been told; of the disk, what it leaves free.
+# The share of the free memory that a cache uses by default, and the bytes that it leaves free on a disk.
 RAM_SHARE = 0.25
 DISK_RESERVE = 1 << 30
 
 
-class PrefixCache:
-    """Of one batch. What it holds never exceeds what the paths that were announced last have as prefixes."""
-
-    def __init__(self) -> None:
-        self._wanted: frozenset[Node] = frozenset()
-        self._tokens: dict[Node, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def announce(self, paths: Collection[SkippedBlocks], chosen: Collection[int]) -> None:
-        """Keep from now on what `paths` begin with up to the blocks `chosen`, and drop all else."""
-        self._wanted = frozenset(node(path, at) for path in paths for at in chosen)
-        self._tokens = {key: x for key, x in self._tokens.items() if key in self._wanted}
-
-    def find(self, key: Node) -> Tensor | None:
-        """The tokens that go into block `key[0]`, if they are kept."""
-        return self._tokens.get(key)
-
-    def offer(self, key: Node, x: Tensor) -> None:
-        """Keep `x`, if it is wanted."""
-        if key in self._wanted:
-            self._tokens[key] = x
-
-
 @dataclass
 class Batch:
-    """A batch as the passes see it; all tensors where the model is.
+    """A batch, with its tensors on the model's device.
 
     Attributes:
         number: From 0, among the batches of this process.
-        start: What the paths begin from.
-        targets: int64 [N]; None where the loader gives none.
-        full: The full model's logits, once somebody has put them there; they are kept with the rest.
-        images: While they are at hand, for messages.
-        prefixes: Tokens further inside, from one pass to the next where there is memory for them.
+        start: Where paths start.
+        targets: int64 [N]; None if the loader yields none.
+        full: The full model's logits, once they are computed; they are cached with the rest.
+        images: For messages; None if the batch comes from the cache.
     """
 
     number: int
@@ -78,7 +52,6 @@ class Batch:
     targets: Tensor | None
     full: Tensor | None = None
     images: Images | None = None
-    prefixes: PrefixCache = field(default_factory=PrefixCache)
 
     def __len__(self) -> int:
         return len(self.start.tokens)
@@ -86,37 +59,34 @@ class Batch:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is kept between passes: "ram", "disk" or "none", what all of it takes, and why it was decided so.
-
-    `inside` is what the tokens of all images take at one place inside one path, and `spare` what may be spent on such.
-    """
+    """What is cached between passes: "ram", "disk" or "none", its total size, and the reason."""
 
     kind: str
     bytes: int | None
     reason: str
-    inside: int = 0
-    spare: int = 0
 
 
 class ActivationCache:
-    """Batches of tokens out of a loader of images; iterate as often as needed, inside `with`.
+    """Embeds the images of a loader; iterate over its batches any number of times, inside `with`.
 
     Args:
         runner: Embeds images.
-        loader: Yields images, or tuples that begin with images and targets; iterated once per pass, or once in all.
-        device: Where the model is.
-        dtype: Of the model.
-        cache: "ram", "disk", "none"; "auto" is "ram" where it fits into the budget, else "none".
-        budget: Bytes that the cache of this process may take. None: a quarter of the memory that is free, or on disk all
-            but 1 GiB of what is free, shared by the processes of this machine.
-        folder: Where "disk" makes a folder of its own, which is removed in the end. None: the system's temporary folder.
-        classes: Outputs of the classifier, kept too.
+        loader: Yields images, or tuples that begin with images and targets; iterated once per pass, or once if its
+            batches are cached.
+        device: The model's device.
+        dtype: The model's dtype.
+        cache: "ram", "disk" or "none"; "auto" is "ram" if it fits into the budget, otherwise "none".
+        budget: Largest size of this process's cache in bytes. None: a quarter of the free memory, or the free disk but 1
+            GiB, divided among the processes of this machine.
+        folder: Folder in which "disk" creates a temporary folder. None: the system's temporary folder.
+        classes: Number of the classifier's outputs, which are cached too.
 
     Attributes:
-        plan: What was decided; None before the first batch.
+        plan: What is cached; None before the first batch.
+        prefixes: Tokens before later blocks, in what remains of the budget.
 
     Raises:
-        ValueError: `cache` or `budget` is wrong; while iterating, the cache requested by name does not fit.
+        ValueError: `cache` or `budget` is wrong; while iterating: the requested cache does not fit.
     """
 
     def __init__(
@@ -141,24 +111,27 @@ class ActivationCache:
         self._kept: list[Batch | Path] = []
         self._complete = False
         self._stack = contextlib.ExitStack()
+        self.prefixes = PrefixCache(runner.depth)
 
     def __enter__(self) -> ActivationCache:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._kept, self._complete = [], False
+        self._complete = False
+        self._clear()
         self._stack.close()
 
     def __len__(self) -> int:
-        """Batches of a pass; TypeError where the loader does not know."""
-        return len(self._loader)  # type: ignore[arg-type]  # who calls this takes the TypeError
+        """Return the number of batches of a pass; TypeError if the loader has no length."""
+        return len(self._loader)  # type: ignore[arg-type]  # the caller handles the TypeError
 
     def __iter__(self) -> Iterator[Batch]:
         if self._complete:
             for kept in self._kept:
-                yield self._there(self._load(kept) if isinstance(kept, Path) else kept)
+                batch = self._load(kept) if isinstance(kept, Path) else kept
+                yield _mapped(batch, lambda t: t.to(self._device, non_blocking=True))
             return
-        self._kept = []
+        self._clear()
         for number, item in enumerate(self._loader):
             images, targets = _parts(item)
             if not batches.count(images):
@@ -169,28 +142,32 @@ class ActivationCache:
             batch = Batch(number, self._runner.embed(images), targets, images=images)
             del images, targets, item
             if self.plan is None:
-                self.plan = self._decide(batch)
+                self.plan = self._plan_cache(batch)
             yield batch
             self._keep(batch)
-            # Whoever still holds the batch must not hold its tensors while the next one is embedded.
+            # A caller that still holds the batch must not hold its tensors while the next one is embedded.
             batch.start = batch.targets = batch.full = batch.images = None
         self._complete = self.plan is not None and self.plan.kind != "none"
 
-    def _decide(self, batch: Batch) -> CachePlan:
+    def _clear(self) -> None:
+        self._kept = []
+        self.prefixes.clear()
+
+    def _plan_cache(self, batch: Batch) -> CachePlan:
         if self._cache == "none":
-            return CachePlan("none", None, "as asked for: every pass reads the images again")
+            return CachePlan("none", None, "as requested: every pass reads the images again")
         kept = [batch.start.tokens, batch.targets, *batches.tensors(batch.start.images).values()]
         each = sum(t[0].numel() * t.element_size() for t in kept if t is not None)
         each += self._classes * batch.start.tokens.element_size()
         tokens = batch.start.tokens[0].numel() * batch.start.tokens.element_size()
-        images = _images(self._loader, len(batch.start.tokens))
+        images = _count_images(self._loader, len(batch.start.tokens))
         if images is None:
             if self._cache != "auto":
                 raise ValueError(
-                    f"cache={self._cache!r} is sized before it starts, but the loader does not say how long it is: pass "
-                    "one with a length, or cache='none'"
+                    f"cache={self._cache!r} requires a loader with a length, to compute its size in advance; pass one, or "
+                    "cache='none'"
                 )
-            return CachePlan("none", None, "the loader does not say how long it is")
+            return CachePlan("none", None, "the loader has no length")
         needed = each * images
         kind = "disk" if self._cache == "disk" else "ram"
         budget, named = self._budget, "the budget"
@@ -199,31 +176,29 @@ class ActivationCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             free = max(0, shutil.disk_usage(self._folder).free - DISK_RESERVE) // _processes_here()
             if budget is None or free < budget:
-                budget, named = free, f"what may be taken of the disk of {self._folder}"
+                budget, named = free, f"the usable free space on the disk of {self._folder}"
         elif budget is None:
             budget, named = _free_memory(), "a quarter of the free memory"
         fits = needed <= budget
         reason = f"{images:,} images take {format_size(needed)}, {named} is {format_size(budget)}"
         if fits:
-            # Where the tokens have to go to the device first, running the blocks again is the faster way.
-            spare = budget - needed if kind == "ram" and self._device.type == "cpu" else 0
-            return CachePlan(kind, needed, reason, tokens * images, spare)
+            # If tokens must be copied to the device first, running the blocks again is faster.
+            if kind == "ram" and self._device.type == "cpu":
+                self.prefixes.set_budget(tokens * images, budget - needed)
+            return CachePlan(kind, needed, reason)
         if self._cache == "auto":
             return CachePlan("none", needed, f"{reason}: every pass reads the images again")
         raise ValueError(
-            f"cache={kind!r} does not fit: {reason}. Take fewer images, a larger budget (--cache-budget), or "
+            f"cache={kind!r} does not fit: {reason}. Use fewer images, a larger budget (--cache-budget), or "
             f"{'disk or none' if kind == 'ram' else 'none'} (--cache)"
         )
 
     def _keep(self, batch: Batch) -> None:
         if self.plan.kind == "none":
             return
-        # Views of a larger tensor would keep all of it alive.
+        # A view of a larger tensor would keep all of that tensor alive.
         kept = _mapped(batch, lambda t: t.detach().cpu().clone() if t.device.type == "cpu" else t.detach().cpu())
         self._kept.append(self._store(kept) if self.plan.kind == "disk" else kept)
-
-    def _there(self, batch: Batch) -> Batch:
-        return _mapped(batch, lambda t: t.to(self._device, non_blocking=True))
 
     def _store(self, batch: Batch) -> Path:
         if not self._kept:
@@ -254,15 +229,19 @@ class ActivationCache:
 
 
 def _parts(item: Any) -> tuple[Images, Tensor | None]:
-    """Images, and what labels there are, of what a loader gave: images alone, or first in a tuple."""
+    """Return the images and labels of a loader's item: images alone, or a tuple that begins with them."""
     images = batches.images_of(item)
     if images is item or len(item) < 2:
         return images, None
     try:
         targets = torch.as_tensor(item[1])
-    except (TypeError, ValueError, RuntimeError):  # names or paths: whoever needs labels says that there are none
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # names or paths; code that requires labels reports that there are none
         return images, None
-    if targets.is_floating_point() and not torch.equal(targets, targets.round()):  # no classes: rounding would lie
+    if targets.is_floating_point() and not torch.equal(targets, targets.round()):  # not class indices
         return images, None
     return images, targets if targets.shape == (batches.count(images),) else None
 
@@ -273,48 +252,27 @@ def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 
     tokens, images = batch.start
     start = Tokens(mapped(tokens), None if images is None else batches.mapped(images, function))
-    return Batch(batch.number, start, mapped(batch.targets), mapped(batch.full), prefixes=batch.prefixes)
+    return Batch(batch.number, start, mapped(batch.targets), mapped(batch.full))
 
 
-def _images(loader: Iterable, of_a_batch: int) -> int | None:
-    """How many images a pass has at most; None: the loader does not know."""
+def _count_images(loader: Iterable, batch_images: int) -> int | None:
+    """Return the largest possible number of images of a pass; None if the loader has no length."""
     if isinstance(loader, (list, tuple)):
         return sum(batches.count(batches.images_of(item)) for item in loader)
     try:
-        number = len(loader)  # type: ignore[arg-type]  # the TypeError is meant
+        number = len(loader)  # type: ignore[arg-type]  # the TypeError is handled
     except TypeError:
         return None
-    # The first batch may be shorter than others, where an image of it was left out.
+    # The first batch may be shorter than others if an image was skipped.
     full = getattr(loader, "batch_size", None)
-    return number * max(of_a_batch, full if number > 1 and isinstance(full, int) else 0)
+    return number * max(batch_images, full if number > 1 and isinstance(full, int) else 0)
 
 
 def _free_memory() -> int:
-    """The share of the free memory that each process of this machine may take unasked."""
+    """Return the part of the free memory that each process of this machine uses by default."""
     free = free_memory()
     return int((4 << 30 if free is None else free) * RAM_SHARE / _processes_here())
 
 
 def _processes_here() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def positions(paths: Collection[SkippedBlocks], depth: int, each: int, budget: int) -> tuple[int, ...]:
-    """Before which blocks to keep tokens: every block, or every second, third …, as the budget allows; () for none.
-
-    Args:
-        paths: Of the round.
-        depth: Number of blocks.
-        each: Bytes of the tokens of all images, at one place of one path.
-        budget: Bytes for all that is kept.
-    """
-    for stride in range(1, depth):
-        chosen = tuple(range(stride, depth, stride))
-        if nodes(paths, chosen) * each <= budget:
-            return chosen
-    return ()
-
-
-def nodes(paths: Collection[SkippedBlocks], chosen: Collection[int]) -> int:
-    """How many different prefixes `paths` have up to the blocks `chosen`."""
-    return len({node(path, at) for path in paths for at in chosen})

@@ -1,4 +1,4 @@
-"""Entropies and other statistics of a model's output with attention layers skipped; transfer entropy.
+"""Measures entropies and other statistics of a model's output with attention layers skipped; transfer entropy.
 
 TE(S) = H(output) − H(output | attention of S skipped) (arXiv 2404.05657, section 3.2).
 """
@@ -24,34 +24,34 @@ from ..data import batches
 from ..models.properties import eval_mode, one_device, one_dtype
 from ..runtime.processes import Processes
 from ..runtime.progress import task
-from . import activation_cache
 from .activation_cache import ActivationCache, Batch
 from .path_statistics import PathResult, PathStatistics
-from .paths import FULL, Outputs, PathRunner, SkippedBlocks
+from .paths import Outputs, PathRunner
+from .prefix_cache import FULL, SkippedBlocks
 
 ESTIMATORS = ("gaussian", "histogram")
 SCORES = ("logits", "pre_logits")
 
 
 class Measurement:
-    """Measures any number of paths per pass over the data; use it in `with`, which removes its cache.
+    """Measures any number of paths per pass over the data; use it inside `with`, which removes its cache.
 
     Args:
-        model: A timm vision transformer; it is put into eval mode while measuring, and back.
+        model: A timm vision transformer; in eval mode while measuring, then in its earlier mode again.
         loader: Yields images, or tuples that begin with images and labels; iterated once per pass. With several
-            processes, this one's share.
+            processes, this process's share.
         estimator: "gaussian": Σ log2 σ over the output's channels. "histogram": summed differential entropies.
-        score: What the entropies are of: "logits", or "pre_logits" for what goes into the classifier.
-        bins: Of a histogram.
-        cache: Where the embedded images stay between passes: "ram", "disk", "none"; "auto" is "ram" where it fits.
-        cache_budget: Bytes that they may take; None as `ActivationCache`.
-        cache_folder: Where "disk" keeps them.
-        processes: Those that measure together; None: those of the process group, if there is one, all of which then have
-            to make a `Measurement` and call the same methods.
+        score: The output whose entropy is measured: "logits", or "pre_logits" for the classifier's input.
+        bins: Number of bins of a histogram.
+        cache: Storage of the embedded images between passes: "ram", "disk", "none"; "auto" is "ram" if they fit.
+        cache_budget: Largest size of the cache in bytes; None as for `ActivationCache`.
+        cache_folder: Folder of the cache on disk.
+        processes: The processes that measure together. None: those of the process group, if there is one; all of them
+            must then make a `Measurement` and call the same methods.
 
     Attributes:
-        seconds: Time spent in passes, and in statistics alone as far as the host can tell.
-        samples, channels, constant_channels: Of the passes so far; the last is the most that any path had.
+        seconds: Time of the passes, and of the statistics alone as far as the host can measure it.
+        samples, channels, constant_channels: Of the passes so far; `constant_channels` is the maximum over paths.
 
     Raises:
         ValueError: The loader cannot be iterated twice, or an option is wrong.
@@ -94,8 +94,6 @@ class Measurement:
         self.samples = 0
         self.channels = 0
         self.constant_channels = 0
-        self._kept: tuple[int, ...] = ()
-        self._kept_bytes = 0
 
     def __enter__(self) -> Measurement:
         return self
@@ -113,29 +111,29 @@ class Measurement:
         label: bool = False,
         keep: bool = False,
     ) -> dict[SkippedBlocks, PathResult]:
-        """All `paths`, in one pass over the data.
+        """Measure all `paths` in one pass over the data.
 
         Args:
             paths: Sets of blocks whose attention is skipped.
-            description: Of the progress bar.
-            compare: Compare with the full model's answers, which are computed beside the paths unless they are cached.
+            description: Label of the progress bar.
+            compare: Compare with the full model's predictions, which are computed with the paths unless they are cached.
             label: Compare with the labels.
-            keep: More paths that begin like these will be asked for: keep what they begin with, as the memory allows.
+            keep: Cache the prefixes of these paths, as the memory allows, for later paths that share them.
 
         Returns:
             The results over the data of all processes, the same on each.
 
         Raises:
-            ValueError: The loader is empty or gives no labels; a path whose output never changes.
-            NonFiniteActivationError: NaN or infinity; names the first block that gave it, the batch and the dtype.
-            RuntimeError: Another process failed, or is gone (`ProcessLostError`).
+            ValueError: The loader is empty or yields no labels, or the output of a path never changes.
+            NonFiniteActivationError: NaN or infinity; names the first block that produced it, the batch and the dtype.
+            RuntimeError: Another process failed or died (`ProcessLostError`).
         """
         paths = list(dict.fromkeys(paths))
         statistics = PathStatistics(paths, self.estimator, self.score, self.bins, compare=compare, label=label)
         with self.processes.all_or_none(description):
             for batch in self._batches(description):
                 if keep:
-                    batch.prefixes.announce(paths, self._kept_before(paths))
+                    self.activations.prefixes.announce(paths)
                 try:
                     self._measure_batch(batch, paths, statistics, compare)
                 except NonFiniteActivationError as error:
@@ -148,7 +146,7 @@ class Measurement:
 
     @torch.inference_mode()
     def cosine_distances(self, description: str = "Measure") -> dict[int, float]:
-        """1 − cos(x, x + attention(x)) of each block, a mean over all tokens, in one pass (arXiv 2406.15786).
+        """Measure 1 − cos(x, x + attention(x)) of each block, a mean over all tokens, in one pass (arXiv 2406.15786).
 
         Raises:
             ValueError: The loader is empty.
@@ -172,8 +170,8 @@ class Measurement:
         return {i: float(sums[i, 0] / sums[i, 1]) for i in range(depth) if sums[i, 1] > 0}
 
     def engine(self) -> dict[str, Any]:
-        """How the work was done, for a report: the cache, where paths begin, passes and seconds."""
-        plan = self.activations.plan
+        """Return how the work was done, for a report: the caches, passes and seconds."""
+        plan, prefixes = self.activations.plan, self.activations.prefixes
         return {
             "processes": self.processes.size,
             "passes": self.passes,
@@ -183,21 +181,11 @@ class Measurement:
             "shared": "the embedding and the blocks before a path's first skipped attention"
             if self.runner.why_images is None
             else f"the blocks, not the embedding: {self.runner.why_images}",
-            "kept": {"before_blocks": list(self._kept), "bytes": self._kept_bytes} if self._kept else None,
+            "kept": {"before_blocks": list(prefixes.blocks), "bytes": prefixes.bytes} if prefixes.bytes else None,
         }
 
-    def _kept_before(self, paths: list[SkippedBlocks]) -> tuple[int, ...]:
-        """Before which blocks of `paths` tokens are kept for the next round."""
-        plan = self.activations.plan
-        assert plan is not None, "the activations were kept before any path ran"
-        chosen = activation_cache.positions(paths, self.runner.depth, plan.inside, plan.spare) if plan.spare else ()
-        taken = activation_cache.nodes(paths, chosen) * plan.inside
-        if taken > self._kept_bytes:
-            self._kept, self._kept_bytes = chosen, taken
-        return chosen
-
     def _batches(self, description: str) -> Iterator[Batch]:
-        """One pass, in eval mode, behind a progress bar."""
+        """Yield the batches of one pass, in eval mode, and show its progress."""
         started = time.perf_counter()
         total = None
         with contextlib.suppress(TypeError):
@@ -213,12 +201,14 @@ class Measurement:
         self, batch: Batch, paths: list[SkippedBlocks], statistics: PathStatistics, compare: bool
     ) -> None:
         wanted = [FULL, *paths] if compare and batch.full is None else paths
-        found: dict[SkippedBlocks, Outputs] = dict(self.runner.outputs(batch.start, wanted, batch.prefixes))
+        found: dict[SkippedBlocks, Outputs] = dict(
+            self.runner.outputs(batch.start, wanted, self.activations.prefixes, batch.number)
+        )
         if compare and batch.full is None:
             batch.full = found[FULL].logits
         started = time.perf_counter()
         statistics.add({path: found[path] for path in paths}, batch.full, batch.targets)
-        statistics.check()  # while this batch's tokens are there to be looked at
+        statistics.check()  # while this batch's tokens are available to find the culprit
         self.seconds["statistics"] += time.perf_counter() - started
 
     def _culprit(self, batch: Batch, paths: list[SkippedBlocks]) -> str:
@@ -241,7 +231,7 @@ class Measurement:
 
 
 def constant_note(measurement: Measurement) -> str:
-    """What to say about output channels that never change."""
+    """Return the note on output channels that never change."""
     return (
         f"up to {measurement.constant_channels} of {measurement.channels} output channels never change on these images; "
         "they count with a floor instead of their own entropy"
@@ -257,25 +247,25 @@ def transfer_entropy(
     signed: bool = False,
     score: str = "logits",
 ) -> float:
-    """Transfer entropy of the attention layers `skip` towards the task head, in bits.
+    """Measure the transfer entropy of the attention layers `skip` towards the task head, in bits.
 
-    In a process group every process has to call it, with its own share of the images; all get the same.
+    In a process group every process must call it with its own share of the images; all get the same result.
 
     Args:
         model: A timm vision transformer.
         loader: Yields images, or tuples whose first item is images; iterated once.
         skip: Block indices.
-        estimator: "gaussian": Σ log2 σ over the output's channels. "histogram": summed differential histogram entropies.
+        estimator: "gaussian": Σ log2 σ over the output's channels. "histogram": summed differential entropies.
         signed: H(full) − H(skipped) itself instead of its absolute value.
-        score: "logits", or "pre_logits" for what goes into the classifier.
+        score: "logits", or "pre_logits" for the classifier's input.
 
     Returns:
-        Bits, summed over the channels of the output: |H(full) − H(skipped)|, or with its sign.
+        |H(full) − H(skipped)| in bits, summed over the output's channels; with its sign if `signed`.
 
     Raises:
         ValueError: Wrong indices or options, or an empty loader.
         UnsupportedModelError: The model cannot be changed block by block.
-        NonFiniteActivationError: NaN or infinity on the way.
+        NonFiniteActivationError: NaN or infinity in the activations.
     """
     with Measurement(model, loader, estimator=estimator, score=score, cache="none") as measurement:
         path = frozenset(check_indices(skip, measurement.runner.depth, "skip"))

@@ -15,7 +15,8 @@ from lambda_kernels.entropy.meter import EntropyMeter, update_together
 from lambda_kernels.errors import NonFiniteActivationError
 
 from ..runtime.processes import Processes
-from .paths import Outputs, SkippedBlocks
+from .paths import Outputs
+from .prefix_cache import SkippedBlocks
 
 # The sums that are kept of each path.
 _CORRECT, _LOSS, _SAME, _DIVERGENCE = range(4)

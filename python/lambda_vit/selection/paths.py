@@ -1,14 +1,14 @@
-"""One network with different attention layers passed over, many such paths at once: what paths share is run once.
+"""Runs one network with different attention layers skipped, many such paths at once; prefixes they share run once.
 
-A path is the set of the blocks whose attention is skipped, each then being x + MLP(LN(x)) (arXiv 2404.05657, section
-3.2). Models are never changed: timm's own `forward` runs before the first and behind the last block, on shallow copies of
-the model around other blocks, and nothing of it is written again here.
+A path is the set of blocks whose attention is skipped; such a block computes x + MLP(LN(x)) (arXiv 2404.05657, section
+3.2). The model is never changed: shallow copies of it, around other blocks, run timm's own `forward` before the first and
+after the last block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,61 +20,42 @@ from lambda_kernels.errors import UnsupportedModelError
 from ..data import batches
 from ..data.batches import Images
 from ..models.views import _Inject, _without_attention, _without_stem, with_blocks
+from .prefix_cache import FULL, Prefix, PrefixCache, SkippedBlocks
 
-SkippedBlocks = frozenset[int]
-
-FULL: SkippedBlocks = frozenset()
-
-# What decides about the tokens that go into a block: the block, and what was skipped before it.
-Node = tuple[int, SkippedBlocks]
-
-
-def node(path: SkippedBlocks, at: int) -> Node:
-    """Where `path` is when it comes to block `at`."""
-    return at, frozenset(block for block in path if block < at)
-
-
-# What a block is given beyond its tokens: rotary embeddings, position biases, a mask.
+# The arguments of a block besides its tokens: rotary embeddings, position biases, a mask.
 BlockKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Tokens(NamedTuple):
-    """What goes into the first block, [N, T, C]; and the images too, where the model needs them behind it."""
+    """The input of the first block, [N, T, C]; and the images, if the model reads them again after its first block."""
 
     tokens: Tensor
     images: Images | None
 
 
 class Outputs(NamedTuple):
-    """What a path gives for a batch: the tensor that entropies are measured on, and the classifier's output."""
+    """The outputs of a path for a batch: the tensor whose entropy is measured, and the logits."""
 
     scored: Tensor
     logits: Tensor
 
 
-class PrefixStore(Protocol):
-    """Tokens at nodes, from an earlier run over the same images; see `prefixes.PrefixCache`."""
-
-    def find(self, key: Node) -> Tensor | None: ...
-
-    def offer(self, key: Node, x: Tensor) -> None: ...
-
-
 class PathRunner:
-    """Runs paths of `model`, in eval mode (the caller's business).
+    """Runs paths of `model`; the caller puts `modules()` into eval mode.
 
     Args:
         model: A timm vision transformer.
-        score: What `Outputs.scored` is: "logits", or "pre_logits" for what goes into the classifier. Distilled models
-            average their two heads in eval mode, and average-pooled ones normalise after pooling: timm's own
-            `forward_head` does either.
+        score: The tensor in `Outputs.scored`: "logits", or "pre_logits" for the classifier's input. Distilled models
+            average their two heads in eval mode, and average-pooled models normalise after pooling; timm's own
+            `forward_head` does both.
 
     Attributes:
-        why_images: Why images are needed behind the embedding; None where they are not. Known after the first `embed`.
+        why_images: Why paths require the images again after the embedding; None if they do not. Known after the first
+            `embed`.
 
     Raises:
-        UnsupportedModelError: The model cannot be changed block by block; from the first `embed`, its forward does not run
-            the blocks as timm's does.
+        UnsupportedModelError: The model cannot be changed block by block; from the first `embed`: its forward does not
+            run the blocks as timm's does.
     """
 
     def __init__(self, model: nn.Module, score: str = "logits") -> None:
@@ -88,7 +69,7 @@ class PathRunner:
         self._seen: list[tuple[Tensor, BlockKwargs]] = []
         self._front = with_blocks(model, [InputRecorder(self._seen) for _ in self._blocks])
         self._back: nn.Module | None = None
-        self._given: list[BlockKwargs] = []
+        self._kwargs: list[BlockKwargs] = []
 
     @property
     def depth(self) -> int:
@@ -96,52 +77,57 @@ class PathRunner:
         return len(self._blocks)
 
     def modules(self) -> list[nn.Module]:
-        """All that has to be in eval mode while paths run."""
+        """Return the modules that must be in eval mode while paths run."""
         return [self._model, *(self._without(i) for i in range(self.depth))]
 
     def embed(self, images: Images) -> Tokens:
-        """Run everything before the first block."""
+        """Run what precedes the first block."""
         if self._back is None:
             self._split(images)
-        tokens, given = self._before_blocks(images)
-        if self.why_images is None and not _same_given(given, self._given):
-            self.why_images = "what its blocks are given beyond tokens differs from batch to batch"
+        tokens, kwargs = self._before_blocks(images)
+        if self.why_images is None and not _same_kwargs(kwargs, self._kwargs):
+            self.why_images = "the arguments of its blocks besides the tokens differ from batch to batch"
         return Tokens(tokens, None if self.why_images is None else images)
 
     def outputs(
-        self, start: Tokens, paths: Collection[SkippedBlocks], memory: PrefixStore | None = None
+        self,
+        start: Tokens,
+        paths: Collection[SkippedBlocks],
+        prefixes: PrefixCache | None = None,
+        batch: int = 0,
     ) -> Iterator[tuple[SkippedBlocks, Outputs]]:
-        """The outputs of all `paths`, each once, in an order of their own: prefixes that paths share are run once.
+        """Yield the outputs of every path once, in any order; prefixes that paths share run once.
 
         Args:
-            start: What `embed` gave.
+            start: The result of `embed`.
             paths: Sets of blocks whose attention is skipped.
-            memory: Of the same images. Blocks before what it finds are not run, and it is offered what is run.
+            prefixes: Blocks before a prefix that it holds do not run, and it is offered the prefixes that do.
+            batch: Number of these images in `prefixes`.
         """
-        first = PrefixNode(self, self._given_to_blocks(start), 0, FULL, memory, tokens=start.tokens)
+        run = _BatchRun(self, self._block_kwargs(start), prefixes, batch)
+        first = PrefixNode(run, Prefix(0, FULL), start.tokens)
         for at, group in self._walk(first, list(dict.fromkeys(paths))):
             found = self._finish(at.tokens(), start.images)
             for path in group:
                 yield path, found
 
     def first_bad_block(self, start: Tokens, path: SkippedBlocks) -> int | None:
-        """The first block of a path that gives NaN or infinity; None: it comes behind the last one."""
+        """Return the first block of a path whose output holds NaN or infinity; None if every block's is finite."""
         x = start.tokens
-        for index, given in enumerate(self._given_to_blocks(start)):
-            x = self.run(index, index in path, x, given)
+        for index, kwargs in enumerate(self._block_kwargs(start)):
+            x = self.run(index, index in path, x, kwargs)
             if not torch.isfinite(x).all():
                 return index
         return None
 
     def attention_inputs_and_outputs(self, start: Tokens) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(block, x, x + attention branch), both [N, T, C], along the full path, for blocks that have their attention.
+        """Yield (block, x, x + attention branch), both [N, T, C], along the full path, for blocks that have attention.
 
-        The branch is what the block adds: LayerScale is in it. Where batches hold padding, both are [M, C], of the tokens
-        of the images alone.
+        The branch is what the block adds, after LayerScale. If batches hold padding, both tensors are [M, C] and omit it.
         """
         x, valid = start.tokens, batches.valid_tokens(self._model, start.images)
-        given = self._given_to_blocks(start)
-        for index, (block, (positional, named)) in enumerate(zip(self._blocks, given, strict=True)):
+        kwargs = self._block_kwargs(start)
+        for index, (block, (positional, named)) in enumerate(zip(self._blocks, kwargs, strict=True)):
             if isinstance(block, AttentionFreeBlock):
                 x = block(x, *positional, **named)
                 continue
@@ -160,27 +146,27 @@ class PathRunner:
             self._free[index] = _without_attention(self._blocks[index])
         return self._free[index]
 
-    def run(self, index: int, skipped: bool, x: Tensor, given: BlockKwargs) -> Tensor:
-        """A block, with its attention or without."""
-        positional, named = given
+    def run(self, index: int, skipped: bool, x: Tensor, kwargs: BlockKwargs) -> Tensor:
+        """Run a block, with its attention or without."""
+        positional, named = kwargs
         return (self._without(index) if skipped else self._blocks[index])(x, *positional, **named)
 
-    def _walk(self, place: PrefixNode, group: list[SkippedBlocks]) -> Iterator[tuple[PrefixNode, list[SkippedBlocks]]]:
-        """Depth first, so that no more tokens are alive than paths have branched off on the way here."""
-        for at in range(place.at, self.depth):
-            skipping = [path for path in group if at in path]
+    def _walk(self, node: PrefixNode, group: list[SkippedBlocks]) -> Iterator[tuple[PrefixNode, list[SkippedBlocks]]]:
+        # Depth first: only the tokens at which other paths branch off stay alive.
+        for block in range(node.prefix.block, self.depth):
+            skipping = [path for path in group if block in path]
             if skipping and len(skipping) < len(group):
-                group = [path for path in group if at not in path]
-                yield from self._walk(place.following(True), skipping)
+                group = [path for path in group if block not in path]
+                yield from self._walk(node.following(True), skipping)
                 skipping = []
-            place = place.following(bool(skipping))
+            node = node.following(bool(skipping))
         if group:
-            yield place, group
+            yield node, group
 
-    def _given_to_blocks(self, start: Tokens) -> list[BlockKwargs]:
-        """What each block is given beyond its tokens for this batch."""
-        if start.images is None or not any(positional or named for positional, named in self._given):
-            return self._given
+    def _block_kwargs(self, start: Tokens) -> list[BlockKwargs]:
+        """Return the arguments of each block besides its tokens, for this batch."""
+        if start.images is None or not any(positional or named for positional, named in self._kwargs):
+            return self._kwargs
         return self._before_blocks(start.images)[1]
 
     def _before_blocks(self, images: Images) -> tuple[Tensor, list[BlockKwargs]]:
@@ -192,36 +178,36 @@ class PathRunner:
                 f"the forward of this {type(self._model).__name__} does not run the blocks of the model that it is called "
                 "on: was it replaced on the instance? Measure the model as timm made it"
             )
-        seen = seen[-self.depth :]  # a forward that runs its blocks more than once is found out when it is split
-        return seen[0][0], [given for _, given in seen]
+        seen = seen[-self.depth :]  # `_split` refuses a forward that runs its blocks more than once
+        return seen[0][0], [kwargs for _, kwargs in seen]
 
     def _finish(self, x: Tensor, images: Images | None) -> Outputs:
-        given: Images
+        argument: Images
         if images is None:
             assert self._back is not None, "a model that was not split needs its images"
-            back, given = self._back, x
+            back, argument = self._back, x
         else:
-            back, given = with_blocks(self._model, [_Inject(x)]), images
+            back, argument = with_blocks(self._model, [_Inject(x)]), images
         if self.score == "logits":
-            logits = back(given)
+            logits = back(argument)
             return Outputs(logits, logits)
-        features = batches.features(back, given)
-        # A forward of somebody's own may do more to the logits than `forward_head` does.
-        logits = batches.head(back, features) if images is None else back(given)
+        features = batches.features(back, argument)
+        # A custom forward may do more to the logits than `forward_head` does.
+        logits = batches.head(back, features) if images is None else back(argument)
         return Outputs(batches.head(back, features, pre_logits=True), logits)
 
     def _split(self, images: Images) -> None:
-        """Find out, on a few images, whether what follows the blocks can be run without running what precedes them."""
+        """Find out on a few images whether the model's end can run without its beginning."""
         few = batches.first(images, 2)
         self._back = _without_stem(self._model)
         wanted = self._model(few)
-        x, self._given = self._before_blocks(few)
-        for index, given in enumerate(self._given):
-            x = self.run(index, False, x, given)
+        x, self._kwargs = self._before_blocks(few)
+        for index, kwargs in enumerate(self._kwargs):
+            x = self.run(index, False, x, kwargs)
         try:
             found = self._back(x)
-        except Exception as error:  # whatever a forward of somebody's own raises over tokens in place of images
-            self.why_images = f"its forward cannot take tokens for images ({type(error).__name__})"
+        except Exception as error:  # a custom forward that gets tokens instead of images can raise anything
+            self.why_images = f"its forward does not accept tokens instead of images ({type(error).__name__})"
         else:
             if _same_numbers(found, wanted):
                 return
@@ -233,40 +219,47 @@ class PathRunner:
             )
 
 
+class _BatchRun(NamedTuple):
+    """What all prefixes of a batch share while paths run."""
+
+    runner: PathRunner
+    block_kwargs: list[BlockKwargs]
+    prefixes: PrefixCache | None
+    batch: int
+
+
 class PrefixNode:
-    """The tokens at a node of the paths, run only when somebody asks for them."""
+    """The tokens at a prefix, computed when they are first read."""
 
     def __init__(
-        self, runner: PathRunner, given: list[BlockKwargs], at: int, skipped: SkippedBlocks, memory: PrefixStore | None, *,
-        tokens: Tensor | None = None, before: PrefixNode | None = None,
-    ) -> None:  # fmt: skip
-        self.at = at
-        self._given = given
-        self._runner, self._skipped, self._memory = runner, skipped, memory
-        self._tokens, self._before = tokens, before
+        self, run: _BatchRun, prefix: Prefix, tokens: Tensor | None = None, before: PrefixNode | None = None
+    ) -> None:
+        self.prefix = prefix
+        self._run, self._tokens, self._before = run, tokens, before
 
     def following(self, skipped: bool) -> PrefixNode:
-        """Behind the next block."""
-        path = self._skipped | {self.at} if skipped else self._skipped
-        return PrefixNode(self._runner, self._given, self.at + 1, path, self._memory, before=self)
+        """Return the node after the next block."""
+        block, path = self.prefix
+        return PrefixNode(self._run, Prefix(block + 1, path | {block} if skipped else path), before=self)
 
     def tokens(self) -> Tensor:
-        """[N, T, C], from memory or by running the blocks behind the last place that is known."""
-        if self._tokens is None and self._memory is not None:
-            self._tokens = self._memory.find((self.at, self._skipped))
+        """[N, T, C], from the cache, or computed from the last node whose tokens are known."""
+        prefixes, batch = self._run.prefixes, self._run.batch
+        if self._tokens is None and prefixes is not None:
+            self._tokens = prefixes.find(batch, self.prefix)
         if self._tokens is None:
-            block = self.at - 1
-            assert self._before is not None, "tokens of the first place are given"
-            before, given = self._before.tokens(), self._given[block]
-            self._tokens = self._runner.run(block, block in self._skipped, before, given)
-            if self._memory is not None:
-                self._memory.offer((self.at, self._skipped), self._tokens)
-        self._before = None  # whose tokens need not stay
+            block = self.prefix.block - 1
+            assert self._before is not None, "the first node has its tokens"
+            before, kwargs = self._before.tokens(), self._run.block_kwargs[block]
+            self._tokens = self._run.runner.run(block, block in self.prefix.skipped, before, kwargs)
+            if prefixes is not None:
+                prefixes.offer(batch, self.prefix, self._tokens)
+        self._before = None  # frees its tokens
         return self._tokens
 
 
 class InputRecorder(nn.Module):
-    """Stands for a block: adds to `seen` what would go into it."""
+    """Replaces a block, and appends the block's input to `seen`."""
 
     def __init__(self, seen: list[tuple[Tensor, BlockKwargs]]) -> None:
         super().__init__()
@@ -277,25 +270,25 @@ class InputRecorder(nn.Module):
         return x
 
 
-def _same_given(found: Sequence[BlockKwargs], wanted: Sequence[BlockKwargs]) -> bool:
-    """Whether blocks are given the same beyond tokens; tensors are compared by value."""
+def _same_kwargs(found: Sequence[BlockKwargs], wanted: Sequence[BlockKwargs]) -> bool:
+    """Whether blocks get the same arguments besides tokens; tensors are compared by value."""
 
     def same(a: object, b: object) -> bool:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return a is b or (a.shape == b.shape and torch.equal(a, b))
         return type(a) is type(b) and a == b
 
-    def flat(given: BlockKwargs) -> dict[Any, Any]:
-        return {**dict(enumerate(given[0])), **given[1]}
+    def flat(kwargs: BlockKwargs) -> dict[Any, Any]:
+        return {**dict(enumerate(kwargs[0])), **kwargs[1]}
 
     pairs = [(flat(one), flat(other)) for one, other in zip(found, wanted, strict=True)]
     return all(one.keys() == other.keys() and all(same(one[key], other[key]) for key in one) for one, other in pairs)
 
 
 def _same_numbers(found: Tensor, wanted: Tensor) -> bool:
-    """Whether both come from the same operations on the same numbers: usually not one bit differs."""
+    """Whether both result from the same operations on the same numbers; usually they are equal to the bit."""
     if not torch.isfinite(wanted).all():
-        return True  # measuring will tell where that comes from
-    # In bfloat16 64 roundings would be half of the largest number.
+        return True  # measuring reports where the NaN or infinity arises
+    # In bfloat16, 64 roundings amount to half of the largest number.
     tolerance = min(64 * torch.finfo(wanted.dtype).eps, 0.03) * float(wanted.abs().max())
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0.0, atol=tolerance)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .budget import Stop
 from .measurement import Measurement
-from .paths import FULL, SkippedBlocks
+from .prefix_cache import FULL, SkippedBlocks
 from .result import Round
 from .search_state import BeamState, SearchState
 from .strategies import Criterion

@@ -57,7 +57,7 @@ def test_the_size_is_known_before_anything_is_kept(monkeypatch):
     assert kept[0] == plan
     kept.clear()
     for cache, others in (("ram", "disk or none"), ("disk", "none")):
-        words = rf"24 images take .*, the budget is 2.*Take fewer images, a larger budget .*, or {others} \(--cache\)"
+        words = rf"24 images take .*, the budget is 2.*Use fewer images, a larger budget .*, or {others} \(--cache\)"
         with pytest.raises(ValueError, match=words):
             plan_of(cache, cache_budget=24 * EACH - 1)
     assert kept == []
@@ -88,16 +88,16 @@ def test_processes_of_one_machine_share_what_is_free(monkeypatch, tmp_path):
     assert plan_of("disk", cache_folder=tmp_path).kind == "disk"
     memory = activation_cache._free_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="what may be taken of the disk"):
+    with pytest.raises(ValueError, match="the usable free space on the disk"):
         plan_of("disk", cache_folder=tmp_path)
     assert activation_cache._free_memory() == pytest.approx(memory / 2, rel=0.2)
 
 
 def test_loaders_without_a_length():
     plan = plan_of("auto", Endless(labelled()))
-    assert (plan.kind, plan.reason) == ("none", "the loader does not say how long it is")
+    assert (plan.kind, plan.reason) == ("none", "the loader has no length")
     for cache in ("ram", "disk"):
-        with pytest.raises(ValueError, match=f"cache='{cache}'.*does not say how long"):
+        with pytest.raises(ValueError, match=f"cache='{cache}'.*requires a loader with a length"):
             plan_of(cache, Endless(labelled()))
     expected = select_layers(small_vit(), labelled(), 2)
     assert select_layers(small_vit(), Endless(labelled()), 2) == expected
@@ -132,7 +132,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(
-            ValueError, match=r"does not fit: 24 images take .*KiB, what may be taken of the disk .*100 B"
+            ValueError, match=r"does not fit: 24 images take .*KiB, the usable free space on the disk .*100 B"
         ):
             select_layers(small_vit(), labelled(), 1, cache="disk", cache_folder=tmp_path)
     save = activation_cache.save_file

@@ -12,7 +12,8 @@ from lambda_kernels import UnsupportedModelError, convert_vit
 from lambda_vit import select_layers
 from lambda_vit.models.views import skip_attention
 from lambda_vit.selection.measurement import Measurement
-from lambda_vit.selection.paths import FULL, PathRunner
+from lambda_vit.selection.paths import PathRunner
+from lambda_vit.selection.prefix_cache import FULL
 
 pytestmark = pytest.mark.models
 

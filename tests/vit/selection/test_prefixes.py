@@ -1,6 +1,8 @@
-"""Rounds that begin where earlier ones were: the same bits, fewer blocks run, and no more kept than there is memory for."""
+"""Rounds that begin where earlier ones were: the same bits, fewer blocks run, and no more cached than there is memory for."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from small_models import images, small_vit
 
 from lambda_vit import select_layers
 from lambda_vit.models.views import skip_attention
-from lambda_vit.selection.activation_cache import PrefixCache, nodes, positions
+from lambda_vit.selection import prefix_cache
 from lambda_vit.selection.measurement import Measurement
-from lambda_vit.selection.paths import FULL, PathRunner, node
+from lambda_vit.selection.paths import PathRunner
+from lambda_vit.selection.prefix_cache import FULL, Prefix, PrefixCache, choose_blocks, list_prefixes
 
 DEPTH = 5
 pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.SelectionWarning")
@@ -30,12 +33,18 @@ def rounds_of(picks: tuple[int, ...], depth: int = DEPTH) -> list[list[frozenset
     return found
 
 
+def announce(cache: PrefixCache, paths: list[frozenset[int]], blocks: tuple[int, ...]) -> None:
+    """Announce paths whose prefixes are cached before these blocks, whatever the budget."""
+    with mock.patch.object(prefix_cache, "choose_blocks", return_value=blocks):
+        cache.announce(paths)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.permutations(range(DEPTH)), st.sampled_from([(), (2,), (1, 4), (2, 4), (1, 2, 3, 4)]))
 def test_rounds_give_the_same_bits_and_run_what_is_new(order, chosen):
-    """A node is run in a round if a path that needs it meets nothing kept behind it; counted by the definition."""
+    """A prefix is run in a round if a path that needs it meets nothing cached after it; counted by the definition."""
     model = small_vit(depth=DEPTH)
-    runner, memory = PathRunner(model), PrefixCache()
+    runner, cache = PathRunner(model), PrefixCache(DEPTH)
     runs: list[int] = []
     with torch.inference_mode():
         start = runner.embed(images())
@@ -43,46 +52,60 @@ def test_rounds_give_the_same_bits_and_run_what_is_new(order, chosen):
             block.mlp.register_forward_hook(lambda *_, index=index: runs.append(index))
         known: set = {(0, FULL)}
         for paths in rounds_of(tuple(order[:4])):
-            memory.announce(paths, chosen)
-            wanted = {node(path, at) for path in paths for at in chosen}
+            announce(cache, paths, chosen)
+            wanted = {Prefix.of(path, at) for path in paths for at in chosen}
             known = {(0, FULL)} | (known & wanted)
             run = set()
             for path in paths:
-                behind = max(at for at in range(DEPTH + 1) if node(path, at) in known)
-                run |= {node(path, at) for at in range(behind + 1, DEPTH + 1)}
+                behind = max(at for at in range(DEPTH + 1) if Prefix.of(path, at) in known)
+                run |= {Prefix.of(path, at) for at in range(behind + 1, DEPTH + 1)}
             runs.clear()
-            found = dict(runner.outputs(start, paths, memory))
+            found = dict(runner.outputs(start, paths, cache))
             assert len(runs) == len(run)
             known |= run & wanted
-            assert len(memory) == len(known) - 1
+            assert cache.count(0) == len(known) - 1
             for path in paths:
                 assert torch.equal(found[path].logits, skip_attention(model, sorted(path))(images()))
 
 
-def test_what_no_path_begins_with_is_dropped():
-    memory, x = PrefixCache(), torch.zeros(1)
-    memory.announce([frozenset({0}), frozenset({3})], (2, 4))
-    for key in ((2, FULL), (2, frozenset({0})), (4, frozenset({3})), (1, FULL), (2, frozenset({1}))):
-        memory.offer(key, x)
-    assert len(memory) == 3
-    assert memory.find((1, FULL)) is None
-    memory.announce([frozenset({0, 1})], (1, 2))
-    assert len(memory) == 0
-    memory.announce([frozenset({3, 4})], (2,))
-    memory.offer((2, FULL), x)
-    memory.announce([frozenset({3, 4})], ())
-    assert len(memory) == 0
+def test_what_no_path_begins_with_is_evicted():
+    cache, x = PrefixCache(DEPTH), torch.zeros(1)
+    announce(cache, [frozenset({0}), frozenset({3})], (2, 4))
+    for prefix in ((2, FULL), (2, frozenset({0})), (4, frozenset({3})), (1, FULL), (2, frozenset({1}))):
+        cache.offer(0, Prefix(*prefix), x)
+    assert cache.count(0) == 3
+    assert cache.find(0, Prefix(1, FULL)) is None
+    announce(cache, [frozenset({0, 1})], (1, 2))
+    assert cache.count(0) == 0
+    announce(cache, [frozenset({3, 4})], (2,))
+    cache.offer(0, Prefix(2, FULL), x)
+    assert cache.find(0, Prefix(2, FULL)) is x
+    announce(cache, [frozenset({3, 4})], ())
+    assert cache.count(0) == 0
+
+
+def test_batches_do_not_share_tokens():
+    cache = PrefixCache(DEPTH)
+    announce(cache, [frozenset({3})], (2,))
+    cache.offer(0, Prefix(2, FULL), torch.zeros(1))
+    assert [cache.count(number) for number in (0, 1)] == [1, 0]
+    assert cache.find(1, Prefix(2, FULL)) is None
+    cache.clear()
+    assert cache.count(0) == 0
 
 
 def test_the_budget_decides_how_densely():
     paths = rounds_of((5,), depth=12)[0]
-    assert nodes(paths, range(1, 12)) == 77  # one on the full path and one for each layer skipped before
+    assert len(list_prefixes(paths, range(1, 12))) == 77  # one on the full path and one for each layer skipped before
     dense = tuple(range(1, 12))
     for budget, chosen in ((77, dense), (76, (2, 4, 6, 8, 10)), (34, (3, 6, 9)), (20, (4, 8)), (13, (6,)), (6, ())):
-        assert positions(paths, 12, 1, budget) == chosen
-        assert nodes(paths, chosen) <= budget
-    assert positions(paths, 12, 10, 770) == dense
-    assert positions(paths, 12, 10, 769) == (2, 4, 6, 8, 10)
+        assert choose_blocks(paths, 12, budget) == chosen
+        assert len(list_prefixes(paths, chosen)) <= budget
+    for budget, chosen in ((770, dense), (769, (2, 4, 6, 8, 10))):
+        cache = PrefixCache(12)
+        cache.set_budget(10, budget)
+        cache.announce(paths)
+        assert (cache.blocks, cache.bytes) == (chosen, 10 * len(list_prefixes(paths, chosen)))
 
 
 class Watched(Measurement):
@@ -90,7 +113,10 @@ class Watched(Measurement):
 
     def measure(self, *args, **options):
         found = super().measure(*args, **options)
-        self.sizes = [*getattr(self, "sizes", []), [len(b.prefixes) for b in self.activations]]
+        self.sizes = [
+            *getattr(self, "sizes", []),
+            [self.activations.prefixes.count(b.number) for b in self.activations],
+        ]
         return found
 
 
