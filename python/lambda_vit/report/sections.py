@@ -5,27 +5,24 @@ Both templates and the terminal lay out what stands here, so that they cannot di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from ..runtime.formatting import (
     NONE,
     format_change,
-    format_count,
     format_ends,
     format_fixed,
-    format_flops,
     format_list,
     format_milliseconds,
     format_ranges,
     format_signed,
-    format_size,
     format_span,
 )
 from . import selection as report_selection
 from . import training
 from .parts import Cell, Column, Section, Table, columns_of, filled
-from .records.readings import LAYER_NAMES, baseline, digits_of, estimators, lowest, mean, validation_images
+from .records.readings import COSTS, LAYER_NAMES, baseline, digits_of, estimators, lowest, mean, validation_images
 from .records.scores import score_text
 
 
@@ -62,7 +59,7 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
         values = [f"{v['top1']:.{digits}f} %" for v in subject]
         change = f"{format_signed(after['top1'] - before['top1'], digits)} points"
         rows.append({"name": "Top-1 accuracy", "before": values[0], "after": values[1], "change": change, "note": note})
-    for name, key, show in _COSTS:
+    for name, key, show in COSTS:
         pair = [v.get(key) for v in subject]
         if None not in pair:
             rows.append(
@@ -254,7 +251,7 @@ def _variants(record: dict[str, Any]) -> Section | None:
 
 def _costs(record: dict[str, Any]) -> Section | None:
     variants = record.get("variants") or []
-    costs = [cost for cost in _COSTS if any(v.get(cost[1]) is not None for v in variants)]
+    costs = [cost for cost in COSTS if any(v.get(cost[1]) is not None for v in variants)]
     batches = _batches(record)
     if not costs and not batches:
         return None
@@ -340,11 +337,3 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
         (table,) = section.tables
         tables.append(Table(table.title, *columns_of(table, ("Result", "Check", "Value"))))
     return tables
-
-
-_COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("Parameters", "parameters", format_count),
-    ("FLOPs per image", "flops", format_flops),
-    ("Weights", "weight_bytes", format_size),
-    ("Peak memory", "peak_memory_bytes", format_size),
-)

@@ -10,22 +10,19 @@ from ..runtime.formatting import (
     NONE,
     format_bits,
     format_change,
-    format_count,
     format_ends,
     format_fixed,
-    format_flops,
     format_list,
     format_number,
     format_ranges,
     format_rate,
     format_score,
     format_signed,
-    format_size,
 )
 from ..selection.strategies import CRITERIA, STRATEGIES
 from .figures.selection import score_plot, trajectory_plot
 from .parts import Cell, Column, Section, Table, filled
-from .records.readings import digits_of
+from .records.readings import COSTS, digits_of
 from .records.scores import (
     Ranking,
     blocks_of,
@@ -371,10 +368,4 @@ def _scale(value: float) -> tuple[float, str]:
     return (1e9, "GFLOP") if value >= 1e9 else (1e6, "MFLOP") if value >= 1e6 else (1e3, "kFLOP")
 
 
-_COSTS = (
-    ("Parameters", "parameters", format_count),
-    ("FLOPs per image", "flops", format_flops),
-    ("Weights", "weight_bytes", format_size),
-    ("Peak memory", "peak_memory_bytes", format_size),
-    ("Images per second", "images_per_second", format_rate),
-)
+_COSTS = (*COSTS, ("Images per second", "images_per_second", format_rate))

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lambda_kernels.files import atomic_write
-
 from ..records.readings import CLEAR, at, subject, verdict
-from .files import encode, plot_format
-from .style import INK, MUTED, PAPER, PICK, SERIES, new_figure, shortened
+from .files import Part, render_page, save_page
+from .style import INK, MUTED, PAPER, PICK, SERIES, shortened
 
 # From the first block to the last, darker and darker: the order stays visible without colour.
 _DEPTH = ("#e0a10f", SERIES[0], INK)
@@ -23,38 +21,28 @@ _LABEL = "Δ log amplitude (natural log)"
 
 
 def save_plot(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Write the figure of a record, atomically, for paper: light, 7.6 inches wide.
+    """Write the figure of a record, atomically.
 
     Args:
-        path: Ends in .png (200 dpi), .svg or .pdf.
+        path: Ends in .png, .svg or .pdf.
         record: {"model": name, "before": …}, with "after" and "changes" for a comparison.
 
     Raises:
         ValueError: The suffix is another one.
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
-    content = render(record, plot_format(path))
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+    save_page(path, lambda kind: render(record, kind))
 
 
 def render(record: Mapping[str, Any], kind: str) -> bytes:
-    """The figure as "png", "svg" or "pdf"."""
-    compared = record.get("after") is not None
-    parts = [("Spectra of the blocks' outputs", draw_spectra, 3.0)]
-    parts.append(("After less before", draw_changes, 3.0) if compared else ("By block", draw_levels, 2.6))
-    notes = _notes(record)
-    heights = [0.62, *(height for _, _, height in parts), 0.2 + 0.16 * len(notes)]
-    with new_figure(sum(heights)) as figure:
-        head, *middle, foot = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        title = f"Features by frequency: {shortened(str(record['model']), 40)}"
-        head.text(0.015, 0.68, title, fontsize=13, fontweight="bold", va="center")
-        head.text(0.015, 0.22, _facts(record), color=MUTED, va="center")
-        for part, (title, draw, _) in zip(middle, parts, strict=True):
-            part.suptitle(title, x=0.015, ha="left", fontsize=10.5, fontweight="bold")
-            draw(part, record)
-        foot.text(0.015, 0.95, "\n".join(notes), color=MUTED, fontsize=8, va="top", linespacing=1.35)
-        return encode(figure, kind)
+    """Draw the figure as "png", "svg" or "pdf"."""
+    parts: list[Part] = [("Spectra of the blocks' outputs", 3.0, lambda part: draw_spectra(part, record))]
+    if record.get("after") is not None:
+        parts.append(("Change from before to after", 3.0, lambda part: draw_changes(part, record)))
+    else:
+        parts.append(("By block", 2.6, lambda part: draw_levels(part, record)))
+    title = f"Features by frequency: {shortened(str(record['model']), 40)}"
+    return render_page(kind, title, _facts(record), parts, _notes(record))
 
 
 def draw_spectra(figure: Any, record: Mapping[str, Any]) -> None:

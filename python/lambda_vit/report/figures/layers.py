@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lambda_kernels.files import atomic_write
-
 from ...runtime.formatting import format_list
 from ..records.readings import LAYER_NAMES, _ranked, estimators, lowest, mean, spread
-from .files import encode, plot_format
-from .style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, new_figure, numbers, shortened
+from .files import Part, render_page, save_page
+from .style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, numbers, shortened
 
 # Filled against hollow and solid against dashed: the two stay apart without colour.
 _LOOKS = {
@@ -144,42 +142,27 @@ def draw_ranking(figure: Any, profile: Mapping[str, Any]) -> None:
 
 
 def save_plot(path: str | Path, profile: Mapping[str, Any]) -> None:
-    """Write both figures of a profile on one page, atomically, for paper: light, 7.6 inches wide.
+    """Write both figures of a profile on one page, atomically.
 
     Args:
-        path: Ends in .png (200 dpi), .svg or .pdf.
-        profile: What `LayerProfile.to_dict` gives; "model" in it names the model.
+        path: Ends in .png, .svg or .pdf.
+        profile: The result of `LayerProfile.to_dict`; "model" in it names the model.
 
     Raises:
         ValueError: The suffix is another one.
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
-    content = render(profile, plot_format(path))
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+    save_page(path, lambda kind: render(profile, kind))
 
 
 def render(profile: Mapping[str, Any], kind: str) -> bytes:
-    """Both figures on one page as "png", "svg" or "pdf"."""
-    name = shortened(str(profile.get("model") or "model"))
+    """Draw both figures on one page as "png", "svg" or "pdf"."""
     height = by_block_height(profile) + 0.35
-    any_attention = any(
-        mean(row, "attn", name) is not None for name in estimators(profile) for row in profile["blocks"]
-    )
-    parts: list[tuple[str, Callable[..., None]]] = [("Block by block", draw_by_block)]
-    if any_attention:
-        parts.append(("In the order of the attention's entropy", draw_ranking))
-    notes = _notes(profile)
-    heights = [0.62, *(height for _ in parts), 0.18 + 0.16 * len(notes)]
-    with new_figure(sum(heights)) as figure:
-        head, *middle, foot = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        head.text(0.015, 0.68, f"Entropy by layer: {name}", fontsize=13, fontweight="bold", va="center")
-        head.text(0.015, 0.22, _facts(profile), color=MUTED, va="center")
-        for part, (title, draw) in zip(middle, parts, strict=True):
-            part.suptitle(title, x=0.015, ha="left", fontsize=10.5, fontweight="bold")
-            draw(part, profile, {}) if draw is draw_by_block else draw(part, profile)
-        foot.text(0.015, 0.95, "\n".join(notes), color=MUTED, fontsize=8, va="top", linespacing=1.35)
-        return encode(figure, kind)
+    parts: list[Part] = [("Block by block", height, lambda part: draw_by_block(part, profile, {}))]
+    if any(mean(row, "attn", name) is not None for name in estimators(profile) for row in profile["blocks"]):
+        parts.append(("In the order of the attention's entropy", height, lambda part: draw_ranking(part, profile)))
+    title = f"Entropy by layer: {shortened(str(profile.get('model') or 'model'))}"
+    return render_page(kind, title, _facts(profile), parts, _notes(profile))
 
 
 def _facts(profile: Mapping[str, Any]) -> str:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...runtime.formatting import format_list, format_ranges, percent_digits
+from ...runtime.formatting import (
+    format_count,
+    format_flops,
+    format_list,
+    format_ranges,
+    format_size,
+    percent_digits,
+)
+
+# Costs of a model: title, key in a record, and how the value is shown.
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("Parameters", "parameters", format_count),
+    ("FLOPs per image", "flops", format_flops),
+    ("Weights", "weight_bytes", format_size),
+    ("Peak memory", "peak_memory_bytes", format_size),
+)
 
 
 def validation_images(record: Mapping[str, Any]) -> int:
