@@ -403,7 +403,8 @@ def test_real_weights_and_images(run, real_data, tmp_path):
     data = ["--data", real_data / IMAGES]
     model = ["--model", "deit_tiny_patch16_224", "--weights", real_data / WEIGHTS]
     selection = tmp_path / "selection.json"
-    code, _, err = run("select", *model, *data, "--count", 2, "--samples", 30, "--out", selection)
+    few = ["--samples", 30, "--eval-samples", 60, "--no-latency"]
+    code, _, err = run("select", *model, *data, "--count", 2, *few, "--out", selection)
     assert code == 0, err
     picks = Selection.from_json(selection)
     assert picks.model == "deit_tiny_patch16_224"
