@@ -145,7 +145,7 @@ def select(
     from lambda_kernels.files import check_writable
 
     from ..runtime import progress
-    from ..runtime.processes import ended_in_order, local_device, process_group
+    from ..runtime.processes import exit_on_sigterm, local_device, process_group
     from ..selection.budget import Budget
     from ..selection.result import SelectionWarning
     from ..selection.search import check_search, run_selection
@@ -167,7 +167,7 @@ def select(
     selection_file = out if out.suffix == ".json" else out / "selection.json"
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
-    with process_group() as processes, ended_in_order(), contextlib.ExitStack() as stack:
+    with process_group() as processes, exit_on_sigterm(), contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(progress.progress_bars())
         stack.enter_context(warnings.catch_warnings())

@@ -1,7 +1,7 @@
-"""What a loader gives as images: a tensor [N, C, H, W], or the patches of NaFlexVit, where short images are padded.
+"""Batches of images: tensors [N, C, H, W], or the padded patches of NaFlexVit.
 
-NaFlexVit (timm's `naflexvit`) takes images of any size as patches [N, T, P·P·C] with their coordinates, and `patch_valid`
-[N, T], which is False where there is only padding. Tokens of padding belong to no image, so no statistic may hold them.
+NaFlexVit (timm's `naflexvit`) reads images of any size as patches [N, T, P·P·C] with their coordinates and `patch_valid`
+[N, T], which is False for padding. Tokens of padding belong to no image, so that no statistic may include them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# A tensor, or what timm's NaFlexCollator makes of images: patches, patch_coord, patch_valid and a plain number.
+# A tensor, or the output of timm's NaFlexCollator: patches, patch_coord, patch_valid and a plain number.
 Images = Tensor | dict[str, Any]
 
 
 class SizedLoader(Protocol):
-    """What yields batches and knows how many, as a `DataLoader` over a dataset with a length does."""
+    """An iterable of batches with a length, such as a `DataLoader` over a dataset with a length."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
@@ -29,17 +29,17 @@ def random_images(shape: Sequence[int], device: torch.device, dtype: torch.dtype
 
 
 def images_of(item: Any) -> Images:
-    """The images in what a loader gave: alone, or first in a tuple."""
+    """The images of a batch, which are the batch itself or its first item."""
     return item[0] if isinstance(item, (tuple, list)) else item
 
 
 def count(images: Images) -> int:
-    """How many images there are."""
+    """Number of images."""
     return len(images["patches"] if isinstance(images, dict) else images)
 
 
 def mapped(images: Images, function: Callable[[Tensor], Tensor]) -> Images:
-    """`function` of each tensor; what is no tensor stays."""
+    """Apply `function` to each tensor; other values stay unchanged."""
     if isinstance(images, dict):
         return {name: function(value) if isinstance(value, Tensor) else value for name, value in images.items()}
     return function(images)
@@ -51,7 +51,7 @@ def first(images: Images, number: int) -> Images:
 
 
 def to(images: Images, device: torch.device, dtype: torch.dtype) -> Images:
-    """The images on `device`; pixels with `dtype`, coordinates and what is valid with their own."""
+    """Move images to `device` and their pixels to `dtype`; coordinates and masks keep their dtype."""
     if isinstance(images, dict):
         own = {"patches": dtype}
         return {
@@ -62,7 +62,7 @@ def to(images: Images, device: torch.device, dtype: torch.dtype) -> Images:
 
 
 def tensors(images: Images | None) -> dict[str, Tensor]:
-    """All tensors by name; none of None."""
+    """All tensors by name; empty for None."""
     if images is None:
         return {}
     if isinstance(images, dict):
@@ -71,7 +71,7 @@ def tensors(images: Images | None) -> dict[str, Tensor]:
 
 
 def from_tensors(held: dict[str, Tensor]) -> Images | None:
-    """What `tensors` took apart; None for nothing."""
+    """The inverse of `tensors`."""
     return held.get("pixels", held) if held else None
 
 
@@ -81,7 +81,7 @@ def finite(images: Images) -> bool:
 
 
 def valid_tokens(model: nn.Module, images: Images | None) -> Tensor | None:
-    """bool [N, T]: which tokens between the blocks of `model` belong to an image or are prefix tokens; None: all do."""
+    """bool [N, T]: the tokens between the blocks of `model` that are not padding; None if there is no padding."""
     valid = images.get("patch_valid") if isinstance(images, dict) else None
     if valid is None:
         return None
@@ -90,14 +90,14 @@ def valid_tokens(model: nn.Module, images: Images | None) -> Tensor | None:
 
 
 def features(model: nn.Module, images: Images) -> Any:
-    """What goes into the head: tokens [N, T, C], or for patches a dictionary of them and of what is valid."""
+    """The input of the head: tokens [N, T, C], or for patches a dictionary of them and their mask."""
     if not isinstance(images, dict):
         return model.forward_features(images)
     return model.forward_features(images["patches"], images["patch_coord"], images["patch_valid"])
 
 
 def head(model: nn.Module, features: Any, pre_logits: bool = False) -> Tensor:
-    """The model's own head over what `features` gave."""
+    """Apply the model's head to the output of `features`."""
     if isinstance(features, dict):
         return model.forward_head(**features, pre_logits=pre_logits)
     return model.forward_head(features, pre_logits=pre_logits)

@@ -36,19 +36,19 @@ class Digits(TensorDataset):
         return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in self.tensors)).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What a report says about the data."""
+        """The description of the data for a report."""
         return describe_dataset(self, "scikit-learn digits")
 
 
 def digits(split: str, image_size: int | None = None) -> Digits:
-    """The 1,797 digits that ship inside scikit-learn: no download, one fixed stratified split.
+    """The 1,797 digits of scikit-learn in one fixed stratified split; nothing is downloaded.
 
     Args:
         split: "train" (1,437 images) or "val" (360).
-        image_size: Resize to this many pixels a side; None keeps 8.
+        image_size: Side in pixels after resizing; None keeps 8.
 
     Returns:
-        Float images [N, 1, S, S] with the train split at mean 0 and std 1.
+        Float images [N, 1, S, S], normalised so that the train split has mean 0 and standard deviation 1.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

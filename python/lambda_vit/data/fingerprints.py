@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 
 class FingerprintedSet(Protocol):
-    """A data set that can tell what it holds without decoding images."""
+    """A data set that can identify its contents without decoding images."""
 
     @property
     def split(self) -> str: ...
@@ -31,7 +31,7 @@ class FingerprintedSet(Protocol):
 
 
 def describe_dataset(dataset: FingerprintedSet, root: str) -> dict[str, Any]:
-    """What a report says of a data set."""
+    """The description of a data set for a report."""
     return {
         "root": root,
         "split": dataset.split,
@@ -48,9 +48,9 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(loader: Any, *, labelled: bool = False) -> dict[str, Any]:
-    """What is known of the data without decoding images: the data set's own fingerprint, its length, batch size, transform.
+    """Properties of the data that need no decoding: the data set's fingerprint, its length, batch size, transform.
 
-    Tensors that are in memory already are read. With `labelled`, labels count too, where the data set has them in a list.
+    Tensors in memory are hashed. With `labelled`, the labels are hashed too if the data set lists them.
     """
     found: dict[str, Any] = {}
     dataset: Any = getattr(loader, "dataset", None)
@@ -63,11 +63,11 @@ def data_fingerprint(loader: Any, *, labelled: bool = False) -> dict[str, Any]:
     if labelled and hasattr(dataset, "targets"):
         found["labels"] = hashlib.sha256(repr(list(map(int, dataset.targets))).encode()).hexdigest()
     name, sized = ("images", dataset) if hasattr(dataset, "__len__") else ("batches", loader)
-    with contextlib.suppress(TypeError):  # a DataLoader has the method even where it cannot tell
+    with contextlib.suppress(TypeError):  # a DataLoader has the method even if its length is unknown
         found[name] = len(sized)
     transform = getattr(dataset, "transform", None)
     if transform is not None:
-        found["transform"] = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # the same one lies elsewhere each time
+        found["transform"] = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # addresses differ between runs
     found["batch size"] = getattr(loader, "batch_size", None)
     return found
 

@@ -1,8 +1,8 @@
-"""Images in ImageNet layout, read from a folder or in place from a zip, and the digits that ship inside scikit-learn.
+"""Images in ImageNet layout, read from a folder or in place from a zip.
 
-timm has readers for both, but its dataset replaces an image it cannot decode by the next one, and it numbers the class
-folders it happens to find: either way an accuracy can be wrong without a word. Here every unreadable image is named,
-and the class indices are those of the train split or of ImageNet.
+timm has readers for both, but its dataset replaces an undecodable image by the next one and numbers whichever class
+folders it finds. Either can silently falsify an accuracy. Here every unreadable image is named, and the class indices are
+those of the train split or of ImageNet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from .fingerprints import describe_dataset
 from .sources import SPLIT_NAMES, Folder, Zip, extensions, find_split, open_source
 
-# A map-style dataset. PyTorch's class promises no length; samples are drawn by it.
+# A map-style dataset with a length, which PyTorch's class does not promise.
 SizedDataset = Any
 
 
@@ -30,7 +30,7 @@ class CorruptImageError(ValueError):
 
 
 class BadImage(NamedTuple):
-    """What stands in a batch where an image could not be read, until the loader counts it."""
+    """A placeholder in a batch for an unreadable image, until the loader counts it."""
 
     path: str
     reason: str
@@ -75,27 +75,27 @@ class ImageDataset(Dataset[Any]):
         return dataclasses.replace(self, samples=[self.samples[i] for i in indices])
 
     def fingerprint(self) -> str:
-        """SHA-256 over the sorted paths (below the split folder) and sizes in bytes: equal for a folder and its zip."""
+        """SHA-256 of the sorted paths below the split folder and the sizes in bytes: equal for a folder and its zip."""
         digest = hashlib.sha256()
         for path in sorted(path for path, _ in self.samples):
             digest.update(f"{path.removeprefix(self.at).lstrip('/')}\0{self.source.size(path)}\n".encode())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What a report says about the data."""
+        """The description of the data for a report."""
         return describe_dataset(self, str(self.root))
 
 
 def decoded_sample(dataset: Any, read: Callable[[], bytes], path: str, label: int) -> tuple[Tensor, int] | BadImage:
-    """One sample of a dataset with a `transform` and an `on_bad`, from the bytes of a file."""
+    """Decode one sample of a dataset that has `transform` and `on_bad`."""
     from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
     try:
         with Image.open(io.BytesIO(read())) as opened:
             image = opened.convert("RGB")
-    except Exception as error:  # PIL and zipfile raise almost anything over damaged bytes
-        # PIL's own text for a file of another kind names a buffer in memory.
+    except Exception as error:  # PIL and zipfile raise almost any exception for damaged bytes
+        # PIL's message for a file of another kind names a memory buffer.
         unknown = type(error).__name__ == "UnidentifiedImageError"
         bad = BadImage(path, "not an image" if unknown else f"{error}" or type(error).__name__)
         if dataset.on_bad == "mark":
@@ -115,24 +115,24 @@ def open_images(
 ) -> ImageDataset:
     """Open one split of an image set laid out as `<split>/<class>/<image>`, in a folder or in a zip.
 
-    One common top folder is looked through. A root without split folders, whose children are class folders, serves for
-    any split, and the dataset's `split` is then "all".
+    A single top folder around the splits is skipped. If the root has class folders instead of split folders, it serves as
+    any split, and the dataset's `split` is "all".
 
     Args:
         root: A folder, or a zip that is read in place.
-        split: "train" or "val". Where there is no `val`, a lone `validation`, `valid` or `test` stands for it; each of
-            these can also be requested by name.
-        transform: From a PIL image in RGB to a tensor; see `transforms_for`. Default: float [3, H, W] in 0…1.
-        num_classes: The outputs of the model that will see the labels. With 1000 and ImageNet synsets as folder names
-            the labels are ImageNet's own, however few the folders; otherwise it must be the number of folders, labelled
-            0…n-1 in sorted order. None: the number there is.
-        class_to_idx: The labels, instead of the rule above.
-        on_bad: What indexing does with an unreadable image: "raise" a `CorruptImageError`, or "mark" it by returning a
-            `BadImage`. `make_loader` counts them by itself, whichever is set.
+        split: "train" or "val", for which a single `validation`, `valid` or `test` is used if there is no `val`. These
+            names are accepted too.
+        transform: Maps a PIL image in RGB to a tensor; see `transforms_for`. Default: float [3, H, W] in 0…1.
+        num_classes: Number of outputs of the model. With 1000 outputs and ImageNet synsets as folder names, the labels are
+            ImageNet's, however few folders there are; otherwise it must be the number of folders, which are labelled
+            0…n-1 in sorted order. None: the number of folders.
+        class_to_idx: The label of each class folder, instead of the rule above.
+        on_bad: The effect of indexing an unreadable image: "raise" raises `CorruptImageError`, "mark" returns a `BadImage`.
+            `make_loader` counts unreadable images with either.
 
     Raises:
-        ValueError: No such root, split or images; class folders that are missing, empty, or not in the train split (or
-            in `class_to_idx`); a number of classes that does not fit `num_classes`.
+        ValueError: The root, the split or images do not exist; class folders are missing, empty, or not in the train split
+            (or in `class_to_idx`); or the number of classes does not match `num_classes`.
     """
     if split not in SPLIT_NAMES:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLIT_NAMES)}")
@@ -163,7 +163,7 @@ def open_images(
 
 
 def corrupt_message(bad: list[BadImage], allowed: int) -> str:
-    """What a `CorruptImageError` says."""
+    """The message of a `CorruptImageError`."""
     listed = "; ".join(f"{b.path} ({b.reason})" for b in bad[:10]) + ("; …" if len(bad) > 10 else "")
     return (
         f"cannot read {len(bad)} image{'s' * (len(bad) > 1)}, with {allowed} allowed: {listed}. "

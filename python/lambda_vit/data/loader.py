@@ -1,4 +1,4 @@
-"""The loader of images: batches, subsets and shares of several processes."""
+"""The loader of images: batches, subsets, and shards for several processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .images import BadImage, CorruptImageError, ImageDataset, SizedDataset, cor
 
 @dataclasses.dataclass(eq=False)
 class ImageLoader:
-    """Batches `(images [N, ...], targets [N])`; made by `make_loader`. Can be iterated any number of times."""
+    """Batches `(images [N, ...], targets [N])`; made by `make_loader`. It can be iterated repeatedly."""
 
     dataset: SizedDataset
     batch_size: int
@@ -43,20 +43,20 @@ class ImageLoader:
 
     @property
     def bad(self) -> list[str]:
-        """Paths of the unreadable images met so far, each once. A batch that had one is that much shorter."""
+        """Paths of the unreadable images so far, each once. Their batches are shorter."""
         return list(self._found)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass: the same seed and epoch give the same order."""
+        """Set the epoch, which together with the seed determines the order of the next pass."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
         starts = range(0, len(order) - (self.batch_size - 1 if self.drop_last else 0), self.batch_size)
-        # Whole batches are shared out, so that each is the same whatever the number of processes.
+        # Processes share whole batches, so that each batch is the same for any number of processes.
         own = [order[start : start + self.batch_size].tolist() for start in starts][self.shard[0] :: self.shard[1]]
-        # A worker that raised would bury the path in its own traceback, so unreadable images travel as marks.
+        # An exception in a worker would bury the path in its traceback, so that workers return marks for unreadable images.
         marking = hasattr(self.dataset, "on_bad")
         batches = DataLoader(
             dataclasses.replace(self.dataset, on_bad="mark") if marking else self.dataset,
@@ -64,7 +64,7 @@ class ImageLoader:
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
-            # Of its own: workers are seeded by (seed, epoch), and the caller's random state is left alone.
+            # Workers are seeded by (seed, epoch), and the caller's random state stays unchanged.
             generator=torch.Generator().manual_seed(int(rng.integers(2**32))),
             worker_init_fn=None if self.worker_init is None else functools.partial(init_worker, self.worker_init),
         )
@@ -96,18 +96,18 @@ def make_loader(
     Args:
         dataset: An `ImageDataset`, `digits(...)`, or any map-style dataset of `(tensor, label)`.
         batch_size: Images per batch.
-        workers: Processes that read and decode; 0 does it in this one.
-        shuffle: A new order per epoch; call `set_epoch` before each pass.
-        seed: Of the order and of the workers' random transforms.
-        skip_bad: How many different unreadable images to leave out before giving up.
-        drop_last: Leave out the last batch where it is shorter.
-        pin_memory: Page-locked batches, where a CUDA device is there to use them.
-        shard: (rank, size): of several processes that share the batches, the one with this rank gets every size-th.
+        workers: Processes that read and decode; with 0, this process does it.
+        shuffle: Use a new order in each epoch; call `set_epoch` before each pass.
+        seed: Seed of the order and of the workers' random transforms.
+        skip_bad: Number of different unreadable images that are omitted before an error is raised.
+        drop_last: Omit the last batch if it is shorter.
+        pin_memory: Page-lock batches if there is a CUDA device.
+        shard: (rank, size): of several processes that share the batches, the process of this rank gets every size-th.
         worker_init: Called in each worker with its number, before it reads.
 
     Raises:
-        ValueError: An empty dataset, or an argument out of range.
-        CorruptImageError: While iterating, at the first image beyond `skip_bad` that cannot be read.
+        ValueError: The dataset is empty, or an argument is out of range.
+        CorruptImageError: While iterating, at the first unreadable image beyond `skip_bad`.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("skip_bad", skip_bad, 0)):
         require_int(name, value, least)
@@ -122,13 +122,13 @@ def make_loader(
 
 
 def subset(dataset: Any, samples: int, *, seed: int | None = None) -> Any:
-    """A class-balanced part of a dataset, the classes taking turns in its order.
+    """A class-balanced part of a dataset, in which the classes alternate.
 
     Args:
         dataset: An `ImageDataset` or `digits(...)`: anything with `targets` and `select(indices)`.
-        samples: How many. With fewer than classes, classes are spread evenly; a class that runs out leaves its share to
-            the others; more than there are gives all of them, and a warning.
-        seed: None takes evenly spaced images of each class, an integer random ones.
+        samples: Number of samples. With fewer samples than classes, evenly spaced classes give one each; the share of a
+            class that runs out goes to the others; more samples than there are give all of them and a warning.
+        seed: Seed of a random choice within each class; None: evenly spaced images.
 
     Raises:
         ValueError: `samples` below 1.
@@ -157,12 +157,12 @@ def _collate(items: list[Any]) -> tuple[Tensor, Tensor, list[BadImage]]:
 
 
 def _shares(members: list[list[int]], samples: int, rng: np.random.Generator | None) -> list[int]:
-    """How many samples each class gives: as equal as their sizes allow."""
+    """Number of samples of each class, as equal as the sizes of the classes allow."""
     shares = [0] * len(members)
     left = min(samples, sum(map(len, members)))
     while left:
         open_ = [i for i, group in enumerate(members) if shares[i] < len(group)]
-        # At least one turn for everybody, at most what is left; fewer turns than classes go to classes spread evenly.
+        # Each class gets one more sample; if fewer are left than classes, evenly spaced classes do.
         for i in open_ if left >= len(open_) else [open_[j] for j in _spread(len(open_), left, rng)]:
             shares[i] += 1
             left -= 1

@@ -1,4 +1,4 @@
-"""Where images come from: the files of a folder, or the members of a zip that is read in place; and which are splits."""
+"""Sources of images: the files of a folder, or the members of a zip that is read in place; and their splits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Folder:
             return sorted(entry.name for entry in entries if entry.is_dir() and _visible(entry.name))
 
     def images(self, at: str) -> dict[str, list[str]]:
-        """The images of each class folder in `at`, at any depth; an empty class folder keeps its empty list."""
+        """The images of each class folder in `at`, at any depth; the list of an empty folder is empty."""
         return {name: sorted(self._walk(self.root / at / name)) for name in track(self.folders(at), "List images")}
 
     def _walk(self, folder: Path) -> Iterator[str]:
@@ -46,8 +46,8 @@ class Folder:
 
 
 class Zip:
-    """Images inside a zip. Every process opens the file for itself: a handle shared after a fork would share its
-    position too, and one cannot be pickled."""
+    """Images inside a zip. Every process opens its own handle: a handle shared after a fork would share its position, and
+    handles cannot be pickled."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -65,7 +65,7 @@ class Zip:
         return self._opened[1]
 
     def _inside(self, at: str) -> Iterator[tuple[str, str, str]]:
-        """(member, first folder, rest) of whatever lies at least one folder deep in `at`."""
+        """(member, first folder, rest) of each member that is at least one folder deep in `at`."""
         prefix = f"{at}/" if at else ""
         for member in dict.fromkeys(self._handle().namelist()):
             folder, slash, rest = member.removeprefix(prefix).partition("/")

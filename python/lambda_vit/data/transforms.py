@@ -13,11 +13,11 @@ from ..runtime.formatting import format_differences
 
 
 def transforms_for(model: nn.Module, training: bool = False, **augment: Any) -> Callable[..., Tensor]:
-    """timm's transform for a model: its mean, std, interpolation and crop, at the size the model was built for.
+    """timm's transform for a model: its mean, std, interpolation and crop, at the size that the model was built for.
 
     Args:
-        model: A timm model with 1 or 3 input channels; with 1, images are turned to grey.
-        training: Random crops and flips, and whatever `augment` adds.
+        model: A timm model with 1 or 3 input channels; with 1, images are converted to greyscale.
+        training: Use random crops and flips, and the augmentations of `augment`.
         **augment: Further arguments of `timm.data.create_transform`, such as `auto_augment` or `re_prob`.
     """
     from timm.data import create_transform

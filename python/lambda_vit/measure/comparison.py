@@ -94,12 +94,12 @@ def evaluation_row(
 
 
 def kernel_paths(model: nn.Module) -> list[dict]:
-    """How each block of a converted model runs where it is now, for a report; empty for an untouched model."""
+    """The kernel path of each block of a converted model on its device, for a report; empty for an unconverted model."""
     return [asdict(row) for row in describe_blocks(model)] if hasattr(model, "lambda_kernels_info") else []
 
 
 def path_lines(paths: Sequence[Mapping]) -> list[str]:
-    """The `kernel_paths` of a model in words, blocks that run alike on one line, and how many tokens go into each."""
+    """The `kernel_paths` of a model in words, one line for blocks with the same path, and the tokens of each block."""
     alike: dict[tuple[str, str, str], list[int]] = {}
     for row in paths:
         alike.setdefault((row["attention"], row["mlp"], row["reason"]), []).append(row["block"])
@@ -111,7 +111,7 @@ def path_lines(paths: Sequence[Mapping]) -> list[str]:
 
 
 def merging_lines(paths: Sequence[Mapping]) -> list[str]:
-    """How many tokens go into each block, where some are merged."""
+    """The number of tokens of each block, if tokens are merged."""
     merged = sum(row.get("merged") or 0 for row in paths)
     tokens = ", ".join(str(row.get("tokens")) for row in paths)
     return [f"tokens into each block: {tokens}; {merged} are merged into others"] if merged else []
@@ -125,17 +125,17 @@ def compare(
     *,
     cost_batch: int,
 ) -> dict:
-    """A report record of `models`; agreement is with the one called "reference", where there is one.
+    """A report record of `models`, whose predictions are compared with those of the model "reference", if there is one.
 
     Args:
         models: By name.
-        labels: What people read, by the same names.
-        loader: Labelled images, for all models alike.
-        batch_sizes: At which latencies are compared; empty leaves them out.
+        labels: The names for people, by the same names.
+        loader: Labelled images, for all models.
+        batch_sizes: Batch sizes of the latencies; empty omits them.
         cost_batch: Batch size of the peak memory.
 
     Raises:
-        ValueError: The models were made for images that are prepared differently: one loader cannot serve them all.
+        ValueError: The models expect differently prepared images, so that one loader cannot serve them all.
     """
     check_preparation(models, "Validate each alone, or give both one crop_pct where only that differs: --crop-pct")
     sizes = tuple(dict.fromkeys(batch_sizes))

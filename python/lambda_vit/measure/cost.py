@@ -23,10 +23,10 @@ from .runner import Figures, ModelRunner, tensors_of
 
 @dataclasses.dataclass(frozen=True)
 class Cost(Figures):
-    """What a model takes to keep and to run."""
+    """Size of a model, and cost of running it."""
 
     parameters: int
-    weight_bytes: int  # parameters and persistent buffers: what a checkpoint holds
+    weight_bytes: int  # parameters and persistent buffers, which a checkpoint holds
     flops: int  # per image, two per multiply-add, matrix products and convolutions only
     peak_memory_bytes: int  # one forward of `batch_size` images, weights and images included
     peak_memory_method: str
@@ -35,12 +35,12 @@ class Cost(Figures):
 
 
 def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None, batch_size: int = 1) -> Cost:
-    """Count parameters, bytes, FLOPs and peak memory of a forward in eval mode, where the model is.
+    """Count parameters, bytes, FLOPs and peak memory of a forward in eval mode, on the model's device.
 
     Args:
         model: A classifier, or any module of images [N, C, H, W].
-        image_size: (channels, height, width), or pixels a side. Default: what the model was built for.
-        batch_size: Of the forward whose memory is measured. FLOPs are always per image.
+        image_size: (channels, height, width), or pixels a side. Default: the size that the model was built for.
+        batch_size: Batch size of the forward whose memory is measured. FLOPs are always per image.
     """
     require_int("batch_size", batch_size, 1)
     shape = input_shape(model, image_size)
@@ -64,8 +64,8 @@ def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None,
 
 
 class _Trace(TorchDispatchMode):
-    """Notes which operators run, and follows the storages they return from birth to release. What an operator allocates
-    and frees inside itself is not seen."""
+    """Records which operators run, and the lifetime of the storages that they return. Memory that an operator allocates
+    and frees internally is not seen."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Trace(TorchDispatchMode):
         self._live.add(key)
         self._bytes += size
         self.peak = max(self.peak, self._bytes)
-        # PyTorch keeps one Python object per storage for as long as the storage lives, so its end is the storage's end.
+        # PyTorch keeps one Python object per storage while the storage lives, so that both end together.
         weakref.finalize(storage, self._release, key, size)
 
     def _release(self, key: int, size: int) -> None:
@@ -97,14 +97,14 @@ class _Trace(TorchDispatchMode):
 
 
 def count_flops(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of a forward of `images`, two per multiply-add; in the mode that `model` is in."""
-    # The math path spells attention out as matrix products, which every version of the counter knows.
+    """Count the FLOPs of a forward of `images`, two per multiply-add, in the model's current mode."""
+    # The math backend runs attention as matrix products, which every version of the counter knows.
     with sdpa_kernel(SDPBackend.MATH), _Trace() as trace, FlopCounterMode(display=False) as counter:
         model(images)
     own = {"aten", "prim", "prims"}
     unknown = sorted(str(op) for op in trace.operators - set(flop_registry) if str(op).split(".")[0] not in own)
     if unknown:
-        warnings.warn(f"FLOPs leave out {', '.join(unknown)}: no formula is registered for it", stacklevel=3)
+        warnings.warn(f"FLOPs omit {', '.join(unknown)}: no formula is registered", stacklevel=3)
     return counter.get_total_flops()
 
 
@@ -118,7 +118,7 @@ def _traced_peak(model: nn.Module, images: Tensor) -> tuple[int, str]:
 
 def _cuda_peak(model: nn.Module, images: Tensor) -> tuple[int, str]:
     device = images.device
-    model(images)  # workspaces that stay allocated are not this forward's
+    model(images)  # allocates the workspaces that stay, which are not part of this forward
     torch.cuda.synchronize(device)
     others = torch.cuda.memory_allocated(device) - images.nbytes
     torch.cuda.reset_peak_memory_stats(device)

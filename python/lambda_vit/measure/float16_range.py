@@ -1,4 +1,4 @@
-"""Whether features fit into float16 once attention is gone: with residual_scale 2 they double in every block that lost it."""
+"""A check whether features fit float16 without attention: residual_scale=2 doubles them in every block that lost it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ LIMIT = torch.finfo(torch.float16).max
 
 @torch.inference_mode()
 def check_float16(model: nn.Module, images: Images, remove: object = (), *, residual_scale: float = 2.0) -> float:
-    """Run a batch and compare the largest feature between the blocks with what float16 can hold, before a model is cast to it.
+    """Compare the largest feature between the blocks with the range of float16, before a model is cast to it.
 
     Args:
-        model: A timm vision transformer in float32 or bfloat16, converted or not; it is left as it is.
-        images: A batch like those that it will see.
-        remove: Blocks that are to lose their attention, or a `Selection`; empty for the model as it is.
-        residual_scale: With which they lose it.
+        model: A timm vision transformer in float32 or bfloat16, converted or not; it is not changed.
+        images: A batch of typical images.
+        remove: Blocks whose attention will be removed, or a `Selection`; empty for the model as it is.
+        residual_scale: Scale of the residual in those blocks.
 
     Returns:
         How many times larger features could be: 65504 divided by the largest one.
 
     Raises:
-        ValueError: They do not fit. Names the block, the number, and by how much removals have scaled it; or indices are wrong.
+        ValueError: Features do not fit; the message names the block, the value, and how much removals have scaled it. Or
+            indices are wrong.
         AlreadyConvertedError: `remove` is given for a model that has lost attention already.
-        NonFiniteActivationError: They are not finite in the present dtype.
+        NonFiniteActivationError: Features are not finite in the present dtype.
         UnsupportedModelError: The model's blocks are not known; or they merge tokens, and `remove` is given.
     """
     structure = inspect_model(model)
@@ -73,7 +74,7 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
         scale, removed = (residual_scale, remove) if remove else (structure.residual_scale, structure.removed)
         before = sum(index <= block for index in removed)
         raise ValueError(
-            f"features reach {largest[block]:.4g} behind block {block}, and float16 ends at {LIMIT:.0f}: {before} removed "
+            f"features reach {largest[block]:.4g} after block {block}, and float16 ends at {LIMIT:.0f}: {before} removed "
             f"layer(s) with residual_scale={scale:g} have scaled them by {scale**before:g}. Use bfloat16 or float32"
         )
     return LIMIT / largest[block] if largest[block] else float("inf")

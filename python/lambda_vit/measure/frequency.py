@@ -29,19 +29,19 @@ _PADDED = "timm.models.naflexvit.NaFlexVit"  # by name: not every timm has it
 
 @dataclass(frozen=True)
 class BlockFrequencies:
-    """What comes out of one block, by radial frequency: an entry per bin in each tuple.
+    """The output of one block by radial frequency, with an entry per bin in each tuple.
 
     Attributes:
-        block: Its index.
-        attention: Whether it has its attention.
+        block: Index of the block.
+        attention: Whether the block has its attention.
         log_amplitude: Mean over images, channels and the bin's coefficients of ln A; see `radial.RadialSpectra`.
         amplitude: Mean of A, as arXiv 2404.05657 has it.
         power: Mean of A².
-        relative: Δ log amplitude, that is `log_amplitude` less its first entry. A factor on all features leaves it as it is.
+        relative: Δ log amplitude: `log_amplitude` minus its first entry. A factor on all features does not change it.
         relative_error: Its standard error over the images.
         mean: Mean of `relative` over the bins above zero up to the highest one.
         mean_error: Its standard error over the images.
-        floored: How many of the images' amplitudes were below 2^-24 and counted as that in logarithms.
+        floored: How many amplitudes of the images were below 2^-24, which replaced them in logarithms.
     """
 
     block: int
@@ -61,16 +61,16 @@ class FeatureFrequencies:
     """The spectra of the features of a model.
 
     Attributes:
-        samples: Images.
+        samples: Number of images.
         grid: Rows and columns of the token map.
-        prefix_tokens: Class, distillation and register tokens, which have no place in the map and are left out.
-        channels: Of the features.
-        dtype: Of the features, such as "float32". Spectra are taken in float64.
+        prefix_tokens: Number of class, distillation and register tokens, which are not part of the map and are omitted.
+        channels: Channels of the features.
+        dtype: Dtype of the features, such as "float32". Spectra are computed in float64.
         removed: Blocks without attention.
-        residual_scale: Of those blocks; None where there are none.
+        residual_scale: Residual scale of those blocks; None if there are none.
         frequencies: Middle of each bin, in units of π.
-        coefficients: How many of the coefficients of a map each bin holds.
-        highest: The bin at π, or next below it where the shorter side of the map is odd.
+        coefficients: Number of coefficients of a map in each bin.
+        highest: The bin at π, or the next lower bin if the shorter side of the map is odd.
         blocks: One entry per block, in order.
     """
 
@@ -93,10 +93,10 @@ class FeatureFrequencies:
 
 @dataclass(frozen=True)
 class BlockChange:
-    """What the features of one block have in the second model less what they have in the first.
+    """The features of one block in the second model minus those in the first.
 
     Attributes:
-        block: Its index.
+        block: Index of the block.
         relative: Change of Δ log amplitude in each bin.
         relative_error: Its standard error over the images, each compared with itself.
         mean: Change of the mean of Δ log amplitude over the bins above zero up to the highest one.
@@ -143,7 +143,7 @@ def _plain(value: Any) -> Any:
 def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequencies:
     """Measure the amplitude of the output of every block of `model` by radial frequency, in one pass over the data.
 
-    Of a batch its sums alone are kept, in float64.
+    Only the sums of each batch are kept, in float64.
 
     Args:
         model: A timm vision transformer, converted or not.
@@ -153,9 +153,9 @@ def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequ
         Per block and frequency bin the log amplitude, amplitude and power, means over images and channels, with errors.
 
     Raises:
-        ValueError: Fewer than two images, or the weights are on the meta device.
-        UnsupportedModelError: The model's blocks are not known, or their tokens are no map: some were dropped or merged.
-        NonFiniteActivationError: NaN or infinity; names block, batch and dtype.
+        ValueError: There are fewer than two images, or the weights are on the meta device.
+        UnsupportedModelError: The model's blocks are not known, or their tokens do not form a map (dropped or merged tokens).
+        NonFiniteActivationError: Features are NaN or infinite; the message names block, batch and dtype.
     """
     meter = _Meter(model)
     with eval_mode(model):
@@ -166,20 +166,20 @@ def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequ
 
 @torch.inference_mode()
 def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable[Any]) -> FrequencyComparison:
-    """Measure two models, such as one before and after attention layers were removed, in one pass over the data.
+    """Measure two models, such as one before and after the removal of attention layers, in one pass over the data.
 
     Args:
         model: A timm vision transformer, converted or not: "before".
-        other: One with as many blocks: "after". It may share modules with `model`, as `skip_attention(model, layers)` does.
+        other: A model with as many blocks: "after". It may share modules with `model`, as `skip_attention(model, layers)` does.
         loader: As for `feature_frequencies`.
 
     Returns:
-        Both measurements, and per block what changed, with standard errors of each image against itself.
+        Both measurements and the change per block, with standard errors over the paired images.
 
     Raises:
         ValueError: As for `feature_frequencies`, or the models differ in depth or in the size of their token maps.
         UnsupportedModelError: As for `feature_frequencies`.
-        NonFiniteActivationError: NaN or infinity; names model, block, batch and dtype.
+        NonFiniteActivationError: Features are NaN or infinite; the message names model, block, batch and dtype.
     """
     before, after = _Meter(model, "before: "), _Meter(other, "after: ")
     if before.depth != after.depth:
@@ -210,14 +210,14 @@ def _times(grid: tuple[int, int]) -> str:
 
 
 class _Moments:
-    """Mean and squared deviations over the first dimension of what it is given, merged as by Chan et al. (1983)."""
+    """Mean and squared deviations over the first dimension of its input, merged by the formula of Chan et al. (1983)."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def update(self, values: Tensor) -> None:
-        """Take in float64 `[N, …]`; N may be 0."""
+        """Add float64 values `[N, …]`; N may be 0."""
         number = len(values)
         if number == 0:
             return
@@ -229,12 +229,12 @@ class _Moments:
         self.count = total
 
     def error(self) -> Tensor:
-        """Standard error of the mean; there have to be two values or more."""
+        """Standard error of the mean of two or more values."""
         return (self._squares / (self.count - 1) / self.count).sqrt()
 
 
 class _Meter:
-    """Runs one model on batches and keeps what is measured of its blocks' outputs."""
+    """Runs one model on batches and accumulates the spectra of its blocks' outputs."""
 
     def __init__(self, model: nn.Module, label: str = "") -> None:
         if qualified_name(model) == _PADDED:
@@ -248,7 +248,7 @@ class _Meter:
         if self._device.type == "meta":
             raise ValueError(f"{label}the weights are on the meta device, where nothing is computed: load them first")
         self.depth = self._structure.depth
-        self.grid = (0, 0)  # of the first batch, once there was one
+        self.grid = (0, 0)  # of the first batch; (0, 0) before it
         self._model, self._label = model, label
         self._prefix = _prefix_tokens(model)
         self._batches = 0
@@ -270,7 +270,7 @@ class _Meter:
             self._seen = (output.shape[-1], dtype_name(output.dtype))
             found.append((index, bad, means, spectra.floored.sum()))
 
-        # For this forward alone: the other model of a comparison may run the same modules.
+        # Only for this forward: the other model of a comparison may run the same modules.
         handles = [
             block.register_forward_hook(lambda module, arguments, output, index=index: hook(index, output))
             for index, block in enumerate(self._model.blocks)
@@ -299,7 +299,7 @@ class _Meter:
         return relative
 
     def _token_map(self, index: int, output: Tensor, shape: Sequence[int]) -> Tensor:
-        """The tokens of the image in their places, [N, H, W, C]."""
+        """The tokens of the image as a map [N, H, W, C]."""
         if output.dim() != 3:
             raise UnsupportedModelError(
                 f"{self._label}blocks[{index}] gives a tensor of shape {tuple(output.shape)}, not [N, T, C]"
@@ -369,7 +369,7 @@ class _Meter:
 
 
 def _prefix_tokens(model: nn.Module) -> int:
-    """How many tokens come before those of the image."""
+    """Number of tokens before those of the image."""
     number = getattr(model, "num_prefix_tokens", None)
     if type(number) is not int:
         raise UnsupportedModelError(
@@ -380,10 +380,10 @@ def _prefix_tokens(model: nn.Module) -> int:
 
 
 def _grids(model: nn.Module, shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows and columns of the token map that the embedding may have made of images of `shape` (H, W), the likeliest first."""
+    """Possible rows and columns of the token map of images of `shape` (H, W), the likeliest first."""
     embedding: Any = getattr(model, "patch_embed", None)
     found = []
     if hasattr(embedding, "dynamic_feat_size"):
         found.append(embedding.dynamic_feat_size(tuple(shape)))
-    found.append(getattr(embedding, "grid_size", None))  # where a convolutional stem rounds otherwise
+    found.append(getattr(embedding, "grid_size", None))  # a convolutional stem may round differently
     return list(dict.fromkeys((int(grid[0]), int(grid[1])) for grid in found if grid is not None))

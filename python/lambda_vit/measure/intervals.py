@@ -11,7 +11,7 @@ from typing import Any
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion, as fractions `(low, high)` in 0…1.
 
-    Unlike the normal approximation it stays inside 0…1 and keeps a width at 0 % and 100 %.
+    Unlike the normal approximation, it stays within 0…1 and has a positive width at 0 % and 100 %.
     Source: E. B. Wilson, Probable inference, JASA 22 (1927).
     """
     if total < 1 or not 0 <= correct <= total:
@@ -23,7 +23,7 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     scale = 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    # Rounding must not push the ends past what was seen.
+    # Rounding must not move an end past the proportion.
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
@@ -38,17 +38,17 @@ _Z = 1.959964  # of a normal distribution's middle 95 %
 def paired_interval(full: Mapping[str, Any], step: Mapping[str, Any], images: int) -> tuple[float, float] | None:
     """The 95 % interval of a step's top-1 minus the full model's, in points, both measured on the same images.
 
-    Only images on which the two answer differently can make a difference. How many there are follows from the agreement;
-    how many of them neither gets right does not, and counts as noise: the interval is a little too wide, never too narrow.
+    Only images with different predictions affect the difference. Their number follows from the agreement. How many of them
+    both models misclassify is unknown and counts as noise, so that the interval is slightly too wide, never too narrow.
     Source: A. Agresti and Y. Min, Statistics in Medicine 24 (2005): half an image is added to each of the four cells.
 
     Args:
         full: Step 0, with "top1" in percent.
         step: Another step, with "top1" and "agreement" in percent.
-        images: On how many images both rest.
+        images: Number of images behind both.
 
     Returns:
-        (low, high), or None where a figure is missing.
+        (low, high), or None if a figure is missing.
     """
     if images < 1 or None in (full.get("top1"), step.get("top1"), step.get("agreement")):
         return None

@@ -22,7 +22,7 @@ from ..data import batches
 from ..models.properties import eval_mode, one_device, one_dtype
 from ..runtime.progress import track
 
-# What can be asked for, and what is then measured.
+# The choices, and the estimators that each measures.
 ESTIMATORS = {
     "both": ("gaussian", "histogram"),
     "gaussian": ("gaussian",),
@@ -30,10 +30,10 @@ ESTIMATORS = {
 }
 LAYERS = ("attn", "mlp")
 
-# With fewer tokens per bin the corrected histogram entropy of a normal channel is 0.03 bits too low, and soon more.
+# With fewer tokens per bin, the corrected histogram entropy of a normal channel is at least 0.03 bits too low.
 TOKENS_PER_BIN = 4
 
-# On a CUDA device a call per layer would cost more than its counting: layers wait until this much of them is there.
+# On a CUDA device, a call per layer would cost more than its counting: outputs are collected up to this many bytes.
 TOGETHER_BYTES = 256 << 20
 
 
@@ -49,15 +49,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class LayerEntropy:
-    """What was measured at the output of one layer.
+    """Entropies at the output of one layer.
 
     Attributes:
-        channels: How many there are.
-        constant_channels: How many of them never change, and have -24 bits (`STD_FLOOR`) in place of -infinity.
-        tokens: Values per channel: those of all tokens, prefix tokens too, of all images; padding is left out.
-        gaussian: log2 σ of the channels; None if it was not asked for.
+        channels: Number of channels.
+        constant_channels: How many of them never change and count -24 bits (`STD_FLOOR`) instead of -infinity.
+        tokens: Values per channel: all tokens of all images, with prefix tokens and without padding.
+        gaussian: log2 σ of the channels; None if not requested.
         histogram: Differential entropies of the channels' histograms, corrected by Miller and Madow's term for the bias
-            of few tokens; None if they were not asked for.
+            of few tokens; None if not requested.
     """
 
     channels: int
@@ -82,10 +82,10 @@ class LayerProfile:
 
     Attributes:
         estimators: "gaussian", "histogram" or both, in this order.
-        samples: Images.
-        bins: Of each channel's histogram; None without one.
-        dtype: Of the outputs, such as "float32".
-        counted_by: What did the counting: "extension AVX512", "extension CUDA", "torch" …
+        samples: Number of images.
+        bins: Number of bins of each channel's histogram; None without histograms.
+        dtype: Dtype of the outputs, such as "float32".
+        counted_by: The backend that counted: "extension AVX512", "extension CUDA", "torch" …
         blocks: One entry per block, in order.
     """
 
@@ -151,7 +151,7 @@ def profile_layers(
     try:
         for index, block in enumerate(model.blocks):
             for name in LAYERS[isinstance(block, AttentionFreeBlock) :]:
-                # A histogram's meter keeps the moments of the same read, so that one meter does for both.
+                # The meter of a histogram also has the moments, so that one meter serves both estimators.
                 meter = meters[index, name] = EntropyMeter(estimators[-1], bins=bins, name=f"blocks[{index}].{name}")
                 hook = getattr(block, name).register_forward_hook(
                     lambda module, arguments, output, meter=meter: queue.add(meter, output)
@@ -177,8 +177,8 @@ def profile_layers(
     fewest = min(layer.tokens for layer in layers.values())
     if "histogram" in estimators and fewest < TOKENS_PER_BIN * bins:
         warnings.warn(
-            f"{fewest} tokens per channel are few for {bins} bins: histogram entropies come out too low. Measure more "
-            f"images, or take at most {max(2, fewest // TOKENS_PER_BIN)} bins",
+            f"{fewest} tokens per channel are few for {bins} bins: histogram entropies are too low. Measure more "
+            f"images, or use at most {max(2, fewest // TOKENS_PER_BIN)} bins",
             stacklevel=3,  # past the decorator
         )
     return LayerProfile(
@@ -192,12 +192,12 @@ def profile_layers(
 
 
 def _changes_in_place(model: nn.Module) -> bool:
-    """Whether something (timm's LayerScale can) may write over an output before it is measured."""
+    """Whether a module, such as timm's LayerScale, may overwrite an output before it is measured."""
     return any(getattr(module, "inplace", False) for module in model.modules())
 
 
 class _Queue:
-    """Outputs on their way to their meters: `limit` bytes of them at most, or a single one that is larger."""
+    """Outputs that wait for their meters: at most `limit` bytes, or a single larger one."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -226,7 +226,7 @@ class _Queue:
 
 def _layer_entropy(meter: EntropyMeter, estimators: tuple[str, ...]) -> LayerEntropy:
     found = meter.moments()
-    # A histogram of one value has the narrowest bin that the grid allows, which says nothing: the Gaussian's floor holds.
+    # The histogram of one value has the narrowest bin of the grid, which means nothing: the Gaussian's floor is used.
     constant = (found.std < STD_FLOOR) | (found.minimum == found.maximum)
     number = int(constant.sum())
     if number == meter.channels:
@@ -248,8 +248,8 @@ def _spread(values: Tensor) -> Spread:
 
 
 def _counted_by(device: torch.device, dtype: torch.dtype) -> str:
-    """What `histogram` chose for such outputs."""
-    if device.type == "mps":  # has no float64: meters move the values
+    """The backend that `histogram` chooses for such outputs."""
+    if device.type == "mps":  # has no float64, so that meters move the values to the CPU
         device = torch.device("cpu")
     name, _ = histogram_backend(device, dtype)
     if name == "extension":

@@ -1,6 +1,6 @@
-"""The amplitude of token maps by radial frequency: which coefficient of a discrete Fourier transform lies in which bin.
+"""The amplitude of token maps by radial frequency, binned from a discrete Fourier transform.
 
-Pure functions of tensors; no model is known here.
+Pure functions of tensors that know no model.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lambda_kernels.entropy.state import STD_FLOOR
 
-# Amplitudes below it, 2^-24, count as that much in logarithms: zero has none, and rounding errors mean nothing.
+# Logarithms replace smaller amplitudes by this one, 2^-24: zero has no logarithm, and rounding errors mean nothing.
 AMPLITUDE_FLOOR = STD_FLOOR
 
-# Maps are transformed in float64 as many at a time as take this many bytes of real numbers.
+# As many maps are transformed at once as fit into this many bytes of float64.
 BYTES_AT_ONCE = 64 << 20
 
 
@@ -125,7 +125,7 @@ def radial_spectra(maps: Tensor) -> RadialSpectra:
     bins = radial_bins(*maps.shape[1:3])
     if maps.device.type == "mps":  # has no float64
         maps = maps.cpu()
-    if len(maps) == 0:  # which the transform would refuse
+    if len(maps) == 0:  # which the transform refuses
         none = maps.new_zeros((0, len(bins.frequencies)), dtype=torch.float64)
         return RadialSpectra(none, none, none, torch.zeros(0, dtype=torch.int64, device=maps.device))
     averaging = bins.averaging(maps.device)

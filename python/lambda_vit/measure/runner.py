@@ -37,7 +37,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, images: Tensor, where: str) -> Tensor:
-        """Logits [N, classes] in float64 on the CPU, checked; the copy also waits for the device."""
+        """Compute logits [N, classes] in float64 on the CPU, and check them; the copy also waits for the device."""
         output = self.model(
             images.to(self.device, self.dtype if images.is_floating_point() else None, non_blocking=True)
         )
@@ -64,5 +64,5 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """The device with its index, as tensors report it."""
+    """Return the device with its index, as tensors report it."""
     return torch.empty(0, device=device).device

@@ -1,4 +1,4 @@
-"""Where a model is, in which precision, and in which mode: checked before work starts, put back after it."""
+"""Device, dtype, mode, name and input size of a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lambda_kernels.ops.checks import as_int, dtype_name
 
 
 def one_device(model: nn.Module) -> torch.device:
-    """The device that all parameters and buffers of `model` are on; the CPU where there are none.
+    """The device of all parameters and buffers of `model`; the CPU if it has none.
 
     Raises:
-        ValueError: They are spread over several; each is listed with a tensor that lives there.
+        ValueError: They are on several devices; the message lists each with one of its tensors.
     """
     devices: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -27,10 +27,10 @@ def one_device(model: nn.Module) -> torch.device:
 
 
 def one_dtype(model: nn.Module) -> torch.dtype:
-    """The floating-point dtype of all parameters of `model`; float32 where there are none.
+    """The floating-point dtype of all parameters of `model`; float32 if it has none.
 
     Raises:
-        ValueError: There are several, and no autocast that would bring them together; each is listed.
+        ValueError: There are several dtypes and autocast is off; the message lists each.
     """
     dtypes: dict[torch.dtype, str] = {}
     for name, parameter in model.named_parameters():
@@ -44,32 +44,32 @@ def one_dtype(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and back into the mode that each had."""
+    """A context that puts every module into eval mode and restores the mode of each afterwards."""
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
     try:
         yield
     finally:
-        # One by one: train() would put frozen parts into training mode too.
+        # Module by module: train() would put frozen parts into training mode too.
         for module, training in modes.items():
             module.training = training
 
 
 def same_model(one: str, other: str | None) -> bool:
-    """Whether two names mean one architecture and, where both say which, the same weights."""
+    """Whether two names denote one architecture and, if both name weights, the same weights."""
     first, second = one.partition("."), (other or "").partition(".")
     return first[0] == second[0] and (first[2] == second[2] or not (first[2] and second[2]))
 
 
 def input_shape(model: nn.Module, image_size: int | tuple[int, int, int] | None = None) -> tuple[int, int, int]:
-    """The (channels, height, width) a model takes: what it was built for, or `image_size`.
+    """The (channels, height, width) of a model's images: the size it was built for, or `image_size`.
 
-    The patch embedding is asked first, because timm's `pretrained_cfg` keeps the published sizes when the model is
-    built with an `img_size` or `in_chans` of its own.
+    The patch embedding is read first, because timm's `pretrained_cfg` has the published sizes even if the model is built
+    with another `img_size` or `in_chans`.
 
     Raises:
-        ValueError: `image_size` is not one or three positive integers, or is None and the model does not say.
+        ValueError: `image_size` is not one or three positive integers, or is None and the model has no size.
     """
     if isinstance(image_size, (tuple, list)):
         if len(image_size) != 3 or any((as_int(n) or 0) < 1 for n in image_size):
@@ -100,7 +100,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def model_name(model: nn.Module) -> str | None:
-    """timm's name of a model with the tag of its weights, as far as the model knows it."""
+    """timm's name of a model with the tag of its weights, as far as its config has them."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture"), cfg.get("tag")
     return f"{name}.{tag}" if name and tag else name

@@ -14,21 +14,21 @@ from lambda_kernels.convert.checks import check_indices
 
 
 class SupportsLayers(Protocol):
-    """What names the layers of a model in `layers`, such as a `Selection`."""
+    """An object with block indices in `layers`, such as a `Selection`."""
 
     @property
     def layers(self) -> Sequence[int]: ...
 
 
 def skip_attention(model: nn.Module, skip: Sequence[int] | SupportsLayers) -> nn.Module:
-    """A view of `model` in which the attention of the blocks `skip` is passed over; parameters and modules are shared.
+    """A view of `model` that skips the attention of the blocks `skip`; it shares parameters and modules.
 
     Args:
-        model: A timm vision transformer, which is left as it is.
-        skip: Block indices, or what has them as `layers`, such as a `Selection`.
+        model: A timm vision transformer; it is not changed.
+        skip: Block indices, or an object with `layers`, such as a `Selection`.
 
     Returns:
-        A model that shares everything with `model` but the order of what runs; its blocks in `skip` are x + MLP(LN(x)).
+        A model that shares all modules with `model`, and whose blocks in `skip` compute x + MLP(LN(x)).
 
     Raises:
         ValueError: An index is wrong.
@@ -42,7 +42,7 @@ def skip_attention(model: nn.Module, skip: Sequence[int] | SupportsLayers) -> nn
 
 
 class _Inject(nn.Module):
-    """Stands for all blocks: gives what comes out of them."""
+    """A replacement of all blocks that returns their known output."""
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def _without_attention(block: nn.Module) -> nn.Module:
 
 
 def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
-    """A shallow copy of `model` around other blocks; everything else is shared, and `model` keeps its own."""
+    """A shallow copy of `model` with other blocks; all else is shared, and `model` is not changed."""
     view = copy.copy(model)
     view._modules = dict(model._modules)
     view._modules["blocks"] = nn.Sequential(*blocks)
@@ -65,7 +65,7 @@ def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
 
 
 def _without_stem(model: nn.Module) -> nn.Module:
-    """A shallow copy of a timm model that takes what comes out of the last block for images."""
+    """A shallow copy of a timm model whose input is the output of the last block."""
     view, stem = with_blocks(model, ()), find_stem(model)
     view._parameters = dict(model._parameters)
     for name in stem.identities:

@@ -1,4 +1,4 @@
-"""What this machine has, what was built, and how each operator would run here."""
+"""The environment of a run: versions, devices, the extension, and the backend of each operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lambda_kernels.ops.ln_mlp.fused import tuning
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that a result can depend on, as a report lists them."""
+    """Versions of everything that a result can depend on, for a report."""
     found = {
         "lambda-kernels": __version__,
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-    """Each device PyTorch can compute on, with its name and memory."""
+    """Every device of PyTorch, with its name and memory."""
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -50,7 +50,7 @@ def devices() -> list[str]:
 
 
 def extension() -> str:
-    """What the compiled extension was built with, or why there is none."""
+    """How the compiled extension was built, or why it is not available."""
     reason = _extension.why_unavailable()
     if reason is not None:
         return f"not available: {reason}"
@@ -58,7 +58,7 @@ def extension() -> str:
 
 
 def backends() -> list[dict[str, str]]:
-    """Which backend every operator takes on each device for each dtype, and why; then those taken by name alone."""
+    """The backend of every operator on each device for each dtype, and why; then backends that must be asked for."""
     kinds = [torch.device("cuda")] if torch.cuda.is_available() else []
     kinds.append(torch.device("cpu"))
     rows = []
@@ -87,12 +87,12 @@ def backends() -> list[dict[str, str]]:
 
 
 def tuning_status() -> dict[str, Any]:
-    """Whether kernels are tuned, where that is remembered, and what is."""
+    """Whether kernels are tuned, the file that stores it, and its entries."""
     return tuning.status()
 
 
 def not_exercised(device: torch.device) -> list[str]:
-    """What a run on `device` cannot have tested, for the end of a report."""
+    """What a run on `device` cannot test, for the end of a report."""
     found = []
     choice = choose(device, torch.float32)
     if choice.backend != "triton":
@@ -117,8 +117,8 @@ def _version(name: str) -> str:
 
 
 def command_line() -> str:
-    """The command this process was started with, as a shell takes it, for a report."""
+    """The command line of this process, quoted for a shell, for a report."""
     folder, name = os.path.split(sys.argv[0])
-    # A package that was run as a module has the path of its own __main__.py here.
+    # With `python -m package`, this is the path of the package's __main__.py.
     program = ["python", "-m", os.path.basename(folder)] if name == "__main__.py" else [name]
     return shlex.join([*program, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Main memory that a process can still have: what the system has, and what the control groups above it leave."""
+"""Free main memory: what the system has available, limited by the control groups of this process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 _ROOT = Path("/")
 
-# A control group's files, in its folder: the limit, what is in use, and in memory.stat what of that the kernel gives
-# back when memory runs short.
+# Files of a control group: its limit, its usage, and the line of memory.stat with what the kernel reclaims when memory
+# runs short.
 _GROUPS = {
     "v2": ("memory.max", "memory.current", "inactive_file"),
     "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -16,7 +16,7 @@ _GROUPS = {
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that this process can still have; None where the system does not say."""
+    """Bytes of main memory that this process can still allocate; None if the system does not tell."""
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = (_ROOT / "proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -28,14 +28,14 @@ def free_memory() -> int | None:
 
 
 def _left(folder: Path, limit: str, usage: str, given_back: str) -> int:
-    """What a group leaves; ValueError where it has no limit ("max")."""
+    """Bytes that a group has left; ValueError if it has no limit ("max")."""
     most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
     stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
     return max(0, most - used + int(stat[given_back]))
 
 
 def _groups() -> list[tuple[Path, str]]:
-    """The folders of this process's groups, the innermost first; a container may see the outermost only."""
+    """The folders of this process's groups, innermost first; in a container only the outermost may be visible."""
     found = []
     with contextlib.suppress(OSError, ValueError):
         for line in (_ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():

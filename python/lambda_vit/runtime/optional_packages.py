@@ -1,4 +1,4 @@
-"""Packages that only some kinds of data and logs need."""
+"""Packages that only some kinds of data, logs and exports need."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from types import ModuleType
 
 
 class MissingPackageError(ImportError):
-    """A package that the library does not bring along is needed; the message has the command that installs it."""
+    """A package that is not a dependency of the library is required; the message has the command that installs it."""
 
 
 def import_optional(package: str, extra: str, what: str) -> ModuleType:
-    """Import a package that `pip install lambda-kernels` does not bring.
+    """Import a package that `pip install lambda-kernels` does not install.
 
     Args:
-        package: Its name, for pip and for import alike.
-        extra: Of this package, that brings it.
-        what: Needs it, for the message.
+        package: Name of the package, for pip and for import alike.
+        extra: The extra of lambda-kernels that installs it.
+        what: What requires it, for the message.
 
     Raises:
-        MissingPackageError: It is missing.
+        MissingPackageError: The package is not installed.
     """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
-            raise  # it is there, and broken
+            raise  # the package is installed and broken
         raise MissingPackageError(
             f"{what} needs the package {package}: pip install {package}, or pip install 'lambda-kernels[{extra}]'"
         ) from error

@@ -1,6 +1,6 @@
-"""The processes of one run: each measures its share of the data, rank 0 decides, and all stop when one does.
+"""The processes of one run: each works on its share of the data, rank 0 decides, and all stop when one fails.
 
-Without a process group everything here does nothing, so that callers need not ask.
+Without a process group every function here is a no-op, so that callers need no special case.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from .formatting import format_differences
 
 T = TypeVar("T")
 
-# A pass over a large shard can take long; only a process that hangs, and does not die, is waited for until then.
+# A pass over a large shard can take long. Only a process that hangs without dying is waited for until this timeout.
 TIMEOUT = datetime.timedelta(hours=6)
 
 
 class ProcessLostError(RuntimeError):
-    """Another process of the run has stopped, or cannot be reached."""
+    """Another process of the run has stopped or cannot be reached."""
 
 
 class Processes:
     """The process group of this run, if there is one.
 
     Attributes:
-        rank: Of this process.
-        size: How many there are.
+        rank: Rank of this process.
+        size: Number of processes.
     """
 
     def __init__(self) -> None:
-        self.alive = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.alive else 0
-        self.size = dist.get_world_size() if self.alive else 1
-        # Messages go over gloo whatever tensors go over: it notices at once when a process is gone.
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if initialized else 0
+        self.size = dist.get_world_size() if initialized else 1
+        # Messages use gloo whatever backend tensors use: gloo notices at once when a process is gone.
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
 
     @property
@@ -50,7 +50,7 @@ class Processes:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank, in the order of the ranks, on every rank."""
+        """Return, on every rank, the `value` of each rank in rank order."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -59,7 +59,7 @@ class Processes:
         return found
 
     def broadcast(self, value: T) -> T:
-        """`value` of rank 0, on every rank."""
+        """Return the `value` of rank 0 on every rank."""
         if self.size == 1:
             return value
         found = [value]
@@ -68,22 +68,22 @@ class Processes:
         return found[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of a float64 tensor, in rank order, so that it is the same on each."""
+        """Sum a float64 tensor over all ranks, in rank order, so that the result is the same on each."""
         if self.size == 1:
             return values
         return torch.tensor(self.gather(values.tolist()), dtype=torch.float64).sum(0).to(values.device)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """What `EntropyMeter.all_reduce` takes."""
+        """The process group for `EntropyMeter.all_reduce`."""
         return self._group
 
     @contextlib.contextmanager
     def all_or_none(self, doing: str) -> Iterator[None]:
-        """Work that ends well on all ranks or fails on all; where one fails, the others say which and why.
+        """A context whose work succeeds on all ranks or fails on all; the other ranks report which one failed and why.
 
         Raises:
-            RuntimeError: On a rank that did well, if another failed.
+            RuntimeError: On a rank that succeeded, if another failed.
             ProcessLostError: Another process is gone.
         """
         failure: Exception | None = None
@@ -108,10 +108,10 @@ class Processes:
             raise failure
 
     def assert_same(self, value: dict[str, Any], doing: str) -> None:
-        """Refuse to go on with processes that were started differently.
+        """Check that all processes were started alike.
 
         Raises:
-            ValueError: On every rank; names what differs.
+            ValueError: On every rank; the message names the differences.
         """
         first, *others = self.gather(value)
         for rank, other in enumerate(others, 1):
@@ -120,10 +120,10 @@ class Processes:
 
     @contextlib.contextmanager
     def translate_comm_errors(self) -> Iterator[None]:
-        """Around anything that talks to the other processes.
+        """A context for communication with the other processes.
 
         Raises:
-            ProcessLostError: In place of what the backend raises.
+            ProcessLostError: In place of the error of the backend.
         """
         try:
             yield
@@ -137,13 +137,13 @@ class Processes:
 
 
 @contextlib.contextmanager
-def ended_in_order() -> Iterator[None]:
-    """A process that is asked to end (by kill, a scheduler, or torchrun once another one failed) removes its caches first.
+def exit_on_sigterm() -> Iterator[None]:
+    """A context in which SIGTERM (from kill, a scheduler, or torchrun after a failure) exits, so that caches are removed.
 
     Raises:
-        SystemExit: Asked to end.
+        SystemExit: SIGTERM was received.
     """
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
 
@@ -158,7 +158,7 @@ def ended_in_order() -> Iterator[None]:
 
 
 def local_device(device: str) -> str:
-    """What `device` means in this process: with several processes on a machine, "auto" and "cuda" are its own GPU."""
+    """The device that `device` names in this process: "auto" and "cuda" mean its own GPU if torchrun started it."""
     rank = os.environ.get("LOCAL_RANK")
     if rank is None or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
@@ -173,16 +173,16 @@ def _backend() -> str:
 
 @contextlib.contextmanager
 def process_group(*, training: bool = False) -> Iterator[Processes]:
-    """The processes that torchrun started with this one; a group of its own is opened and closed around them.
+    """The processes that torchrun started, in a process group that is opened and closed around the context.
 
-    With `training`, tensors on GPUs go from one to another directly, where each process has a GPU of its own.
+    With `training`, tensors on GPUs are exchanged directly by NCCL if each process has a GPU of its own.
     """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield Processes()
         return
     backend = _backend() if training else "gloo"
     if "nccl" in backend:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL takes the present one
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL uses the current device
     dist.init_process_group(backend=backend)
     try:
         yield Processes()

@@ -1,4 +1,4 @@
-"""Progress bars with an ETA for whatever may take longer than two seconds.
+"""Progress bars with an ETA for work that may take longer than two seconds.
 
 Library code calls `track` or `task`. Nothing is drawn unless a caller (the command line) opened `progress_bars()` first, so
 that notebooks and scripts that import the library stay silent.
@@ -49,7 +49,7 @@ def task(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     if bars is None:
         yield lambda steps=1, note=None: None
         return
-    # Names of models may be paths: brackets in them are no markup.
+    # Names of models may be paths, whose brackets are not markup.
     identifier = bars.add_task(escape(description), total=total, note="")
 
     def advance(steps: int = 1, note: str | None = None) -> None:
@@ -63,7 +63,7 @@ def task(description: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` behind a bar. `total` defaults to `len(items)` where that is known."""
+    """Iterate over `items` with a progress bar. `total` defaults to `len(items)` if that is known."""
     if total is None:
         with contextlib.suppress(TypeError):
             total = len(items)  # type: ignore[arg-type]  # the TypeError is meant

@@ -1,4 +1,4 @@
-"""Randomness without a state: every draw is seeded by what it is for, and the caller's generators stay as they are."""
+"""Stateless randomness: every draw is seeded by its purpose, and the caller's generators stay unchanged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def mixed_seed(purpose: str, *numbers: int) -> int:
-    """A seed of 63 bits, from 0, that depends on all of `purpose` and `numbers`, such as a seed, an epoch and a step."""
-    # The purpose goes first: a SeedSequence takes trailing zeros for nothing.
+    """A non-negative seed of 63 bits made of `purpose` and `numbers`, such as a seed, an epoch and a step."""
+    # The purpose goes first: a SeedSequence ignores trailing zeros.
     words = (int.from_bytes(purpose.encode(), "big"), *numbers)
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_all(seed: int) -> None:
-    """Seed `random`, NumPy's global generator and PyTorch's on the CPU; those of other devices are left alone."""
+    """Seed `random`, NumPy's global generator and PyTorch's CPU generator; those of other devices stay unchanged."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -26,7 +26,7 @@ def seed_all(seed: int) -> None:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Around random work: the three generators that `seed_all` seeds go on afterwards as if nothing had been drawn."""
+    """A context that restores the three generators of `seed_all` afterwards, as if nothing had been drawn."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -372,7 +372,7 @@ def test_an_operator_without_a_formula_is_named():
         def forward(self, x):
             return torch.ops.lambda_vit_test.twice(x)
 
-    with pytest.warns(UserWarning, match=r"FLOPs leave out lambda_vit_test\.twice"):
+    with pytest.warns(UserWarning, match=r"FLOPs omit lambda_vit_test\.twice"):
         assert cost(Model(), (3, 2, 2)).flops == 0
 
 

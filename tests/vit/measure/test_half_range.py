@@ -45,7 +45,7 @@ def test_the_room_that_is_left(remove):
 def test_what_does_not_fit_is_refused_with_the_block_and_bfloat16():
     model = loud(200_000)
     assert check_float16(model, images(), (0, 1, 2), residual_scale=1.0) > 1
-    words = r"behind block [23], and float16 ends at 65504: 3 removed layer\(s\) with residual_scale=2.*by 8.*bfloat16"
+    words = r"after block [23], and float16 ends at 65504: 3 removed layer\(s\) with residual_scale=2.*by 8.*bfloat16"
     with pytest.raises(ValueError, match=words):
         check_float16(model, images(), (0, 1, 2))
     converted = convert_vit(model, (0, 1, 2), residual_scale=2.0)
