@@ -20,11 +20,12 @@ from lambda_kernels.errors import NonFiniteActivationError
 from lambda_vit.data.images import open_images
 from lambda_vit.data.loader import make_loader
 from lambda_vit.data.transforms import transforms_for
-from lambda_vit.measure.accuracy import evaluate
+from lambda_vit.measure.accuracy import Score, evaluate, score
 from lambda_vit.measure.cost import cost
 from lambda_vit.measure.intervals import wilson_interval
 from lambda_vit.measure.latency import compare_latency
 from lambda_vit.models.properties import input_shape
+from lambda_vit.runtime.processes import Processes
 
 
 class Lookup(nn.Module):
@@ -98,6 +99,22 @@ def test_accuracy_counts_top1_and_top5_over_ragged_batches():
     assert found.top1_interval == pytest.approx([100 * end for end in wilson_interval(3, 5)])
     assert found.images_per_second > 0
     assert (found.agreement, found.kl, found.skipped) == (None, None, 0)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_counts_are_exact_and_add_up_over_processes(empty):
+    """Percentages of one process's share cannot be rounded back: counts are gathered."""
+    own, other = (2, 2, 3, 1), None if empty else (10**15 + 1, 10**15 + 2, 10**15 + 3, 0)
+
+    class TwoProcesses(Processes):
+        def gather(self, value):
+            return [value, (other, False)]
+
+    logits = torch.eye(8)[[0, 1, 2]] - torch.arange(8) * 0.01
+    reference = Lookup(torch.eye(8)[[0, 2, 1]])
+    found = score(Lookup(logits), pictures([0, 1, 7]), TwoProcesses(), reference=reference)
+    assert found == Score(*(sum(column) for column in zip(*filter(None, (own, other)), strict=True)))
+    assert (found.top1, found.agreement) == (100 * found.hits / found.images, 100 * found.same / found.images)
 
 
 @pytest.mark.parametrize(("classes", "top5"), [(5, None), (6, 100.0)])

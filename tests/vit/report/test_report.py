@@ -277,6 +277,11 @@ def test_bits_are_short(value, text):
      (formatting.format_count(512), "512"), (formatting.format_flops(1.26e9), "1.26 GFLOP"),
      (formatting.format_size(1023 * 1024), "1023 KiB"), (formatting.format_change(200, 174), "−13.0 %"),
      (formatting.format_change(2, 2.0001), "no change"), (formatting.format_change(0, 1), "–"),
+     (formatting.format_signed(-1.25, 1), "−1.2"), (formatting.format_signed(0.5, 2), "+0.50"),
+     (formatting.format_fixed(-3.14159, 3), "−3.142"), (formatting.format_fixed(None, 1), "–"),
+     (formatting.format_ends((78.44, 79.76), 1), "78.4–79.8"), (formatting.format_rate(123_456), "123 k"),
+     (formatting.percent_digits(9_999), 1), (formatting.percent_digits(10_000), 2), (formatting.percent_digits(None), 1),
+     (formatting.format_differences({"a": 1, "b": 2}, {"a": 1, "c": 3}), "b was 2, is None; c was None, is 3"),
      (formatting.format_ranges([6, 0, 1, 3, 4, 5]), "0, 1, 3–6"), (formatting.format_ranges([]), "none")],
 )  # fmt: skip
 def test_numbers_for_people(shown, text):

@@ -18,6 +18,7 @@ import lambda_kernels.files
 from lambda_vit import select_layers
 from lambda_vit.data.loader import make_loader
 from lambda_vit.selection import budget
+from lambda_vit.selection.path_statistics import PathResult
 from lambda_vit.selection.search_state import Progress, ProgressMismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.SelectionWarning")
@@ -252,3 +253,24 @@ def test_folders_are_made(tmp_path):
     path = tmp_path / "a" / "b" / "p.json"
     select_layers(network(), labelled(), 1, progress_file=str(path))
     assert path.exists()
+
+
+def test_counts_of_a_path_are_saved_as_percentages_and_read_back_exactly():
+    for images in (3, 7, 997, 50_000):
+        for hits in {0, 1, images // 3, images - 1, images}:
+            result = PathResult(images, 4, 0, 1.5, hits=hits, loss=0.25, same=images - hits, kl=0.5)
+            saved = json.loads(json.dumps(result.to_dict()))
+            assert set(saved) == {
+                "images",
+                "channels",
+                "constant_channels",
+                "entropy",
+                "top1",
+                "loss",
+                "agreement",
+                "kl",
+            }
+            assert PathResult.from_dict(saved) == result
+    bare = PathResult(3, 4, 0, 1.5)
+    assert (bare.top1, bare.agreement) == (None, None)
+    assert PathResult.from_dict(bare.to_dict()) == bare
