@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensor_stream import TensorStream
 from training_support import recipe, tiny_vit, train_set, validation
 
-from lambda_vit.training.images.stream import TensorStream
 from lambda_vit.training.recipe import Recipe
 from lambda_vit.training.run import FinetuningRun, run_finetuning
 from lambda_vit.training.storage.checkpoints import Checkpoints

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from small_models import small_vit
+from tensor_stream import TensorStream
 from torch import nn
 
 from lambda_vit.data.digits import Digits, digits
 from lambda_vit.data.loader import make_loader
 from lambda_vit.runtime.processes import Processes
-from lambda_vit.training.images.stream import TensorStream
 from lambda_vit.training.loop.trainer import Trainer
 from lambda_vit.training.recipe import Recipe
 

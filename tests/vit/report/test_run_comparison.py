@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from report_support import Page
+from tensor_stream import TensorStream
 from training_support import recipe, tiny_vit, train_set, validation
 
 from lambda_kernels import convert_vit, from_pretrained
@@ -17,7 +18,6 @@ from lambda_vit.measure.cost import cost
 from lambda_vit.report import page as report_training
 from lambda_vit.runtime.processes import Processes
 from lambda_vit.training import run_record
-from lambda_vit.training.images.stream import TensorStream
 from lambda_vit.training.run import run_finetuning
 from lambda_vit.training.storage import log as live_log
 

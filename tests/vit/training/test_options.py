@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import images, small_vit
+from tensor_stream import TensorStream
 from timm.layers import DropPath
 from torch import nn
 from training_support import Notes, largest_difference, plain, recipe, same_weights, tiny_vit, train_set, trainer
@@ -19,7 +20,7 @@ from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
 from lambda_kernels.blocks import mlp_block
 from lambda_vit import dilute
 from lambda_vit.training.dilution import AttentionRemovalError, remove_diluted_attention
-from lambda_vit.training.images.stream import LoaderStream, MicroBatch, TensorStream
+from lambda_vit.training.images.stream import LoaderStream, MicroBatch
 from lambda_vit.training.loop.model_setup import prepare_model, set_training_mode
 from lambda_vit.training.loop.train_state import Objective, label_loss
 
@@ -115,7 +116,8 @@ def test_other_optimizers(opt):
     part.train(until=8)
     state = part.state()
     again = trainer(plain(opt=opt))
-    again.train(resume=copy.deepcopy(state))
+    again.restore(copy.deepcopy(state))
+    again.train()
     assert same_weights(again.model, whole.model)
 
 
@@ -199,7 +201,8 @@ def test_overflow_in_fp16_is_skipped_and_a_run_of_it_is_an_error(monkeypatch):
     assert found.train_state._scaler.get_scale() == 2.0**39
     assert found.state()["skips"] == 1
     again = trainer(plain(amp="fp16"))
-    again.train(resume=start, until=2)
+    again.restore(start)
+    again.train(until=2)
     assert again.train_state._scaler.get_scale() == 2.0**38
     monkeypatch.setattr(engine, "MOST_SKIPPED", 4)
     with pytest.raises(

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from process_support import launch
 from resume_support import OWN, check_same_end, run
+from tensor_stream import TensorStream
 from training_support import Notes, largest_difference, recipe, same_weights, tiny_vit, train_set, trainer, validation
 
 from lambda_vit.runtime.processes import Processes, process_group
-from lambda_vit.training.images.stream import TensorStream
 from lambda_vit.training.loop import train_state
 from lambda_vit.training.storage.checkpoints import Checkpoints
 from lambda_vit.training.storage.log import read_log

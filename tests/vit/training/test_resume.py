@@ -34,13 +34,14 @@ from resume_support import (
     run,
     same,
 )
+from tensor_stream import TensorStream
 from training_support import plain, recipe, same_weights, tiny_vit, train_set, validation
 
 from lambda_kernels import AttentionFreeBlock, CheckpointError, UnsupportedModelError, from_pretrained
 from lambda_vit.data.loader import make_loader
 from lambda_vit.measure.accuracy import evaluate
 from lambda_vit.runtime.signals import spare_worker
-from lambda_vit.training.images.stream import DatasetStream, LoaderStream, TensorStream
+from lambda_vit.training.images.stream import DatasetStream, LoaderStream
 from lambda_vit.training.loop import train_state, trainer
 from lambda_vit.training.recipe import load_recipe
 from lambda_vit.training.run import FinetuningRun, inherit_micro_batch

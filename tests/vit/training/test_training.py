@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch.nn.functional as F
+from tensor_stream import TensorStream
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -26,7 +27,6 @@ from lambda_kernels import AttentionFreeBlock, from_pretrained
 from lambda_vit import dilute, finish_dilution, set_lambda
 from lambda_vit.measure.accuracy import Score, evaluate
 from lambda_vit.training.dilution import diluted_blocks
-from lambda_vit.training.images.stream import TensorStream
 
 
 def test_a_step_is_the_step_of_a_bare_loop():
@@ -170,7 +170,8 @@ def test_a_run_that_starts_without_attention_goes_on_from_its_first_checkpoint()
     whole = trainer(own, checkpoints=Kept())
     whole.train()
     again = trainer(own)
-    again.train(resume=states[0])
+    again.restore(states[0])
+    again.train()
     assert again.attention_removal["step"] == 0
     assert same_weights(again.model, whole.model)
 

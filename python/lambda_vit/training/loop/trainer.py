@@ -165,12 +165,11 @@ class Trainer:
         """What became of the attention of `layers`: "full" (there are none), "diluting" or "removed"."""
         return "diluting" if self.train_state.is_diluting else "removed" if self.layers else "full"
 
-    def train(self, resume: dict[str, Any] | None = None, until: int | None = None) -> list[dict[str, Any]]:
+    def train(self, until: int | None = None) -> list[dict[str, Any]]:
         """Train to the end of the recipe, a signal, or `until` steps are done; a further call goes on from there.
 
         Args:
-            resume: As for `restore`, which is called with it.
-            until: Optimizer steps in all.
+            until: Total optimizer steps.
 
         Returns:
             `history`.
@@ -181,8 +180,6 @@ class Trainer:
             ProcessLostError: Another process is gone.
             OSError: A checkpoint cannot be written; the last one is kept.
         """
-        if resume is not None:
-            self.restore(resume)
         device = self.train_state.device
         self.stopped = 0
         total = self.recipe.epochs * self._per_epoch
@@ -201,7 +198,7 @@ class Trainer:
         return self.history
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, for `train(resume=…)`: tensors, which are those in use, and plain types."""
+        """All that the rest of the run depends on, for `restore`: tensors, which are those in use, and plain types."""
         return {
             "epoch": self._epoch,
             "done": self._done,

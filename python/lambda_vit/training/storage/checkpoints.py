@@ -17,11 +17,8 @@ from lambda_kernels.ops.checks import require_int
 
 from ...runtime.formatting import format_size
 from ...runtime.processes import Processes
-from ...runtime.signals import StopRequest, spare_worker
 from . import checkpoint_file
 from .checkpoint_file import FILE, LEFTOVER, Manifest, UnusableError, manifest_path, wrong_size
-
-__all__ = ["Checkpoints", "LoadedCheckpoint", "StopRequest", "spare_worker"]
 
 
 @dataclass(frozen=True)
@@ -155,23 +152,6 @@ class Checkpoints:
                 for entry in reversed(self._entries()):
                     self._remove(entry.files)
                 self._ours = True
-
-    def describe(self) -> str:
-        """What lies in the folder: a line for each step, the newest first, with its size and age, or with what is wrong.
-
-        Looks at names, sizes and manifests alone, and asks no other rank.
-        """
-        entries = self._entries()
-        lines = [f"{self.folder}: {len(entries) or 'no'} checkpoint{'' if len(entries) == 1 else 's'}"]
-        for entry in entries:
-            problem = self._problem(entry, entries)
-            if problem:
-                lines.append(f"step {entry.step}: not usable: {problem}")
-            else:
-                lines.append(
-                    f"step {entry.step}: {format_size(entry.manifest.bytes)}, written {entry.manifest.created}"
-                )
-        return "\n".join(lines)
 
     def _choose(self, upto: int | None) -> tuple[Manifest | None, LoadedCheckpoint | None]:
         entries = self._entries()

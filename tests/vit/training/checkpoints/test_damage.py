@@ -289,17 +289,3 @@ def test_a_run_that_starts_over_unasked_loses_nothing(step, tmp_path):
     checkpoints.clear()
     checkpoints.save(step, sample(1))
     assert sorted(listing(tmp_path)) == names(step)
-
-
-def test_a_description_for_people(tmp_path):
-    assert Checkpoints(tmp_path / "none").describe() == f"{tmp_path / 'none'}: no checkpoints"
-    filled(tmp_path, 10)
-    assert Checkpoints(tmp_path).describe().startswith(f"{tmp_path}: 1 checkpoint\nstep 10: ")
-    filled(tmp_path, 20, 30)
-    os.truncate(tmp_path / "step-000000020.pt", 9)
-    first, *lines = Checkpoints(tmp_path).describe().splitlines()
-    assert first == f"{tmp_path}: 3 checkpoints"
-    size = (tmp_path / "step-000000010.pt").stat().st_size / 1024
-    assert re.fullmatch(rf"step 30: {size:.1f} KiB, written 20\d\d-\d\d-\d\dT[\d:]+\+00:00", lines[0])
-    assert re.fullmatch(r"step 20: not usable: step-000000020.pt has 9 bytes, \d+ were written", lines[1])
-    assert lines[2].startswith("step 10: ")
