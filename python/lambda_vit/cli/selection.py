@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import shlex
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,16 +37,14 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import nn
 
     from ..data.loader import ImageLoader
     from ..runtime.processes import Processes
+    from ..selection.budget import Budget
     from ..selection.result import Selection
+    from ..selection.search import SearchOptions
     from ..selection.trajectory import TrialData
-
-# Number of images to profile layers on: every token counts, so entropies per channel need no more.
-PROFILE_IMAGES = 128
 
 
 class Strategy(str, enum.Enum):
@@ -68,6 +66,69 @@ STRATEGY_HELP = (
     )
     + "."
 )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model as the command line names it."""
+
+    name: str
+    weights: Path | None
+    pretrained: bool
+
+    def to_flags(self, prefix: str) -> list[object]:
+        """Return the options that name the model to another command, such as --model and --weights."""
+        first = "--model" if prefix == "--" else prefix.removesuffix("-")
+        return [first, self.name, *make_weights_options(prefix, self.weights, self.pretrained)]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images on which layers are picked, and how images are read."""
+
+    data: Path
+    split: str
+    samples: int
+    class_map: Path | None
+    batch_size: int
+    workers: int
+    skip_bad: int
+
+    def open(
+        self, network: nn.Module, split: str, samples: int, processes: Processes, *, labelled: bool
+    ) -> ImageLoader:
+        """Open this process's share of the images of a split."""
+        return open_data(
+            network,
+            self.data,
+            split,
+            samples,
+            self.batch_size,
+            self.workers,
+            self.skip_bad,
+            labelled=labelled,
+            class_map=self.class_map,
+            shard=(processes.rank, processes.size),
+        )
+
+
+@dataclass(frozen=True)
+class TrialOptions:
+    """The images on which the picks are tried; none if `samples` is 0."""
+
+    split: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """The output files, and what the report measures besides the search."""
+
+    folder: Path
+    selection_file: Path
+    tolerance: float
+    profile: bool
+    latency: bool
 
 
 @app.command()
@@ -144,250 +205,194 @@ def select(
     """
     from lambda_kernels.files import check_writable
 
-    from ..runtime import progress
-    from ..runtime.processes import exit_on_sigterm, local_device, process_group
     from ..selection.budget import Budget
-    from ..selection.result import SelectionWarning
-    from ..selection.search import check_search, run_selection
-    from .models import open_model
+    from ..selection.search import SearchOptions
 
-    console = make_console()
-    excluded, given = parse_indices(exclude, "--exclude"), parse_indices(layers, "--layers")
-    budget = Budget(count, params, flops, throughput)
-    named = "nose-signed" if signed and strategy.value == "nose" else strategy.value
-    # These checks raise before anything is loaded.
-    budget.asked()
-    check_search(named, signed=signed, beam=beam, layers=given or None)
-    cached = {
-        "cache": cache.value,
-        "cache_budget": parse_bytes(cache_budget, "--cache-budget"),
-        "cache_folder": cache_dir,
-    }
     folder = out.with_suffix("") if out.suffix == ".json" else out
     selection_file = out if out.suffix == ".json" else out / "selection.json"
+    # Wrong options fail here, before anything is loaded.
+    excluded, given = parse_indices(exclude, "--exclude"), parse_indices(layers, "--layers")
+    budget = Budget(count, params, flops, throughput)
+    search = SearchOptions(
+        strategy=strategy.value,
+        estimator=estimator.value,
+        signed=signed,
+        score=score.value,
+        bins=bins,
+        exclude=excluded,
+        layers=given or None,
+        beam=beam,
+        seed=seed,
+        cache=cache.value,
+        cache_budget=parse_bytes(cache_budget, "--cache-budget"),
+        cache_folder=cache_dir,
+        progress_file=folder / "progress.json",
+        restart=restart,
+    )
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
+    _select(
+        ModelOptions(model, weights, pretrained),
+        device,
+        DataOptions(data, split, samples, class_map, batch_size, workers, skip_bad),
+        TrialOptions(eval_split, eval_samples),
+        budget,
+        search,
+        ReportOptions(folder, selection_file, tolerance, profile, latency),
+    )
+
+
+def _select(
+    model: ModelOptions,
+    device: str,
+    images: DataOptions,
+    tried: TrialOptions,
+    budget: Budget,
+    search: SearchOptions,
+    wanted: ReportOptions,
+) -> None:
+    from ..data.fingerprints import data_fingerprint
+    from ..report.page import console_summary, write_report
+    from ..report.records.selection import measure_selection, selection_record
+    from ..runtime import environment, progress
+    from ..runtime.processes import exit_on_sigterm, local_device, process_group
+    from ..selection.search import Searcher
+    from .models import open_model
+
     with process_group() as processes, exit_on_sigterm(), contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(progress.progress_bars())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", SelectionWarning)  # the selection lists them, and they are printed with it
-        network = open_model(model, weights=weights, pretrained=pretrained, device=local_device(device))
-        shard = (processes.rank, processes.size)
-        loading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "skip_bad": skip_bad, "shard": shard}
-        criterion = STRATEGIES[named].criterion
+        network = open_model(
+            model.name, weights=model.weights, pretrained=model.pretrained, device=local_device(device)
+        )
+        criterion = STRATEGIES[search.strategy].criterion
         labelled = criterion is not None and criterion.label
-        loader = open_data(network, data, split, samples, **loading, labelled=labelled, class_map=class_map)
-        trial, trial_notes = _open_trial(
-            network, data, split, loader, eval_split, eval_samples, class_map=class_map, **loading
-        )
-        if processes.size > 1:
-            processes.assert_same(_data_of(loader, trial), "Select")
-        selection, engine = run_selection(
-            network,
-            loader,
-            budget,
-            strategy=named,
-            estimator=estimator.value,
-            signed=signed,
-            score=score.value,
-            bins=bins,
-            exclude=excluded,
-            layers=given or None,
-            beam=beam,
-            seed=seed,
-            cache=cached,
-            progress_file=folder / "progress.json",
-            restart=restart,
-            processes=processes,
-        )
+        loader = images.open(network, images.split, images.samples, processes, labelled=labelled)
+        trial, notes = _open_trial(network, images, tried, loader, processes)
+        if processes.size > 1:  # each reads its own disks
+            opened = {f"picked on, {name}": value for name, value in data_fingerprint(loader).items()}
+            if trial is not None:
+                opened |= {f"tried on, {name}": value for name, value in trial.fingerprint().items()}
+            processes.assert_same(opened, "Select")
+        selection, engine = Searcher(network, loader, budget, search, processes).run()
         with processes.all_or_none("Write the selection"):
             if processes.is_main:
-                selection.to_json(selection_file)
-        record = _measure(
-            network, selection, loader, trial, processes, profile, batch_size if latency else None, tolerance, bins
+                selection.to_json(wanted.selection_file)
+        trajectory, profile, more = measure_selection(
+            network,
+            selection,
+            loader,
+            trial,
+            profile=wanted.profile,
+            throughput_batch=images.batch_size if wanted.latency else None,
+            tolerance=wanted.tolerance,
+            bins=search.bins,
+            processes=processes,
         )
         own_bad = [*loader.bad, *trial.loader.bad] if trial else loader.bad
         bad = sorted({path for paths in processes.gather(own_bad) for path in paths})
     if not processes.is_main:
         return
-    own = ["--model", model, *make_weights_options("--", weights, pretrained)]
-    reference = ["--reference", model, *make_weights_options("--reference-", weights, pretrained)]
-    checking = ["--data", data, *_validation_options(trial, class_map, skip_bad)]
-    if not network.num_classes or (trial is not None and not trial.labelled):
-        checking = None
-    training = ["--data", data, *(["--skip-bad", skip_bad] if skip_bad else [])]
+    data = {"description": str(images.data), "calibration": len(loader.dataset)}
+    if trial is not None:
+        data["validation"] = len(trial.loader.dataset)
+    has_labels = bool(network.num_classes) and (trial is None or trial.labelled)
     commands = _next_commands(
-        selection, record["trajectory"], selection_file, folder, own, training, reference, checking
+        selection, trajectory, wanted, model, images, "val" if trial is None else trial.split, has_labels
     )
-    _report(
-        console, folder, selection_file, network, model, selection, record, engine, commands,
-        [*trial_notes, *record["notes"]], _describe_data(data, loader, trial),
-    )  # fmt: skip
+    record = selection_record(
+        network,
+        model.name,
+        selection,
+        command=environment.command_line(),
+        data=data,
+        trajectory=trajectory,
+        profile=profile,
+        engine=engine,
+        next_commands=commands,
+        notes=[*notes, *more],
+    )
+    paths = write_report(record, wanted.folder)
+    console = make_console()
+    console.print(console_summary(record))
+    written = ", ".join(map(str, (wanted.selection_file, paths["html"])))
+    console.print(f"Picked, in order: {', '.join(map(str, selection.layers))}. Written: {written}", soft_wrap=True)
     print_bad(console, bad)
     for entry in commands:
         console.print(f"# {entry['what']}\n{entry['command']}", soft_wrap=True)
 
 
 def _open_trial(
-    network: nn.Module,
-    data: Path,
-    split: str,
-    loader: ImageLoader,
-    eval_split: str,
-    eval_samples: int,
-    class_map: Path | None,
-    **loading: Any,
+    network: nn.Module, images: DataOptions, tried: TrialOptions, loader: ImageLoader, processes: Processes
 ) -> tuple[TrialData | None, list[str]]:
     """Open the images on which the picks are tried; with notes for the report."""
     from ..selection.trajectory import TrialData
 
-    if not eval_samples:
+    if not tried.samples:
         return None, []
     if not network.num_classes:
         return None, ["The picks were not tried: the model has no classifier, hence no answers to compare"]
     notes: list[str] = []
 
-    def opened(name: str) -> tuple[ImageLoader, bool]:
+    def open_split(split: str) -> tuple[ImageLoader, bool]:
         try:
-            return open_data(network, data, name, eval_samples, **loading, labelled=True, class_map=class_map), True
+            return images.open(network, split, tried.samples, processes, labelled=True), True
         except ValueError as error:
-            if class_map is not None:
+            if images.class_map is not None:
                 raise
             # Without labels of the model's classes, the agreement with the full model remains.
-            found = open_data(network, data, name, eval_samples, **loading)
+            found = images.open(network, split, tried.samples, processes, labelled=False)
             notes.append(f"Accuracy was not measured: {error}")
             return found, False
 
     try:
-        found, labelled = opened(eval_split)
+        found, labelled = open_split(tried.split)
     except ValueError as error:
         notes = [f"The picks were tried on the images they were measured on: {error}"]
-        found, labelled = opened(split)
+        found, labelled = open_split(images.split)
     held_out = found.dataset.at != loader.dataset.at
     return TrialData(found, labelled, found.dataset.split, held_out), notes
-
-
-def _measure(
-    network: nn.Module,
-    selection: Selection,
-    loader: ImageLoader,
-    trial: TrialData | None,
-    processes: Processes,
-    profile: bool,
-    throughput_batch: int | None,
-    tolerance: float,
-    bins: int,
-) -> dict[str, Any]:
-    """Measure the trajectory and the layer profile of a record; the same in all processes."""
-    from ..data.loader import make_loader, subset
-    from ..measure.layer_profile import profile_layers
-    from ..report.records.recommendation import add_recommendation
-    from ..runtime.capture import capture_warnings
-    from ..selection.trajectory import measure_trajectory
-
-    record: dict[str, Any] = {"trajectory": None, "profile": None, "notes": []}
-    if trial is not None:
-        trajectory = measure_trajectory(
-            network, trial, selection, throughput_batch=throughput_batch, bins=bins, processes=processes
-        )
-        record["trajectory"] = add_recommendation(trajectory, selection, tolerance)
-    if profile:
-        with processes.all_or_none("Profile"):
-            if processes.is_main:
-                few = subset(loader.dataset, min(PROFILE_IMAGES, len(loader.dataset)))
-                images = make_loader(few, loader.batch_size, workers=loader.workers, skip_bad=loader.skip_bad)
-                found, record["notes"] = capture_warnings(lambda: profile_layers(network, images))
-                record["profile"] = found.to_dict()
-    return record
-
-
-def _data_of(loader: ImageLoader, trial: TrialData | None) -> dict[str, Any]:
-    """Return what all processes must have opened alike: each reads its own disks."""
-    from ..data.fingerprints import data_fingerprint
-
-    found = {f"picked on, {name}": value for name, value in data_fingerprint(loader).items()}
-    if trial is not None:
-        found |= {f"tried on, {name}": value for name, value in trial.fingerprint().items()}
-    return found
-
-
-def _describe_data(data: Path, loader: ImageLoader, trial: TrialData | None) -> dict[str, Any]:
-    found = {"description": str(data), "calibration": len(loader.dataset)}
-    return found if trial is None else found | {"validation": len(trial.loader.dataset)}
-
-
-def _validation_options(trial: TrialData | None, class_map: Path | None, skip_bad: int) -> list[object]:
-    """Return the options by which `validate` reads the images on which the picks were tried."""
-    split = trial.split if trial is not None else "val"
-    found: list[object] = [] if split in ("val", "all") else ["--split", split]
-    found += [] if class_map is None else ["--class-map", class_map]
-    return [*found, "--skip-bad", skip_bad] if skip_bad else found
 
 
 def _next_commands(
     selection: Selection,
     trajectory: dict[str, Any] | None,
-    selection_file: Path,
-    folder: Path,
-    own: list[object],
-    training: list[object],
-    reference: list[object],
-    checking: list[object] | None,
+    wanted: ReportOptions,
+    model: ModelOptions,
+    images: DataOptions,
+    split: str,
+    has_labels: bool,
 ) -> list[dict[str, str]]:
     """List the next commands: for the recommended layers if there are any, otherwise for all picks.
 
-    `own` and `reference` name the model, `training` and `checking` the images; `checking` is None if the images have no
-    labels of the model's classes.
+    `split` names the images to validate on; without labels of the model's classes there is nothing to train or validate.
     """
     step = trajectory["recommended"]["step"] if trajectory else 0
-    chosen = ["--selection", selection_file]
+    chosen = ["--selection", wanted.selection_file]
     which = "the picked layers"
     if 0 < step < len(selection.layers):
         chosen = ["--remove", ",".join(map(str, selection.layers[:step]))]
         which = "the recommended layers"
-    small = folder / "model"
-    entries = [(f"Plan a training without {which}", ["plan", *own, *chosen, *training])]
-    if checking is not None:
-        at = checking.index("--class-map") if "--class-map" in checking else len(checking)
-        run = [*checking[at : at + 2], "--recipe", "short", "--out", folder / "finetune"]
-        entries.append((f"Train, and remove {which}", ["finetune", *own, *chosen, *training, *run]))
-    entries.append((f"Remove {which} without training", ["convert", *own, *chosen, "--out", small]))
-    if checking is not None:
-        entries.append(("Compare with the full model", ["validate", "--model", small, *reference, *checking]))
-    return [{"what": what, "command": f"lambda-vit {shlex.join(map(str, words))}"} for what, words in entries]
-
-
-def _report(
-    console: Console,
-    folder: Path,
-    selection_file: Path,
-    network: nn.Module,
-    model: str,
-    selection: Selection,
-    measured: dict[str, Any],
-    engine: dict[str, Any] | None,
-    commands: list[dict[str, str]],
-    notes: list[str],
-    described: dict[str, Any],
-) -> None:
-    from ..report.page import console_summary, write_report
-    from ..report.records.selection import selection_record
-    from ..runtime import environment
-
-    record = selection_record(
-        network,
-        model,
-        selection,
-        command=environment.command_line(),
-        data=described,
-        trajectory=measured["trajectory"],
-        profile=measured["profile"],
-        engine=engine,
-        next_commands=commands,
-        notes=notes,
-    )
-    paths = write_report(record, folder)
-    console.print(console_summary(record))
-    written = ", ".join(map(str, (selection_file, paths["html"])))
-    console.print(f"Picked, in order: {', '.join(map(str, selection.layers))}. Written: {written}", soft_wrap=True)
+    small = wanted.folder / "model"
+    own = [*model.to_flags("--"), *chosen]
+    class_map = ["--class-map", images.class_map] if images.class_map is not None else []
+    skip_bad = ["--skip-bad", images.skip_bad] if images.skip_bad else []
+    training = ["--data", images.data, *skip_bad]
+    at = ["--split", split] if split not in ("val", "all") else []
+    run = [*class_map, "--recipe", "short", "--out", wanted.folder / "finetune"]
+    checking = ["--data", images.data, *at, *class_map, *skip_bad]
+    entries = [
+        (f"Plan a training without {which}", ["plan", *own, *training], True),
+        (f"Train, and remove {which}", ["finetune", *own, *training, *run], has_labels),
+        (f"Remove {which} without training", ["convert", *own, "--out", small], True),
+        (
+            "Compare with the full model",
+            ["validate", "--model", small, *model.to_flags("--reference-"), *checking],
+            has_labels,
+        ),
+    ]
+    return [
+        {"what": what, "command": f"lambda-vit {shlex.join(map(str, words))}"}
+        for what, words, is_possible in entries
+        if is_possible
+    ]

@@ -98,7 +98,7 @@ class ActivationCache:
         *,
         cache: str = "auto",
         budget: int | None = None,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         classes: int = 0,
     ) -> None:
         if cache not in CACHES:

@@ -1,4 +1,4 @@
-"""When enough attention layers are picked: after so many, or once the network is small or fast enough."""
+"""Decides when enough attention layers are picked: after a number of them, or once the model is small or fast enough."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..measure.latency import compare_latency
 from ..models.properties import eval_mode, input_shape, one_device, one_dtype
 from ..models.views import skip_attention
 
-# Rounds of the comparison that a budget of throughput rests on, and images per forward.
+# Rounds and images per forward pass of the timing that a throughput budget requires.
 _SPEED_ROUNDS, _SPEED_BATCH = 15, 16
 
 
 class Stop:
-    """A rule; `kind` is "count", "params", "flops" or "throughput".
+    """A rule that says when to stop.
 
     Args:
-        model: What layers are removed from.
-        kind: Which rule.
-        value: Layers, or the share of the parameters or FLOPs that may be left, or the factor of throughput to reach.
-        candidates: What can be picked.
-        most: How many of them at most.
+        model: The full model.
+        kind: "count", "params", "flops" or "throughput".
+        value: Number of layers, largest remaining share of the parameters or FLOPs, or factor of throughput to reach.
+        candidates: Layers that can be removed.
+        most: Largest number of them that may be removed.
 
     Raises:
-        ValueError: `value` is wrong, or is not reached by removing all that can be.
+        ValueError: `value` is wrong, or removing `most` layers does not reach it.
     """
 
     def __init__(self, model: nn.Module, kind: str, value: float, candidates: Sequence[int], most: int) -> None:
         self.kind, self.value = kind, value
-        self.last: float | None = None  # what `met` found last: layers, the share that is left, or the throughput
+        self.last: float | None = None  # the last result of `met`: layers, remaining share, or throughput
         self._model = model
         if kind == "count":
             self.value = value = require_int("count", value)
@@ -51,7 +51,9 @@ class Stop:
                 )
             return
         if not 0 < value < 1:
-            raise ValueError(f"{kind} must be between 0 and 1, such as 0.85 for 85 % of what there is; got {value!r}")
+            raise ValueError(
+                f"{kind} must be between 0 and 1, such as 0.85 for 85 % of the {_NAMES[kind]}; got {value!r}"
+            )
         measure = attention_parameters if kind == "params" else attention_flops
         self._total, self._parts = measure(model)
         gone = sum(sorted((self._parts[i] for i in candidates), reverse=True)[:most])
@@ -59,11 +61,11 @@ class Stop:
         if least > value:
             raise ValueError(
                 f"{kind}={value:g} cannot be reached: without the attention of all {most} blocks that may lose it, "
-                f"{least:.3f} of the {_NAMES[kind]} are left"
+                f"{least:.3f} of the {_NAMES[kind]} remain"
             )
 
     def describe(self) -> str:
-        """For people."""
+        """Return the rule in words."""
         if self.kind == "count":
             return f"{self.value} layer{'s' * (self.value != 1)}"
         if self.kind == "throughput":
@@ -71,23 +73,23 @@ class Stop:
         return f"{100 * self.value:g} % of the {_NAMES[self.kind]}"
 
     def met(self, layers: Collection[int]) -> bool:
-        """Whether the network without the attention of `layers` is what was asked for; may take time to measure."""
+        """Whether the model without the attention of `layers` meets the rule; a throughput is measured."""
         if self.kind == "count":
             self.last = len(layers)
         elif self.kind == "throughput":
             self.last = self.speedup(layers)
-        else:  # one division, so that a share such as 0.3 is met by three tenths
+        else:  # with one division three tenths meet a share of 0.3
             self.last = (self._total - sum(self._parts[i] for i in layers)) / self._total
             return self.last <= self.value
         return self.last >= self.value
 
     def shortfall(self, layers: Collection[int]) -> str:
-        """What to say where `layers`, which `met` has just seen, are all that can go and still too few."""
-        found = f"{self.last:.2f} × was measured" if self.kind == "throughput" else f"{self.last:.3f} are left"
+        """Return the note for `layers` that do not meet the rule, although no more can be removed; call `met` before."""
+        found = f"{self.last:.2f} × was measured" if self.kind == "throughput" else f"{self.last:.3f} remain"
         return f"{self.kind}={self.value:g} {_MISSED} without the attention of {len(layers)} blocks {found}"
 
     def speedup(self, layers: Collection[int]) -> float:
-        """Throughput without the attention of `layers` against the full network's, measured here and now."""
+        """Measure the throughput without the attention of `layers`, relative to the full model's."""
         views = {"full": self._model, "without": skip_attention(self._model, sorted(layers))}
         times = compare_latency(views, (_SPEED_BATCH,), rounds=_SPEED_ROUNDS)
         return times["full"][_SPEED_BATCH].median_ms / times["without"][_SPEED_BATCH].median_ms
@@ -103,7 +105,7 @@ def missed(notes: Iterable[str]) -> bool:
 
 
 def attention_parameters(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """Parameters of `model`, and how many of them each block's attention takes with it."""
+    """Count the parameters of `model`, and those that each block's attention removes."""
     parts = {}
     for index, block in enumerate(model.blocks):
         bare = skip_attention(model, (index,)).blocks[index]
@@ -112,9 +114,9 @@ def attention_parameters(model: nn.Module) -> tuple[int, dict[int, int]]:
 
 
 def attention_flops(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """FLOPs of a forward of one image, and how many of them each block's attention takes with it.
+    """Count the FLOPs of one image, and those that each block's attention removes.
 
-    Blocks with parameters of the same shapes are taken to cost the same.
+    Blocks with parameters of the same shapes are assumed to cost the same.
     """
     image = torch.zeros(1, *input_shape(model), device=one_device(model), dtype=one_dtype(model))
     total = _flops(model, image)
@@ -138,20 +140,23 @@ DEFAULT_COUNT = 5
 
 @dataclass(frozen=True)
 class Budget:
-    """What to stop at: one of `count` layers, shares of the parameters or FLOPs left, or a factor of throughput."""
+    """At most one of: number of layers, remaining share of the parameters or FLOPs, factor of throughput.
+
+    Raises:
+        ValueError: Several were given.
+    """
 
     count: int | None = None
     params: float | None = None
     flops: float | None = None
     throughput: float | None = None
 
-    def asked(self) -> tuple[str, float]:
-        """The one that was given, by name.
-
-        Raises:
-            ValueError: There are several.
-        """
-        given = {name: value for name, value in vars(self).items() if value is not None}
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"pass one of count, params, flops and throughput; got {', '.join(given)}")
-        return next(iter(given.items()), ("count", DEFAULT_COUNT))
+
+    def resolve(self, default_count: int) -> tuple[str, float]:
+        """Return the kind and value of the rule; `default_count` layers if none was given."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return next(iter(given.items()), ("count", default_count))

@@ -68,7 +68,7 @@ class Measurement:
         bins: int = 256,
         cache: str = "auto",
         cache_budget: int | None = None,
-        cache_folder: Path | None = None,
+        cache_folder: str | Path | None = None,
         processes: Processes | None = None,
     ) -> None:
         check_choice("estimator", estimator, ESTIMATORS)

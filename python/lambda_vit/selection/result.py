@@ -1,4 +1,4 @@
-"""What a selection returns: the layers, and each round's scores."""
+"""The result of a selection: the layers, and each round's scores."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ FORMAT = 1
 
 
 class SelectionWarning(UserWarning):
-    """Something about a selection that deserves a second look; the selection itself lists it too."""
+    """A doubt about a selection; the selection lists it too."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to remove, in the order they were picked, and all that was measured on the way.
+    """The layers to remove, in the order they were picked, and the measurements that led to them.
 
     Attributes:
         layers: Block indices.
-        strategy: Its name, as for `select_layers`.
-        criterion: What layers were judged by, and `unit` that of its scores; None for a control.
-        stop: What was asked for.
-        beam: How many sets of layers the search kept from round to round.
-        estimator: Of the entropies, which are of `score`; None where no path was run.
+        strategy: Name of the strategy, as for `select_layers`.
+        criterion: Name of the criterion, and `unit` of its scores; None for a control.
+        stop: The budget, in words.
+        beam: Number of sets of layers that the search retained per round.
+        estimator: Entropy estimator, and `score` the output whose entropy was measured; None if no path was run.
         signed: Whether the sign of TE counted.
-        model: timm's name of the model it was made for, of `depth` blocks; None where that is not known.
-        entropy_full: Of the full model's output, in bits.
-        samples: Images, and `channels` of the output that entropies are of.
-        rounds: Of the search, in order; a ranking has one, from which all layers come.
-        seed: Of a random draw.
-        warnings: What has to be said of the measurement.
+        model: timm's name of the model, which has `depth` blocks; None if it is not known.
+        entropy_full: Entropy of the full model's output, in bits.
+        samples: Number of images, and `channels` that of the output's channels.
+        rounds: The rounds of the search, in order; a ranking has one, from which all layers come.
+        seed: Random seed of strategy "random".
+        warnings: Doubts about the selection.
     """
 
     layers: tuple[int, ...]
@@ -55,7 +55,7 @@ class Selection:
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; block indices that are keys become strings."""
+        """Return plain JSON types; block indices that are keys become strings."""
         rounds = [r.to_dict() for r in self.rounds]
         own = {k: v for k, v in vars(self).items() if k != "rounds"}
         lists = {"layers": list(self.layers), "warnings": list(self.warnings), "rounds": rounds}
@@ -63,10 +63,10 @@ class Selection:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Selection:
-        """The inverse of `to_dict`.
+        """Read what `to_dict` returned.
 
         Raises:
-            ValueError: `value` is no selection of a format that this version reads.
+            ValueError: `value` is not a selection of a format that this version reads.
         """
         layers = value.get("layers") if isinstance(value, dict) else None
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
@@ -92,7 +92,7 @@ class Selection:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: The file is missing or no selection.
+            ValueError: The file is missing or is not a selection.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -107,9 +107,9 @@ class Round:
     """One step of a search.
 
     Attributes:
-        picked: The block picked.
-        scores: Of every candidate.
-        entropy: Of the output with `skipped` and `picked` skipped; None where no path was run.
+        picked: Index of the block that was picked.
+        scores: The score of every candidate.
+        entropy: Entropy of the output with `skipped` and `picked` skipped; None if no path was run.
         skipped: The blocks picked before, in order.
     """
 
@@ -119,11 +119,11 @@ class Round:
     skipped: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; block indices that are keys become strings."""
+        """Return plain JSON types; block indices that are keys become strings."""
         return {**asdict(self), "scores": {str(k): v for k, v in self.scores.items()}, "skipped": list(self.skipped)}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Round:
-        """The inverse of `to_dict`; rounds written before there was `skipped` are read too."""
+        """Read what `to_dict` returned; "skipped" may be missing, as in older files."""
         scores = {int(k): float(v) for k, v in value["scores"].items()}
         return cls(value["picked"], scores, value["entropy"], tuple(value.get("skipped", ())))

@@ -1,4 +1,4 @@
-"""The steps of a selection: one round of a search, one ranking, or the order of a control."""
+"""Picks layers: one round of a search, one ranking, or the order of a control."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def order_control(
 
 
 def shorten_to_budget(layers: Sequence[int], stop: Stop) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the first layers that meet `stop`; all of them if none do, with a note that says so."""
+    """Return the first layers that meet `stop`; if not even all of them do, all, with a note that says so."""
     for count in range(1, len(layers) + 1):
         if stop.met(layers[:count]):
             return tuple(layers[:count]), ()
@@ -35,20 +35,20 @@ def shorten_to_budget(layers: Sequence[int], stop: Stop) -> tuple[tuple[int, ...
 def search_round(
     measurement: Measurement,
     criterion: Criterion,
-    found: SearchState,
+    state: SearchState,
     candidates: Sequence[int],
     beam: int,
     description: str,
 ) -> SearchState:
     """Measure every beam state with one more layer skipped, in one pass, and keep the best `beam`."""
     children: dict[SkippedBlocks, list[tuple[BeamState, int]]] = {}
-    for branch in found.branches:
+    for branch in state.branches:
         for layer in candidates:
             if layer not in branch.layers:
                 children.setdefault(frozenset((*branch.layers, layer)), []).append((branch, layer))
-    paths = [*([FULL] if found.full is None else []), *children]
+    paths = [*([FULL] if state.full is None else []), *children]
     results = measurement.measure(paths, description, compare=criterion.compare, label=criterion.label, keep=True)
-    full = results[FULL] if found.full is None else found.full
+    full = results[FULL] if state.full is None else state.full
     scores = {path: criterion.score(results[path], full) for path in children}
     best = sorted(children, key=lambda path: (scores[path], sorted(path)))[:beam]
     kept = []

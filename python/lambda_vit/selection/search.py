@@ -1,9 +1,10 @@
-"""Which attention layers to remove: NOSE, its rivals, and controls that any selection has to beat."""
+"""Searches for the attention layers to remove: checks the options, measures round by round, and reports the selection."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .measurement import Measurement, constant_note
 from .result import Selection, SelectionWarning
 from .rounds import order_control, rank_layers, search_round, shorten_to_budget
 from .search_state import Progress, SearchState, refuse_search
-from .strategies import STRATEGIES, Criterion, Strategy
+from .strategies import STRATEGIES, Criterion
 
 
 def select_layers(
@@ -51,53 +52,50 @@ def select_layers(
 ) -> Selection:
     """Pick attention layers to remove.
 
-    NOSE (arXiv 2404.05657, algorithm 1) is greedy: in each round, the transfer entropy towards the task head of what is
-    picked so far and one more is measured for every candidate, and the lowest is picked. The default compares |TE|:
-    with the sign left in, layers that inflate the entropy look best, and the network breaks.
+    NOSE (arXiv 2404.05657, algorithm 1) is greedy: each round measures, for every candidate, the transfer entropy of the
+    earlier picks and the candidate towards the task head, and picks the lowest. The default compares |TE|: with the sign,
+    layers whose removal inflates the entropy score best, and the network breaks.
 
-    In a process group each process measures what its own `loader` gives, statistics are merged, rank 0 decides, and all
-    return the same; one that fails or dies stops the others with a message.
+    In a process group each process measures the images of its own `loader`, statistics are merged, rank 0 decides, and all
+    return the same selection; a process that fails or dies stops the others with a message.
 
     Args:
         model: A timm vision transformer that still has all its attention.
-        loader: Yields images, or tuples that begin with images and labels; iterated once per round, or once in all where
-            the embedded images fit into the cache, so that it must give the same images each time. None for a control.
-        count: How many layers to pick; 5, or all that may go if these are fewer, where no budget is given.
+        loader: Yields images, or tuples that begin with images and labels; iterated once per round, or once in total if
+            the embedded images fit into the cache. It must yield the same images each time. None for a control.
+        count: Number of layers to pick; without any budget 5, or fewer if fewer can be removed.
         strategy: A name in `lambda_vit.selection.strategies.STRATEGIES`, which describes each. "accuracy" requires labels;
             the controls "random" (by `seed`), "first" and "explicit" (by `layers`) measure nothing.
-        estimator: "gaussian" or "histogram", of all entropies.
+        estimator: Entropy estimator: "gaussian" or "histogram".
         signed: With "nose", the same as "nose-signed".
-        score: What entropies are of: "logits", or "pre_logits" for what goes into the classifier.
-        bins: Of a histogram.
-        exclude: Blocks that must keep their attention.
-        layers: For "explicit".
-        params: In place of `count`: stop once at most this share of the parameters is left, such as 0.85.
-        flops: Likewise, of the FLOPs of an image.
-        throughput: Likewise: stop once this many times as many images per second are measured, such as 1.2.
-        beam: How many sets of layers a greedy search keeps from round to round.
-        seed: For "random".
-        cache: Where embedded images stay between rounds: "ram", "disk", "none"; "auto" is "ram" where they fit.
-        cache_budget: Bytes that they may take; None: a quarter of the free memory, or the free disk but 1 GiB.
-        cache_folder: Where "disk" keeps them while it runs.
-        progress_file: Written atomically after every round; the same call then goes on from there. A control writes none,
-            and refuses one that a search has left.
-        restart: Forget what `progress_file` holds.
+        score: Output whose entropy is measured: "logits", or "pre_logits" for the classifier's input.
+        bins: Number of bins of a histogram.
+        exclude: Blocks that retain their attention.
+        layers: The layers of "explicit", in order.
+        params: Instead of `count`: stop once at most this share of the parameters remains, such as 0.85.
+        flops: Instead of `count`: stop once at most this share of the FLOPs per image remains.
+        throughput: Instead of `count`: stop once the measured throughput reaches this factor, such as 1.2.
+        beam: Number of sets of layers that a greedy search retains per round.
+        seed: Random seed of "random".
+        cache: Storage of embedded images between rounds: "ram", "disk", "none"; "auto" is "ram" if they fit.
+        cache_budget: Largest size of the cache in bytes; None: a quarter of the free memory, or the free disk but 1 GiB.
+        cache_folder: Folder in which "disk" stores them temporarily.
+        progress_file: Replaced atomically after every round; the same call then resumes from it. A control writes none,
+            and refuses the file of a search.
+        restart: Discard what `progress_file` holds.
 
     Returns:
         The layers in the order they were picked, with the score of every candidate of every round.
 
     Raises:
-        ValueError: `count` or an option is wrong, the loader is empty, or a class token would be cut off from the image.
+        ValueError: `count` or an option is wrong, the loader is empty, or a class token would never see the image.
         ProgressMismatchError: `progress_file` belongs to another model, other data or other options.
         UnsupportedModelError: The model cannot be changed block by block.
-        NonFiniteActivationError: NaN or infinity on the way; nothing is ranked.
-        RuntimeError: Another process failed, or is gone (`ProcessLostError`).
+        NonFiniteActivationError: NaN or infinity in the activations; nothing is ranked.
+        RuntimeError: Another process failed or died (`ProcessLostError`).
     """
-    selection, _ = run_selection(
-        model,
-        loader,
-        Budget(count, params, flops, throughput),
-        strategy="nose-signed" if signed and strategy == "nose" else strategy,
+    options = SearchOptions(
+        strategy=strategy,
         estimator=estimator,
         signed=signed,
         score=score,
@@ -106,177 +104,251 @@ def select_layers(
         layers=layers,
         beam=beam,
         seed=seed,
-        cache={"cache": cache, "cache_budget": cache_budget, "cache_folder": cache_folder},
+        cache=cache,
+        cache_budget=cache_budget,
+        cache_folder=cache_folder,
         progress_file=progress_file,
         restart=restart,
     )
+    searcher = Searcher(model, loader, Budget(count, params, flops, throughput), options)
+    selection, _ = searcher.run()
+    if not searcher.is_control:
+        for note in selection.warnings:
+            warnings.warn(note, SelectionWarning, stacklevel=2)
     return selection
 
 
-def check_search(strategy: str, *, signed: bool, beam: int, layers: Sequence[int] | None) -> None:
-    """What can be said of the options before there is a model.
+@dataclass(frozen=True)
+class SearchOptions:
+    """The options of `select_layers`, checked as far as that is possible without a model.
 
     Raises:
-        ValueError: An option is wrong, or two do not go together.
+        ValueError: An option is wrong, or two of them exclude each other.
     """
-    check_choice("strategy", strategy, tuple(STRATEGIES))
-    if signed and strategy != "nose-signed":
-        raise ValueError(f"signed=True belongs to strategy 'nose'; got {strategy!r}")
-    require_int("beam", beam, 1)
-    if beam > 1 and STRATEGIES[strategy].how != "greedy":
-        raise ValueError(f"beam={beam} belongs to a greedy strategy; {strategy!r} does not search")
-    if (layers is None) == (strategy == "explicit"):
-        raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
+
+    strategy: str = "nose"
+    estimator: str = "gaussian"
+    signed: bool = False
+    score: str = "logits"
+    bins: int = 256
+    exclude: Sequence[int] = ()
+    layers: Sequence[int] | None = None
+    beam: int = 1
+    seed: int = 0
+    cache: str = "auto"
+    cache_budget: int | None = None
+    cache_folder: str | Path | None = None
+    progress_file: str | Path | None = None
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.signed and self.strategy == "nose":
+            object.__setattr__(self, "strategy", "nose-signed")
+        check_choice("strategy", self.strategy, tuple(STRATEGIES))
+        if self.signed and self.strategy != "nose-signed":
+            raise ValueError(f"signed=True belongs to strategy 'nose'; got {self.strategy!r}")
+        require_int("beam", self.beam, 1)
+        if self.beam > 1 and STRATEGIES[self.strategy].how != "greedy":
+            raise ValueError(f"beam={self.beam} requires a greedy strategy; {self.strategy!r} does not search")
+        if (self.layers is None) == (self.strategy == "explicit"):
+            raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
 
 
-def run_selection(
-    model: nn.Module,
-    loader: Iterable[Any] | None,
-    budget: Budget,
-    *,
-    strategy: str = "nose",
-    estimator: str = "gaussian",
-    signed: bool = False,
-    score: str = "logits",
-    bins: int = 256,
-    exclude: Sequence[int] = (),
-    layers: Sequence[int] | None = None,
-    beam: int = 1,
-    seed: int = 0,
-    cache: dict[str, Any] | None = None,
-    progress_file: str | Path | None = None,
-    restart: bool = False,
-    processes: Processes | None = None,
-) -> tuple[Selection, dict[str, Any] | None]:
-    """As `select_layers`; also tells how the work was done (`Measurement.engine`), None for a control."""
-    check_search(strategy, signed=signed, beam=beam, layers=layers)
-    how = STRATEGIES[strategy]
-    structure = inspect_model(model)
-    if structure.removed:
-        raise ValueError(
-            f"the model has lost the attention of {list(structure.removed)} already; select on the full model"
-        )
-    candidates = [i for i in range(structure.depth) if i not in check_indices(exclude, structure.depth, "exclude")]
-    most = _most(candidates, structure)
-    if most < 1:
-        raise ValueError(f"exclude={list(exclude)} leaves no attention of {structure.depth} blocks that may go")
-    if layers is not None:
-        layers = _checked_layers(layers, candidates, most, structure)
-        most = len(layers)
-        if budget == Budget():
-            budget = Budget(count=most)
-    if budget == Budget():
-        budget = Budget(count=min(DEFAULT_COUNT, most))
-    stop = Stop(model, *budget.asked(), candidates=candidates if layers is None else layers, most=most)
-    common: dict[str, Any] = {
-        "strategy": strategy,
-        "model": model_name(model),
-        "depth": structure.depth,
-        "stop": stop.describe(),
-    }
-    processes = Processes() if processes is None else processes
-    options = {
-        "strategy": strategy, stop.kind: stop.value, "estimator": estimator, "score": score, "bins": bins,
-        "exclude": sorted(set(range(structure.depth)) - set(candidates)), "beam": beam,
-    }  # fmt: skip
-    controls = {"layers": layers, "seed": seed} if how.how == "control" else {}
-    processes.assert_same(options | controls, "Select")
-    if how.how == "control":
-        settled: Any = None
-        with processes.all_or_none("Select"):
-            if processes.is_main and progress_file is not None:
-                refuse_search(Path(progress_file), strategy, restart)
-            if processes.is_main:  # throughput is measured, and comes out differently each time
-                settled = shorten_to_budget(order_control(strategy, candidates, most, seed, layers), stop)
-        order, notes = processes.broadcast(settled)
-        notes = [*_removal_warnings(model, order, structure), *notes]
-        return Selection(order, **common, seed=seed if strategy == "random" else None, warnings=tuple(notes)), None
-    criterion = how.criterion
-    assert criterion is not None, "controls alone have none"
-    with processes.all_or_none("Select"):
-        if loader is None:
-            raise ValueError(f"loader is None, but strategy {strategy!r} measures on images; pass a loader")
-        if (criterion.compare or criterion.label) and not getattr(model, "num_classes", 1):
+class Searcher:
+    """One selection: `before_search` checks and reads earlier progress, `run_search` measures, `after_search` reports.
+
+    Args:
+        model: As for `select_layers`.
+        loader: As for `select_layers`.
+        budget: When to stop.
+        options: What to compare, over which layers.
+        processes: The processes that measure together; None: those of the process group, if there is one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any] | None,
+        budget: Budget,
+        options: SearchOptions,
+        processes: Processes | None = None,
+    ) -> None:
+        self.options, self.strategy = options, STRATEGIES[options.strategy]
+        self.is_control = self.strategy.how == "control"
+        self.processes = Processes() if processes is None else processes
+        self._model, self._loader = model, loader
+        self._structure = structure = inspect_model(model)
+        if structure.removed:
             raise ValueError(
-                f"strategy {strategy!r} compares the classifier's outputs, and the model has no classifier"
+                f"the model has lost the attention of {list(structure.removed)} already; select on the full model"
             )
-        measurement = Measurement(
-            model, loader, estimator=estimator, score=score, bins=bins, processes=processes, **(cache or {})
-        )
-        options |= {"model": model_name(model), "weights": model_fingerprint(model), "dtype": str(measurement.dtype)}
-    with measurement:
-        processes.assert_same(options, "Select")
+        excluded = check_indices(options.exclude, structure.depth, "exclude")
+        self._candidates = [i for i in range(structure.depth) if i not in excluded]
+        # A class token without any attention never sees the image.
+        spared = len(self._candidates) == structure.depth and structure.pooling == "token"
+        self._most = len(self._candidates) - spared
+        if self._most < 1:
+            raise ValueError(
+                f"exclude={list(options.exclude)} leaves no attention layer of {structure.depth} blocks to remove"
+            )
+        self._layers: tuple[int, ...] | None = None
+        default = min(DEFAULT_COUNT, self._most)
+        if options.layers is not None:
+            self._layers = _check_layers(options.layers, self._candidates, self._most, structure)
+            default = self._most = len(self._layers)
+        removable = self._candidates if self._layers is None else self._layers
+        self._stop = Stop(model, *budget.resolve(default), candidates=removable, most=self._most)
+
+    def run(self) -> tuple[Selection, dict[str, Any] | None]:
+        """Return the selection, and how the work was done (`Measurement.engine`); None for a control."""
+        self.processes.assert_same(self._fingerprint(), "Select")
+        if self.is_control:
+            return self._select_control(), None
+        with self._open_measurement() as measurement:
+            state, progress = self.before_search(measurement)
+            state = self.run_search(measurement, state, progress)
+            engine = measurement.engine()
+        return self.after_search(state), engine
+
+    @property
+    def _criterion(self) -> Criterion:
+        assert self.strategy.criterion is not None, "only a control has none"
+        return self.strategy.criterion
+
+    def _select_control(self) -> Selection:
+        options = self.options
+        settled: Any = None
+        with self.processes.all_or_none("Select"):
+            if self.processes.is_main:
+                if options.progress_file is not None:
+                    refuse_search(Path(options.progress_file), options.strategy, options.restart)
+                order = order_control(options.strategy, self._candidates, self._most, options.seed, self._layers)
+                settled = shorten_to_budget(order, self._stop)  # on rank 0 alone: measured throughputs differ
+        layers, notes = self.processes.broadcast(settled)
+        return self._report(layers, notes, seed=options.seed if options.strategy == "random" else None)
+
+    def _open_measurement(self) -> Measurement:
+        options, criterion = self.options, self._criterion
+        with self.processes.all_or_none("Select"):
+            if self._loader is None:
+                raise ValueError(f"loader is None, but strategy {options.strategy!r} measures on images; pass a loader")
+            if (criterion.compare or criterion.label) and not getattr(self._model, "num_classes", 1):
+                raise ValueError(
+                    f"strategy {options.strategy!r} compares the classifier's outputs, and the model has no classifier"
+                )
+            return Measurement(
+                self._model,
+                self._loader,
+                estimator=options.estimator,
+                score=options.score,
+                bins=options.bins,
+                cache=options.cache,
+                cache_budget=options.cache_budget,
+                cache_folder=options.cache_folder,
+                processes=self.processes,
+            )
+
+    def before_search(self, measurement: Measurement) -> tuple[SearchState, Progress | None]:
+        """Return where the search starts or resumes, and on rank 0 where it writes its progress."""
+        with self.processes.all_or_none("Select"):
+            fingerprint = self._fingerprint() | {
+                "model": model_name(self._model),
+                "weights": model_fingerprint(self._model),
+                "dtype": str(measurement.dtype),
+            }
+        self.processes.assert_same(fingerprint, "Select")
         progress = None
-        with processes.all_or_none("Select"):
-            if processes.is_main:
-                if restart and progress_file is not None:
-                    Path(progress_file).unlink(missing_ok=True)
-                path = None if progress_file is None else Path(progress_file)
-                data = data_fingerprint(loader, labelled=criterion.label)
-                progress = Progress(path, options | data)
-        found = processes.broadcast(progress.found if progress else None) or SearchState()
-        found = _search(measurement, how, criterion, found, stop, candidates, most, beam, progress)
-        engine = measurement.engine()
-    best, full = found.branches[0], found.full
-    notes = [*_removal_warnings(model, best.layers, structure), *found.notes]
-    for note in notes:
-        warnings.warn(note, SelectionWarning, stacklevel=3)
-    return Selection(
-        best.layers,
-        **common,
-        criterion=criterion.name,
-        unit=criterion.unit,
-        beam=beam,
-        estimator=None if full is None else estimator,
-        signed=signed or strategy == "nose-signed",
-        score=None if full is None else score,
-        entropy_full=None if full is None else full.entropy,
-        samples=found.samples,
-        channels=None if full is None else full.channels,
-        rounds=best.rounds,
-        warnings=tuple(notes),
-    ), engine
+        with self.processes.all_or_none("Select"):
+            if self.processes.is_main:
+                path = None if self.options.progress_file is None else Path(self.options.progress_file)
+                if self.options.restart and path is not None:
+                    path.unlink(missing_ok=True)
+                data = data_fingerprint(self._loader, labelled=self._criterion.label)
+                progress = Progress(path, fingerprint | data)
+        return self.processes.broadcast(progress.found if progress else None) or SearchState(), progress
 
+    def run_search(self, measurement: Measurement, state: SearchState, progress: Progress | None) -> SearchState:
+        """Measure round by round until the budget is met; rank 0 decides and writes."""
+        criterion, ranked = self._criterion, self.strategy.how == "ranked"
+        rounds = int(self._stop.value) if self._stop.kind == "count" and not ranked else None
+        measurement.constant_channels = state.constant_channels
+        with task("Select", 1 if ranked else rounds) as advance:
+            advance(len(state.branches[0].rounds))
+            while not state.done:
+                if ranked:
+                    state = rank_layers(measurement, criterion, self._candidates, self._most, "Rank")
+                else:
+                    name = f"Round {len(state.branches[0].layers) + 1}" + (f" of {rounds}" if rounds else "")
+                    state = search_round(measurement, criterion, state, self._candidates, self.options.beam, name)
+                with self.processes.all_or_none("Select"):
+                    if progress is not None:
+                        state = self._end_round(measurement, state)
+                        progress.save(state)
+                state = self.processes.broadcast(state)
+                advance()
+        return state
 
-def _search(
-    measurement: Measurement,
-    how: Strategy,
-    criterion: Criterion,
-    found: SearchState,
-    stop: Stop,
-    candidates: Sequence[int],
-    most: int,
-    beam: int,
-    progress: Progress | None,
-) -> SearchState:
-    """From where it stands to the end; rank 0 decides and writes."""
-    processes = measurement.processes
-    measurement.constant_channels = found.constant_channels
-    rounds = int(stop.value) if stop.kind == "count" and how.how == "greedy" else None
-    with task("Select", 1 if how.how == "ranked" else rounds) as advance:
-        advance(len(found.branches[0].rounds))
-        while not found.done:
-            number = len(found.branches[0].layers) + 1
-            if how.how == "ranked":
-                found = rank_layers(measurement, criterion, candidates, most, "Rank")
-            else:
-                name = f"Round {number}" + (f" of {rounds}" if rounds else "")
-                found = search_round(measurement, criterion, found, candidates, beam, name)
-            with processes.all_or_none("Select"):
-                if processes.is_main:
-                    layers, notes, done = found.branches[0].layers, _measured_notes(measurement), True
-                    if how.how == "ranked":
-                        layers, short = shorten_to_budget(layers, stop)
-                        found, notes = found.with_layers(layers), (*short, *notes)
-                    elif not stop.met(layers):
-                        done = len(layers) == most
-                        notes = (stop.shortfall(layers), *notes) if done else notes
-                    found = found.noted(done, measurement.samples, measurement.constant_channels, notes)
-                    if progress is not None:  # on rank 0 it is there
-                        progress.save(found)
-            found = processes.broadcast(found)
-            advance()
-    return found
+    def _end_round(self, measurement: Measurement, state: SearchState) -> SearchState:
+        """Return the state with whether the search is done, and its notes."""
+        best, notes, done = state.branches[0], _measured_notes(measurement), True
+        if self.strategy.how == "ranked":
+            layers, short = shorten_to_budget(best.layers, self._stop)
+            state = replace(state, branches=(replace(best, layers=layers), *state.branches[1:]))
+            notes = (*short, *notes)
+        elif not self._stop.met(best.layers):
+            done = len(best.layers) == self._most
+            notes = (self._stop.shortfall(best.layers), *notes) if done else notes
+        constant = measurement.constant_channels
+        return replace(state, done=done, samples=measurement.samples, constant_channels=constant, notes=notes)
+
+    def after_search(self, state: SearchState) -> Selection:
+        """Return the best set of layers as a selection."""
+        best, full, criterion, options = state.branches[0], state.full, self._criterion, self.options
+        measured: dict[str, Any] = {}
+        if full is not None:
+            measured = {
+                "estimator": options.estimator,
+                "score": options.score,
+                "entropy_full": full.entropy,
+                "channels": full.channels,
+            }
+        return self._report(
+            best.layers,
+            state.notes,
+            criterion=criterion.name,
+            unit=criterion.unit,
+            beam=options.beam,
+            signed=options.strategy == "nose-signed",
+            samples=state.samples,
+            rounds=best.rounds,
+            **measured,
+        )
+
+    def _report(self, layers: tuple[int, ...], notes: Sequence[str], **found: Any) -> Selection:
+        _, own = capture_warnings(lambda: check_removal(self._model, tuple(sorted(layers)), self._structure, 1.0))
+        return Selection(
+            layers,
+            strategy=self.options.strategy,
+            model=model_name(self._model),
+            depth=self._structure.depth,
+            stop=self._stop.describe(),
+            warnings=(*own, *notes),
+            **found,
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return all options on which the selection depends."""
+        options = self.options
+        found = {
+            "strategy": options.strategy,
+            self._stop.kind: self._stop.value,
+            "estimator": options.estimator,
+            "score": options.score,
+            "bins": options.bins,
+            "exclude": sorted(set(range(self._structure.depth)) - set(self._candidates)),
+            "beam": options.beam,
+        }
+        return found | ({"layers": self._layers, "seed": options.seed} if self.is_control else {})
 
 
 def _measured_notes(measurement: Measurement) -> tuple[str, ...]:
@@ -291,25 +363,14 @@ def _measured_notes(measurement: Measurement) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _most(candidates: Sequence[int], structure: ViTStructure) -> int:
-    """How many attention layers may go."""
-    # A class token without any attention never sees the image.
-    return len(candidates) - (len(candidates) == structure.depth and structure.pooling == "token")
-
-
-def _checked_layers(
+def _check_layers(
     layers: Sequence[int], candidates: Sequence[int], most: int, structure: ViTStructure
 ) -> tuple[int, ...]:
-    """The layers in their order, as Python's own integers."""
+    """Return the layers in their order, as Python's own integers."""
     known = check_indices(layers, structure.depth, "layers")
     excluded = sorted(set(known) - set(candidates))
     if excluded:
-        raise ValueError(f"layers holds {excluded}, which exclude keeps")
+        raise ValueError(f"layers holds {excluded}, which exclude lists")
     if not 1 <= len(known) <= most:
         raise ValueError(f"layers must hold 1 to {most} of {structure.depth} blocks; got {len(known)}")
     return tuple(int(layer) for layer in unwrap_layers(layers))
-
-
-def _removal_warnings(model: nn.Module, layers: Sequence[int], structure: ViTStructure) -> tuple[str, ...]:
-    _, notes = capture_warnings(lambda: check_removal(model, tuple(sorted(layers)), structure, 1.0))
-    return tuple(notes)

@@ -1,9 +1,9 @@
-"""What a selection has found so far, written after every round, so that the same call goes on where it was stopped."""
+"""The state of a search, written after every round so that the same call resumes from it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,21 @@ FORMAT = 1
 
 
 class ProgressMismatchError(ValueError):
-    """What is written was found with another model, other data or other options."""
+    """The progress file belongs to another model, other data or other options."""
 
 
 class Progress:
-    """The state of a search in a file.
+    """The file that holds the state of a search.
 
     Args:
-        path: Of the file; None: nothing is kept.
-        fingerprint: All that the scores depend on, by name, as plain JSON types.
+        path: Path of the file; None writes nothing.
+        fingerprint: Everything on which the scores depend, by name, as plain JSON types.
+
+    Attributes:
+        found: The last state; None before the first round.
 
     Raises:
-        ProgressMismatchError: The file holds the progress of another search; lists what differs.
+        ProgressMismatchError: The file holds the progress of another search; lists the differences.
         ValueError: The file cannot be read.
     """
 
@@ -57,7 +60,7 @@ class Progress:
             ) from error
 
     def save(self, found: SearchState) -> None:
-        """Write where the search stands, atomically."""
+        """Write the state, atomically."""
         self.found = found
         if self.path is not None:
             write_json(self.path, {"format": FORMAT, "fingerprint": self.fingerprint, "found": found.to_dict()})
@@ -65,54 +68,54 @@ class Progress:
     def _compare(self, before: dict[str, Any]) -> None:
         if listed := format_differences(before, self.fingerprint):
             raise ProgressMismatchError(
-                f"{self.path} holds a selection that was started differently: {listed}. Use the options, model and data "
-                "that it was started with, another place to write to, or start over with --restart (restart=True)"
+                f"{self.path} holds a selection that was started differently: {listed}. Use its options, model and data, "
+                "another output folder, or start over with --restart (restart=True)"
             )
 
 
 def refuse_search(path: Path, control: str, restart: bool) -> None:
-    """Keep a control from replacing what a search found: its layers would go where those of the search are.
+    """Refuse a control whose selection would replace that of a search; with `restart`, remove the search's progress.
 
     Raises:
-        ProgressMismatchError: `path` holds the progress of a search, and it is not to be forgotten (`restart`).
+        ProgressMismatchError: `path` holds the progress of a search, and `restart` is false.
     """
     if restart:
         path.unlink(missing_ok=True)
     elif path.exists():
         raise ProgressMismatchError(
-            f"{path} holds the progress of a search, and {control!r} would replace its selection. Use another place to "
-            "write to, or start over with --restart (restart=True)"
+            f"{path} holds the progress of a search, and {control!r} would replace its selection. Use another "
+            "output folder, or start over with --restart (restart=True)"
         )
 
 
 @dataclass(frozen=True)
 class BeamState:
-    """A set of layers that a search has come to, and the rounds that led there."""
+    """A set of layers that a search retains, and the rounds that led to it."""
 
     layers: tuple[int, ...] = ()
     rounds: tuple[Round, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
+        """Return plain JSON types."""
         return {"layers": list(self.layers), "rounds": [r.to_dict() for r in self.rounds]}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> BeamState:
-        """The inverse of `to_dict`."""
+        """Read what `to_dict` returned."""
         return cls(tuple(value["layers"]), tuple(map(Round.from_dict, value["rounds"])))
 
 
 @dataclass(frozen=True)
 class SearchState:
-    """Where a search stands: its branches, the best first, and what was measured of the full model.
+    """The sets of layers that a search retains after a round, and the full model's result.
 
     Attributes:
-        branches: One for a greedy search; up to `beam` for a beam search.
-        full: The full model's result; None before the first round, and where no path is run.
-        done: Whether the first branch is the answer.
-        samples: Images of a pass.
-        constant_channels: The most output channels that never changed on a path.
-        notes: What has to be said of the measurement.
+        branches: The best first; at most as many as the beam is wide.
+        full: The full model's result; None before the first round, or if the criterion runs no path.
+        done: Whether the first branch is the result of the search.
+        samples: Number of images of a pass.
+        constant_channels: The largest number of output channels that never changed on a path.
+        notes: Notes on the measurement, for the selection's warnings.
     """
 
     branches: tuple[BeamState, ...] = (BeamState(),)
@@ -122,23 +125,15 @@ class SearchState:
     constant_channels: int = 0
     notes: tuple[str, ...] = ()
 
-    def noted(self, done: bool, samples: int, constant_channels: int, notes: tuple[str, ...]) -> SearchState:
-        """The same with what is known after the round."""
-        return replace(self, done=done, samples=samples, constant_channels=constant_channels, notes=notes)
-
-    def with_layers(self, layers: tuple[int, ...]) -> SearchState:
-        """The same with other layers in its first branch."""
-        return replace(self, branches=(replace(self.branches[0], layers=layers), *self.branches[1:]))
-
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
+        """Return plain JSON types."""
         full = None if self.full is None else self.full.to_dict()
         branches = [b.to_dict() for b in self.branches]
         return {**vars(self), "branches": branches, "full": full, "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> SearchState:
-        """The inverse of `to_dict`."""
+        """Read what `to_dict` returned."""
         full = None if value["full"] is None else PathResult.from_dict(value["full"])
         branches = tuple(map(BeamState.from_dict, value["branches"]))
         known: dict[str, Any] = {"branches": branches, "full": full, "notes": tuple(value["notes"])}

@@ -357,7 +357,7 @@ def test_a_budget_that_is_out_of_reach_is_not_said_to_be_met(select, tmp_path, m
     import lambda_vit.selection.budget as stopping
 
     monkeypatch.setattr(stopping.Stop, "speedup", lambda self, layers: 1 + 0.1 * len(layers))
-    for factor, words in ((5, "What was asked for (5 × the throughput) is not met by all 3 picks either."),
+    for factor, words in ((5, "All 3 picks do not meet the budget (5 × the throughput) either."),
                           (1.3, "This meets the budget: 1.3 × the throughput.")):  # fmt: skip
         options = ["--throughput", factor, "--strategy", "first", "--tolerance", 100, "--no-profile", "--no-latency"]
         code, _, err = select(*options)

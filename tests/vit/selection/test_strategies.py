@@ -277,7 +277,7 @@ def test_throughput_is_measured_with_the_attention_gone(model):
         ({"layers": (1,)}, "'explicit' and layers belong together"),
         ({"strategy": "explicit"}, "'explicit' and layers belong together"),
         ({"strategy": "explicit", "layers": (1, 1)}, "1 twice"),
-        ({"strategy": "explicit", "layers": (1, 2), "exclude": (2,)}, r"\[2\], which exclude keeps"),
+        ({"strategy": "explicit", "layers": (1, 2), "exclude": (2,)}, r"\[2\], which exclude lists"),
         ({"strategy": "explicit", "layers": (1, 2), "count": 3}, "count must be from 1 to 2"),
         ({"strategy": "explicit", "layers": ()}, "1 to 4 of 5 blocks; got 0"),
         ({"throughput": 1.2, "exclude": range(5)}, "leaves no attention"),

@@ -1,4 +1,4 @@
-"""What a selection does to the network, measured after each pick without training, and the record of all of it."""
+"""Measures what a selection does to the model after each pick, without training, and makes the record of its report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,65 @@ from typing import Any
 
 from torch import nn
 
+from ...data.loader import ImageLoader, make_loader, subset
+from ...measure.layer_profile import profile_layers
 from ...models.properties import input_shape, model_name
 from ...runtime import environment
+from ...runtime.capture import capture_warnings
 from ...runtime.formatting import format_size
+from ...runtime.processes import Processes
 from ...selection.result import Selection
+from ...selection.trajectory import TrialData, measure_trajectory
+from .recommendation import TOLERANCE, add_recommendation
+
+# Number of images to profile layers on: every token counts, so entropies per channel need no more.
+PROFILE_IMAGES = 128
+
+
+def measure_selection(
+    model: nn.Module,
+    selection: Selection,
+    loader: ImageLoader,
+    trial: TrialData | None,
+    *,
+    profile: bool,
+    throughput_batch: int | None,
+    tolerance: float = TOLERANCE,
+    bins: int = 256,
+    processes: Processes | None = None,
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[str]]:
+    """Measure the trajectory of a selection and the profile of the full model, for `selection_record`.
+
+    Args:
+        model: The full model.
+        selection: The layers, in the order of picking.
+        loader: The images on which they were picked; the first of them profile the layers.
+        trial: The images on which the picks are tried; None measures no trajectory.
+        profile: Measure a profile of the layers.
+        throughput_batch: Images per forward pass of the timing; None measures no times.
+        tolerance: Largest loss of top-1, in points, of the recommended pick.
+        bins: Number of bins of a histogram.
+        processes: The processes that measure together.
+
+    Returns:
+        The trajectory with its recommendation, or None; on rank 0 the profile, or None, and notes for the report.
+    """
+    processes = Processes() if processes is None else processes
+    trajectory, profiled = None, None
+    notes: list[str] = []
+    if trial is not None:
+        measured = measure_trajectory(
+            model, trial, selection, throughput_batch=throughput_batch, bins=bins, processes=processes
+        )
+        trajectory = add_recommendation(measured, selection, tolerance)
+    if profile:
+        with processes.all_or_none("Profile"):
+            if processes.is_main:
+                few = subset(loader.dataset, min(PROFILE_IMAGES, len(loader.dataset)))
+                images = make_loader(few, loader.batch_size, workers=loader.workers, skip_bad=loader.skip_bad)
+                found, notes = capture_warnings(lambda: profile_layers(model, images))
+                profiled = found.to_dict()
+    return trajectory, profiled, notes
 
 
 def selection_record(
@@ -27,7 +82,7 @@ def selection_record(
     next_commands: Sequence[dict[str, str]],
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The record that `write_report` turns into the report of a selection."""
+    """Make the record that `write_report` turns into the report of a selection."""
     where: dict[str, Any] = dict(environment.versions())
     if engine is not None:
         cache = engine["cache"]
