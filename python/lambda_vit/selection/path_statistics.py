@@ -1,4 +1,4 @@
-"""What is measured of the outputs of many paths: entropy, accuracy, and how far they are from the full model's."""
+"""Accumulates statistics of the outputs of many paths: entropy, accuracy, and the distance from the full model's."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from ..runtime.processes import Processes
 from .paths import Outputs
 from .prefix_cache import SkippedBlocks
 
-# The sums that are kept of each path.
+# The columns of each path's sums.
 _CORRECT, _LOSS, _SAME, _DIVERGENCE = range(4)
 
 
 @dataclass(frozen=True)
 class PathResult:
-    """What was measured of a path over all images of all processes.
+    """The statistics of a path over all images of all processes.
 
     Attributes:
         images: Number of images.
         channels: Channels of the tensor whose entropy is measured.
-        constant_channels: How many of them never change.
+        constant_channels: Number of them that never change.
         entropy: Entropy of the output in bits, summed over channels.
         hits: Correctly classified images, and `loss` the mean cross-entropy in bits; None without labels.
-        same: Images with the full model's prediction, and `kl` the mean KL(full ‖ path) in bits; None where the full model
-            was not run.
+        same: Images with the full model's prediction, and `kl` the mean KL(full ‖ path) in bits; None without comparison.
     """
 
     images: int
@@ -56,14 +55,14 @@ class PathResult:
         return None if self.same is None else 100 * (self.same / self.images)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types, with percentages in place of counts."""
+        """Return plain JSON types, with percentages instead of counts."""
         value = asdict(self) | {"top1": self.top1, "agreement": self.agreement}
         del value["hits"], value["same"]
         return value
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> PathResult:
-        """The inverse of `to_dict`."""
+        """Read what `to_dict` returned."""
         own = dict(value)
         for name, percent in (("hits", own.pop("top1")), ("same", own.pop("agreement"))):
             own[name] = None if percent is None else round(percent * value["images"] / 100)
@@ -74,10 +73,10 @@ class PathStatistics:
     """Accumulates the results of `paths`, batch by batch.
 
     Args:
-        paths: All that will be measured.
-        estimator: "gaussian" or "histogram".
-        score: What the entropies are of, for messages.
-        bins: Of a histogram.
+        paths: All paths to measure.
+        estimator: Entropy estimator: "gaussian" or "histogram".
+        score: Name of the output whose entropy is measured, for messages.
+        bins: Number of bins of a histogram.
         compare: Compare with the full model's logits.
         label: Compare with the labels.
     """
@@ -97,8 +96,8 @@ class PathStatistics:
         """Add the outputs of all paths for one batch.
 
         Raises:
-            NonFiniteActivationError: NaN or infinity; on CUDA at the latest when `check` or the results are asked for.
-            ValueError: Labels that the classifier does not have, or logits that are not one row per image.
+            NonFiniteActivationError: NaN or infinity; on CUDA at the latest in `check` or `results`.
+            ValueError: A label is not a class of the classifier, or the logits are not one row per image.
         """
         update_together([self._meters[path] for path in found], [out.scored for out in found.values()])
         first = next(iter(found.values())).logits
@@ -107,9 +106,9 @@ class PathStatistics:
             return
         if first.dim() != 2:
             raise ValueError(
-                f"answers are compared by logits [N, classes]; the model gives {list(first.shape)} per batch"
+                f"comparing predictions requires logits [N, classes]; the model returns {list(first.shape)} per batch"
             )
-        # Metal has no float64, and these are a few numbers per image.
+        # Metal has no float64; on the CPU these few numbers per image cost little.
         device = torch.device("cpu") if first.device.type == "mps" else first.device
         if self._sums is None:
             self._sums = torch.zeros(len(self._meters), 4, dtype=torch.float64, device=device)
@@ -130,15 +129,15 @@ class PathStatistics:
                 row[_DIVERGENCE] += (log_p.exp() * (log_p - log_q)).sum()
 
     def check(self) -> None:
-        """Raise now what is wrong with the batches so far."""
+        """Raise `NonFiniteActivationError` if a batch so far held NaN or infinity."""
         for meter in self._meters.values():
             meter.check()
 
     def results(self, processes: Processes) -> dict[SkippedBlocks, PathResult]:
-        """Over all processes, the same on each.
+        """Return the results over all processes, the same on each.
 
         Raises:
-            ValueError: No images, one image, or a path all of whose outputs never change.
+            ValueError: There are fewer than two images, or no output of a path ever changes.
         """
         if self._sums is None:
             self._sums = torch.zeros(len(self._meters), 4, dtype=torch.float64)
@@ -175,16 +174,16 @@ def _entropy(meter: EntropyMeter) -> float:
     if meter.count > 1 and constant == meter.channels:
         raise ValueError(f"{meter.name}: all {constant} channels are constant over {meter.count} samples")
     with warnings.catch_warnings():
-        # Counted in the result, and reported once by whoever asked instead of once per path.
+        # The result counts them, and the caller reports them once instead of once per path.
         warnings.filterwarnings("ignore", message=".* channels are constant")
-        # Grids of different paths differ in their bin width, so histograms are compared as differential entropies.
+        # The bin widths of paths differ: only differential entropies can be compared.
         values = meter.compute(differential=True) if meter.kind == "histogram" else meter.compute()
     return float(values.sum())
 
 
 def _check_targets(targets: Tensor | None, logits: Tensor) -> None:
     if targets is None:
-        raise ValueError("the loader gives no labels, one per image, to compare with: pass tuples (images, labels)")
+        raise ValueError("the loader yields no labels, one per image: pass tuples (images, labels)")
     low, high = (int(end) for end in targets.aminmax())
     if not 0 <= low <= high < logits.shape[1]:
         raise ValueError(f"labels from {low} to {high} do not fit the classifier's {logits.shape[1]} outputs")

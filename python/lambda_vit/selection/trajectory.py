@@ -1,28 +1,32 @@
-"""What every pick of a selection costs and gains, and which pick to stop at.
+"""Measures the accuracy and cost of the model after each pick of a selection, without training.
 
-A step of a trajectory is the model without the attention of the first picks: step 0 is the full model, step k the one
-without k attention layers, nothing trained.
+Step k of a trajectory is the model without the attention of the first k picks; step 0 is the full model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
+from lambda_kernels.blocks.structure import inspect_model
+from lambda_kernels.convert.checks import check_indices
+
 from ..data.fingerprints import data_fingerprint
+from ..data.loader import ImageLoader
+from ..measure.cost import Cost, cost
 from ..measure.intervals import wilson_interval
+from ..measure.latency import compare_latency
+from ..models.properties import one_device
+from ..models.views import skip_attention
 from ..runtime.processes import Processes
+from ..runtime.progress import track
 from .measurement import Measurement
+from .path_statistics import PathResult
 from .result import Selection
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..data.loader import ImageLoader
-    from ..measure.cost import Cost
 
 
 def measure_costs(
@@ -35,44 +39,36 @@ def measure_costs(
     image_size: int | tuple[int, int, int] | None = None,
     device: torch.device | str | None = None,
 ) -> list[dict[str, Any]]:
-    """Size, FLOPs, memory and measured throughput of `model` and of what is left of it after each pick.
+    """Measure size, FLOPs, memory and throughput of `model`, and of the model without the attention of each further pick.
 
-    All steps are views that share the model's weights, so that none is copied; the attention of the picked blocks is
-    really gone from them. They take turns in one process: a change of clock or load hits all alike.
+    All steps are views that share the model's weights, and lack the attention of the picked blocks. Their timings are
+    interleaved in one process, so that a change of clock or load affects all of them.
 
     Args:
-        model: A timm vision transformer, where and in the dtype in which it is to be measured. It is not changed.
+        model: A timm vision transformer on the device and in the dtype to measure; it is not changed.
         layers: The picks in their order.
-        batch_size: Images per forward, for throughput and peak memory.
-        seconds: A budget for the throughput of all steps together; None keeps to `rounds`. Five rounds are made however
-            long they take.
-        rounds: Timed forwards per step.
-        image_size: (channels, height, width), or pixels a side. Default: what the model was built for.
-        device: Where the model is expected to be; None takes where it is.
+        batch_size: Images per forward pass, for throughput and peak memory.
+        seconds: Time budget of all timings together, but at least five rounds; None makes `rounds` rounds.
+        rounds: Timed forward passes per step.
+        image_size: (channels, height, width), or pixels per side. Default: the model's input size.
+        device: The expected device of the model; None accepts any.
 
     Returns:
         One entry for the full model and one per pick: "parameters", "flops" (per image), "weight_bytes",
-        "peak_memory_bytes" (of a forward of `batch_size` images: measured on CUDA, elsewhere predicted from one and two
-        images), "images_per_second" (median), "images_per_second_interval" (quartiles, the lower first) and "speedup"
-        (against the full model, by the medians).
+        "peak_memory_bytes" (of a forward pass of `batch_size` images: measured on CUDA, elsewhere extrapolated from one
+        and two images), "images_per_second" (median), "images_per_second_interval" (quartiles, the lower first) and
+        "speedup" (against the full model, by the medians).
 
     Raises:
         ValueError: A block index is wrong or given twice, or a number is out of range.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    from lambda_kernels.blocks.structure import inspect_model
-    from lambda_kernels.convert.checks import check_indices
-
-    from ..measure.latency import compare_latency
-    from ..models.views import skip_attention
-    from ..runtime.progress import track
-
     layers = [int(layer) for layer in layers]
     check_indices(layers, inspect_model(model).depth, "layers")
     views = {str(n): skip_attention(model, layers[:n]) if n else model for n in range(len(layers) + 1)}
     counts = [_cost(view, image_size, batch_size) for view in track(views.values(), "Cost of each step")]
     times = compare_latency(views, (batch_size,), rounds=rounds, seconds=seconds, image_size=image_size, device=device)
-    taken = [times[name][batch_size] for name in views]
+    latencies = [times[name][batch_size] for name in views]
     return [
         {
             "parameters": counted.parameters,
@@ -81,21 +77,18 @@ def measure_costs(
             "peak_memory_bytes": memory,
             "images_per_second": 1000 * batch_size / time.median_ms,
             "images_per_second_interval": [1000 * batch_size / time.high_ms, 1000 * batch_size / time.low_ms],
-            "speedup": taken[0].median_ms / time.median_ms,
+            "speedup": latencies[0].median_ms / time.median_ms,
         }
-        for (counted, memory), time in zip(counts, taken, strict=True)
+        for (counted, memory), time in zip(counts, latencies, strict=True)
     ]
 
 
 def _cost(model: nn.Module, image_size: int | tuple[int, int, int] | None, batch_size: int) -> tuple[Cost, int]:
-    """The model's cost, and its peak memory at `batch_size`."""
-    from ..measure.cost import cost
-    from ..models.properties import one_device
-
+    """Return the model's cost, and its peak memory at `batch_size`."""
     if batch_size <= 2 or one_device(model).type == "cuda":
         counted = cost(model, image_size, batch_size)
         return counted, counted.peak_memory_bytes
-    # What lives at the peak is weights and a multiple of the images: two small forwards tell as much as a large one.
+    # Peak memory is the weights and a multiple of the images: two small forward passes suffice to extrapolate.
     one, two = (cost(model, image_size, size) for size in (1, 2))
     return two, one.peak_memory_bytes + (batch_size - 1) * (two.peak_memory_bytes - one.peak_memory_bytes)
 
@@ -105,10 +98,10 @@ class TrialData:
     """The images on which picks are tried.
 
     Attributes:
-        loader: Images, with labels where `labelled`; this process's share of them.
+        loader: This process's share of the images, with labels if `labelled`.
         labelled: Whether the labels are the model's classes.
-        split: The split that `loader` reads, for the record.
-        held_out: Whether the selection has not seen these images.
+        split: Name of the split, for the record.
+        held_out: Whether no layer was picked on these images.
     """
 
     loader: ImageLoader
@@ -117,7 +110,7 @@ class TrialData:
     held_out: bool
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what all processes must have opened alike."""
+        """Return what must be the same in all processes."""
         found = data_fingerprint(self.loader, labelled=self.labelled)
         return found | {"split": self.split, "labelled": self.labelled, "held_out": self.held_out}
 
@@ -132,7 +125,7 @@ def measure_trajectory(
     bins: int = 256,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
-    """Entropy, accuracy, agreement and cost of the full model and of what is left after each pick.
+    """Measure entropy, accuracy, agreement and cost of the full model and after each pick.
 
     Args:
         model: The full model.
@@ -147,11 +140,11 @@ def measure_trajectory(
         The "trajectory" of a report's record; the same in all processes.
 
     Raises:
-        ValueError: The model has no classifier, so that there are no answers to compare.
+        ValueError: The model has no classifier.
         ValueError, NonFiniteActivationError, RuntimeError: As `Measurement.measure`.
     """
     if not getattr(model, "num_classes", 1):
-        raise ValueError("the model has no classifier: there are no answers that a trajectory could compare")
+        raise ValueError("the model has no classifier: a trajectory has no predictions to compare")
     processes = Processes() if processes is None else processes
     paths = [frozenset(selection.layers[:count]) for count in range(len(selection.layers) + 1)]
     estimator = selection.estimator or "gaussian"
@@ -167,28 +160,13 @@ def measure_trajectory(
             if throughput_batch is not None:
                 timing = {"batch_size": throughput_batch, "seconds": seconds}
             costs = measure_costs(model, selection.layers, **timing)
-            images = found[paths[0]].images
-            steps = []
-            for count, (path, cost) in enumerate(zip(paths, costs, strict=True)):
-                result = found[path]
-                interval = None
-                if result.hits is not None:
-                    interval = [100 * end for end in wilson_interval(result.hits, images)]
-                step = {
-                    "removed": list(selection.layers[:count]),
-                    "picked": selection.layers[count - 1] if count else None,
-                    "entropy": result.entropy,
-                    "top1": result.top1,
-                    "top1_interval": interval,
-                    "agreement": result.agreement,
-                    "kl": result.kl,
-                }
-                steps.append(step | {key: value for key, value in cost.items() if key not in step})
             if throughput_batch is None:
-                for step in steps:
-                    step |= {"images_per_second": None, "images_per_second_interval": None, "speedup": None}
+                unmeasured = dict.fromkeys(("images_per_second", "images_per_second_interval", "speedup"))
+                costs = [row | unmeasured for row in costs]
+            rows = enumerate(zip(paths, costs, strict=True))
+            steps = [_make_step(selection.layers[:count], found[path], row) for count, (path, row) in rows]
             trajectory = {
-                "images": images,
+                "images": found[paths[0]].images,
                 "split": trial.split,
                 "held_out": trial.held_out,
                 "labelled": trial.labelled,
@@ -198,3 +176,19 @@ def measure_trajectory(
                 "steps": steps,
             }
     return processes.broadcast(trajectory)
+
+
+def _make_step(removed: Sequence[int], result: PathResult, costs: dict[str, Any]) -> dict[str, Any]:
+    interval = None
+    if result.hits is not None:
+        interval = [100 * end for end in wilson_interval(result.hits, result.images)]
+    return {
+        "removed": list(removed),
+        "picked": removed[-1] if removed else None,
+        "entropy": result.entropy,
+        "top1": result.top1,
+        "top1_interval": interval,
+        "agreement": result.agreement,
+        "kl": result.kl,
+        **costs,
+    }

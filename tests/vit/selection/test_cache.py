@@ -205,7 +205,7 @@ def test_labels_that_are_no_numbers_do_not_disturb_who_needs_none():
     batches = [(x, [f"{n}.png" for n in range(len(x))]) for x, _ in labelled()]
     assert select_layers(small_vit(), batches, 1) == select_layers(small_vit(), labelled(), 1)
     assert select_layers(small_vit(), [x for x, _ in batches], 1) == select_layers(small_vit(), labelled(), 1)
-    with pytest.raises(ValueError, match="gives no labels"):
+    with pytest.raises(ValueError, match="yields no labels"):
         select_layers(small_vit(), batches, 1, strategy="accuracy")
 
 

@@ -366,7 +366,7 @@ def test_labels_out_of_range(label):
 
 def test_labels_are_needed_where_answers_are_right_or_wrong():
     for data in ([x for x, _ in DATA], [(x, torch.rand(len(x), 10)) for x, _ in DATA]):
-        with pytest.raises(ValueError, match="gives no labels, one per image"):
+        with pytest.raises(ValueError, match="yields no labels, one per image"):
             select_layers(small_vit(), data, 1, strategy="accuracy")
 
 
@@ -382,7 +382,7 @@ def test_labels_are_not_rounded_to_classes():
     exact = [(x, y.float()) for x, y in DATA]
     options = {"strategy": "accuracy"}
     assert select_layers(small_vit(), exact, 1, **options) == select_layers(small_vit(), DATA, 1, **options)
-    with pytest.raises(ValueError, match="gives no labels, one per image"):
+    with pytest.raises(ValueError, match="yields no labels, one per image"):
         select_layers(small_vit(), [(x, y + 0.5) for x, y in exact], 1, **options)
 
 

@@ -47,6 +47,7 @@ def test_costs_are_those_of_converted_copies():
 
 def test_throughput_follows_from_the_times(monkeypatch):
     from lambda_vit.measure import latency
+    from lambda_vit.selection import trajectory
 
     seen = {}
 
@@ -55,7 +56,7 @@ def test_throughput_follows_from_the_times(monkeypatch):
         values = (latency.Latency(20.0, 16.0, 25.0, 5), latency.Latency(10.0, 8.0, 12.5, 5))
         return {name: {8: value} for name, value in zip(models, values, strict=True)}
 
-    monkeypatch.setattr(latency, "compare_latency", times)
+    monkeypatch.setattr(trajectory, "compare_latency", times)
     model = small_vit()
     full, without = measure_costs(model, [3], batch_size=8, seconds=7.0, rounds=9)
     assert (seen["batches"], seen["seconds"], seen["rounds"]) == ((8,), 7.0, 9)
