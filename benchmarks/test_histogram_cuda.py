@@ -58,7 +58,7 @@ def verified(
         return ops.histogram(chosen, grid, per=per, statistics=statistics, backend="extension")
 
     here = [xs[layer % len(xs)].cpu() for layer in range(layers)]
-    cpu_grid = ops.Grid.unpacked(grid.packed().cpu(), grid.bins) if isinstance(grid, ops.Grid) else grid
+    cpu_grid = ops.Grid.unpack(grid.packed().cpu(), grid.bins) if isinstance(grid, ops.Grid) else grid
     expected = ops.histogram(here, cpu_grid, per=per, statistics=statistics)
     got = version(0)
     verify.equal("what is counted", got.counts, expected.counts)

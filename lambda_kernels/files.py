@@ -115,19 +115,20 @@ def check_writable(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: str | Path, remedy: str) -> Iterator[None]:
-    """Hold a lock on the file `path`, which is created and stays; the system lets go of it when the process dies.
+def exclusive_lock(path: str | Path, remedy: str) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is created and remains; the system releases the lock when the process dies.
 
-    Nobody is kept out where the system or the file system has no locks. A process never keeps itself out.
+    The lock belongs to the process, unlike that of `filelock`, which belongs to the open file: a forked worker that outlives
+    a killed parent would hold it, and the run could not be resumed. Where the system or the file system has no locks, no
+    process is excluded.
 
     Raises:
-        BlockingIOError: Another process holds it; the message ends with `remedy`.
+        BlockingIOError: Another process holds the lock; the message ends with `remedy`.
     """
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
             try:
-                # Of the process, not of the open file: a worker that outlives a killed parent does not hold it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):

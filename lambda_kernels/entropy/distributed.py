@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import NonFiniteActivationError
 from ..ops.histogram import reference
 from ..ops.histogram.grids import dyadic_grid, regrid_unchecked
-from .state import State, What, extremes
+from .state import MeterSpec, State, extremes
 
 if TYPE_CHECKING:
     Group = dist.ProcessGroup | None  # None: all processes
@@ -25,7 +25,7 @@ _HEADER_BYTES = 4096
 
 
 def all_reduce(
-    what: What,
+    spec: MeterSpec,
     state: State | None,
     options: dict[str, Any],
     updates: int,
@@ -35,7 +35,7 @@ def all_reduce(
     """Merge the states of all ranks: counts exactly, moments in the order of the ranks.
 
     Args:
-        what: What is measured here.
+        spec: What is measured here.
         state: What this rank has seen; None: nothing.
         options: What must be the same on every rank.
         updates: Batches that this rank has seen.
@@ -60,15 +60,15 @@ def all_reduce(
     not_finite = isinstance(error, NonFiniteActivationError)
     header = {"options": options, "rows": rows, "updates": updates, "error": text, "not_finite": not_finite}
     headers = _all_headers(header, device, group)
-    _check_headers(headers, what)
+    _check_headers(headers, spec)
     updates = sum(header["updates"] for header in headers)
     all_rows = [header["rows"] for header in headers]
     if not any(all_rows):
         return None, updates
     home = device if state is None else state.device
     state = None if state is None else state.to(device)
-    everything = _concatenated if what.per == "sample" else _merged
-    return everything(what, state, all_rows, device, group).to(home), updates
+    everything = _concatenated if spec.per == "sample" else _merged
+    return everything(spec, state, all_rows, device, group).to(home), updates
 
 
 def _exchange_device(group: Group) -> torch.device:
@@ -86,7 +86,7 @@ def _all_headers(header: dict[str, Any], device: torch.device, group: Group) -> 
     return [json.loads(bytes(one.tolist()).rstrip(b"\0")) for one in gathered]
 
 
-def _check_headers(headers: list[dict[str, Any]], what: What) -> None:
+def _check_headers(headers: list[dict[str, Any]], spec: MeterSpec) -> None:
     first = headers[0]["options"]
     for rank, header in enumerate(headers):
         if header["options"] != first:
@@ -96,7 +96,7 @@ def _check_headers(headers: list[dict[str, Any]], what: What) -> None:
             kind = NonFiniteActivationError if header["not_finite"] else ValueError
             raise kind(f"rank {rank}: {header['error']}")
     rows = {rank: header["rows"] for rank, header in enumerate(headers) if header["rows"]}
-    if what.per != "sample" and len(set(rows.values())) > 1:
+    if spec.per != "sample" and len(set(rows.values())) > 1:
         listed = ", ".join(f"{number} on rank {rank}" for rank, number in rows.items())
         raise ValueError(f"meters have different numbers of channels: {listed}")
 
@@ -108,19 +108,19 @@ def _all_gather(tensor: Tensor, group: Group) -> list[Tensor]:
     return gathered
 
 
-def _merged(what: What, state: State | None, all_rows: list[int], device: torch.device, group: Group) -> State:
+def _merged(spec: MeterSpec, state: State | None, all_rows: list[int], device: torch.device, group: Group) -> State:
     rows = max(all_rows)
     moments = reference.no_moments(rows, device)
     for part in _all_gather(moments if state is None else state.moments, group):
         moments = reference.merge_moments(moments, part)
-    if what.kind == "gaussian":
+    if spec.kind == "gaussian":
         return State(moments)
-    grid = dyadic_grid(*extremes(moments), what.bins) if what.grows else None
+    grid = dyadic_grid(*extremes(moments), spec.bins) if spec.grows else None
     if state is None:
-        counts = torch.zeros(rows, what.bins, dtype=torch.int64, device=device)
+        counts = torch.zeros(rows, spec.bins, dtype=torch.int64, device=device)
         outside = torch.zeros(rows, 2, dtype=torch.int64, device=device)
     else:
-        own = state.table if grid is None else regrid_unchecked(state.table, state.dyadic(what.bins), grid)
+        own = state.table if grid is None else regrid_unchecked(state.table, state.dyadic(spec.bins), grid)
         # The sums are written in place: into copies, since the state may yet be needed.
         counts, outside = (torch.empty_like(t).copy_(t) for t in (own, state.beyond))
     dist.all_reduce(counts, group=group)
@@ -128,11 +128,13 @@ def _merged(what: What, state: State | None, all_rows: list[int], device: torch.
     return State(moments, counts, outside, None if grid is None else grid.packed())
 
 
-def _concatenated(what: What, state: State | None, all_rows: list[int], device: torch.device, group: Group) -> State:
+def _concatenated(
+    spec: MeterSpec, state: State | None, all_rows: list[int], device: torch.device, group: Group
+) -> State:
     shapes = {"moments": (reference.MOMENTS, torch.float64)}
-    if what.kind == "histogram":
-        shapes |= {"counts": (what.bins, torch.int64), "outside": (2, torch.int64)}
-    if what.grows:
+    if spec.kind == "histogram":
+        shapes |= {"counts": (spec.bins, torch.int64), "outside": (2, torch.int64)}
+    if spec.grows:
         shapes["grid"] = (4, torch.float64)
     fields = {}
     for name, (columns, dtype) in shapes.items():

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ..ops.checks import check_choice, check_tensor
 from ..ops.histogram import function as ops
+from ..ops.histogram import reference
 from . import distributed, storage
 from . import state as entropy_state
-from .state import STD_FLOOR, Batch, State, Watch, What
+from .state import STD_FLOOR, Batch, DeferredFiniteCheck, MeterSpec, State
 
 __all__ = ["KINDS", "PER", "STD_FLOOR", "EntropyMeter", "gaussian_entropy", "histogram_entropy", "update_together"]
 
@@ -148,34 +149,34 @@ class EntropyMeter:
         range = entropy_state.checked_range(range, kind)
         bins = ops.CodeGrid.bins if range == "bfloat16" else bins
         # Python's own types, not NumPy's: what `save` writes must be what `load` and other ranks can read.
-        self._what = What(KINDS[KINDS.index(kind)], PER[PER.index(per)], bins, range)
+        self._spec = MeterSpec(KINDS[KINDS.index(kind)], PER[PER.index(per)], bins, range)
         if isinstance(range, tuple):
-            self._what.fixed_grid(1, torch.device("cpu"))  # raises where the edges are too near for `bins`
+            self._spec.fixed_grid(1, torch.device("cpu"))  # raises where the edges are too near for `bins`
         self.base, self.name = float(base), str(name)
         self.updates = 0
         # With per="sample" a part for every update, until they are joined; else at most one.
         self._parts: list[State] = []
-        self._watch = Watch()
+        self._pending = DeferredFiniteCheck()
 
     @property
     def kind(self) -> str:
         """ "gaussian" or "histogram"."""
-        return self._what.kind
+        return self._spec.kind
 
     @property
     def per(self) -> str:
         """What has an entropy of its own."""
-        return self._what.per
+        return self._spec.per
 
     @property
     def bins(self) -> int:
         """Bins of each histogram."""
-        return self._what.bins
+        return self._spec.bins
 
     @property
     def range(self) -> tuple[float, float] | str | None:
         """Where the bins are; None: they follow the data."""
-        return self._what.range
+        return self._spec.range
 
     def update(self, x: Tensor) -> EntropyMeter:
         """Add a batch. `x` is `[..., C]`, or `[B, ...]` for per="sample"; empty batches are allowed.
@@ -208,7 +209,7 @@ class EntropyMeter:
             raise TypeError(f'{self.name}: range="bfloat16" counts values of that dtype; got {x.dtype}')
         if self._parts and self.per == "channel" and x.shape[-1] != self.channels:
             raise ValueError(f"{self.name}: a batch with {x.shape[-1]} channels after {self.channels}")
-        self._watch.settle(wait=False)
+        self._pending.settle(wait=False)
         return x.detach().cpu() if x.device.type == "mps" else x.detach()  # Metal has no float64
 
     def check(self) -> EntropyMeter:
@@ -217,7 +218,7 @@ class EntropyMeter:
         Raises:
             NonFiniteActivationError: NaN or infinity; names what was measured, the batch and the dtype.
         """
-        self._watch.settle(wait=True)
+        self._pending.settle(wait=True)
         return self
 
     def merge(self, other: EntropyMeter) -> EntropyMeter:
@@ -240,7 +241,7 @@ class EntropyMeter:
             elif theirs.rows != mine.rows:
                 raise ValueError(f"{self.name}: a meter with {theirs.rows} channels after {mine.rows}")
             else:
-                theirs = entropy_state.merge(self._what, mine, theirs)
+                theirs = entropy_state.merge(self._spec, mine, theirs)
         if theirs is not None:
             self._parts = [theirs]
         self.updates += other.updates
@@ -263,18 +264,18 @@ class EntropyMeter:
             state = self._state()
         except ValueError as error:
             problem = error
-        state, updates = distributed.all_reduce(self._what, state, self._options(), self.updates, problem, group)
+        state, updates = distributed.all_reduce(self._spec, state, self._options(), self.updates, problem, group)
         self._parts, self.updates = [] if state is None else [state], updates
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy` and `pickle`: nothing is shared with the copy, nor with meters that were updated together."""
         parts = [part.map(torch.clone) for part in self._parts]
-        return {**self.__dict__, "_parts": parts, "_watch": copy.copy(self._watch)}
+        return {**self.__dict__, "_parts": parts, "_pending": copy.copy(self._pending)}
 
     def _state(self) -> State | None:
         """All that was seen, which is known to be finite; None: nothing."""
-        self._watch.settle(wait=True)
+        self._pending.settle(wait=True)
         if len(self._parts) > 1:
             self._parts = [State.join(self._parts)]
         return self._parts[0] if self._parts else None
@@ -282,7 +283,7 @@ class EntropyMeter:
     @property
     def count(self) -> int:
         """Samples seen per channel; for per="sample", values per sample of the first batch."""
-        return int(self._parts[0].moments[0, 0]) if self._parts else 0
+        return int(self._parts[0].moments[0, reference.COUNT]) if self._parts else 0
 
     @property
     def channels(self) -> int:
@@ -297,7 +298,7 @@ class EntropyMeter:
             return 0
         if self.kind == "gaussian":
             return int((entropy_state.std(state) < STD_FLOOR).sum())
-        return int((state.moments[:, 5] == state.moments[:, 6]).sum())
+        return int((state.moments[:, reference.MINIMUM] == state.moments[:, reference.MAXIMUM]).sum())
 
     def moments(self) -> ops.Moments:
         """Count, mean, M2, smallest and largest value of each channel, layer or sample.
@@ -305,7 +306,7 @@ class EntropyMeter:
         Raises:
             ValueError: Nothing was seen.
         """
-        return ops.Moments.unpacked(self._some_state().moments)
+        return ops.Moments.unpack(self._some_state().moments)
 
     def counts(self) -> tuple[Tensor, ops.Grid | ops.CodeGrid]:
         """int64 `[K, bins]`, and the bins; of a dyadic grid the one that follows from each row's extrema alone.
@@ -314,8 +315,8 @@ class EntropyMeter:
             ValueError: This is a Gaussian meter, or nothing was seen.
         """
         self._check_kind("histogram")
-        state = entropy_state.canonical(self._what, self._some_state())
-        return state.table, entropy_state.grid_of(self._what, state)
+        state = entropy_state.canonical(self._spec, self._some_state())
+        return state.table, entropy_state.grid_of(self._spec, state)
 
     def compute(
         self,
@@ -364,7 +365,7 @@ class EntropyMeter:
 
     def _check_samples(self) -> None:
         state = self._state()
-        fewest = 0 if state is None else int(state.moments[:, 0].min())
+        fewest = 0 if state is None else int(state.moments[:, reference.COUNT].min())
         if fewest < 2:
             raise ValueError(f"{self.name}: an entropy needs at least two samples per channel; got {fewest}")
 
@@ -391,6 +392,10 @@ class EntropyMeter:
         if lost:
             warnings.warn(f"{self.name}: {lost} values fell outside the range and were not counted", stacklevel=3)
 
+    def _receive(self, state: State) -> None:
+        """Append the state of new samples, or replace the state so far by one that includes the new batch."""
+        self._parts = [*self._parts, state] if self.per == "sample" else [state]
+
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("kind", "per", "bins", "range", "base")}
 
@@ -402,7 +407,7 @@ class EntropyMeter:
         Raises:
             NonFiniteActivationError: On a CUDA device: a batch held NaN or infinity.
         """
-        return storage.pack(self._what, self._state(), self._options(), self.updates)
+        return storage.pack(self._spec, self._state(), self._options(), self.updates)
 
     def load_state_dict(self, state: dict[str, Any], *, device: torch.device | str | None = None) -> None:
         """Replace what was seen by a `state_dict` of a meter with the same options.
@@ -414,9 +419,9 @@ class EntropyMeter:
         Raises:
             ValueError: The options differ, or the state is damaged or none of a meter; nothing has changed then.
         """
-        restored, updates = storage.unpack(self._what, state, self._options())
+        restored, updates = storage.unpack(self._spec, state, self._options())
         self._parts = [] if restored is None else [restored.to(device)]
-        self.updates, self._watch = updates, Watch()
+        self.updates, self._pending = updates, DeferredFiniteCheck()
 
     def save(self, path: str | Path) -> None:
         """Write the meter to a file, atomically: a process that is killed leaves the last file that was complete."""
@@ -461,27 +466,24 @@ def update_together(meters: Sequence[EntropyMeter], x: Sequence[Tensor]) -> None
     if len({id(meter) for meter in meters}) < len(meters):
         raise ValueError("a meter comes twice; update it with one batch after the other")
     batches = [meter._accept(batch) for meter, batch in zip(meters, batches, strict=True)]
-    groups: dict[tuple[What, torch.dtype, torch.device, bool], list[tuple[EntropyMeter, Tensor]]] = {}
+    groups: dict[tuple[MeterSpec, torch.dtype, torch.device, bool], list[tuple[EntropyMeter, Tensor]]] = {}
     for meter, batch in zip(meters, batches, strict=True):
         if batch.numel():
             first = meter.per == "sample" or not meter._parts
-            groups.setdefault((meter._what, batch.dtype, batch.device, first), []).append((meter, batch))
-    results = [(group, _absorbed(group, *key)) for key, group in groups.items()]
+            groups.setdefault((meter._spec, batch.dtype, batch.device, first), []).append((meter, batch))
+    results = [(group, _update_group(group, *key)) for key, group in groups.items()]
     for group, (states, expected) in results:
         for i, (meter, _) in enumerate(group):
-            if meter.per == "sample":
-                meter._parts.append(states[i])
-            else:
-                meter._parts = [states[i]]
+            meter._receive(states[i])
             if expected is not None:
                 sent, flags, arrival = expected
-                meter._watch.add(sent[i], flags[i], arrival)
+                meter._pending.add(sent[i], flags[i], arrival)
     for meter in meters:
         meter.updates += 1
 
 
-def _absorbed(
-    group: list[tuple[EntropyMeter, Tensor]], what: What, dtype: torch.dtype, device: torch.device, first: bool
+def _update_group(
+    group: list[tuple[EntropyMeter, Tensor]], spec: MeterSpec, dtype: torch.dtype, device: torch.device, first: bool
 ) -> tuple[list[State], tuple[list[Batch], Tensor, torch.cuda.Event] | None]:
     """The new states, and where the host cannot look yet, what to watch: batches, their flags, the flags' arrival."""
     batches = [Batch(meter.name, meter.updates, x.numel(), dtype) for meter, x in group]
@@ -496,4 +498,4 @@ def _absorbed(
             expected = (batches, *entropy_state.send_to_host(flags))
 
     before = None if first else [meter._parts[0].to(device) for meter, _ in group]
-    return entropy_state.absorb(what, [x for _, x in group], before, inspect), expected
+    return entropy_state.update_states(spec, [x for _, x in group], before, inspect), expected

@@ -40,7 +40,7 @@ STD_FLOOR = 2.0**-24
 
 
 @dataclass(frozen=True)
-class What:
+class MeterSpec:
     """What is measured: the options that two meters must share to be merged or updated together."""
 
     kind: str
@@ -142,9 +142,9 @@ class State:
         return self.outside
 
     def dyadic(self, bins: int) -> Grid:
-        """`grid`, unpacked, of a histogram whose bins follow the data."""
+        """`grid`, unpack, of a histogram whose bins follow the data."""
         assert self.grid is not None, "the bins of this state are fixed"
-        return Grid.unpacked(self.grid, bins)
+        return Grid.unpack(self.grid, bins)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """Apply `function` to every tensor."""
@@ -177,7 +177,7 @@ class State:
 
 def extremes(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each row, float64 [K] each, of moments [K, 7]."""
-    low, high = moments[:, 5:].unbind(1)
+    low, high = moments[:, reference.MINIMUM], moments[:, reference.MAXIMUM]
     return low, high
 
 
@@ -186,13 +186,13 @@ def host_may_look(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
-def absorb(
-    what: What, x: Sequence[Tensor], before: Sequence[State] | None, inspect: Callable[[Tensor], None]
+def update_states(
+    spec: MeterSpec, x: Sequence[Tensor], before: Sequence[State] | None, inspect: Callable[[Tensor], None]
 ) -> list[State]:
     """Add one batch of each of several meters, in one call of the operator.
 
     Args:
-        what: What all of them measure.
+        spec: What all of them measure.
         x: The batches, of one dtype and device.
         before: The states that they are added to; None: they are the first.
         inspect: Gets float64 [len(x), 2], how many values of each batch are not finite, and the largest magnitude,
@@ -201,29 +201,29 @@ def absorb(
     Returns:
         The new states.
     """
-    sizes = [rows_of(tensor, what.per) for tensor in x]
+    sizes = [rows_of(tensor, spec.per) for tensor in x]
     device = x[0].device
     old = None if before is None else State.join(before)
-    grid = old.dyadic(what.bins) if what.grows and old is not None else None
-    found = histogram(x, what.fixed_grid(sum(sizes), device) if grid is None else grid, per=what.per, statistics=True)
+    grid = old.dyadic(spec.bins) if spec.grows and old is not None else None
+    found = histogram(x, spec.fixed_grid(sum(sizes), device) if grid is None else grid, per=spec.per, statistics=True)
     assert found.moments is not None, "statistics were asked for"
     batch, counts = found.moments.packed(), found.counts
     inspect(_flags(found.outside, batch, sizes))
     moments = batch if old is None else reference.merge_moments(old.moments, batch)
-    if what.kind == "gaussian":
+    if spec.kind == "gaussian":
         return State(moments).split(sizes)
 
     outside = found.outside[:, :2]
-    if what.grows:
+    if spec.grows:
         if grid is None or old is None:
-            grid = dyadic_grid(*extremes(moments), what.bins, centred=True)
-            counts = histogram(x, grid, per=what.per).counts
+            grid = dyadic_grid(*extremes(moments), spec.bins, centred=True)
+            counts = histogram(x, grid, per=spec.per).counts
         else:
             grew = outside.sum(1) > 0
             if not host_may_look(device) or bool(grew.any()):
-                wider = dyadic_grid(*extremes(moments), what.bins, centred=True).packed()
-                narrower, grid = grid, Grid.unpacked(torch.where(grew[:, None], wider, grid.packed()), what.bins)
-                again = histogram(x, grid, per=what.per, only=grew).counts
+                wider = dyadic_grid(*extremes(moments), spec.bins, centred=True).packed()
+                narrower, grid = grid, Grid.unpack(torch.where(grew[:, None], wider, grid.packed()), spec.bins)
+                again = histogram(x, grid, per=spec.per, row_mask=grew).counts
                 counts = torch.where(grew[:, None], again, counts)
                 old = State(old.moments, regrid_unchecked(old.table, narrower, grid), old.outside)
         outside = torch.zeros_like(outside)
@@ -235,7 +235,7 @@ def absorb(
 
 def _flags(outside: Tensor, moments: Tensor, sizes: Sequence[int]) -> Tensor:
     bad = outside[:, 2:].sum(1).double()
-    largest = torch.nan_to_num(moments[:, 5:].abs().amax(1), nan=0.0, posinf=math.inf)
+    largest = torch.nan_to_num(moments[:, reference.MINIMUM :].abs().amax(1), nan=0.0, posinf=math.inf)
     if len(set(sizes)) == 1:  # the usual case, without a handful of small kernels for each meter
         return torch.stack((bad.view(len(sizes), -1).sum(1), largest.view(len(sizes), -1).amax(1)), dim=1)
     return torch.stack(
@@ -243,39 +243,39 @@ def _flags(outside: Tensor, moments: Tensor, sizes: Sequence[int]) -> Tensor:
     )
 
 
-def merge(what: What, a: State, b: State) -> State:
+def merge(spec: MeterSpec, a: State, b: State) -> State:
     """Both together, row by row."""
     moments = reference.merge_moments(a.moments, b.moments)
-    if what.kind == "gaussian":
+    if spec.kind == "gaussian":
         return State(moments)
-    if not what.grows:
+    if not spec.grows:
         return State(moments, a.table + b.table, a.beyond + b.beyond)
-    grid = dyadic_grid(*extremes(moments), what.bins, centred=True)
-    mine, theirs = (regrid_unchecked(s.table, s.dyadic(what.bins), grid) for s in (a, b))
+    grid = dyadic_grid(*extremes(moments), spec.bins, centred=True)
+    mine, theirs = (regrid_unchecked(s.table, s.dyadic(spec.bins), grid) for s in (a, b))
     return State(moments, mine + theirs, a.beyond + b.beyond, grid.packed())
 
 
-def canonical(what: What, state: State) -> State:
+def canonical(spec: MeterSpec, state: State) -> State:
     """The same on the one grid that depends on nothing but the smallest and the largest value of each row."""
-    if not what.grows:
+    if not spec.grows:
         return state
-    grid = dyadic_grid(*extremes(state.moments), what.bins)
-    counts = regrid_unchecked(state.table, state.dyadic(what.bins), grid)
+    grid = dyadic_grid(*extremes(state.moments), spec.bins)
+    counts = regrid_unchecked(state.table, state.dyadic(spec.bins), grid)
     return State(state.moments, counts, state.outside, grid.packed())
 
 
-def grid_of(what: What, state: State) -> Grid | CodeGrid:
+def grid_of(spec: MeterSpec, state: State) -> Grid | CodeGrid:
     """The bins of a histogram's state."""
-    if what.grows:
-        return state.dyadic(what.bins)
-    grid = what.fixed_grid(state.rows, state.device)
+    if spec.grows:
+        return state.dyadic(spec.bins)
+    grid = spec.fixed_grid(state.rows, state.device)
     assert grid is not None, "a Gaussian's state has no bins"
     return grid
 
 
 def std(state: State) -> Tensor:
     """float64 [K]: the sample standard deviation."""
-    return (state.moments[:, 2] / (state.moments[:, 0] - 1).clamp_min(1)).sqrt()
+    return (state.moments[:, reference.M2] / (state.moments[:, reference.COUNT] - 1).clamp_min(1)).sqrt()
 
 
 def gaussian_entropies(state: State, base: float, constant: bool) -> Tensor:
@@ -336,7 +336,7 @@ class Batch:
             )
 
 
-class Watch:
+class DeferredFiniteCheck:
     """Batches whose flags are on their way to the host; the first error found is kept and raised from then on."""
 
     def __init__(self) -> None:

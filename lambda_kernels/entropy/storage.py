@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..files import atomic_write, remove_leftovers
 from ..ops.histogram.grids import dyadic_grid
-from ..ops.histogram.reference import MOMENTS
-from .state import State, What, canonical
+from ..ops.histogram.reference import MEAN_LOW, MOMENTS
+from .state import MeterSpec, State, canonical
 
 FORMAT = 2
 _COLUMNS = {1: 5, FORMAT: MOMENTS}  # of `moments`; format 1 has no low parts
@@ -20,7 +20,7 @@ TENSORS = ("moments", "counts", "outside", "grid")
 _KEYS = {"format", "options", "updates", *TENSORS}
 
 
-def pack(what: What, state: State | None, options: dict, updates: int) -> dict:
+def pack(spec: MeterSpec, state: State | None, options: dict, updates: int) -> dict:
     """A meter's state in its canonical form: the same data gives the same counts and grid, however it was split.
 
     Returns:
@@ -30,13 +30,13 @@ def pack(what: What, state: State | None, options: dict, updates: int) -> dict:
     """
     tensors = dict.fromkeys(TENSORS)
     if state is not None:
-        held = canonical(what, state).map(lambda tensor: tensor.detach().cpu().clone())
+        held = canonical(spec, state).map(lambda tensor: tensor.detach().cpu().clone())
         grid = None if held.grid is None else held.grid[:, :3].clone()
         tensors = {"moments": held.moments, "counts": held.counts, "outside": held.outside, "grid": grid}
     return {"format": FORMAT, "options": options, "updates": updates, **tensors}
 
 
-def unpack(what: What, stored: object, options: dict) -> tuple[State | None, int]:
+def unpack(spec: MeterSpec, stored: object, options: dict) -> tuple[State | None, int]:
     """The inverse of `pack`: a state on the CPU, and the number of updates.
 
     Raises:
@@ -61,9 +61,10 @@ def unpack(what: What, stored: object, options: dict) -> tuple[State | None, int
         return None, updates
     moments = _checked(stored, "moments", (None, columns), torch.float64)
     if columns < MOMENTS:
-        moments = torch.cat((moments[:, :3], torch.zeros_like(moments[:, :2]), moments[:, 3:]), dim=1)
+        low = torch.zeros_like(moments[:, :2])  # format 1 stored no low parts
+        moments = torch.cat((moments[:, :MEAN_LOW], low, moments[:, MEAN_LOW:]), dim=1)
     rows = len(moments)
-    if what.per == "layer" and rows != 1:
+    if spec.per == "layer" and rows != 1:
         raise ValueError(f"damaged state: moments of {rows} rows for one layer")
     count, mean, m2, mean_low, m2_low, low, high = moments.unbind(1)
     if not (moments.isfinite().all() and (count >= 1).all() and (count == count.floor()).all()):
@@ -72,17 +73,17 @@ def unpack(what: What, stored: object, options: dict) -> tuple[State | None, int
         raise ValueError("damaged state: moments hold a negative M2, or a minimum above its maximum")
     if not (torch.equal(mean + mean_low, mean) and torch.equal(m2 + m2_low, m2)):
         raise ValueError("damaged state: moments hold a low part that is more than the rounding of the mean or of M2")
-    if what.kind == "gaussian":
+    if spec.kind == "gaussian":
         return State(moments), updates
-    counts = _checked(stored, "counts", (rows, what.bins), torch.int64)
+    counts = _checked(stored, "counts", (rows, spec.bins), torch.int64)
     outside = _checked(stored, "outside", (rows, 2), torch.int64)
     if not ((counts >= 0).all() and (outside >= 0).all()):
         raise ValueError("damaged state: counts or outside are negative")
     if not torch.equal(counts.sum(1) + outside.sum(1), count.long()):
         raise ValueError("damaged state: counts and outside do not add up to the number of values in moments")
-    if not what.grows:
+    if not spec.grows:
         return State(moments, counts, outside), updates
-    grid = dyadic_grid(low, high, what.bins).packed()
+    grid = dyadic_grid(low, high, spec.bins).packed()
     if not torch.equal(_checked(stored, "grid", (rows, 3), torch.float64), grid[:, :3]):
         raise ValueError("damaged state: grid is not that of the minimum and maximum in moments")
     return State(moments, counts, outside, grid), updates

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...errors import BackendUnavailableError
 from ..checks import FLOATING, check_choice, check_same_device, check_tensor, dtype_name
-from . import _extension
-from . import reference as twin
+from . import _extension, reference
 from .grids import MAX_BINS, CodeGrid, Grid, bfloat16_codes, dyadic_grid, regrid, regrid_codes, uniform_grid
 from .moments import Moments
 
@@ -43,7 +42,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "extension", "torch")
-PER = twin.PER
+PER = reference.PER
 
 
 class HistogramFallbackWarning(RuntimeWarning):
@@ -144,7 +143,7 @@ def histogram(
     *,
     per: str = "channel",
     statistics: bool = False,
-    only: Tensor | None = None,
+    row_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Histogram:
     """Histograms of the channels, layers or samples of `x`, and their moments, in one read.
@@ -162,7 +161,7 @@ def histogram(
         per: What has a row in the results: each "channel", each "layer" (tensor) or each "sample"; those of the tensors
             of a list one after the other.
         statistics: Take the moments, too.
-        only: bool [K], on the device of `grid`: the rows to measure; the others come back as if they had no values.
+        row_mask: bool [K], on the device of `grid`: the rows to measure; the others come back as if they had no values.
         backend: "extension" (C++ or CUDA), "torch", or "auto": the extension where it can run, else PyTorch with one
             notice per process.
 
@@ -178,19 +177,19 @@ def histogram(
     tensors = _check_input(x, per)
     rows = _check_grid(tensors, grid, per, statistics)
     device = torch.device("cpu") if tensors[0].device.type == "mps" else tensors[0].device
-    _check_only(only, rows, device)
+    _check_row_mask(row_mask, rows, device)
     name, reason = histogram_backend(tensors[0].device, tensors[0].dtype, backend)
     sources = [_source(tensor, per) for tensor in tensors]
     packed = grid.packed() if isinstance(grid, Grid) else None
-    only = None if only is None else only.contiguous()
-    arguments = (sources, packed, 0 if grid is None else grid.bins, PER.index(per), statistics, only)
+    row_mask = None if row_mask is None else row_mask.contiguous()
+    arguments = (sources, packed, 0 if grid is None else grid.bins, PER.index(per), statistics, row_mask)
     if name == "extension":
         counts, outside, packed_moments = torch.ops.lambda_kernels.histogram(*arguments)
     else:
         if backend == "auto":
             _notice(reason)
-        counts, outside, packed_moments = twin.histogram(*arguments)
-    return Histogram(counts, outside, Moments.unpacked(packed_moments) if statistics else None, name, reason)
+        counts, outside, packed_moments = reference.histogram(*arguments)
+    return Histogram(counts, outside, Moments.unpack(packed_moments) if statistics else None, name, reason)
 
 
 def moments(x: Tensor | Sequence[Tensor], *, per: str = "channel", backend: str = "auto") -> Moments:
@@ -260,16 +259,16 @@ def _check_grid(x: list[Tensor], grid: object, per: str, statistics: bool) -> in
     return rows
 
 
-def _check_only(only: object, rows: int, device: torch.device) -> None:
-    if only is None:
+def _check_row_mask(row_mask: object, rows: int, device: torch.device) -> None:
+    if row_mask is None:
         return
-    if not isinstance(only, Tensor) or only.dtype != torch.bool:
-        got = only.dtype if isinstance(only, Tensor) else type(only).__name__
-        raise TypeError(f"only must be a bool tensor; got {got}")
-    if only.shape != (rows,):
-        raise ValueError(f"only must have shape [K = {rows}]; got {list(only.shape)}")
-    if only.device != device:
-        raise ValueError(f"only must be on {device}; got {only.device}. Move it with .to(device) first")
+    if not isinstance(row_mask, Tensor) or row_mask.dtype != torch.bool:
+        got = row_mask.dtype if isinstance(row_mask, Tensor) else type(row_mask).__name__
+        raise TypeError(f"row_mask must be a bool tensor; got {got}")
+    if row_mask.shape != (rows,):
+        raise ValueError(f"row_mask must have shape [K = {rows}]; got {list(row_mask.shape)}")
+    if row_mask.device != device:
+        raise ValueError(f"row_mask must be on {device}; got {row_mask.device}. Move it with .to(device) first")
 
 
 def _source(x: Tensor, per: str) -> Tensor:

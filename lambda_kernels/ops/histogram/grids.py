@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_same_device, require_int
-from . import reference as twin
+from . import reference
 
 MAX_BINS = 65536
 
@@ -73,7 +73,7 @@ class Grid:
         check_same_device(tensors)
 
     @classmethod
-    def unpacked(cls, packed: Tensor, bins: int) -> Grid:
+    def unpack(cls, packed: Tensor, bins: int) -> Grid:
         """From `packed`."""
         anchor, inv_width, first, closed_hi = packed.unbind(1)
         return cls(anchor, inv_width, first, closed_hi, bins)
@@ -106,7 +106,7 @@ class CodeGrid:
     positive ones both zeros as well.
     """
 
-    bins = 2 * twin.CODES_PER_SIGN
+    bins = 2 * reference.CODES_PER_SIGN
 
     def values(self, device: torch.device | str | None = None) -> Tensor:
         """float64 [bins]: the value of each counter; 0 and −2^-24 for the two that hold several."""
@@ -124,7 +124,9 @@ class CodeGrid:
         return widths.repeat(2)
 
     def _magnitudes(self, device: torch.device | str | None) -> Tensor:
-        bits = torch.arange(twin.FIRST_CODE, twin.FIRST_CODE + twin.CODES_PER_SIGN, dtype=torch.int32, device=device)
+        bits = torch.arange(
+            reference.FIRST_CODE, reference.FIRST_CODE + reference.CODES_PER_SIGN, dtype=torch.int32, device=device
+        )
         return (bits << 16).view(torch.float32).double()
 
 
@@ -326,6 +328,6 @@ def regrid_codes(counts: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     binned = counts.new_zeros(grid.channels, grid.bins + 2)
     for part in range(0, grid.channels, _ROWS):
         rows = slice(part, part + _ROWS)
-        counter = twin.counter_of(values.expand(len(packed[rows]), -1), packed[rows], grid.bins)
+        counter = reference.counter_of(values.expand(len(packed[rows]), -1), packed[rows], grid.bins)
         binned[rows].scatter_add_(1, counter, counts[rows])
     return binned[:, : grid.bins].contiguous(), binned[:, grid.bins :].contiguous()

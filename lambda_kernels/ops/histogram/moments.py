@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference as twin
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Moments:
     maximum: Tensor
 
     @classmethod
-    def unpacked(cls, packed: Tensor) -> Moments:
+    def unpack(cls, packed: Tensor) -> Moments:
         """From the operator's float64 [K, 7]."""
         count, *rest = packed.unbind(1)
         return cls(count.long(), *rest)
@@ -53,7 +53,7 @@ class Moments:
         """
         if self.count.shape != other.count.shape:
             raise ValueError(f"moments of {self.count.numel()} and {other.count.numel()} rows cannot be merged")
-        return Moments.unpacked(twin.merge_moments(self.packed(), other.packed()))
+        return Moments.unpack(reference.merge_moments(self.packed(), other.packed()))
 
     @property
     def std(self) -> Tensor:

@@ -14,7 +14,8 @@ _CHANNEL, _LAYER, _SAMPLE = range(3)
 
 # Counters for what no bin holds: underflow, overflow, NaN, +Inf, −Inf.
 _OUTSIDE = 5
-# Columns of moments: number, mean, M2, the low parts of these two, minimum and maximum.
+# Columns of the moments [K, 7], in the order of the fields of `Moments`: the low parts are what float64 rounds off.
+COUNT, MEAN, M2, MEAN_LOW, M2_LOW, MINIMUM, MAXIMUM = range(7)
 MOMENTS = 7
 # Elements of a histogram's input that are turned into float64 at a time: bounds the memory to some megabytes.
 _CHUNK_ELEMENTS = 1 << 18
@@ -25,7 +26,7 @@ FIRST_CODE = (127 - 24) * 128
 
 
 def histogram(
-    x: Sequence[Tensor], grid: Tensor | None, bins: int, per: int, statistics: bool, only: Tensor | None = None
+    x: Sequence[Tensor], grid: Tensor | None, bins: int, per: int, statistics: bool, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Histograms and moments, by the bin rule of `lambda_kernels.ops.histogram.function` in the same float64 operations.
 
@@ -36,7 +37,7 @@ def histogram(
         bins: Bins per row; 0: no counts.
         per: Index into `PER`. Rows are the columns of each tensor, or the tensors, or the `outer` of each tensor.
         statistics: Whether moments are wanted.
-        only: bool [K]: the rows to work on, the others stay empty; None: all.
+        row_mask: bool [K]: the rows to work on, the others stay empty; None: all.
 
     Returns:
         counts, int64 [K, bins]; outside, int64 [K, 5]: underflow, overflow, NaN, +Inf, −Inf, of which the first two
@@ -67,9 +68,9 @@ def histogram(
         moments.append(total)
         row += targets
     table, joined = torch.cat(tables), torch.cat(moments)
-    if only is not None:
-        table = table * only.to(device)[:, None]
-        joined = torch.where(only.to(device)[:, None], joined, no_moments(row, device))
+    if row_mask is not None:
+        table = table * row_mask.to(device)[:, None]
+        joined = torch.where(row_mask.to(device)[:, None], joined, no_moments(row, device))
     outside = table[:, bins : bins + _OUTSIDE].contiguous()
     return table[:, :bins].contiguous(), outside, joined if statistics else joined[:0]
 
@@ -127,9 +128,9 @@ def _counter_of_code(value: Tensor) -> Tensor:
 
 
 def no_moments(rows: int, device: torch.device | str) -> Tensor:
-    """Those of no values."""
+    """Return the moments of no values."""
     moments = torch.zeros(rows, MOMENTS, dtype=torch.float64, device=device)
-    moments[:, 5:] = math.nan
+    moments[:, MINIMUM:] = math.nan
     return moments
 
 
@@ -156,17 +157,17 @@ def merge_moments(a: Tensor, b: Tensor) -> Tensor:
     The mean takes a step from that of the larger part. The step is rounded in proportion to itself, and mean and M2 are
     kept in two float64 each, so that what is lost grows neither with the mean nor with the number of parts.
     """
-    a_is_larger = (a[:, 0] >= b[:, 0])[:, None]
+    a_is_larger = (a[:, COUNT] >= b[:, COUNT])[:, None]
     a, b = torch.where(a_is_larger, a, b), torch.where(a_is_larger, b, a)
-    count = a[:, 0] + b[:, 0]
-    part = b[:, 0] / count.clamp_min(1.0)
-    difference = (b[:, 1] - a[:, 1]) + (b[:, 3] - a[:, 3])
+    count = a[:, COUNT] + b[:, COUNT]
+    part = b[:, COUNT] / count.clamp_min(1.0)
+    difference = (b[:, MEAN] - a[:, MEAN]) + (b[:, MEAN_LOW] - a[:, MEAN_LOW])
     step = difference * part
-    gain = b[:, 2] + difference * (difference * (a[:, 0] * part))
-    mean_and_m2, low = a[:, 1:3], a[:, 3:5].clone()
-    low[:, 1] += b[:, 4]
+    gain = b[:, M2] + difference * (difference * (a[:, COUNT] * part))
+    mean_and_m2, low = a[:, MEAN : M2 + 1], a[:, MEAN_LOW : M2_LOW + 1].clone()
+    low[:, 1] += b[:, M2_LOW]
     high, low = _added(mean_and_m2, low, torch.stack((step, gain), dim=1))
-    edges = torch.fmin(a[:, 5], b[:, 5]), torch.fmax(a[:, 6], b[:, 6])
+    edges = torch.fmin(a[:, MINIMUM], b[:, MINIMUM]), torch.fmax(a[:, MAXIMUM], b[:, MAXIMUM])
     return torch.cat((count[:, None], high, low, torch.stack(edges, dim=1)), dim=1)
 
 

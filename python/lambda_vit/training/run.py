@@ -50,7 +50,7 @@ from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.checkpoints.folder import CONFIG, WEIGHTS
-from lambda_kernels.files import alone, atomic_writes, check_writable
+from lambda_kernels.files import atomic_writes, check_writable, exclusive_lock
 
 from ..measure.accuracy import score
 from ..models.properties import one_device
@@ -174,7 +174,7 @@ def run_finetuning(
                 _dry_run_save(model, recipe, indices, out, save_kwargs)
                 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
                 held.enter_context(
-                    alone(out / "checkpoints" / "lock", "wait for its end, or take another folder (--out)")
+                    exclusive_lock(out / "checkpoints" / "lock", "wait for its end, or take another folder (--out)")
                 )
         if restart:
             _forget(out, checkpoints, processes)

@@ -129,12 +129,12 @@ def check_naming(rank: int, world: int) -> None:
     """A rank that has learnt late of NaN or of values too large, as on a CUDA device, tells the others which."""
     meter = EntropyMeter(name="blocks[7].attn").update(sample(4, 3))
     if rank == world - 1:
-        meter._watch._error = NonFiniteActivationError("blocks[7].attn: 1 of 12 values are NaN " + "😀" * 9000)
+        meter._pending._error = NonFiniteActivationError("blocks[7].attn: 1 of 12 values are NaN " + "😀" * 9000)
     with pytest.raises(NonFiniteActivationError, match=rf"rank {world - 1}: blocks\[7\]\.attn: 1 of 12 values"):
         meter.all_reduce()
     meter = EntropyMeter(name="blocks[7].attn").update(sample(4, 3))
     if rank == world - 1:
-        meter._watch._error = ValueError("blocks[7].attn: values up to 1e+200 are too large")
+        meter._pending._error = ValueError("blocks[7].attn: values up to 1e+200 are too large")
     with pytest.raises(ValueError, match=rf"rank {world - 1}: blocks\[7\]\.attn: .* 1e\+200 are too large") as caught:
         meter.all_reduce()
     assert caught.type is ValueError

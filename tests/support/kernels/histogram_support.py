@@ -102,7 +102,7 @@ def assert_as_the_rule(
     only: Tensor | None = None,
 ) -> ops.Histogram:
     """Measure `x` and compare everything with numpy."""
-    result = ops.histogram(x, grid, per=per, statistics=statistics, only=only, backend=backend)
+    result = ops.histogram(x, grid, per=per, statistics=statistics, row_mask=only, backend=backend)
     assert result.backend == backend
     rows = [row for tensor in (x if isinstance(x, list) else [x]) for row in values_by_row(tensor, per)]
     if only is not None:

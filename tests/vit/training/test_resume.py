@@ -271,8 +271,8 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(whole, tmp_p
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     before = listing(out)
-    code = "import sys, time; from lambda_kernels.files import alone\n"
-    code += "with alone(sys.argv[1], ''): print(flush=True); time.sleep(99)"
+    code = "import sys, time; from lambda_kernels.files import exclusive_lock\n"
+    code += "with exclusive_lock(sys.argv[1], ''): print(flush=True); time.sleep(99)"
     other = subprocess.Popen([sys.executable, "-c", code, out / "checkpoints" / "lock"], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()

@@ -75,7 +75,7 @@ def test_at_every_edge(name: str, dtype: torch.dtype) -> None:
     assert_as_the_rule(x, grid, backend="extension", per="layer")
     if grid.bins < 300:
         many = torch.stack([x, x.flip(0), x.roll(5)], 1).repeat(1, 9)  # a group of columns, and a part of one
-        columns = ops.Grid.unpacked(grid.packed().expand(27, 4).contiguous(), grid.bins)
+        columns = ops.Grid.unpack(grid.packed().expand(27, 4).contiguous(), grid.bins)
         assert_as_the_rule(many, columns, backend="extension")
 
 

@@ -209,7 +209,7 @@ def test_codes_of_many_rows() -> None:
 
 def test_packing() -> None:
     grid = ops.uniform_grid(0.0, 3.0, 4, channels=3)
-    again = ops.Grid.unpacked(grid.packed(), 4)
+    again = ops.Grid.unpack(grid.packed(), 4)
     assert torch.equal(again.packed(), grid.packed())
     assert (again.channels, again.bins, again.device.type) == (3, 4, "cpu")
 

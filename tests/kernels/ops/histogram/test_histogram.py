@@ -87,8 +87,8 @@ def test_malformed_grids_give_no_address(backend: str, values: np.ndarray, row: 
     for dtype in (torch.float64, torch.float32):
         x = torch.from_numpy(values).to(dtype)
         packed = torch.from_numpy(row).expand(x.shape[1], 4).contiguous()
-        result = ops.histogram(x, ops.Grid.unpacked(packed, bins), backend=backend)
-        expected = ops.histogram(x, ops.Grid.unpacked(packed, bins), backend="torch")
+        result = ops.histogram(x, ops.Grid.unpack(packed, bins), backend=backend)
+        expected = ops.histogram(x, ops.Grid.unpack(packed, bins), backend="torch")
         assert torch.equal(result.counts, expected.counts)
         assert torch.equal(result.outside, expected.outside)
         assert (result.counts.sum(1) + result.outside.sum(1) == x.shape[0]).all()
@@ -409,13 +409,13 @@ ONES = torch.ones(3, 2)
             ValueError,
             "per must be one of 'channel', 'layer', 'sample'; got 'token'",
         ),
-        (lambda f: f(ONES, GRID, only=torch.ones(2)), TypeError, "only must be a bool tensor; got torch.float32"),
-        (lambda f: f(ONES, GRID, only=[True, False]), TypeError, "only must be a bool tensor; got list"),
-        (lambda f: f(ONES, GRID, only=torch.ones(3).bool()), ValueError, r"shape \[K = 2\]; got \[3\]"),
+        (lambda f: f(ONES, GRID, row_mask=torch.ones(2)), TypeError, "row_mask must be a bool tensor; got torch.float32"),
+        (lambda f: f(ONES, GRID, row_mask=[True, False]), TypeError, "row_mask must be a bool tensor; got list"),
+        (lambda f: f(ONES, GRID, row_mask=torch.ones(3).bool()), ValueError, r"shape \[K = 2\]; got \[3\]"),
         (
-            lambda f: f(ONES, GRID, only=torch.ones(2, device="meta").bool()),
+            lambda f: f(ONES, GRID, row_mask=torch.ones(2, device="meta").bool()),
             ValueError,
-            "only must be on cpu; got meta",
+            "row_mask must be on cpu; got meta",
         ),
         (lambda f: ops.histogram(ONES, GRID, backend="cuda"), ValueError, "backend must be one of.*'cuda'"),
         (lambda f: ops.extrema(ONES.int()), TypeError, "got torch.int32"),
