@@ -135,7 +135,8 @@ def run(options: argparse.Namespace) -> dict:
         key = f"accuracy, {path.stem}"
         for name in [name for name in models if rows[name].get(key, {}).get("count") != len(dataset)]:
             result = evaluate(models[name], make_loader(dataset, options.batch), description=f"{path.stem}, {name}")
-            rows[name][key] = result.to_dict()
+            found = result.to_dict()
+            rows[name][key] = {"count": found.pop("images"), **found}
             write_json(options.out, record)
     return record
 

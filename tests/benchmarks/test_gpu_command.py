@@ -319,7 +319,7 @@ def test_every_sanitized_kernel_is_a_case():
     assert set(cases) == {*gpu.SANITIZED, *(kernel for kernel, _ in gpu.CONTROLS.values())}
     kernels = "\n".join(
         path.read_text(encoding="utf-8")
-        for folder in ("lambda_kernels/ops/kernels", "csrc")
+        for folder in ("lambda_kernels/ops/ln_mlp/fused/kernels", "csrc")
         for path in (REPOSITORY / folder).iterdir()
         if path.suffix in (".py", ".cu")
     )

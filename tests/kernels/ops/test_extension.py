@@ -111,7 +111,7 @@ def test_missing_file_is_called_not_built(monkeypatch: pytest.MonkeyPatch, tmp_p
         raise ModuleNotFoundError("No module named 'lambda_kernels._C'")
 
     monkeypatch.setattr(_extension, "_import", absent)
-    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
+    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "ops" / "histogram" / "_extension.py"))
     assert "not built" in _extension.why_unavailable()
     (tmp_path / "_C.cpython-39-x86_64-linux-gnu.so").touch()
     assert "cannot be loaded" in _extension.why_unavailable()
