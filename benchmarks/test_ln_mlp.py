@@ -29,10 +29,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 forward_only = pytest.mark.benchmark(group="MLP forward")
 with_gradients = pytest.mark.benchmark(group="MLP forward+backward")
 
-LIBRARY = {
-    "forward": "staged",
-    **dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library"),
-}
+LIBRARY = {"forward": "staged", **dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library")}
 
 
 class Problem:
@@ -135,24 +132,14 @@ def gpu_arch() -> int:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward(race, width):
     problem = Problem(width, 256)
-    problem.race(
-        race,
-        f"forward {width}, batch 256",
-        problem.versions(),
-        problem.rivals("torch.compile"),
-    )
+    problem.race(race, f"forward {width}, batch 256", problem.versions(), problem.rivals("torch.compile"))
 
 
 @with_gradients
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_and_backward(race, width):
     problem = Problem(width, 256, gradients=True)
-    problem.race(
-        race,
-        f"forward + backward {width}, batch 256",
-        problem.versions(),
-        problem.rivals("torch.compile"),
-    )
+    problem.race(race, f"forward + backward {width}, batch 256", problem.versions(), problem.rivals("torch.compile"))
 
 
 @forward_only
@@ -173,13 +160,7 @@ def test_one_pass_against_two_kernels(race, width):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_latency_at_batch_1(race, width):
     problem = Problem(width, 1)
-    problem.race(
-        race,
-        f"latency {width}, batch 1",
-        problem.versions(),
-        problem.rivals("torch.compile"),
-        waiting=True,
-    )
+    problem.race(race, f"latency {width}, batch 1", problem.versions(), problem.rivals("torch.compile"), waiting=True)
 
 
 def saved_bytes(call: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> tuple[int, int]:
@@ -300,24 +281,14 @@ def test_our_own_ways(race, width):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_at_batch_64(race, width):
     problem = Problem(width, 64)
-    problem.race(
-        race,
-        f"forward {width}, batch 64",
-        problem.versions(),
-        problem.rivals("torch.compile"),
-    )
+    problem.race(race, f"forward {width}, batch 64", problem.versions(), problem.rivals("torch.compile"))
 
 
 @with_gradients
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_and_backward_at_batch_64(race, width):
     problem = Problem(width, 64, gradients=True)
-    problem.race(
-        race,
-        f"forward + backward {width}, batch 64",
-        problem.versions(),
-        problem.rivals(),
-    )
+    problem.race(race, f"forward + backward {width}, batch 64", problem.versions(), problem.rivals())
 
 
 # What has to be tuned first takes longest.
@@ -327,12 +298,7 @@ def test_forward_and_backward_at_batch_64(race, width):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_forward_against_max_autotune(race, width):
     problem = Problem(width, 256)
-    problem.race(
-        race,
-        f"forward {width}, batch 256, autotuned",
-        problem.versions(),
-        problem.rivals("max-autotune"),
-    )
+    problem.race(race, f"forward {width}, batch 256, autotuned", problem.versions(), problem.rivals("max-autotune"))
 
 
 @with_gradients
@@ -340,8 +306,5 @@ def test_forward_against_max_autotune(race, width):
 def test_forward_and_backward_against_max_autotune(race, width):
     problem = Problem(width, 256, gradients=True)
     problem.race(
-        race,
-        f"forward + backward {width}, batch 256, autotuned",
-        problem.versions(),
-        problem.rivals("max-autotune"),
+        race, f"forward + backward {width}, batch 256, autotuned", problem.versions(), problem.rivals("max-autotune")
     )

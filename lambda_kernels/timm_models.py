@@ -170,13 +170,7 @@ def _entry_point(base: str) -> Callable[..., nn.Module]:
         tome_start: int | None = None,
         **kwargs: object,
     ) -> nn.Module:
-        options = {
-            "fuse": fuse,
-            "backend": backend,
-            "recompute": recompute,
-            "tome_r": tome_r,
-            "tome_start": tome_start,
-        }
+        options = {"fuse": fuse, "backend": backend, "recompute": recompute, "tome_r": tome_r, "tome_start": tome_start}
         return _build(base, pretrained, removed, residual_scale, options, kwargs)
 
     create.__name__ = create.__qualname__ = f"{PREFIX}{base}"

@@ -16,10 +16,7 @@ from multiprocessing import get_context
 
 WIDTHS = (192, 384, 768)
 TOKENS = 64
-LIBRARY = {
-    "forward": "staged",
-    **dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library"),
-}
+LIBRARY = {"forward": "staged", **dict.fromkeys(("fc1", "fc2", "hidden_gradient", "saved_gradient"), "library")}
 
 # (channels, what is forced, whether with gradients)
 Job = tuple[int, dict[str, object], bool]

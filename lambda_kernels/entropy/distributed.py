@@ -25,12 +25,7 @@ _HEADER_BYTES = 4096
 
 
 def all_reduce(
-    spec: MeterSpec,
-    state: State | None,
-    options: dict[str, Any],
-    updates: int,
-    error: ValueError | None,
-    group: Group,
+    spec: MeterSpec, state: State | None, options: dict[str, Any], updates: int, error: ValueError | None, group: Group
 ) -> tuple[State | None, int]:
     """Merge the states of all ranks: counts exactly, moments in the order of the ranks.
 

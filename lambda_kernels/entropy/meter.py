@@ -319,12 +319,7 @@ class EntropyMeter:
         return state.table, entropy_state.grid_of(self._spec, state)
 
     def compute(
-        self,
-        kind: str | None = None,
-        *,
-        constant: bool = False,
-        differential: bool = False,
-        miller_madow: bool = False,
+        self, kind: str | None = None, *, constant: bool = False, differential: bool = False, miller_madow: bool = False
     ) -> Tensor:
         """The entropies, float64: `[C]`, `[1]` for per="layer", `[samples]` for per="sample".
 

@@ -40,8 +40,7 @@ def small(name="lambda_deit_tiny_patch16_224", seed=0, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "depth", "removed"),
-    [("tiny", 12, (0, 2, 4)), ("small", 12, (0, 2, 4)), ("base", 12, (0, 1, 3, 4, 6))],
+    ("name", "depth", "removed"), [("tiny", 12, (0, 2, 4)), ("small", 12, (0, 2, 4)), ("base", 12, (0, 1, 3, 4, 6))]
 )
 def test_the_published_choice_is_the_default(name, depth, removed):
     sizes = {**SMALL, "depth": depth}
@@ -288,8 +287,9 @@ def test_folders_for_the_hub_that_do_not_say_enough(hub, tmp_path):
     plain = {key: value for key, value in args.items() if key not in ("removed", "residual_scale")}
     refused(
         r"lambda_kernels is None.*has none for blocks \[0, 2\].*lambda_deit_tiny_patch16_224 with removed=\[0, 2\]",
-        architecture="deit_tiny_patch16_224", model_args=plain,
-    )  # fmt: skip
+        architecture="deit_tiny_patch16_224",
+        model_args=plain,
+    )
     (tmp_path / "model.safetensors").unlink()
     refused("neither model.safetensors nor pytorch_model.bin")
 

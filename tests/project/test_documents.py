@@ -92,10 +92,7 @@ def beginning(page: str) -> dict[str, object]:
         "batches": [torch.randn(4, 5, 8) for _ in range(2)],
         **dict.fromkeys(("loader", "train_loader", "val_loader", "calibration_loader"), loader),
         **dict(zip("qkv", torch.randn(3, 2, 5, 8), strict=True)),
-        "steps": [
-            {"removed": [], "top1": 80.0, "agreement": 100.0},
-            {"removed": [1], "top1": 79.0, "agreement": 97.0},
-        ],
+        "steps": [{"removed": [], "top1": 80.0, "agreement": 100.0}, {"removed": [1], "top1": 79.0, "agreement": 97.0}],
     }
     if page == "docs/checkpoints.md":
         names["model"] = convert_vit(full, names["selection"])

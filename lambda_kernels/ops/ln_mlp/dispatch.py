@@ -158,12 +158,7 @@ def inference_obstacles(device: torch.device, recording: bool = False, subclass:
 
 
 def choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str = "auto",
-    *,
-    recording: bool = False,
-    subclass: bool = False,
+    device: torch.device, dtype: torch.dtype, backend: str = "auto", *, recording: bool = False, subclass: bool = False
 ) -> Choice:
     """Choose the backend of `ln_mlp` for tensors on `device` with `dtype`.
 

@@ -94,8 +94,7 @@ def convert(
     selection: SelectionFile = None,
     remove: Remove = "",
     residual_scale: Annotated[
-        float,
-        typer.Option(help="Scale of the residual stream: 1 if attention is skipped, 2 if training diluted it."),
+        float, typer.Option(help="Scale of the residual stream: 1 if attention is skipped, 2 if training diluted it.")
     ] = 1.0,
     tome_r: Annotated[
         str,

@@ -32,29 +32,22 @@ def export(
     pretrained: Pretrained = False,
     onnx: Annotated[Path | None, typer.Option(help="Write an ONNX file: FILE.onnx.", show_default=False)] = None,
     torch_export: Annotated[
-        Path | None,
-        typer.Option(help="Write a torch.export program: FILE.pt2.", show_default=False),
+        Path | None, typer.Option(help="Write a torch.export program: FILE.pt2.", show_default=False)
     ] = None,
     aoti: Annotated[
         Path | None,
         typer.Option(help="Compile with AOTInductor, which needs a C++ compiler: FILE.pt2.", show_default=False),
     ] = None,
     image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Image size in pixels per side.", show_default="the model's"),
+        int | None, typer.Option(min=1, help="Image size in pixels per side.", show_default="the model's")
     ] = None,
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Data type of weights, images and outputs.", show_default="the model's"),
+        Dtype | None, typer.Option(help="Data type of weights, images and outputs.", show_default="the model's")
     ] = None,
     fixed_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Fixed number of images per call.", show_default="any number"),
+        int | None, typer.Option(min=1, help="Fixed number of images per call.", show_default="any number")
     ] = None,
-    opset: Annotated[
-        int | None,
-        typer.Option(help="ONNX opset version.", show_default="PyTorch's choice"),
-    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version.", show_default="PyTorch's choice")] = None,
     class_map: Annotated[
         Path | None,
         typer.Option(

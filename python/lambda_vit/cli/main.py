@@ -47,9 +47,7 @@ def demo(
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False) -> None:
     """Print versions and devices, how the extension was built, and which backend each operator uses and why."""
     from rich.table import Table
 

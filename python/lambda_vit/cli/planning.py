@@ -52,12 +52,10 @@ def plan(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Total training epochs.", show_default="400")] = None,
     dilution_epochs: Annotated[
-        int | None,
-        typer.Option(min=0, help="Epochs over which the attention fades.", show_default="three quarters"),
+        int | None, typer.Option(min=0, help="Epochs over which the attention fades.", show_default="three quarters")
     ] = None,
     recovery_epochs: Annotated[
-        int | None,
-        typer.Option(min=0, help="Epochs after the attention is removed.", show_default="the rest"),
+        int | None, typer.Option(min=0, help="Epochs after the attention is removed.", show_default="the rest")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per training step and device.")] = 64,
     devices: Annotated[int, typer.Option(min=1, help="Number of devices; assumed to scale linearly.")] = 1,

@@ -159,8 +159,7 @@ def select(
     throughput: Annotated[
         float | None,
         typer.Option(
-            help="Throughput to reach, relative to the full model, such as 1.2, instead of --count.",
-            show_default=False,
+            help="Throughput to reach, relative to the full model, such as 1.2, instead of --count.", show_default=False
         ),
     ] = None,
     strategy: Annotated[Strategy, typer.Option(help=STRATEGY_HELP)] = DEFAULT_STRATEGY,

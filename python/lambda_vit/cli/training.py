@@ -132,8 +132,7 @@ def finetune(
         ),
     ] = None,
     val_data: Annotated[
-        str | None,
-        typer.Option(help="Folder or zip with val/<class>/*, if not in --data.", show_default=False),
+        str | None, typer.Option(help="Folder or zip with val/<class>/*, if not in --data.", show_default=False)
     ] = None,
     class_map: ClassMap = None,
     workers: Workers = 0,

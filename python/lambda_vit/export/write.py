@@ -201,11 +201,7 @@ def export_aoti(model: nn.Module | Traced, path: str | Path, *, overwrite: bool 
     return Exported(path, "aoti", path.stat().st_size, checked)
 
 
-WRITERS: dict[str, Callable[..., Exported]] = {
-    "onnx": export_onnx,
-    "torch-export": export_program,
-    "aoti": export_aoti,
-}
+WRITERS: dict[str, Callable[..., Exported]] = {"onnx": export_onnx, "torch-export": export_program, "aoti": export_aoti}
 
 
 def check_target(path: str | Path, form: str, overwrite: bool = False) -> Path:

@@ -23,11 +23,7 @@ from ..models.properties import eval_mode, one_device, one_dtype
 from ..runtime.progress import track
 
 # The choices, and the estimators that each measures.
-ESTIMATORS = {
-    "both": ("gaussian", "histogram"),
-    "gaussian": ("gaussian",),
-    "histogram": ("histogram",),
-}
+ESTIMATORS = {"both": ("gaussian", "histogram"), "gaussian": ("gaussian",), "histogram": ("histogram",)}
 LAYERS = ("attn", "mlp")
 
 # With fewer tokens per bin, the corrected histogram entropy of a normal channel is at least 0.03 bits too low.

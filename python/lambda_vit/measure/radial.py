@@ -82,13 +82,7 @@ def radial_bins(height: int, width: int) -> RadialBins:
         for index, number in zip(row, mirrored, strict=True):
             counts[index] += number
     return RadialBins(
-        height,
-        width,
-        tuple(2 * k / side for k in range(len(counts))),
-        tuple(counts),
-        side // 2,
-        tuple(rows),
-        mirrored,
+        height, width, tuple(2 * k / side for k in range(len(counts))), tuple(counts), side // 2, tuple(rows), mirrored
     )
 
 

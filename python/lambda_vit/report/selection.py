@@ -222,9 +222,7 @@ def selection(record: Mapping[str, Any]) -> Section | None:
     if score_plot(record):
         figure, caption = "scores", _scores_caption(chosen, once)
         text, columns = score_text(chosen), ["Score"] if once else [f"Round {n}" for n in range(1, len(rounds) + 1)]
-        grid = [
-            [Cell(str(block)), *(_score_cell(one, block, text) for one in rounds)] for block in blocks_of(record)
-        ]  # fmt: skip
+        grid = [[Cell(str(block)), *(_score_cell(one, block, text) for one in rounds)] for block in blocks_of(record)]
         first = "Block"
         if len(columns) > 8:  # the page is not wide enough for the word in every column
             first, columns = "Block \\ round", [str(n) for n in range(1, len(columns) + 1)]

@@ -90,11 +90,7 @@ class PathRunner:
         return Tokens(tokens, None if self.why_images is None else images)
 
     def outputs(
-        self,
-        start: Tokens,
-        paths: Collection[SkippedBlocks],
-        prefixes: PrefixCache | None = None,
-        batch: int = 0,
+        self, start: Tokens, paths: Collection[SkippedBlocks], prefixes: PrefixCache | None = None, batch: int = 0
     ) -> Iterator[tuple[SkippedBlocks, Outputs]]:
         """Yield the outputs of every path once, in any order; prefixes that paths share run once.
 

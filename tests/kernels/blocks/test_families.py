@@ -76,9 +76,9 @@ def test_a_block_takes_what_timms_takes(name):
     model = build(name)
     x, named = given_to_block(model, 1)
     block = model.blocks[1]
-    assert any(value is not None for value in named.values()) == (name in {
-        "eva02", "eva02 with norms", "eva", "mixed rope", "dinov3", "beit with a shared bias",
-    })  # fmt: skip
+    assert any(value is not None for value in named.values()) == (
+        name in {"eva02", "eva02 with norms", "eva", "mixed rope", "dinov3", "beit with a shared bias"}
+    )
     twin, free = FusedMlp.from_block(block), AttentionFreeBlock.from_block(block)
     assert torch.equal(twin(x, **named), block(x, **named))
     assert torch.equal(twin(x, *named.values()), block(x, *named.values()))

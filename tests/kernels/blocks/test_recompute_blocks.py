@@ -101,10 +101,7 @@ def test_the_kernels_at_deits_sizes(width, recompute, ratio):
 
 def test_blocks_that_keep_their_attention():
     """Of them only the MLP half is computed again: its ten units become one, those of the attention stay."""
-    models = {
-        "timm": small_vit(),
-        **{level: convert_vit(small_vit(), (), recompute=level) for level in ("act", "all")},
-    }
+    models = {"timm": small_vit(), **{level: convert_vit(small_vit(), (), recompute=level) for level in ("act", "all")}}
     x = images(2)
     unit = 2 * 5 * 48 * 4
     kept = {name: saved_bytes(lambda m=m: m(x), m.parameters()) for name, m in models.items()}

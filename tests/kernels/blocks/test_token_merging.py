@@ -200,9 +200,7 @@ def test_features_come_back_in_their_places():
     assert len(features[0].unique(dim=0)) == 27 - 18  # merged ones are alike
     # a head that pools is right, whichever it is and whenever it came
     for pooling in ("avg", "max", "avgmax"):
-        torch.testing.assert_close(
-            converted.pool(features, pooling), model.pool(features, pooling), rtol=0, atol=0
-        )  # fmt: skip
+        torch.testing.assert_close(converted.pool(features, pooling), model.pool(features, pooling), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recompute", ["none", "act", "all"])

@@ -262,11 +262,7 @@ for start in range(int(sys.argv[2]), -1, -1):  # each child dies at a call of it
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), str(calls)],
         check=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-        },
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

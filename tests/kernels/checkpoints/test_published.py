@@ -21,12 +21,7 @@ from torch.nn import functional as F
 import lambda_vit.cli.main as cli
 from lambda_kernels import CheckpointError, from_pretrained
 from lambda_kernels.checkpoints.published import PUBLISHED, load_released
-from lambda_kernels.checkpoints.weights import (
-    find_blocks,
-    find_blocks_without_attention,
-    parse_block_key,
-    read_weights,
-)
+from lambda_kernels.checkpoints.weights import find_blocks, find_blocks_without_attention, parse_block_key, read_weights
 
 pytestmark = pytest.mark.models
 

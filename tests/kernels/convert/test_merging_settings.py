@@ -210,9 +210,7 @@ def test_put_on_changed_and_taken_off():
     assert type(off.blocks) is nn.Sequential
     assert off.lambda_kernels_info.blocks == plain.lambda_kernels_info.blocks
     # attention can go from a model that merges, which goes on merging where there is some
-    assert torch.equal(
-        convert_vit(convert_vit(model, (), tome_r=4), (1,))(x), convert_vit(model, (1,), tome_r=4)(x)
-    )  # fmt: skip
+    assert torch.equal(convert_vit(convert_vit(model, (), tome_r=4), (1,))(x), convert_vit(model, (1,), tome_r=4)(x))
 
 
 def test_in_place_and_modes():

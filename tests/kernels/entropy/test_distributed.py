@@ -57,8 +57,7 @@ def test_without_a_process_group():
 
 
 @pytest.mark.parametrize(
-    ("config", "device"),
-    [("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda:3")],
+    ("config", "device"), [("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda:3")]
 )
 def test_tensors_go_where_the_backend_takes_them(config, device, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)

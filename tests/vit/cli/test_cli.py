@@ -191,10 +191,7 @@ def errors(saved: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[list, l
             ["plan", "--model", saved, "--images", 9, "--remove", "1", "--dilution-epochs", 0, "--recovery-epochs", 0],
             ["at least one epoch"],
         ),
-        "plan epochs": (
-            ["plan", "--model", saved, "--images", 9, "--remove", "1", "--epochs", 0],
-            ["--epochs", "1"],
-        ),
+        "plan epochs": (["plan", "--model", saved, "--images", 9, "--remove", "1", "--epochs", 0], ["--epochs", "1"]),
         "plan batch": (
             ["plan", "--model", saved, "--images", 9, "--remove", "1", "--batch-size", 0],
             ["--batch-size", "1"],

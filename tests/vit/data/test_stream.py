@@ -15,16 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from stream_support import (
-    SMALL,
-    assert_same,
-    collected,
-    image_set,
-    picture,
-    stream_of,
-    write_folder,
-    write_zip,
-)
+from stream_support import SMALL, assert_same, collected, image_set, picture, stream_of, write_folder, write_zip
 from tensor_stream import TensorStream
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_tensor

@@ -69,8 +69,9 @@ def test_what_a_run_starts_from_is_measured_once(tmp_path, monkeypatch):
 def test_nothing_removed_is_compared_with_what_it_was(tmp_path):
     rows = finetuned(tmp_path, layers=()).record["variants"]
     assert [(row["name"], row["label"], row["removed"]) for row in rows] == [
-        ("full", "As it was", []), ("model", "Fine-tuned", [])
-    ]  # fmt: skip
+        ("full", "As it was", []),
+        ("model", "Fine-tuned", []),
+    ]
     text = Page(report_training.write_training_report(tmp_path)["html"].read_text(encoding="utf-8")).text
     assert "No attention was removed: the model was trained unchanged." in text
     assert "the original model has" in text

@@ -390,7 +390,10 @@ def test_answers_of_tokens_are_refused():
     """Without pooling there are logits of every token: over which axis they are compared would be a guess."""
     model = small_vit(global_pool="")
     for strategy in ("kl", "accuracy"):
-        with pytest.raises(ValueError, match=r"predictions requires logits \[N, classes\]; the model returns \[[0-9]+, 5, 10\]"):
+        words = r"predictions requires logits \[N, classes\]; the model returns \[[0-9]+, 5, 10\]"
+        with pytest.raises(ValueError, match=words):
+            ValueError, match=r"predictions requires logits \[N, classes\]; the model returns \[[0-9]+, 5, 10\]"
+        ):
             select_layers(model, DATA, 1, strategy=strategy)
     assert len(select_layers(model, DATA, 1).layers) == 1
 

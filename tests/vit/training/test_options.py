@@ -82,8 +82,9 @@ def rates(found) -> dict[str, tuple[float, float]]:
     groups = found.train_state.optimizer.param_groups
     return {
         names[id(p)]: (group["lr"] / group.get("initial_lr", 1), group["weight_decay"])
-        for group in groups for p in group["params"]
-    }  # fmt: skip
+        for group in groups
+        for p in group["params"]
+    }
 
 
 def test_rates_and_states_survive_the_boundary():

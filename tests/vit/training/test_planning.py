@@ -131,9 +131,7 @@ def test_gradients_and_optimizer_state_are_those_of_a_real_step(fake_steps):
 
 
 def test_hours(fake_steps):
-    plan = plan_training(
-        small_vit(), (0,), images=1000, batch_size=30, devices=2, dilution_epochs=3, recovery_epochs=2
-    )  # fmt: skip
+    plan = plan_training(small_vit(), (0,), images=1000, batch_size=30, devices=2, dilution_epochs=3, recovery_epochs=2)
     dilution, recovery = plan.phases["dilution"], plan.phases["recovery"]
     assert (dilution.epochs, dilution.steps, recovery.epochs, recovery.steps) == (3, 51, 2, 34)  # 17 per epoch
     assert dilution.hours == pytest.approx(51 * 0.2 / 3600)

@@ -321,10 +321,7 @@ def test_tensorboard_shows_the_same_figures(tmp_path):
         log.cut(2)
         log.write("step", step=30, loss=float("inf"))
     assert steps(tmp_path / "log") == [10, 20, 30]
-    assert shown() == {
-        "step/loss": [(10, 2.5), (20, 5.0), (30, math.inf)],
-        "step/memory_bytes": [(10, 10), (20, 20)],
-    }
+    assert shown() == {"step/loss": [(10, 2.5), (20, 5.0), (30, math.inf)], "step/memory_bytes": [(10, 10), (20, 20)]}
     with RunLog(tmp_path / "log", tensorboard=tmp_path / "board") as log:
         log.write("step", step=40, loss=1.0)  # on from where it was
         log.cut(4)

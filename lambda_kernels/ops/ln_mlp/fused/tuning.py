@@ -393,8 +393,7 @@ def _store(state: _State, entry_key: str, decision: Decision) -> None:
             write_json(path, {"format": _FORMAT, "entries": entries})
     except (OSError, RuntimeError) as error:
         state.warn_once(
-            "write",
-            f"measured times cannot be saved for the next process: {error}. Set {_CACHE} to a writable folder",
+            "write", f"measured times cannot be saved for the next process: {error}. Set {_CACHE} to a writable folder"
         )
     state.stored = entries
 

@@ -55,8 +55,7 @@ def _draw_scores(figure: Any, record: Mapping[str, Any]) -> None:
     axes.set_facecolor(OFF)
     axes.grid(visible=False)
     grid = np.ma.masked_invalid(shade.T if down else shade)
-    axes.pcolormesh(np.arange(xs + 1), np.arange(ys + 1), grid, cmap=colors, norm=norm,
-                    edgecolors=PAPER, linewidth=0.8)  # fmt: skip
+    axes.pcolormesh(np.arange(xs + 1), np.arange(ys + 1), grid, cmap=colors, norm=norm, edgecolors=PAPER, linewidth=0.8)
     longest = max((len(text(value)) for value in scores[np.isfinite(scores)]), default=1)
     size = min(8.5, (WIDTH - 0.9) * 72 / xs / max(2.9, 0.68 * longest))
     never = False

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...runtime.formatting import (
-    format_count,
-    format_flops,
-    format_list,
-    format_ranges,
-    format_size,
-    percent_digits,
-)
+from ...runtime.formatting import format_count, format_flops, format_list, format_ranges, format_size, percent_digits
 
 # Costs of a model: title, key in a record, and how the value is shown.
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (

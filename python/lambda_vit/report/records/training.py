@@ -137,9 +137,7 @@ def loss_curve(
     sides = [ordered]
     if boundary is not None:
         sides = [[row for row in ordered if (row["step"] <= boundary) is early] for early in (True, False)]
-    return [
-        _point(side[start : start + together]) for side in sides for start in range(0, len(side), together)
-    ]  # fmt: skip
+    return [_point(side[start : start + together]) for side in sides for start in range(0, len(side), together)]
 
 
 def _point(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -190,11 +188,7 @@ def _model(run: Mapping[str, Any]) -> dict[str, Any]:
 def _data(run: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     data = run.get("data") or {}
     images = (run.get("validation") or {}).get("images") or max((v.get("images") or 0 for v in variants), default=0)
-    return {
-        "description": str(data.get("root") or ""),
-        "train": data.get("images"),
-        "validation": images or None,
-    }
+    return {"description": str(data.get("root") or ""), "train": data.get("images"), "validation": images or None}
 
 
 def _environment(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,12 +156,7 @@ class TrainingStream(abc.ABC):
     def _fingerprint(self) -> dict[str, Any]:
         # Reads `dataset` and `batch_size` of the stream.
         known = data_fingerprint(self, labelled=True)
-        return {
-            **known,
-            "micro-batch": self.micro_batch_size,
-            "repeated_aug": self.repeated_aug,
-            "seed": self.seed,
-        }
+        return {**known, "micro-batch": self.micro_batch_size, "repeated_aug": self.repeated_aug, "seed": self.seed}
 
     def _order(self, epoch: int) -> np.ndarray:
         """Indices into the data `[steps, own micro-batches, m]` of an epoch."""

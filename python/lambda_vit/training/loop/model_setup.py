@@ -10,16 +10,7 @@ from ...models.properties import input_shape
 from ..recipe import Recipe
 
 # timm's names of what comes before the blocks.
-EMBEDDING = (
-    "patch_embed",
-    "cls_token",
-    "reg_token",
-    "dist_token",
-    "pos_embed",
-    "pos_drop",
-    "patch_drop",
-    "norm_pre",
-)
+EMBEDDING = ("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 
 
 def prepare_model(model: nn.Module, recipe: Recipe) -> nn.Module:

@@ -172,7 +172,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, VARIABLE: "SSE9"}, text=True,
-                           capture_output=True, check=True)  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, VARIABLE: "SSE9"}, text=True, capture_output=True, check=True
+    )
     assert f"{VARIABLE} must be AVX512, AVX2 or plain" in found.stdout
     assert "SSE9" in found.stdout

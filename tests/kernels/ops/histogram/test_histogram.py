@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 import torch
 from extension_support import require_extension
-from histogram_support import (
-    DTYPES,
-    LAYOUTS,
-    assert_as_the_rule,
-    both_backends,
-    moments_of,
-    values_by_row,
-)
+from histogram_support import DTYPES, LAYOUTS, assert_as_the_rule, both_backends, moments_of, values_by_row
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -409,7 +402,11 @@ ONES = torch.ones(3, 2)
             ValueError,
             "per must be one of 'channel', 'layer', 'sample'; got 'token'",
         ),
-        (lambda f: f(ONES, GRID, row_mask=torch.ones(2)), TypeError, "row_mask must be a bool tensor; got torch.float32"),
+        (
+            lambda f: f(ONES, GRID, row_mask=torch.ones(2)),
+            TypeError,
+            "row_mask must be a bool tensor; got torch.float32",
+        ),
         (lambda f: f(ONES, GRID, row_mask=[True, False]), TypeError, "row_mask must be a bool tensor; got list"),
         (lambda f: f(ONES, GRID, row_mask=torch.ones(3).bool()), ValueError, r"shape \[K = 2\]; got \[3\]"),
         (

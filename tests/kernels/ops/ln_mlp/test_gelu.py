@@ -39,11 +39,7 @@ def points() -> torch.Tensor:
 
 
 # (form, PyTorch's name, error of the value, error of the slope), absolute up to |x| = 9, relative beyond
-FORMS = [
-    ("erf", "none", 6e-7, 1e-6),
-    ("tanh", "tanh", 1e-6, 2e-6),
-    ("quintic", "none", 3.3e-5, 9e-5),
-]
+FORMS = [("erf", "none", 6e-7, 1e-6), ("tanh", "tanh", 1e-6, 2e-6), ("quintic", "none", 3.3e-5, 9e-5)]
 
 
 @pytest.mark.parametrize(("form", "name", "error", "slope_error"), FORMS)

@@ -206,8 +206,7 @@ def test_one_tensor_for_two_arguments(recompute):
 
 
 @pytest.mark.parametrize(
-    ("recompute", "kept", "hidden"),
-    [("auto", 2, 2), ("none", 2, 2), ("act", 1, 1), ("all", 1, 0)],
+    ("recompute", "kept", "hidden"), [("auto", 2, 2), ("none", 2, 2), ("act", 1, 1), ("all", 1, 0)]
 )
 def test_saved_bytes(recompute, kept, hidden):
     """Values of each token that are kept, [C] and [H]; autograd alone adds LayerNorm's two statistics."""
