@@ -392,8 +392,6 @@ def test_answers_of_tokens_are_refused():
     for strategy in ("kl", "accuracy"):
         words = r"predictions requires logits \[N, classes\]; the model returns \[[0-9]+, 5, 10\]"
         with pytest.raises(ValueError, match=words):
-            ValueError, match=r"predictions requires logits \[N, classes\]; the model returns \[[0-9]+, 5, 10\]"
-        ):
             select_layers(model, DATA, 1, strategy=strategy)
     assert len(select_layers(model, DATA, 1).layers) == 1
 
