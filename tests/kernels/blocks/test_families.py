@@ -195,7 +195,7 @@ def test_images_of_two_sizes_keep_their_own_rotary_embedding():
     for images in sizes:
         ((_, found),) = runner.outputs(runner.embed(images), [frozenset((0, 1))])
         assert torch.allclose(found.logits, by_hand(model, (0, 1))(images), rtol=1e-9)
-    assert "differs from batch to batch" in runner.why_images
+    assert "differ from batch to batch" in runner.why_images
 
 
 @pytest.mark.parametrize("name", ["eva02", "mixed rope", "beit with a shared bias", "dinov3"])
