@@ -344,7 +344,7 @@ def next_commands(folder: Path) -> list[dict[str, str]]:
             "--out runs/select",
         },
         {
-            "what": "Fade what was selected out while training, delete it, save the model",
+            "what": "Train while the selected attention fades out, remove it, and save the model",
             "command": "lambda-vit finetune --model deit_small_patch16_224 --pretrained --selection runs/select "
             "--recipe short --data path/to/images --out runs/finetune",
         },
@@ -354,7 +354,7 @@ def next_commands(folder: Path) -> list[dict[str, str]]:
             "--out smaller/",
         },
         {
-            "what": "Check what it costs in accuracy and gains in size and speed",
+            "what": "Compare accuracy, size and speed with the full model",
             "command": "lambda-vit validate --model runs/finetune/model --reference deit_small_patch16_224 "
             "--reference-pretrained --data path/to/images",
         },
