@@ -25,7 +25,6 @@ from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.checkpoints.folder import CONFIG, WEIGHTS
-from lambda_kernels.convert.checks import check_indices
 from lambda_kernels.files import atomic_writes, check_writable, exclusive_lock
 
 from ..measure.accuracy import score
@@ -215,13 +214,13 @@ def _dry_run_save(
     model: nn.Module, recipe: Recipe, layers: Sequence[int] | Selection, out: Path, save_kwargs: dict[str, Any]
 ) -> None:
     """Save the untrained smaller model, so that a model which cannot be saved is refused before it is trained for days."""
-    indices = check_indices(layers, len(model.blocks), "layers")
+    indices = layers.layers if isinstance(layers, Selection) else layers
     folder = out / ".dry-run"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            smaller = convert_vit(model, indices, residual_scale=removal_scale(recipe)) if indices else model
+            smaller = convert_vit(model, indices, residual_scale=removal_scale(recipe)) if len(indices) else model
             save_pretrained(smaller, folder, **save_kwargs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
