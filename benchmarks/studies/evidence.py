@@ -35,12 +35,12 @@ from lambda_vit.data.images import open_images
 from lambda_vit.data.loader import make_loader, subset
 from lambda_vit.data.transforms import transforms_for
 from lambda_vit.measure.cost import cost
+from lambda_vit.report.page import write_training_report
 from lambda_vit.runtime import environment, progress
 from lambda_vit.selection.search import select_layers
 from lambda_vit.training.images.opening import open_training_data
-from lambda_vit.training.loop.model_setup import prepare_model
 from lambda_vit.training.recipe import Recipe, load_recipe
-from lambda_vit.training.run import run_finetuning
+from lambda_vit.training.run import FinetuningRun, run_finetuning
 
 # A short schedule for a network that is good already, with mild augmentation. The same for every arm. Its rate unsettles the
 # full network a little, too, which is why arms are compared with that after its own training.
@@ -105,12 +105,18 @@ class Evidence:
             if not (folder / "model" / "config.json").exists():
                 model = with_classes(open_model(self.options.model, weights=self.options.weights), self.options.data)
                 recipe = self.recipe(epochs=self.options.adapt_epochs)
-                prepare_model(model, recipe)
-                stream, val = open_training_data(self.options.data, model, recipe)
-                run = run_finetuning(model, recipe, stream, val, out=folder, description="Adapt")
+                run = self.finetune(model, recipe, out=folder, description="Adapt")
                 if run.stopped:
                     sys.exit(run.exit_code)
         return from_pretrained(folder / "model", fuse="none")
+
+    def finetune(self, model: nn.Module, recipe: Recipe, **options: Any) -> FinetuningRun:
+        """Train in a folder, with a report."""
+
+        def open_data(model: nn.Module, recipe: Recipe) -> Any:
+            return open_training_data(self.options.data, model, recipe)
+
+        return run_finetuning(model, recipe, open_data, report=write_training_report, **options)
 
     def picks(self, base: nn.Module) -> dict[str, list[int]]:
         """Layers in the order picked, by whose picks they are."""
@@ -134,15 +140,13 @@ class Evidence:
         layers = picks[arm.picks][: arm.count] if arm.count else []
         how = "linear" if arm.diluted else "none"
         recipe = self.recipe(epochs=self.options.epochs, **({"dilution": how} if layers else {}))
-        prepare_model(base, recipe)
-        stream, val = open_training_data(self.options.data, base, recipe)
         started = time.perf_counter()
         folder = self.out / arm.name
-        run = run_finetuning(base, recipe, stream, val, layers=layers, out=folder, description=arm.name)
+        run = self.finetune(base, recipe, layers=layers, out=folder, description=arm.name)
         if run.stopped:
             sys.exit(run.exit_code)
         untrained = convert_vit(base, layers, fuse="none") if layers else base
-        size = cost(run.model)
+        size, (_, val) = cost(run.model), open_training_data(self.options.data, base, recipe)
         last = run.record["history"][-1]
         write_json(self.out / f"{arm.name}.json", {
             "arm": arm.name, "picks": arm.picks, "count": arm.count, "diluted": arm.diluted, "layers": list(layers),

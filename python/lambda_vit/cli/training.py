@@ -1,11 +1,11 @@
-"""`lambda-vit finetune`: fades selected attention away while training, deletes it, trains on, and saves what is left."""
+"""`lambda-vit finetune` and `report`: train a model while its selected attention is removed, and report on the run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,13 +29,14 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from rich.console import Console
 
+    from ..training.images.stream import TrainingStream
     from ..training.run import FinetuningRun
 
 
 def overrides(flags: Mapping[str, str | bool | None]) -> dict[str, Any]:
-    """What `load_recipe` takes: the flags that were given, their text read as numbers where it is some."""
+    """Select the flags that were given, and read numbers in their text, for `load_recipe`."""
     return {name: _read(name, value) for name, value in flags.items() if value is not None}
 
 
@@ -52,7 +53,7 @@ def _plain(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return text  # "none" too: a field that can be nothing knows the word
+    return text  # "none" too, which a field that may be None understands
 
 
 def _format_default(default: object) -> str | bool:
@@ -153,18 +154,19 @@ def finetune(
     from ..report.page import write_training_report
     from ..runtime import progress
     from ..runtime.processes import local_device, process_group
-    from ..training.run import inherit_micro_batch, run_finetuning
+    from ..training.loop.model_setup import replace_classifier
+    from ..training.run import run_finetuning
     from ..training.storage.log import check_tensorboard
+    from .models import open_model
 
     if full and (selection is not None or remove):
         raise ValueError("--full removes nothing: omit --selection and --remove")
     chosen = () if full else read_layers(selection, remove)
-    read = load_recipe(recipe, overrides(flags))
-    used = read if restart else inherit_micro_batch(read, out)
-    if num_classes is not None and used.distillation != "none":
+    settings = load_recipe(recipe, overrides(flags))
+    if num_classes is not None and settings.distillation != "none":
         raise ValueError(
-            f"--distillation {used.distillation} with --num-classes {num_classes}: the teacher would be the model with a "
-            "classifier that has learned nothing. Train that with --full first, and give the model it leaves to --model"
+            f"--distillation {settings.distillation} with --num-classes {num_classes}: the teacher would be a model with an "
+            "untrained classifier. Train that model with --full first, and pass the result to --model"
         )
     if (out / "selection.json").exists():
         raise ValueError(f"--out {out} holds a selection, whose report would be lost: use another folder")
@@ -176,26 +178,16 @@ def finetune(
     with process_group(training=True) as processes, contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(progress.progress_bars())
-        network = _open(model, weights, pretrained, local_device(device), used, num_classes)
+        network = open_model(model, weights=weights, pretrained=pretrained, device=local_device(device))
+        if num_classes is not None:
+            replace_classifier(network, num_classes, settings.seed)
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
-        stream, val_loader = _open_data(
-            data,
-            network,
-            used,
-            val_data=val_data,
-            class_map=mapping,
-            workers=workers,
-            skip_bad=skip_bad,
-            processes=processes,
-        )
-        if processes.is_main and stream.exact is not None:
-            console.print(f"a resumed run will differ: {stream.exact}", style="yellow", soft_wrap=True)
+        loading = {"class_map": mapping, "workers": workers, "skip_bad": skip_bad, "processes": processes}
         run = run_finetuning(
             network,
-            used,
-            stream,
-            val_loader,
+            settings,
+            lambda network, recipe: _open_data(data, network, recipe, val_data=val_data, **loading),
             layers=chosen,
             out=out,
             processes=processes,
@@ -205,78 +197,54 @@ def finetune(
             tensorboard=tensorboard,
             new_classifier=num_classes is not None,
             log_fn=lambda line: console.print(line, soft_wrap=True),
+            report=write_training_report,
         )
-        bad = sorted({path for paths in processes.gather([*stream.bad, *val_loader.bad]) for path in paths})
-        with processes.all_or_none("Write the report"):
-            if processes.is_main:
-                write_training_report(out)
     if processes.is_main:
-        print_bad(console, bad)
-        _tell(console, run, restart)
+        print_bad(console, run.record["unreadable"])
+        _print_outcome(console, run, restart)
         images = data if val_data is None else val_data
         if not run.stopped and not images.startswith(("hfds/", "wds/")):
             following = ["validate", "--model", out / "model"]
-            if num_classes is None and used.img_size is None:  # else it answers to other images, or in other classes
+            if num_classes is None and settings.img_size is None:  # otherwise its classes or its input size differ
                 following += ["--reference", model, *make_weights_options("--reference-", weights, pretrained)]
-            print_next(
-                console, *following, "--data", images, *([] if class_map is None else ["--class-map", class_map])
-            )
+            following += ["--data", images, *([] if class_map is None else ["--class-map", class_map])]
+            print_next(console, *following)
     if run.stopped:
         raise typer.Exit(run.exit_code)
 
 
-def _open(
-    model: str, weights: Path | None, pretrained: bool, device: str, recipe: Recipe, num_classes: int | None
-) -> nn.Module:
-    """The network to train, as the recipe wants it, with a new classifier where one is asked for."""
-    from ..models.properties import one_device
-    from ..runtime.seeding import mixed_seed, preserved, seed_all
-    from ..training.loop.model_setup import prepare_model
-    from .models import open_model
-
-    network = open_model(model, weights=weights, pretrained=pretrained, device=device)
-    if num_classes is not None:
-        where = one_device(network)
-        with preserved():  # a run that goes on has to begin with the same classifier, and so has every process
-            seed_all(mixed_seed("classifier", recipe.seed))
-            network.reset_classifier(num_classes)
-        network = network.to(where)
-    return prepare_model(network, recipe)
-
-
-def _open_data(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+def _open_data(*arguments: Any, **options: Any) -> tuple[TrainingStream, Iterable]:
     from ..training.images.opening import open_training_data
 
     try:
         return open_training_data(*arguments, **options)
     except ValueError as error:
         if "num_classes" in str(error):
-            raise ValueError(f"{error}. --num-classes puts a new classifier in place") from error
+            raise ValueError(f"{error}. To train a new classifier, pass --num-classes") from error
         raise
 
 
-def _tell(console: Any, run: FinetuningRun, restart: bool) -> None:
+def _print_outcome(console: Console, run: FinetuningRun, restart: bool) -> None:
     record = run.record
     if run.stopped:
         console.print(
-            f"Stopped by signal {run.stopped} after {record['position']:,} of {record['steps']:,} steps; the same command "
-            f"{'without --restart ' if restart else ''}goes on from there",
+            f"Stopped by signal {run.stopped} after {record['position']:,} of {record['steps']:,} steps. To resume, run the "
+            f"same command again{' without --restart' if restart else ''}",
             soft_wrap=True,
         )
         return
     result, best, sizes = record["result"], record["best"], record["model"]["parameters"]
-    if record["boundary"] is not None:
-        boundary = record["boundary"]
+    if (removal := record["boundary"]) is not None:
         console.print(
-            f"λ reached 0 after {boundary['step']:,} steps: deleting the attention changed no logit by more than "
-            f"{boundary['difference']:.1e} (bound {boundary['bound']:.1e})",
+            f"λ reached 0 after {removal['step']:,} steps: removing the attention changed no logit by more than "
+            f"{removal['difference']:.1e} (bound {removal['bound']:.1e})",
             soft_wrap=True,
         )
     low, high = result["top1_interval"]
-    weights = {"model": "the weights", "ema": "the average of the weights"}[best["weights"]]
+    weights = {"model": "the weights", "ema": "the averaged weights"}[best["weights"]]
     console.print(
         f"{sizes['before']:,} → {sizes['after']:,} parameters. Top-1 {result['top1']:.2f} % ({low:.1f}–{high:.1f}) on "
-        f"{result['images']:,} images, measured on the model as it was saved: {weights} of epoch {best['epoch']}",
+        f"{result['images']:,} images, measured on the saved model: {weights} of epoch {best['epoch']}",
         soft_wrap=True,
     )
     console.print(f"Model:   {run.folder / 'model'}/\nReport:  {run.folder / 'report.html'}", soft_wrap=True)

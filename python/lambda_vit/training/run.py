@@ -1,38 +1,13 @@
-"""A fine-tuning in a folder: it can be killed at any moment and goes on, and what it claims is what it leaves.
+"""Fine-tuning in a folder: a run that may be killed at any moment, resumes, and measures the model that it saved.
 
-    out/
-        config.yaml   the recipe as it is used: `load_recipe` reads it
-        log.jsonl     a row per step, epoch and event; see `run_log`
-        checkpoints/  what a killed run goes on from
-        best/         the best model so far, for `from_pretrained`, with score.json
-        model/        the end: the best model, for `from_pretrained`
-        tensorboard/  where it is asked for: the log's figures
-    run.json      see below
-
-run.json holds
-
-    format          1
-    status          "running", "stopped" (by a signal), "failed" or "finished"
-    error           with "failed": what was raised
-    command, seed
-    environment     versions and devices
-    processes       how many; device: where they ran
-    starts          a list: each time the run was started, {"time", "step", "processes"}
-    model           {"architecture", "blocks", "input", "classes", "parameters": {"before", "after"}}; "after" once finished
-    layers          blocks whose attention goes; residual_scale: 2 where it was faded out, 1 where it was dropped at once
-    recipe          all fields of `Recipe`
-    data            what the stream says of the training images; validation: images
-    steps           in all; steps_per_epoch; position: done so far
-    history         the rows of the epochs, as in the log
-    boundary        {"step", "difference", "bound", "removed"} or null: what deleting the faded attention changed
-    best            {"epoch", "step", "weights", "top1", "top1_interval", "top5", "images"} or null; accuracies in percent
-    unreadable      paths of images that could not be read: in training others stood in for them, in validation none did
-    result          with "finished": top1, top1_interval, top5, images of model/, loaded back and measured; "same" tells
-                    whether it got as many images right as the best had
-    variants        rows as `comparison.make_row` makes them: "full" and "untrained" from before the training, "model" once
-                    finished; empty where the run was stopped before they were measured
-    kernel_paths    once finished: how each block of the model runs here
-    files           name → what it is
+out/
+    config.yaml   the effective recipe, for `load_recipe`
+    log.jsonl     a row per step, epoch and event; see `storage.log`
+    checkpoints/  what an interrupted run resumes from
+    best/         the best model so far, for `from_pretrained`, with score.json
+    model/        the best model at the end, for `from_pretrained`
+    tensorboard/  the log's figures, on request
+    run.json      all results; see `run_record`
 """
 
 from __future__ import annotations
@@ -60,7 +35,7 @@ from ..selection.result import Selection
 from .loop.model_setup import prepare_model
 from .loop.trainer import Trainer
 from .recipe import Recipe, load_recipe
-from .run_record import _Record, _scale
+from .run_record import RunRecord, removal_scale
 from .storage.checkpoints import Checkpoints, LoadedCheckpoint
 from .storage.log import LiveLog
 
@@ -70,13 +45,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningRun:
-    """What a run left.
+    """The outcome of a run.
 
     Attributes:
-        folder: With its files.
-        record: What run.json says.
-        model: The smaller model as `from_pretrained` gives it; None where the run was stopped.
-        stopped: The number of the signal it stopped on; 0 where it came to its end.
+        folder: Folder of the run.
+        record: Contents of run.json.
+        model: The smaller model as `from_pretrained` loads it; None if the run was stopped.
+        stopped: Number of the signal that stopped the run; 0 if it finished.
     """
 
     folder: Path
@@ -86,31 +61,14 @@ class FinetuningRun:
 
     @property
     def exit_code(self) -> int:
-        """For the shell: 0, or 128 and the number of the signal."""
+        """For the shell: 0, or 128 plus the number of the signal."""
         return 128 + self.stopped if self.stopped else 0
-
-
-def inherit_micro_batch(recipe: Recipe, out: str | Path) -> Recipe:
-    """`recipe` with the micro-batch of the run that can go on in `out`, if there is one and the recipe leaves it open.
-
-    What a run computes depends on the size of a micro-batch, which else follows from the number of processes. To be called
-    before the data are opened, so that a run goes on with another number of processes.
-    """
-    path = Path(out) / "config.yaml"
-    begun = any((Path(out) / "checkpoints").glob("step-*.pt"))  # else nothing was computed that has to be kept to
-    if recipe.micro_batch is not None or not begun or not path.is_file():
-        return recipe
-    before = load_recipe(path)
-    if before.batch_size != recipe.batch_size:
-        return recipe
-    return dataclasses.replace(recipe, micro_batch=before.micro_batch)
 
 
 def run_finetuning(
     model: nn.Module,
     recipe: Recipe,
-    stream: TrainingStream,
-    val_loader: Iterable,
+    open_data: Callable[[nn.Module, Recipe], tuple[TrainingStream, Iterable]],
     *,
     layers: Sequence[int] | Selection = (),
     out: str | Path,
@@ -126,59 +84,57 @@ def run_finetuning(
     log_fn: Callable[[str], None] = lambda line: None,
     report: Callable[[Path], object] | None = None,
 ) -> FinetuningRun:
-    """Fine-tune `model` in the folder `out`, or go on with what is there.
+    """Fine-tune `model` in the folder `out`, or resume the run that is there.
 
-    A killed run goes on from its last checkpoint, exactly as if nothing had happened, when it is called again alike; also
-    with another number of processes, as long as they can share the micro-batches. SIGTERM, SIGUSR1 and a first SIGINT
-    write a checkpoint and end it.
+    The same call resumes a killed run from its last checkpoint, with the same result as if it had not been interrupted; the
+    number of processes may change as long as they can share the micro-batches. SIGTERM, SIGUSR1 and a first SIGINT write a
+    checkpoint and stop the run.
 
     Args:
-        model: On its device, as `prepare_model` left it for this recipe. It is not changed.
+        model: On its device. It is prepared in place for the recipe (input size, dropout), but not trained.
         recipe: How to train.
-        stream: The training images, from `open_training_data`.
-        val_loader: This process's share of the validation images.
-        layers: Blocks whose attention goes, or a `Selection`; empty trains the model as it is.
-        out: The folder; see this module for what is in it.
-        processes: Of the run; None: those of the default process group. All must see the same folder.
+        open_data: Returns the training images and this process's share of the validation images, such as from
+            `open_training_data`. Receives the prepared model and the effective recipe, which has the micro-batch size of
+            the run that is resumed. The stream is closed at the end.
+        layers: Blocks that lose their attention, or a `Selection`; empty trains the model as it is.
+        out: Folder of the run; see this module for its files.
+        processes: Processes of the run; None: those of the default process group. All of them must see the same folder.
         teacher: For distillation. It is moved to the model's device, put into eval mode and frozen; None: `model`.
-        restart: Remove what an earlier run left in `out`, and start over.
-        keep: Checkpoints that stay.
+        restart: Remove an earlier run from `out` and start over.
+        keep: Number of checkpoints to keep.
         log_every: Steps between two rows of the log.
-        tensorboard: Write the log's figures for TensorBoard too.
+        tensorboard: Also write the log's figures for TensorBoard.
         save_kwargs: Further arguments of `save_pretrained`, such as `model_args`.
-        new_classifier: `model` has one that was never trained: its accuracy is none to compare with.
-        description: Of the progress bar.
-        log_fn: Called on rank 0 with a line for a reader: where the run begins, what is wrong there, and each epoch.
-        report: Called on rank 0 with `out` after epochs, to write its report; an exception that it raises is ignored.
+        new_classifier: The classifier of `model` was never trained, so that its accuracy is no baseline.
+        description: Text of the progress bar.
+        log_fn: Called on rank 0 with a line of text: how the run starts, what is wrong with its files, and each epoch.
+        report: Called on rank 0 with `out` to write its report: after epochs, where exceptions are ignored, and at the end.
 
     Raises:
-        ResumeMismatchError: `out` holds a run with another model, recipe or data; names what differs. `out` is untouched.
-        CheckpointError: The model could not be saved at the end, or no checkpoint in `out` can be used.
-        BlockingIOError: Another process trains in `out` now.
-        OSError: `out` cannot be written to, or is full; the last checkpoint is kept.
-        ValueError: `out` holds a run that was finished or stopped, and its checkpoints are gone.
+        ResumeMismatchError: `out` holds a run with another model, recipe or data; names the difference. `out` is untouched.
+        CheckpointError: The model cannot be saved, or no checkpoint in `out` can be used.
+        BlockingIOError: Another process is training in `out`.
+        OSError: `out` cannot be written to, or its disk is full; the last checkpoint is kept.
+        ValueError: `out` holds a finished or stopped run without its checkpoints.
         ValueError, UnsupportedModelError, AttentionRemovalError, ProcessLostError: See `Trainer`.
     """
     out, processes, save_kwargs = Path(out), processes or Processes(), dict(save_kwargs or {})
     if isinstance(layers, Selection):
         save_kwargs.setdefault("selection", layers)
-    prepare_model(model, recipe)
+    recipe = recipe if restart else inherit_micro_batch(recipe, out)
+    stream, val_loader = open_data(prepare_model(model, recipe), recipe)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)
-    with StopRequest() as stop, contextlib.ExitStack() as held:
+    with contextlib.closing(stream), StopRequest() as stop, contextlib.ExitStack() as lock:
         with processes.all_or_none("Open the run"):
             if processes.is_main:
                 check_writable(out / "run.json")
                 if not restart:
-                    _refuse_emptied(out, checkpoints)
-                indices = layers.layers if isinstance(layers, Selection) else layers
-                _dry_run_save(model, recipe, indices, out, save_kwargs)
-                (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-                held.enter_context(
-                    exclusive_lock(out / "checkpoints" / "lock", "wait for its end, or take another folder (--out)")
-                )
+                    _refuse_without_checkpoints(out, checkpoints)
+                _dry_run_save(model, recipe, layers, out, save_kwargs)
+                lock.enter_context(_lock(checkpoints.folder))
         if restart:
-            _forget(out, checkpoints, processes)
-        found = checkpoints.newest()
+            _remove_earlier_run(out, checkpoints, processes)
+        loaded = checkpoints.newest()
         log = LiveLog(
             out / "log.jsonl",
             processes=processes,
@@ -202,51 +158,45 @@ def run_finetuning(
             log_every=log_every,
             description=description,
         )
-        if found is not None:
-            trainer.restore(found.state)
-        run = _Record(out, model, recipe, stream, val_loader, trainer, processes)
-        with log, run.kept():
-            log.cut(0 if found is None else found.state["rows"])
-            for notice in _notices(found, log, stream):
-                log.write("notice", text=notice)
-            if processes.is_main:
-                log_fn(_beginning(trainer, found is not None))
-            if found is not None:
-                log.write("resume", step=trainer.position, processes=processes.size)
-            run.start()
-            run.compare(model, val_loader, lambda: stop.signal or 0, trained=not new_classifier)
+        if loaded is not None:
+            trainer.restore(loaded.state)
+        record = RunRecord(out, model, trainer, val_loader)
+        with log, record.note_failure():
+            _log_start(log, trainer, loaded)
+            record.start()
+            record.measure_baselines(lambda: stop.signal or 0, trained=not new_classifier)
             trainer.train()
-            if trainer.stopped:
-                run.write("stopped")
-                return FinetuningRun(out, run.record, None, trainer.stopped)
-            network = _finish(out, trainer, processes)
-            result = score(network, val_loader, processes, reference=model, description="Validate what was saved")
-            run.finish(network, result)
-    return FinetuningRun(out, run.record, network, 0)
+            network = None if trainer.stopped else _save_best(out, trainer)
+            if network is None:
+                record.write("stopped")
+            else:
+                text = "Validate what was saved"
+                result = score(network, val_loader, processes, reference=model, description=text)
+                record.finish(network, result)
+    with processes.all_or_none("Write the report"):
+        if processes.is_main and report is not None:
+            report(out)
+    return FinetuningRun(out, record.record, network, trainer.stopped)
 
 
-def _notices(found: LoadedCheckpoint | None, log: LiveLog, stream: TrainingStream) -> list[str]:
-    """What to say before the run goes on."""
-    notices = [*(() if found is None else found.notices), *log.notices]
-    if found is not None and stream.exact is not None:
-        notices.append(f"the run goes on, but not exactly where it stopped: {stream.exact}")
-    return notices
+def inherit_micro_batch(recipe: Recipe, out: str | Path) -> Recipe:
+    """Give `recipe` the micro-batch size of the run in `out`, if a run can resume there and the recipe does not set one.
+
+    The result of a run depends on the size of its micro-batches, which by default follows from the number of processes: a
+    run that resumes with another number of them must not change it.
+    """
+    path = Path(out) / "config.yaml"
+    has_checkpoint = any((Path(out) / "checkpoints").glob("step-*.pt"))  # otherwise nothing was computed with that size
+    if recipe.micro_batch is not None or not has_checkpoint or not path.is_file():
+        return recipe
+    before = load_recipe(path)
+    if before.batch_size != recipe.batch_size:
+        return recipe
+    return dataclasses.replace(recipe, micro_batch=before.micro_batch)
 
 
-def _beginning(trainer: Trainer, going_on: bool) -> str:
-    """Where a run stands when it starts."""
-    epochs, per_epoch = trainer.recipe.epochs, trainer.stream.steps_per_epoch
-    whole = f"{epochs * per_epoch:,} steps ({epochs} epochs of {per_epoch:,}, batch {trainer.stream.batch_size:,})"
-    if going_on:
-        return f"Going on from step {trainer.position:,} of {whole}"
-    blocks = ", ".join(map(str, trainer.layers))
-    return f"Train {whole}" + (
-        f"; the attention of blocks {blocks} goes" if blocks else ", with all the attention there is"
-    )
-
-
-def _refuse_emptied(out: Path, checkpoints: Checkpoints) -> None:
-    """Where there was a checkpoint and there is none, starting over would cost the user a run without a word."""
+def _refuse_without_checkpoints(out: Path, checkpoints: Checkpoints) -> None:
+    """Starting over in place of a run that lost its checkpoints would silently overwrite its results."""
     if checkpoints.steps():
         return
     try:
@@ -255,27 +205,34 @@ def _refuse_emptied(out: Path, checkpoints: Checkpoints) -> None:
         return
     if status in ("finished", "stopped"):
         raise ValueError(
-            f"{out} holds a run that was {status}, and its checkpoints are gone: it cannot go on. Use another folder, or "
-            "replace it with --restart (restart=True)"
+            f"{out} holds a {status} run without its checkpoints, which cannot be resumed. Use another folder, or "
+            "replace the run with --restart (restart=True)"
         )
 
 
 def _dry_run_save(
-    model: nn.Module, recipe: Recipe, layers: Sequence[int], out: Path, save_kwargs: dict[str, Any]
+    model: nn.Module, recipe: Recipe, layers: Sequence[int] | Selection, out: Path, save_kwargs: dict[str, Any]
 ) -> None:
-    """Save what the run will leave, with the weights of now: what cannot be saved is refused before days are spent on it."""
+    """Save the untrained smaller model, so that a model which cannot be saved is refused before it is trained for days."""
+    indices = layers.layers if isinstance(layers, Selection) else layers
     folder = out / ".dry-run"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            smaller = convert_vit(model, layers, residual_scale=_scale(recipe)) if len(layers) else model
+            smaller = convert_vit(model, indices, residual_scale=removal_scale(recipe)) if len(indices) else model
             save_pretrained(smaller, folder, **save_kwargs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _forget(out: Path, checkpoints: Checkpoints, processes: Processes) -> None:
+def _lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock that only one run at a time holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return exclusive_lock(folder / "lock", "wait until it ends, or use another folder (--out)")
+
+
+def _remove_earlier_run(out: Path, checkpoints: Checkpoints, processes: Processes) -> None:
     checkpoints.clear()
     with processes.all_or_none("Start over"):
         if processes.is_main:
@@ -285,8 +242,28 @@ def _forget(out: Path, checkpoints: Checkpoints, processes: Processes) -> None:
                 (out / name).unlink(missing_ok=True)
 
 
-def _finish(out: Path, trainer: Trainer, processes: Processes) -> nn.Module:
-    """The best model as model/, loaded back by every process."""
+def _log_start(log: LiveLog, trainer: Trainer, loaded: LoadedCheckpoint | None) -> None:
+    """Cut the log back to the checkpoint that was loaded, and report what the run does next."""
+    log.cut(0 if loaded is None else loaded.state["rows"])
+    for notice in [*(() if loaded is None else loaded.notices), *log.notices]:
+        log.write("notice", text=notice)
+    recipe, stream = trainer.recipe, trainer.stream
+    steps = recipe.epochs * stream.steps_per_epoch
+    size = f"{steps:,} steps ({recipe.epochs} epochs of {stream.steps_per_epoch:,}, batch size {stream.batch_size:,})"
+    if loaded is not None:
+        if stream.exact is not None:
+            log.write("notice", text=f"the run resumes, but not exactly where it stopped: {stream.exact}")
+        log.announce(f"Resume from step {trainer.position:,} of {size}")
+        log.write("resume", step=trainer.position, processes=trainer.processes.size)
+    elif trainer.layers:
+        log.announce(f"Train {size}; remove the attention of blocks {', '.join(map(str, trainer.layers))}")
+    else:
+        log.announce(f"Train {size}; remove no attention")
+
+
+def _save_best(out: Path, trainer: Trainer) -> nn.Module:
+    """Copy the best model to model/, and load it back in every process."""
+    processes = trainer.processes
     with processes.all_or_none("Write the model"):
         if processes.is_main:
             names = (WEIGHTS, CONFIG)

@@ -1,4 +1,30 @@
-"""The files that a training run leaves, and the rows that compare its networks."""
+"""run.json, the record of a fine-tuning, and the rows in it that compare its networks.
+
+It holds
+
+    format          1
+    status          "running", "stopped" (by a signal), "failed" or "finished"
+    error           with "failed": the exception
+    command, seed
+    environment     versions and devices
+    processes       their number; device: where they ran
+    starts          one entry per start of the run: {"time", "step", "processes"}
+    model           {"architecture", "blocks", "input", "classes", "parameters": {"before", "after"}}; "after" once finished
+    layers          blocks that lose their attention; residual_scale: 2 after dilution, 1 after removal without dilution
+    recipe          all fields of `Recipe`
+    data            what the stream says of the training images; validation: images
+    steps           their total; steps_per_epoch; position: steps done so far
+    history         the rows of the epochs, as in the log
+    boundary        {"step", "difference", "bound", "removed"} or null: how the removal of the diluted attention changed logits
+    best            {"epoch", "step", "weights", "top1", "top1_interval", "top5", "images"} or null; accuracies in percent
+    unreadable      paths of unreadable images: training replaced them by others, validation omitted them
+    result          with "finished": top1, top1_interval, top5, images of model/, loaded back and measured; "same" says
+                    whether it classified as many images correctly as the best model had
+    variants        rows of `measure.comparison.make_row`: "full" and "untrained" from before the training, "model" once
+                    finished; empty if the run was stopped before they were measured
+    kernel_paths    once finished: how each block of the model runs here
+    files           description of each file by its name
+"""
 
 from __future__ import annotations
 
@@ -8,14 +34,14 @@ import datetime
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from lambda_kernels import convert_vit
 from lambda_kernels.files import write_json
 
-from ..measure.accuracy import score
+from ..measure.accuracy import Score, score
 from ..measure.comparison import kernel_paths, make_row
 from ..models.properties import input_shape, one_device
 from ..runtime import environment
@@ -24,81 +50,45 @@ from .dilution import DILUTED_SCALE
 from .loop.trainer import Trainer
 from .recipe import Recipe
 
-if TYPE_CHECKING:
-    from .images.stream import TrainingStream
-
-
-def rows_before(
-    model: nn.Module,
-    layers: Sequence[int],
-    loader: Iterable,
-    processes: Processes,
-    *,
-    stop_signal: Callable[[], int] = lambda: 0,
-    trained: bool = True,
-) -> list[dict[str, Any]]:
-    """Accuracy and cost of `model` as it is ("full"), and with the attention of `layers` removed and nothing trained
-    ("untrained"; left out where there are none).
-
-    Args:
-        model: The original, on its device. It is not changed.
-        layers: Blocks whose attention is to go.
-        loader: This process's share of the validation images.
-        processes: All call this.
-        stop_signal: The number of a signal to stop on, or 0; what was not measured by then is left out.
-        trained: Whether `model` was, down to its classifier.
-    """
-    label = "Full model" if layers else "As it was"
-    own: dict[str, Any] = {"trained": trained, "note": "" if trained else "with a new classifier, not trained yet"}
-    found = score(model, loader, processes, stop_signal=stop_signal, description=label)
-    if found is None:
-        return []
-    rows = [make_row("full", label, model, found, processes=processes, **own)]
-    if layers:
-        label = "Attention removed, nothing trained"
-        smaller = convert_vit(model, layers)
-        found = score(smaller, loader, processes, reference=model, stop_signal=stop_signal, description=label)
-        if found is not None:
-            own["trained"] = False
-            rows.append(make_row("untrained", label, smaller, found, processes=processes, **own))
-    return rows
-
-
 FORMAT = 1
 FILES = {
-    "config.yaml": "the recipe as it was used",
+    "config.yaml": "the effective recipe",
     "log.jsonl": "every epoch, and a row every few steps",
-    "checkpoints/": "what a killed run goes on from; may be removed once it is finished",
+    "checkpoints/": "what an interrupted run resumes from; may be removed once it is finished",
     "best/": "the best model while training",
     "model/": "config.json and model.safetensors of the best model, for from_pretrained",
-    "run.json": "all figures",
+    "run.json": "all results",
     "report.html": "the report as one page",
     "report.md": "the same as text",
     "report.png": "its figures",
 }
 
 
-def _scale(recipe: Recipe) -> float:
+def removal_scale(recipe: Recipe) -> float:
+    """The residual scale of blocks that lose their attention by this recipe."""
     return 1.0 if recipe.dilution == "none" else DILUTED_SCALE
 
 
-class _Record:
-    """run.json, and the effective recipe beside it."""
+class RunRecord:
+    """run.json, and the effective recipe beside it.
 
-    def __init__(
-        self,
-        out: Path,
-        model: nn.Module,
-        recipe: Recipe,
-        stream: TrainingStream,
-        val_loader: Iterable,
-        trainer: Trainer,
-        processes: Processes,
-    ) -> None:
-        self._out, self._trainer, self._processes, self._val_loader = out, trainer, processes, val_loader
-        self._recipe = recipe
+    Args:
+        out: Folder of the run.
+        model: The original model.
+        trainer: What trains it.
+        val_loader: This process's share of the validation images.
+
+    Attributes:
+        record: What run.json says.
+    """
+
+    def __init__(self, out: Path, model: nn.Module, trainer: Trainer, val_loader: Iterable) -> None:
+        self._out, self._model, self._trainer, self._val_loader = out, model, trainer, val_loader
+        self._processes = trainer.processes
+        recipe, stream = trainer.recipe, trainer.stream
         if stream.batch_size == recipe.batch_size:
-            self._recipe = dataclasses.replace(recipe, micro_batch=stream.micro_batch_size)
+            recipe = dataclasses.replace(recipe, micro_batch=stream.micro_batch_size)
+        self._recipe = recipe
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.record: dict[str, Any] = {
             "format": FORMAT,
@@ -106,7 +96,7 @@ class _Record:
             "command": environment.command_line(),
             "seed": recipe.seed,
             "environment": environment.versions(),
-            "processes": processes.size,
+            "processes": self._processes.size,
             "device": str(one_device(trainer.model)),
             "starts": [],
             "model": {
@@ -117,8 +107,8 @@ class _Record:
                 "parameters": {"before": _parameters(model), "after": None},
             },
             "layers": list(trainer.layers),
-            "residual_scale": _scale(recipe) if trainer.layers else None,
-            "recipe": self._recipe.to_dict(),
+            "residual_scale": removal_scale(recipe) if trainer.layers else None,
+            "recipe": recipe.to_dict(),
             "data": stream.describe(),
             "validation": None,
             "steps": recipe.epochs * stream.steps_per_epoch,
@@ -130,7 +120,7 @@ class _Record:
         }
 
     def start(self) -> None:
-        """Note that the run starts here, or goes on."""
+        """Record a start of the run, or that it resumes."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             before = json.loads((self._out / "run.json").read_text(encoding="utf-8"))
             self.record["starts"] = before["starts"]
@@ -143,19 +133,18 @@ class _Record:
                 self._recipe.write(self._out / "config.yaml")
         self.write("running")
 
-    def compare(self, model: nn.Module, loader: Iterable, stop_signal: Callable[[], int], *, trained: bool) -> None:
-        """Measure what the training starts from, unless that was done before the run went on."""
-        wanted = 1 + bool(self._trainer.layers)
+    def measure_baselines(self, stop_signal: Callable[[], int], *, trained: bool) -> None:
+        """Measure what the training starts from, unless the run did so before it was interrupted."""
+        expected = 1 + bool(self._trainer.layers)
         known = self._processes.broadcast(self.record["variants"])
-        if len(known) < wanted:
-            known = rows_before(
-                model, self._trainer.layers, loader, self._processes, stop_signal=stop_signal, trained=trained
-            )
+        if len(known) < expected:
+            shared = self._val_loader, self._processes, stop_signal
+            known = measure_baselines(self._model, self._trainer.layers, *shared, trained=trained)
         self.record["variants"] = known
         self.write("running")
 
     def write(self, status: str, **more: Any) -> None:
-        """Write run.json as things stand."""
+        """Write run.json with the present state of the training."""
         trainer = self._trainer
         self.record |= {
             "status": status,
@@ -174,8 +163,8 @@ class _Record:
         own = [*self._trainer.stream.bad, *getattr(self._val_loader, "bad", ())]
         return sorted({path for paths in self._processes.gather(own) for path in paths})
 
-    def finish(self, network: nn.Module, result: Any) -> None:
-        """What the saved model reached."""
+    def finish(self, network: nn.Module, result: Score) -> None:
+        """Record the result of the saved model."""
         self.record["model"]["parameters"]["after"] = _parameters(network)
         same = result.hits == self._trainer.best.score.hits
         row = make_row("model", "Fine-tuned", network, result, processes=self._processes)
@@ -188,16 +177,51 @@ class _Record:
         )
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Say in run.json that the run failed, where it does; as far as that can still be written."""
+    def note_failure(self) -> Iterator[None]:
+        """Record an exception that ends the run, if run.json can still be written."""
         try:
             yield
         except Exception as error:
             if self._processes.is_main:
                 with contextlib.suppress(Exception):
-                    said = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                    write_json(self._out / "run.json", self.record | said | {"position": self._trainer.position})
+                    failure = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+                    write_json(self._out / "run.json", self.record | failure | {"position": self._trainer.position})
             raise
+
+
+def measure_baselines(
+    model: nn.Module,
+    layers: Sequence[int],
+    loader: Iterable,
+    processes: Processes,
+    stop_signal: Callable[[], int],
+    *,
+    trained: bool = True,
+) -> list[dict[str, Any]]:
+    """Measure accuracy and cost of `model` ("full"), and of it without the attention of `layers` ("untrained").
+
+    Args:
+        model: The original, on its device. It is not changed.
+        layers: Blocks that are to lose their attention; if empty, there is no second row.
+        loader: This process's share of the validation images.
+        processes: All of them must call this function.
+        stop_signal: Returns the number of the signal that asked for a stop, or 0. A row not measured by then is omitted.
+        trained: Whether `model` was trained, its classifier included.
+    """
+    label = "Full model" if layers else "As it was"
+    own: dict[str, Any] = {"trained": trained, "note": "" if trained else "with a new classifier, not trained yet"}
+    found = score(model, loader, processes, stop_signal=stop_signal, description=label)
+    if found is None:
+        return []
+    rows = [make_row("full", label, model, found, processes=processes, **own)]
+    if layers:
+        label = "Attention removed, nothing trained"
+        smaller = convert_vit(model, layers)
+        found = score(smaller, loader, processes, reference=model, stop_signal=stop_signal, description=label)
+        if found is not None:
+            own["trained"] = False
+            rows.append(make_row("untrained", label, smaller, found, processes=processes, **own))
+    return rows
 
 
 def _parameters(model: nn.Module) -> int:

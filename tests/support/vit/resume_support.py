@@ -30,7 +30,8 @@ OWN = recipe(epochs=3, checkpoint_every=2)
 def run(out: Path, own: Recipe = OWN, **options: Any) -> FinetuningRun:
     given = {"model": tiny_vit(), "stream": TensorStream(train_set(), own), "val_loader": validation(), "layers": (1,)}
     given |= {"log_every": 1, **options}
-    return run_finetuning(given.pop("model"), own, given.pop("stream"), given.pop("val_loader"), out=out, **given)
+    model, *data = (given.pop(name) for name in ("model", "stream", "val_loader"))
+    return run_finetuning(model, own, lambda *_: tuple(data), out=out, **given)
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -75,7 +75,7 @@ def test_from_a_model_to_a_smaller_one(finetune, folder, tmp_path):
     assert network.lambda_kernels_info.residual_scale == 2.0
     assert record["result"]["top1"] == pytest.approx(top1_of(out / "model", folder))
     assert f"Top-1 {record['result']['top1']:.2f} %" in printed
-    assert "λ reached 0 after 6 steps: deleting the attention changed no logit by more than" in printed
+    assert "λ reached 0 after 6 steps: removing the attention changed no logit by more than" in printed
     before, after = (sum(p.numel() for p in m.parameters()) for m in (small_vit(), network))
     assert f"{before:,} → {after:,} parameters" in printed
     assert f"Next: lambda-vit validate --model {out / 'model'} --reference" in printed
@@ -142,10 +142,10 @@ def test_flags_are_read(words, run, saved, folder, tmp_path, monkeypatch):
     class Seen(Exception):  # noqa: N818
         pass
 
-    def stop(recipe: Recipe, out: Path) -> Recipe:
+    def stop(model: object, recipe: Recipe, *arguments: object, **options: object) -> None:
         raise Seen(recipe)
 
-    monkeypatch.setattr(module, "inherit_micro_batch", stop)
+    monkeypatch.setattr(module, "run_finetuning", stop)
     (tmp_path / "own.yaml").write_text("epochs: 5\nlr: 1.0\nscale: [0.1, 1]\nseed: 9\n")
     with pytest.raises(Seen) as caught:
         run("finetune", "--model", saved, "--data", folder, "--out", tmp_path / "o", "--remove", 1,
@@ -209,7 +209,7 @@ def test_another_classifier_and_size(finetune, folder, tmp_path):
     model = save_pretrained(small_vit(num_classes=7), tmp_path / "seven")
     code, _, err = finetune("--remove", 1, model=model)
     assert code == 2
-    assert "--num-classes puts a new classifier in place" in err
+    assert "To train a new classifier, pass --num-classes" in err
     code, out, err = finetune("--remove", 1, "--num-classes", 10, "--img-size", 48, model=model)
     assert code == 0, err
     network = from_pretrained(tmp_path / "out" / "model")
@@ -234,7 +234,7 @@ def test_stopped_and_gone_on(finetune, tmp_path, monkeypatch):
         code, out, _ = finetune("--remove", 1)
     assert code == 143
     assert "Stopped by signal 15 after " in out
-    assert "the same command goes on from there" in out
+    assert "To resume, run the same command again" in out
     assert record_of(tmp_path / "out")["status"] == "stopped"
     assert (tmp_path / "out" / "report.html").exists()
     code, out, err = finetune("--remove", 1)
@@ -296,10 +296,7 @@ ERRORS = {
     "word": (["--remove", 1, "--dilution", "slow"], "one of linear, cosine, step, none"),
     "micro-batch": (["--remove", 1, "--micro-batch", 3], "micro_batch=3: expected a divisor of batch_size=10"),
     "too few": (["--remove", 1, "--batch-size", 64], "64"),
-    "empty teacher": (
-        ["--remove", 1, "--num-classes", 10, "--distillation", "soft"],
-        "a classifier that has learned nothing",
-    ),
+    "empty teacher": (["--remove", 1, "--num-classes", 10, "--distillation", "soft"], "an untrained classifier"),
     "hub": (["--remove", 1, "--data", "hfds/nobody/nothing"], "hfds/nobody/nothing"),
 }
 
@@ -333,15 +330,15 @@ def test_what_it_says_on_the_way(finetune, folder, tmp_path):
     code, printed, err = finetune("--remove", "1,2", "--val-data", folder, "--img-size", 48)
     assert code == 0, err
     said = [line for line in printed.splitlines() if line]
-    assert said[0] == "Train 12 steps (4 epochs of 3, batch 10); the attention of blocks 1, 2 goes"
+    assert said[0] == "Train 12 steps (4 epochs of 3, batch size 10); remove the attention of blocks 1, 2"
     assert [line[:8] for line in said[1:5]] == [f"Epoch {n}," for n in (1, 2, 3, 4)]
     assert "λ 0.67" in said[1]  # at its end
-    assert printed.count("the best so far") >= 1
+    assert printed.count("best so far") >= 1
     # The original takes images of another size.
     assert said[-1] == f"Next: lambda-vit validate --model {out / 'model'} --data {folder}"
     code, printed, err = finetune("--remove", "1,2", "--val-data", folder, "--img-size", 48)
     assert code == 0, err
-    assert printed.lstrip().startswith("Going on from step 12 of 12 steps")
+    assert printed.lstrip().startswith("Resume from step 12 of 12 steps")
 
 
 def test_a_run_without_its_checkpoints_is_not_begun_again(finetune, tmp_path):
@@ -353,7 +350,7 @@ def test_a_run_without_its_checkpoints_is_not_begun_again(finetune, tmp_path):
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, _, err = finetune("--remove", 1, "--epochs", 2)
     assert code == 2
-    assert "holds a run that was finished, and its checkpoints are gone" in err
+    assert "holds a finished run without its checkpoints, which cannot be resumed" in err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert finetune("--remove", 1, "--epochs", 2, "--restart")[0] == 0
 

@@ -25,7 +25,9 @@ from lambda_vit.training.storage import log as live_log
 def finetuned(out: Any, **options: Any) -> Any:
     own = recipe(epochs=4, dilution_epochs=2)
     arguments = {"layers": (1,), "log_every": 2, **options}
-    return run_finetuning(tiny_vit(), own, TensorStream(train_set(), own), validation(), out=out, **arguments)
+    return run_finetuning(
+        tiny_vit(), own, lambda *_: (TensorStream(train_set(), own), validation()), out=out, **arguments
+    )
 
 
 def test_the_report_of_a_real_run(tmp_path):
@@ -62,7 +64,7 @@ def test_what_a_run_starts_from_is_measured_once(tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(run_record, "rows_before", refuse)
+    monkeypatch.setattr(run_record, "measure_baselines", refuse)
     assert finetuned(tmp_path).record["variants"] == before
 
 
@@ -80,7 +82,7 @@ def test_nothing_removed_is_compared_with_what_it_was(tmp_path):
 @pytest.mark.parametrize(("allowed", "names"), [(0, []), (3, ["full"])])
 def test_a_stop_leaves_out_what_was_not_measured(allowed, names):
     asked = iter([0] * allowed)  # the validation images come in three batches
-    rows = run_record.rows_before(tiny_vit(), (1,), validation(), Processes(), stop_signal=lambda: next(asked, 15))
+    rows = run_record.measure_baselines(tiny_vit(), (1,), validation(), Processes(), lambda: next(asked, 15))
     assert [row["name"] for row in rows] == names
 
 

@@ -11,6 +11,7 @@ from resume_support import check_same_end, killed_at
 from resume_support import forked as in_a_fork
 from small_models import small_vit
 from stream_support import make_images
+from torch import nn
 from training_support import train_set, trainer
 
 from lambda_kernels import from_pretrained
@@ -19,7 +20,6 @@ from lambda_vit.measure.accuracy import evaluate
 from lambda_vit.training.images.opening import open_training_data
 from lambda_vit.training.images.stream import DatasetStream
 from lambda_vit.training.loop import train_state
-from lambda_vit.training.loop.model_setup import prepare_model
 from lambda_vit.training.recipe import Recipe
 from lambda_vit.training.run import FinetuningRun, run_finetuning
 
@@ -31,12 +31,10 @@ RECIPE = Recipe(
 
 
 def fine_tune(images: Path, out: Path, recipe: Recipe = RECIPE, workers: int = 1) -> FinetuningRun:
-    model = prepare_model(small_vit(), recipe)
-    stream, val_loader = open_training_data(images, model, recipe, workers=workers, skip_bad=1)
-    try:
-        return run_finetuning(model, recipe, stream, val_loader, layers=(0, 2), out=out, log_every=1)
-    finally:
-        stream.close()
+    def open_data(model: nn.Module, recipe: Recipe) -> tuple:
+        return open_training_data(images, model, recipe, workers=workers, skip_bad=1)
+
+    return run_finetuning(small_vit(), recipe, open_data, layers=(0, 2), out=out, log_every=1)
 
 
 @pytest.fixture(scope="module")

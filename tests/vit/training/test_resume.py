@@ -277,7 +277,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(whole, tmp_p
     try:
         other.stdout.readline()
         with pytest.raises(
-            BlockingIOError, match=r"another process holds .*lock: wait for its end, or take another folder"
+            BlockingIOError, match=r"another process holds .*lock: wait until it ends, or use another folder"
         ):
             run(out)
         assert listing(out) == before

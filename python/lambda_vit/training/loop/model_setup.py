@@ -1,4 +1,4 @@
-"""What a recipe changes about a model before it is trained: input size, stochastic depth, dropout, frozen stages."""
+"""Changes to a model before it is trained: input size, stochastic depth, dropout, classifier, frozen stages."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ...models.properties import input_shape
+from ...models.properties import input_shape, one_device
+from ...runtime.seeding import mixed_seed, preserved, seed_all
 from ..recipe import Recipe
 
-# timm's names of what comes before the blocks.
+# timm's names of the modules and parameters in front of the blocks.
 EMBEDDING = ("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 
 
 def prepare_model(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Give `model`, in place, the input size, validation crop, stochastic depth and dropout that the recipe asks for.
+    """Set, in place, the input size, validation crop, stochastic depth and dropout of `model` as the recipe says.
 
-    To be called before the data are opened, whose images have the model's input size. Doing it again changes nothing.
+    The data must be opened afterwards, since their images get the model's input size. A second call changes nothing.
 
     Raises:
-        ValueError: The model cannot take another input size, or has no such dropout.
+        ValueError: The model cannot change its input size, or has no such dropout.
     """
     if recipe.img_size is not None and input_shape(model)[1:] != (recipe.img_size,) * 2:
         if not hasattr(model, "set_input_size"):
             raise ValueError(
-                f"img_size={recipe.img_size}: {type(model).__name__} keeps the input size it was built for"
+                f"img_size={recipe.img_size}: {type(model).__name__} cannot change the input size it was built for"
             )
         model.set_input_size(img_size=(recipe.img_size,) * 2)
-    if recipe.crop_pct is not None:  # kept with the model: whoever loads it has to crop as it was measured
+    if recipe.crop_pct is not None:  # saved with the model, which has to be used with the crop it was measured with
         model.pretrained_cfg = {**(model.pretrained_cfg or {}), "crop_pct": recipe.crop_pct}  # type: ignore[assignment]  # as timm does
     if recipe.drop_path is not None:
         _set_drop_path(model, recipe.drop_path)
@@ -36,6 +37,15 @@ def prepare_model(model: nn.Module, recipe: Recipe) -> nn.Module:
             raise ValueError(f"drop={recipe.drop:g}: {type(model).__name__} has no dropout before its classifier")
         model.head_drop.p = recipe.drop
     return model
+
+
+def replace_classifier(model: nn.Module, num_classes: int, seed: int) -> None:
+    """Give `model` a new classifier, the same in every process and after every interruption: it follows from the seed."""
+    device = one_device(model)
+    with preserved():
+        seed_all(mixed_seed("classifier", seed))
+        model.reset_classifier(num_classes)
+    model.to(device)
 
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:
@@ -51,10 +61,10 @@ def _set_drop_path(model: nn.Module, rate: float) -> None:
 
 
 def frozen_parts(model: nn.Module, stages: Sequence[str | int]) -> list[nn.Module | nn.Parameter]:
-    """The modules and parameters of `stages`: "embed" is all before the blocks, a number is a block.
+    """The modules and parameters of `stages`: "embed" is everything in front of the blocks, a number is a block.
 
     Raises:
-        ValueError: A block that there is not.
+        ValueError: The model has no such block.
     """
     parts: list[nn.Module | nn.Parameter] = []
     for stage in stages:
@@ -69,7 +79,7 @@ def frozen_parts(model: nn.Module, stages: Sequence[str | int]) -> list[nn.Modul
 
 
 def set_training_mode(model: nn.Module, stages: Sequence[str | int]) -> None:
-    """Training mode for all but the frozen stages, whose dropout and stochastic depth would only add noise."""
+    """Set training mode, except in frozen stages, where dropout and stochastic depth would only add noise."""
     model.train()
     for part in frozen_parts(model, stages):
         if isinstance(part, nn.Module):

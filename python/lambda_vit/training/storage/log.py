@@ -226,18 +226,18 @@ def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:
     return value
 
 
-# A report may take this share of the time since the one before it; the first waits as if one had taken FIRST seconds.
+# A report may take this share of the time since the previous one; the first waits as if one had taken FIRST seconds.
 SHARE = 0.02
 FIRST = 3.0
 
 
 class LiveLog(RunLog):
-    """Calls back while a run trains: with a line for each epoch and notice, and for a report after an epoch.
+    """A log that calls back while the run trains: with a line of text per epoch and notice, and to write reports.
 
     Args:
-        log_fn: Receives each line.
-        report: Writes the report of the folder it receives. It is called where that costs next to nothing: runs with
-            epochs of seconds have theirs from time to time. Whoever runs them writes the last one.
+        log_fn: Receives each line, on rank 0.
+        report: Receives the folder of the log after an epoch, on rank 0, to write its report. It is called only where that
+            costs next to nothing, so epochs of seconds rarely call it; the report at the end of the run is the caller's.
 
     Other arguments are those of `RunLog`.
     """
@@ -255,22 +255,29 @@ class LiveLog(RunLog):
 
     def write(self, kind: str, **fields: Any) -> None:
         super().write(kind, **fields)
-        if self._processes.is_main and kind in ("epoch", "notice"):
-            self._log_fn(fields["text"] if kind == "notice" else _line(fields))
-        now = time.monotonic()
-        if kind != "epoch" or self._report is None or not self._processes.is_main:
+        if kind in ("epoch", "notice"):
+            self.announce(fields["text"] if kind == "notice" else _epoch_line(fields))
+        if kind == "epoch" and self._report is not None and self._processes.is_main:
+            self._write_report(self._report)
+
+    def announce(self, line: str) -> None:
+        """Pass a line to `log_fn`, on rank 0; the file does not receive it."""
+        if self._processes.is_main:
+            self._log_fn(line)
+
+    def _write_report(self, report: Callable[[Path], object]) -> None:
+        if self._took > SHARE * (time.monotonic() - self._reported):
             return
-        if self._took > SHARE * (now - self._reported):
-            return
-        # The training is worth more than a picture of it: a full disk is told when the next checkpoint meets it.
+        begun = time.monotonic()
+        # Training is worth more than its report: a full disk is an error when the next checkpoint meets it.
         with contextlib.suppress(Exception):
-            self._report(self.path.parent)
+            report(self.path.parent)
         self._reported = time.monotonic()
-        self._took = self._reported - now
+        self._took = self._reported - begun
 
 
-def _line(row: dict[str, Any]) -> str:
-    """An epoch, for a reader."""
+def _epoch_line(row: dict[str, Any]) -> str:
+    """An epoch as a line of text."""
     parts = [f"Epoch {row['epoch']}"]
     for name, form in (("loss", "loss {:.3f}"), ("top1", "top-1 {:.2f} %"), ("top1_ema", "averaged {:.2f} %")):
         if row.get(name) is not None:
@@ -278,5 +285,5 @@ def _line(row: dict[str, Any]) -> str:
     if row.get("attention") == "diluting":
         parts.append(f"λ {row['lambda']:.2f}")
     if row.get("best"):
-        parts.append("the best so far")
+        parts.append("best so far")
     return ", ".join(parts)
