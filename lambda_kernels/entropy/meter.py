@@ -389,7 +389,10 @@ class EntropyMeter:
 
     def _receive(self, state: State) -> None:
         """Append the state of new samples, or replace the state so far by one that includes the new batch."""
-        self._parts = [*self._parts, state] if self.per == "sample" else [state]
+        if self.per == "sample":
+            self._parts.append(state)
+        else:
+            self._parts = [state]
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("kind", "per", "bins", "range", "base")}

@@ -73,7 +73,7 @@ def _edges(low: float, high: float, bins: int) -> list[float]:
 
 def check_options(bins: int, base: float) -> None:
     """Raise ValueError unless a meter can have these."""
-    require_int("bins", bins, 2, MAX_BINS)
+    require_int("bins", bins, 2, MAX_BINS, strict=True)
     if not (isinstance(base, Real) and 0 < base < math.inf and base != 1):
         raise ValueError(f"base must be positive, finite and not 1; got {base!r}")
 
@@ -142,7 +142,7 @@ class State:
         return self.outside
 
     def dyadic(self, bins: int) -> Grid:
-        """`grid`, unpack, of a histogram whose bins follow the data."""
+        """`grid` as a `Grid`, of a histogram whose bins follow the data."""
         assert self.grid is not None, "the bins of this state are fixed"
         return Grid.unpack(self.grid, bins)
 

@@ -46,6 +46,7 @@ def require_int(
     *,
     more: str = "",
     wrong_type: type[Exception] = ValueError,
+    strict: bool = False,
 ) -> int:
     """`value` as a Python integer.
 
@@ -56,11 +57,12 @@ def require_int(
         maximum: Highest allowed value, with a minimum; None: any.
         more: What else the message says is allowed, such as " or None".
         wrong_type: The exception for a value that is no integer.
+        strict: Refuse what only converts to an int, for callers that go on with `value` itself.
 
     Raises:
         ValueError: `value` is no integer, or outside the bounds.
     """
-    number = as_int(value)
+    number = None if strict and not isinstance(value, int) else as_int(value)
     if number is None or (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
         bounds = (
             "" if minimum is None else f" of at least {minimum}" if maximum is None else f" from {minimum} to {maximum}"

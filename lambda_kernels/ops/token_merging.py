@@ -59,8 +59,8 @@ def match_tokens(keys: Tensor, r: int, *, protected: int = 0) -> Merge:
     check_tensor("keys", keys)
     if keys.dim() != 3:
         raise ValueError(f"keys must have shape [B, N, D]; got {list(keys.shape)}")
-    require_int("r", r, 0, wrong_type=TypeError)
-    require_int("protected", protected, 0, wrong_type=TypeError)
+    r = require_int("r", r, 0, wrong_type=TypeError)
+    protected = require_int("protected", protected, 0, wrong_type=TypeError)
     batch, tokens, _ = keys.shape
     if protected > tokens:
         raise ValueError(f"protected must be at most the {tokens} tokens there are; got {protected}")

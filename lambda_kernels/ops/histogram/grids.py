@@ -137,7 +137,7 @@ def bfloat16_codes() -> CodeGrid:
 
 def check_bins(bins: int, at_least: int = 1) -> None:
     """Raise unless `bins` is an int that a histogram can have."""
-    require_int("bins", bins, at_least, MAX_BINS, wrong_type=TypeError)
+    require_int("bins", bins, at_least, MAX_BINS, wrong_type=TypeError, strict=True)
 
 
 def uniform_grid(
@@ -169,7 +169,7 @@ def uniform_grid(
     for name, edge in edges.items():
         if name not in given and not isinstance(edge, Real):
             raise TypeError(f"{name} must be a number or a tensor; got {type(edge).__name__}")
-    require_int("channels", channels, 0, wrong_type=TypeError)
+    require_int("channels", channels, 0, wrong_type=TypeError, strict=True)
     if given:
         check_same_device(given)
         channels = next(iter(given.values())).numel()

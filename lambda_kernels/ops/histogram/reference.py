@@ -1,4 +1,4 @@
-"""A plain-PyTorch twin of every operator: the test oracle in float64, the CPU path, the baseline of the benchmarks."""
+"""The histogram operator in plain PyTorch: the test oracle in float64, the CPU path, the baseline of the benchmarks."""
 
 from __future__ import annotations
 

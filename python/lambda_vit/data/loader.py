@@ -110,7 +110,7 @@ def make_loader(
         CorruptImageError: While iterating, at the first unreadable image beyond `skip_bad`.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("skip_bad", skip_bad, 0)):
-        require_int(name, value, least)
+        require_int(name, value, least, strict=True)
     if len(dataset) == 0:
         where = f"split {dataset.split!r} of {dataset.root}" if isinstance(dataset, ImageDataset) else repr(dataset)
         raise ValueError(f"the dataset is empty ({where}): nothing to iterate over")
@@ -133,7 +133,7 @@ def subset(dataset: Any, samples: int, *, seed: int | None = None) -> Any:
     Raises:
         ValueError: `samples` below 1.
     """
-    require_int("samples", samples, 1)
+    require_int("samples", samples, 1, strict=True)
     if samples > len(dataset):
         warnings.warn(f"samples={samples} is more than the {len(dataset)} there are: using all", stacklevel=2)
     rng = None if seed is None else np.random.default_rng(seed)

@@ -89,7 +89,7 @@ def trace_model(
     structure = inspect_model(core)
     _refuse_kernels_by_name(core)
     if batch_size is not None:
-        require_int("batch_size", batch_size, 1, more=", or None for any number of images")
+        require_int("batch_size", batch_size, 1, more=", or None for any number of images", strict=True)
     features = isinstance(model, FeatureGetterNet)
     if features and class_names is not None:
         raise ValueError("class_names are for classifiers; a feature model gives maps")

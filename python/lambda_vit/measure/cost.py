@@ -42,7 +42,7 @@ def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None,
         image_size: (channels, height, width), or pixels a side. Default: the size that the model was built for.
         batch_size: Batch size of the forward whose memory is measured. FLOPs are always per image.
     """
-    require_int("batch_size", batch_size, 1)
+    require_int("batch_size", batch_size, 1, strict=True)
     shape = input_shape(model, image_size)
     runner = ModelRunner(model, None)
     parameters = sum(p.numel() for p in model.parameters())

@@ -63,7 +63,7 @@ def compare_latency(
     if not models:
         raise ValueError("models is empty: pass at least one, such as {'model': model}")
     for name, value in (("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
-        require_int(name, value, 1)
+        require_int(name, value, 1, strict=True)
     runners = {name: ModelRunner(model, device) for name, model in models.items()}
     devices = {name: runner.device for name, runner in runners.items()}
     expected = next(iter(devices.values())) if device is None else resolve_device(device)

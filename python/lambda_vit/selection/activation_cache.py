@@ -104,7 +104,7 @@ class ActivationCache:
         if cache not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}; got {cache!r}")
         if budget is not None:
-            require_int("cache_budget", budget, 1, more=", a number of bytes")
+            require_int("cache_budget", budget, 1, more=", a number of bytes", strict=True)
         self.plan: CachePlan | None = None
         self._runner, self._loader, self._device, self._dtype = runner, loader, device, dtype
         self._cache, self._budget, self._folder, self._classes = cache, budget, folder, classes

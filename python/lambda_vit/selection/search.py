@@ -147,7 +147,7 @@ class SearchOptions:
         check_choice("strategy", self.strategy, tuple(STRATEGIES))
         if self.signed and self.strategy != "nose-signed":
             raise ValueError(f"signed=True belongs to strategy 'nose'; got {self.strategy!r}")
-        require_int("beam", self.beam, 1)
+        require_int("beam", self.beam, 1, strict=True)
         if self.beam > 1 and STRATEGIES[self.strategy].how != "greedy":
             raise ValueError(f"beam={self.beam} requires a greedy strategy; {self.strategy!r} does not search")
         if (self.layers is None) == (self.strategy == "explicit"):

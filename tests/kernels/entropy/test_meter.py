@@ -479,3 +479,20 @@ def test_updates_on_a_gpu_read_no_value(mode, per, monkeypatch):
         assert meters[0]._parts[0].device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             meters[0].moments().count.tolist()
+
+
+def test_bins_of_another_type_are_refused():
+    """What `save` writes must be what `load` and other ranks can read."""
+    for bins in (np.int64(64), torch.tensor(64), True, 64.0):
+        with pytest.raises(ValueError, match="bins must be an integer"):
+            EntropyMeter("histogram", bins=bins)
+
+
+def test_documented_modules_hand_on_functions():
+    from lambda_kernels.ops import histogram, ln_mlp
+
+    assert callable(histogram.histogram)
+    assert callable(histogram.moments)
+    assert callable(ln_mlp.ln_mlp)
+    for module in (histogram, ln_mlp):
+        assert all(hasattr(module, name) for name in module.__all__)

@@ -263,7 +263,7 @@ class DatasetStream(TrainingStream):
         pin_memory: bool = False,
     ) -> None:
         for name, value, least in (("workers", workers, 0), ("skip_bad", skip_bad, 0), ("prefetch", prefetch, 1)):
-            require_int(name, value, least)
+            require_int(name, value, least, strict=True)
         super().__init__(len(dataset), recipe, shard=shard, skip_bad=skip_bad, what=_name(dataset))
         self.dataset = dataset
         self.workers = workers

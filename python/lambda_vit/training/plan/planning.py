@@ -127,7 +127,7 @@ def split_epochs(
     given = {"epochs": epochs, "dilution_epochs": dilution_epochs, "recovery_epochs": recovery_epochs}
     for name, value in given.items():
         if value is not None:
-            require_int(name, value, 0 if name != "epochs" else 1)
+            require_int(name, value, 0 if name != "epochs" else 1, strict=True)
     if epochs is None:
         dilution = DILUTION_EPOCHS if dilution_epochs is None else dilution_epochs
         recovery = RECOVERY_EPOCHS if recovery_epochs is None else recovery_epochs
@@ -192,7 +192,7 @@ def plan_training(
         ("batch_size", batch_size, 1),
         ("devices", devices, 1),
     ):
-        require_int(name, value, least)
+        require_int(name, value, least, strict=True)
     split_epochs(None, dilution_epochs, recovery_epochs)
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: expected a positive number of seconds to measure for")
