@@ -195,7 +195,7 @@ def test_nothing_is_recommended_where_the_first_pick_is_too_much():
     assert reason.startswith(
         "Remove no layer unless you train afterwards. The first pick, block 5, changes top-1 to 60.0 %"
     )
-    assert "Accuracy returns within the tolerance after 2 picks" in reason
+    assert "Top-1 returns within the tolerance after 2 picks" in reason
     assert "does not meet the budget (2 layers), which requires all 2 picks, and training" in reason
     assert "interval of the difference" not in reason.splitlines()[1]
     only = recommend(made([80.0, 60.0]), wanted="1 layer")["reason"]

@@ -133,7 +133,8 @@ class _View:
             back = [n for n in range(chosen + 2, last + 1) if within[n]]
             if back:
                 words.append(
-                    f"Accuracy returns within the tolerance after {back[0]} picks; such a recovery may be chance."
+                    f"{name[0].upper()}{name[1:]} returns within the tolerance after {back[0]} picks; "
+                    "such a recovery may be chance."
                 )
         else:
             words.append("All picks stay within the tolerance: removing more layers may be possible.")
@@ -193,7 +194,9 @@ def _outlook(steps: Sequence[Mapping[str, Any]], chosen: int, wanted: str | None
     last = len(steps) - 1
     words = ["Training after the removal usually recovers accuracy; these figures cannot predict how much."]
     if wanted and not reached:
-        words.append(f"{_picks(last, last).capitalize()} do not meet the budget ({wanted}) either.")
+        words.append(
+            f"{_picks(last, last).capitalize()} {'do' if last > 1 else 'does'} not meet the budget ({wanted}) either."
+        )
     elif wanted and chosen == last:
         words.append(f"This meets the budget: {wanted}.")
     elif wanted:
