@@ -83,11 +83,15 @@ def remove_attention(model: nn.Module, removed: tuple[int, ...], settings: Conve
         UnsupportedModelError: Tokens cannot be merged in this model, which is unchanged.
         BackendUnavailableError: The backend was requested by name and cannot run; the model is unchanged.
     """
-    return _replace_blocks(model, removed, settings, plan_merging(model, removed, settings))
+    return _replace_blocks(model, removed, settings, plan_merging(model, removed, settings), stacklevel=4)
 
 
 def _replace_blocks(
-    model: nn.Module, removed: tuple[int, ...], settings: ConversionSettings, merges: dict[int, int]
+    model: nn.Module,
+    removed: tuple[int, ...],
+    settings: ConversionSettings,
+    merges: dict[int, int],
+    stacklevel: int = 3,
 ) -> nn.Module:
     fuse, options = settings.fuse, settings.block_options | {"fuse": settings.fuse != "none"}
     new = [
@@ -101,8 +105,10 @@ def _replace_blocks(
         _refuse_modules(new, rows, settings.backend)
     hooked = [i for i in removed if has_hooks(model.blocks[i])]
     if hooked:
-        warnings.warn(f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=3)
-    _warn_without_recompute(rows, fuse, settings.recompute)
+        warnings.warn(
+            f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=stacklevel
+        )
+    _warn_without_recompute(rows, fuse, settings.recompute, stacklevel + 1)
     for index, block in enumerate(new):
         model.blocks[index] = block
     blocks = model.blocks = wrap_block_sequence(model.blocks, bool(merges))
@@ -130,14 +136,14 @@ def _refuse_modules(blocks: Sequence[nn.Module], rows: Sequence[BlockInfo], back
         )
 
 
-def _warn_without_recompute(rows: Sequence[BlockInfo], fuse: str, recompute: str) -> None:
+def _warn_without_recompute(rows: Sequence[BlockInfo], fuse: str, recompute: str, stacklevel: int) -> None:
     """Warn about blocks that should recompute and cannot. timm's own blocks should only with `fuse="all"`."""
     if recompute in ("auto", "none"):
         return
     asked = [row for row in rows if row.recompute == "none" and (row.mlp != "timm" or fuse == "all")]
     for reason in dict.fromkeys(row.recompute_reason for row in asked):
         blocks = [row.block for row in asked if row.recompute_reason == reason]
-        warnings.warn(f"blocks {blocks} save all that autograd saves: {reason}", stacklevel=4)
+        warnings.warn(f"blocks {blocks} save all that autograd saves: {reason}", stacklevel=stacklevel)
 
 
 def _convert_kept_block(

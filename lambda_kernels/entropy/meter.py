@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import histogram as ops
 from ..ops.checks import check_choice, check_tensor
-from ..ops.histogram import function as ops
 from ..ops.histogram import reference
 from . import distributed, storage
 from . import state as entropy_state

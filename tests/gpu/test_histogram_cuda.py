@@ -9,7 +9,7 @@ import torch
 from extension_support import require_extension
 from torch import Tensor
 
-from lambda_kernels.ops.histogram import function as ops
+from lambda_kernels.ops import histogram as ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -17,29 +17,8 @@ from torch import Tensor
 from ...errors import BackendUnavailableError
 from ..checks import FLOATING, check_choice, check_same_device, check_tensor, dtype_name
 from . import _extension, reference
-from .grids import MAX_BINS, CodeGrid, Grid, bfloat16_codes, dyadic_grid, regrid, regrid_codes, uniform_grid
+from .grids import CodeGrid, Grid
 from .moments import Moments
-
-__all__ = [
-    "BACKENDS",
-    "MAX_BINS",
-    "PER",
-    "CodeGrid",
-    "Grid",
-    "Histogram",
-    "HistogramFallbackWarning",
-    "Moments",
-    "bfloat16_codes",
-    "dyadic_grid",
-    "extrema",
-    "histogram",
-    "histogram_backend",
-    "moments",
-    "regrid",
-    "regrid_codes",
-    "rows_of",
-    "uniform_grid",
-]
 
 BACKENDS = ("auto", "extension", "torch")
 PER = reference.PER

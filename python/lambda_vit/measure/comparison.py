@@ -68,7 +68,7 @@ def make_row(
         "removed": removed,
         "residual_scale": scale,
         "trained": trained,
-        **found.to_dict(),
+        **Score.to_dict(found),  # an evaluation's speed and divergence are no figures of a row
         "agreement": found.agreement,
         "parameters": costs.parameters,
         "flops": costs.flops,

@@ -81,7 +81,7 @@ def compare_latency(
                 for name, r in runners.items()
             }
             budget = math.inf if seconds is None else seconds / len(batch_sizes)
-            times = interleaved_timing(calls, expected, f"Latency, batch {size}", rounds, warmup, budget)
+            times = interleaved_timing(calls, expected, f"Latency, batch {size}", rounds, warmup, budget, budget)
             for name, latency in times.items():
                 result[name][size] = latency
     return result
@@ -94,6 +94,7 @@ def interleaved_timing(
     rounds: int,
     warmup: int,
     seconds: float,
+    warmup_seconds: float,
     watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, Latency]:
     """Time calls in turn, so that a change of clock or load affects all alike.
@@ -104,7 +105,8 @@ def interleaved_timing(
         description: Text of the progress bar.
         rounds: Timed calls of each; the order rotates from one round to the next.
         warmup: Untimed calls of each before them.
-        seconds: A time budget. It cuts the warm-up to one call of each and the rounds to no fewer than five.
+        seconds: A time budget for all. It cuts the rounds to no fewer than five.
+        warmup_seconds: The part of it that the warm-up may use. It cuts the warm-up to one call of each.
         watch: Called with the name; returns a context that is entered around each timed call.
     """
     names = list(calls)
@@ -112,12 +114,13 @@ def interleaved_timing(
     started = time.perf_counter()
     with progress.task(description, rounds) as advance:
         for done in range(warmup):
-            if done and time.perf_counter() - started > seconds / 4:
+            if done and time.perf_counter() - started > warmup_seconds:
                 break
             for name in names:
                 calls[name]()
         for turn in range(rounds):
             if turn >= MINIMUM_ROUNDS and time.perf_counter() - started > seconds:
+                advance(rounds - turn)
                 break
             first = turn % len(names)
             for name in itertools.chain(names[first:], names[:first]):

@@ -37,11 +37,11 @@ def skip_attention(model: nn.Module, skip: Sequence[int] | SupportsLayers) -> nn
     structure = inspect_model(model)
     refuse_merging(structure, "skipping attention")
     skip = check_indices(skip, structure.depth, "skip")
-    blocks = [_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
+    blocks = [view_without_attention(block) if i in skip else block for i, block in enumerate(model.blocks)]
     return with_blocks(model, blocks)
 
 
-class _Inject(nn.Module):
+class InjectTokens(nn.Module):
     """A replacement of all blocks that returns their known output."""
 
     def __init__(self, tokens: Tensor) -> None:
@@ -52,7 +52,7 @@ class _Inject(nn.Module):
         return self.tokens
 
 
-def _without_attention(block: nn.Module) -> nn.Module:
+def view_without_attention(block: nn.Module) -> nn.Module:
     return block if isinstance(block, AttentionFreeBlock) else AttentionFreeBlock.from_block(block)
 
 
@@ -64,7 +64,7 @@ def with_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
     return view
 
 
-def _without_stem(model: nn.Module) -> nn.Module:
+def view_without_stem(model: nn.Module) -> nn.Module:
     """A shallow copy of a timm model whose input is the output of the last block."""
     view, stem = with_blocks(model, ()), find_stem(model)
     view._parameters = dict(model._parameters)

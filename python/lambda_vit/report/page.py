@@ -1,7 +1,7 @@
 """The report of a run: JSON, Markdown, one picture, one self-contained HTML page; and its short form for a terminal.
 
 The record comes in as plain JSON types. It is checked first, then every section is turned once into text and tables
-(`report_sections`), which both templates lay out: the page and the Markdown cannot disagree. Files are written last,
+(`sections`), which both templates lay out: the page and the Markdown cannot disagree. Files are written last,
 and none before all are safely on disk.
 """
 

@@ -19,7 +19,7 @@ from lambda_kernels.errors import UnsupportedModelError
 
 from ..data import batches
 from ..data.batches import Images
-from ..models.views import _Inject, _without_attention, _without_stem, with_blocks
+from ..models.views import InjectTokens, view_without_attention, view_without_stem, with_blocks
 from .prefix_cache import FULL, Prefix, PrefixCache, SkippedBlocks
 
 # The arguments of a block besides its tokens: rotary embeddings, position biases, a mask.
@@ -139,7 +139,7 @@ class PathRunner:
 
     def _without(self, index: int) -> nn.Module:
         if index not in self._free:
-            self._free[index] = _without_attention(self._blocks[index])
+            self._free[index] = view_without_attention(self._blocks[index])
         return self._free[index]
 
     def run(self, index: int, skipped: bool, x: Tensor, kwargs: BlockKwargs) -> Tensor:
@@ -183,7 +183,7 @@ class PathRunner:
             assert self._back is not None, "a model that was not split needs its images"
             back, argument = self._back, x
         else:
-            back, argument = with_blocks(self._model, [_Inject(x)]), images
+            back, argument = with_blocks(self._model, [InjectTokens(x)]), images
         if self.score == "logits":
             logits = back(argument)
             return Outputs(logits, logits)
@@ -195,7 +195,7 @@ class PathRunner:
     def _split(self, images: Images) -> None:
         """Find out on a few images whether the model's end can run without its beginning."""
         few = batches.first(images, 2)
-        self._back = _without_stem(self._model)
+        self._back = view_without_stem(self._model)
         wanted = self._model(few)
         x, self._kwargs = self._before_blocks(few)
         for index, kwargs in enumerate(self._kwargs):
@@ -208,7 +208,7 @@ class PathRunner:
             if _same_numbers(found, wanted):
                 return
             self.why_images = "its forward does more than embedding, blocks, norm and head one after the other"
-        if not _same_numbers(with_blocks(self._model, [_Inject(x)])(few), wanted):
+        if not _same_numbers(with_blocks(self._model, [InjectTokens(x)])(few), wanted):
             raise UnsupportedModelError(
                 f"the forward of this {type(self._model).__name__} does not run its blocks once, one after the other, on "
                 "what goes into the first: paths through them cannot be measured"

@@ -266,7 +266,7 @@ def load_recipe(
     """Load a shipped recipe, a YAML file, or the defaults, and apply `overrides`.
 
     Args:
-        name_or_path: A name that `shipped` lists, or a YAML file of fields of `Recipe`; None: the defaults.
+        name_or_path: A name that `list_recipes` lists, or a YAML file of fields of `Recipe`; None: the defaults.
         overrides: Fields that replace those of the file. `base_lr` also replaces the file's `lr`, and a `dilution` of "none"
             its `dilution_epochs`.
 

@@ -348,3 +348,14 @@ def test_who_may_read_is_left_to_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
+
+
+def test_a_warning_names_the_line_that_loads(tmp_path):
+    save_pretrained(convert_vit(small_vit(), (1,)), tmp_path)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.warns(UserWarning, match="save all that autograd saves") as found:
+            from_pretrained(tmp_path, recompute="all")
+    finally:
+        handle.remove()
+    assert {warning.filename for warning in found} == {__file__}

@@ -19,7 +19,7 @@ from lambda_kernels import EntropyMeter, NonFiniteActivationError, gaussian_entr
 from lambda_kernels.entropy import state
 from lambda_kernels.entropy.meter import PER, update_together
 from lambda_kernels.entropy.state import STD_FLOOR
-from lambda_kernels.ops.histogram import function as ops
+from lambda_kernels.ops import histogram as ops
 
 
 def test_gaussian_is_log_sigma():

@@ -13,7 +13,7 @@ from histogram_support import both_backends, counting_with, values_by_row
 from torch import Tensor
 
 from lambda_kernels import EntropyMeter
-from lambda_kernels.ops.histogram import function as ops
+from lambda_kernels.ops import histogram as ops
 from lambda_kernels.ops.histogram import reference
 
 ROWS, CHANNELS = 200, 2

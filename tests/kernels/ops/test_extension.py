@@ -14,8 +14,8 @@ from extension_support import require_extension, tool
 from places import REPOSITORY
 
 from lambda_kernels.errors import BackendUnavailableError, ExtensionUnavailableError
-from lambda_kernels.ops.histogram import _extension
-from lambda_kernels.ops.histogram import function as ops
+from lambda_kernels.ops import histogram as ops
+from lambda_kernels.ops.histogram import _extension, function
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_by_name_on_a_device_without_code(library: str) -> None:
 def test_auto_falls_back_with_one_notice(
     broken: list[int], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr(ops, "_noticed", False)
+    monkeypatch.setattr(function, "_noticed", False)
     x, grid = torch.tensor([[0.1], [0.9], [2.0]]), ops.uniform_grid(0.0, 1.0, 2)
     for _ in range(2):
         result = ops.histogram(x, grid)
@@ -165,7 +165,7 @@ def test_auto_takes_the_extension(library: str) -> None:
     ],
 )
 def test_architectures_cover(architectures: str, capability: tuple[int, int], covered: bool) -> None:
-    assert ops._architectures_cover(architectures, capability) is covered
+    assert function._architectures_cover(architectures, capability) is covered
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF only")

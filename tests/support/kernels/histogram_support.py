@@ -14,8 +14,8 @@ import torch
 from extension_support import require_extension
 from torch import Tensor
 
+from lambda_kernels.ops import histogram as ops
 from lambda_kernels.ops.histogram import _extension
-from lambda_kernels.ops.histogram import function as ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("extension", "torch")

@@ -1,9 +1,7 @@
 """What a fine-tuning left in its folder, as the record that a report is made of.
 
-Everything comes from run.json and log.jsonl (`training.run` and `training.run_log` say what they hold), so a report can be
-made at any moment: of a run that goes on, was killed, or ended long ago. Beyond what `training.run` names, run.json may have
-`variants` (rows of `comparison.make_row`; "full" and "untrained" from before the training, "model" for its result),
-`kernel_paths` and `next_commands`.
+Everything comes from run.json and log.jsonl (`training.run_record` and `training.storage.log` describe both), so that a
+report can be made at any moment: while a run continues, after an interruption, or long after its end.
 """
 
 from __future__ import annotations

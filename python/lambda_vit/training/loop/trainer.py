@@ -78,7 +78,7 @@ class Trainer:
         model: What is trained.
         train_state: The model, with optimizer and average.
         position: Optimizer steps done.
-        history: A dict per epoch; see `run_log` for the fields.
+        history: A dict per epoch; see `storage.log` for the fields.
         attention_removal: What the log says of λ = 0, or None before it and where there is none.
         best: The best epoch so far.
         stopped: Number of the signal that `train` ended on; 0 for none.

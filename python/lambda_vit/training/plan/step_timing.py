@@ -92,6 +92,7 @@ def time_steps(
             _ROUNDS,
             _WARMUP,
             seconds,
+            seconds / 4,
             watch_memory if device.type == "cuda" else contextlib.nullcontext,
         )
     return {name: (times[name], peaks[name]) for name in networks}

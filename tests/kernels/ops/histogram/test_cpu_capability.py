@@ -15,8 +15,8 @@ from extension_support import require_extension
 from histogram_support import assert_as_the_rule, moments_of, values_by_row
 from torch import Tensor
 
+from lambda_kernels.ops import histogram as ops
 from lambda_kernels.ops.histogram import _extension
-from lambda_kernels.ops.histogram import function as ops
 
 VARIABLE = "LAMBDA_KERNELS_CPU_CAPABILITY"
 NAMES = ("AVX512", "AVX2", "plain")

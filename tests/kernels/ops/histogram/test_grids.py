@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lambda_kernels.ops.histogram import function as ops
+from lambda_kernels.ops import histogram as ops
 from lambda_kernels.ops.histogram import grids
 
 relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from lambda_kernels.ops.histogram import _extension
-from lambda_kernels.ops.histogram import function as ops
+from lambda_kernels.ops import histogram as ops
+from lambda_kernels.ops.histogram import _extension, function
 
 # Counting in a new process is slow the first time, which is no reason to fail.
 relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -326,7 +326,7 @@ def test_views_are_read_in_place(name: str, per: str) -> None:
     else:
         base = torch.arange(4 * 7 * 6.0).reshape(4, 7, 6)
         x = VIEWS[name](base)
-    source = ops._source(x, per)
+    source = function._source(x, per)
     assert (source.untyped_storage().data_ptr() == base.data_ptr()) == (name != "five strides")
     rows = {"channel": source.permute(2, 0, 1), "layer": source[None], "sample": source}[per]
     expected = [sorted(row) for row in values_by_row(x, per)]
