@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
@@ -55,9 +56,11 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(files, tmp_path, monkeypatch) -> Path:
+def place(files, tmp_path, monkeypatch) -> Iterator[Path]:
     """The present folder, with what documents name in it, where timm's models are small."""
     import timm
+
+    from lambda_vit.selection.strategies import STRATEGIES
 
     lay_out(files, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -71,7 +74,8 @@ def place(files, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(timm.models._hub, "_has_hf_hub", True)  # older versions refuse a newer huggingface_hub
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command line sets its own
-    return tmp_path
+    with mock.patch.dict(STRATEGIES):  # a page registers its own
+        yield tmp_path
 
 
 def beginning(page: str) -> dict[str, object]:
