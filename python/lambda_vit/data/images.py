@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .decoding import decode_image
 from .fingerprints import describe_dataset
 from .sources import SPLIT_NAMES, Folder, Zip, extensions, find_split, open_source
 
@@ -88,12 +88,10 @@ class ImageDataset(Dataset[Any]):
 
 def decoded_sample(dataset: Any, read: Callable[[], bytes], path: str, label: int) -> tuple[Tensor, int] | BadImage:
     """Decode one sample of a dataset that has `transform` and `on_bad`."""
-    from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
     try:
-        with Image.open(io.BytesIO(read())) as opened:
-            image = opened.convert("RGB")
+        image = decode_image(read())
     except Exception as error:  # PIL and zipfile raise almost any exception for damaged bytes
         # PIL's message for a file of another kind names a memory buffer.
         unknown = type(error).__name__ == "UnidentifiedImageError"
