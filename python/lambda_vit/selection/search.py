@@ -15,6 +15,7 @@ from lambda_kernels.convert.checks import check_indices, check_removal, unwrap_l
 from lambda_kernels.ops.checks import check_choice, require_int
 
 from ..data.fingerprints import data_fingerprint, model_fingerprint
+from ..measure.dtype_speed import warn_if_slow
 from ..models.properties import model_name
 from ..runtime.capture import capture_warnings
 from ..runtime.processes import Processes
@@ -205,6 +206,9 @@ class Searcher:
         if self.is_control:
             return self._select_control(), None
         with self._open_measurement() as measurement:
+            if self.processes.is_main:
+                cast = "cast the model with model.float()"
+                warn_if_slow(measurement.dtype, measurement.device, cast, stacklevel=3)
             state, progress = self.before_search(measurement)
             state = self.run_search(measurement, state, progress)
             engine = measurement.engine()

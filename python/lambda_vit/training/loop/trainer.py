@@ -21,7 +21,8 @@ from lambda_kernels.convert.checks import check_indices, unwrap_layers
 
 from ...data.fingerprints import data_fingerprint, model_fingerprint
 from ...measure.accuracy import Score, score
-from ...models.properties import one_device
+from ...measure.dtype_speed import warn_if_slow
+from ...models.properties import one_device, one_dtype
 from ...runtime.formatting import format_differences
 from ...runtime.processes import Processes, ProcessLostError
 from ...runtime.progress import task
@@ -29,7 +30,7 @@ from ..dilution import LambdaSchedule
 from ..recipe import Recipe
 from ..storage.best_model import Best
 from .loss_sync import LossSync, StepResult
-from .train_state import TrainState
+from .train_state import AMP, TrainState
 
 if TYPE_CHECKING:
     from ...selection.result import Selection
@@ -130,6 +131,10 @@ class Trainer:
             model = model.to(device)
         if teacher is not None:
             teacher = teacher.to(one_device(model))
+        if self.processes.is_main:
+            asked = recipe.amp != "none"
+            remedy = "omit --amp (amp='none' in Python)" if asked else "cast the model with model.float()"
+            warn_if_slow(AMP.get(recipe.amp, one_dtype(model)), one_device(model), remedy, stacklevel=3)
         per_epoch = stream.steps_per_epoch
         self.train_state = TrainState(model, recipe, self.layers, per_epoch, self.processes, teacher)
         self.model = self.train_state.model

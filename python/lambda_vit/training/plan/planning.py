@@ -22,6 +22,7 @@ from lambda_kernels.convert.checks import check_indices
 from lambda_kernels.ops.checks import dtype_name, require_int
 
 from ...measure.cost import cost
+from ...measure.dtype_speed import warn_if_slow
 from ...measure.latency import Latency
 from ...models.properties import input_shape, one_device, one_dtype
 from ...runtime.formatting import format_size
@@ -211,6 +212,7 @@ def plan_training(
     fading = prepare(model, chosen, recompute=recompute)  # refuses what cannot be removed, before anything is measured
     set_lambda(fading, 0.5)
     where = torch.empty(0, device=one_device(model) if device is None else device).device
+    warn_if_slow(dtype, where, "cast the model with model.float()", stacklevel=2)
     epochs = {"full": 0, "diluting": dilution_epochs, "final": recovery_epochs}
     timed = [name for name, count in epochs.items() if count]
     share = seconds / (len(timed) + (loader is not None))
