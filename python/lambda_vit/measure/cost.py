@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
 from lambda_kernels.ops.checks import require_int
 
@@ -96,10 +97,23 @@ class _Trace(TorchDispatchMode):
         self._bytes -= size
 
 
+class _NoTracker(ModuleTracker):
+    """Follows no modules. The counter's own tracker registers gradient hooks on their inputs, which fails under `no_grad`
+    where an input is a view of a parameter, as the queries of attention pooling are."""
+
+    def __enter__(self) -> _NoTracker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 def count_flops(model: nn.Module, images: Tensor) -> int:
     """Count the FLOPs of a forward of `images`, two per multiply-add, in the model's current mode."""
     # The math backend runs attention as matrix products, which every version of the counter knows.
-    with sdpa_kernel(SDPBackend.MATH), _Trace() as trace, FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoTracker()
+    with sdpa_kernel(SDPBackend.MATH), _Trace() as trace, counter:
         model(images)
     own = {"aten", "prim", "prims"}
     unknown = sorted(str(op) for op in trace.operators - set(flop_registry) if str(op).split(".")[0] not in own)

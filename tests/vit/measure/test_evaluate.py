@@ -8,6 +8,7 @@ import sys
 import time
 import types
 
+import entry_points
 import pytest
 import timm
 import torch
@@ -317,6 +318,30 @@ def test_flops_count_attention_whichever_path_it_takes(fused, outer):
         block.attn.fused_attn = fused
     with outer():
         assert cost(model, batch_size=3).flops == expected_flops(17, 48, 2, 8, 10)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("module", entry_points.MODULES)
+def test_flops_of_every_entry_point_are_those_of_its_frozen_twin(module):
+    if not entry_points.names(module):
+        pytest.skip(f"timm {timm.__version__} has no {module}")
+    for name, model in entry_points.sweep(module)[1].items():
+        shape = tuple(entry_points.picture(model).shape[1:])
+        found = cost(model.requires_grad_(True), shape).flops
+        assert found == cost(model.requires_grad_(False), shape).flops > 0, name
+
+
+def test_flops_of_modules_whose_input_is_a_view_of_a_parameter():
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.zeros(1, 3))
+            self.project = nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.project(self.queries.expand(2, -1))
+
+    assert cost(Queries(), (3, 2, 2)).flops == 2 * 2 * 3 * 5
 
 
 def test_cost_of_deit_base_is_what_is_published():
