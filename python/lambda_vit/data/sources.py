@@ -23,7 +23,7 @@ class Folder:
 
     def folders(self, at: str) -> list[str]:
         with os.scandir(self.root / at) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and _visible(entry.name))
+            return sorted(entry.name for entry in entries if entry.is_dir() and is_visible(entry.name))
 
     def images(self, at: str) -> dict[str, list[str]]:
         """The images of each class folder in `at`, at any depth; the list of an empty folder is empty."""
@@ -32,7 +32,7 @@ class Folder:
     def _walk(self, folder: Path) -> Iterator[str]:
         # Class folders are often links to one big store, hence followlinks.
         for here, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = filter(_visible, folders)
+            folders[:] = filter(is_visible, folders)
             yield from ((Path(here) / f).relative_to(self.root).as_posix() for f in files if _is_image(f))
 
     def read(self, path: str) -> bytes:
@@ -69,7 +69,7 @@ class Zip:
         prefix = f"{at}/" if at else ""
         for member in dict.fromkeys(self._handle().namelist()):
             folder, slash, rest = member.removeprefix(prefix).partition("/")
-            if member.startswith(prefix) and folder and slash and _visible(member):
+            if member.startswith(prefix) and folder and slash and is_visible(member):
                 yield member, folder, rest
 
     def folders(self, at: str) -> list[str]:
@@ -134,8 +134,9 @@ def extensions() -> tuple[str, ...]:
 
 
 def _is_image(name: str) -> bool:
-    return _visible(name) and name.lower().endswith(extensions())
+    return is_visible(name) and name.lower().endswith(extensions())
 
 
-def _visible(path: str) -> bool:
-    return not any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+def is_visible(path: str) -> bool:
+    """Whether no part of a path is hidden, as the files that macOS adds to archives are."""
+    return not any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in path.split("/"))

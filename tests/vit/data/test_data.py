@@ -192,6 +192,14 @@ def test_a_root_without_images_says_what_was_expected(make):
         open_images(make({"val/a/notes.txt": b"text"}), "val")
 
 
+def test_a_zip_whose_paths_start_with_a_dot_folder_is_read(tmp_path):
+    files = {f"./{split}/{label}/0.jpg": picture() for split in ("train", "val") for label in "ab"}
+    dataset = open_images(
+        write(tmp_path, files | {"./val/a/._0.jpg": b"x", "__MACOSX/val/a/0.jpg": b"x"}, "zip"), "val"
+    )
+    assert [path for path, _ in dataset.samples] == ["./val/a/0.jpg", "./val/b/0.jpg"]
+
+
 def test_an_encrypted_zip_is_refused(tmp_path):
     root = write(tmp_path, {"val/a/0.jpg": picture()}, "zip")
     raw = bytearray(root.read_bytes())

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from small_models import small_vit
-from stream_support import SMALL, assert_same, collected, image_set, write_folder, write_zip
+from stream_support import SMALL, assert_same, collected, image_set, picture, write_folder, write_zip
 
 from lambda_vit.data.images import CorruptImageError
 from lambda_vit.data.transforms import transforms_for
 from lambda_vit.measure.accuracy import evaluate
 from lambda_vit.runtime.seeding import preserved, seed_all
+from lambda_vit.training.images.hub import HubImages
 from lambda_vit.training.images.opening import open_training_data, training_transform
 from lambda_vit.training.images.shards import open_shards
 from lambda_vit.training.loop.model_setup import prepare_model
@@ -295,7 +296,23 @@ def test_unreadable_images_of_a_hub_set_are_counted(tmp_path, hub):
         collected(strict)
 
 
+def test_rows_of_a_hub_set_without_an_image_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_folder(tmp_path, {"0.jpg": picture(0)}))
+    rows = [{"image": None}, {"image": {"bytes": None, "path": None}}, {"image": {"bytes": b"", "path": "0.jpg"}}]
+    found = HubImages("hfds/x", "train", rows, "image", [0, 0, 0], {"a": 0}, 1, None, on_bad="mark")
+    assert [found[i].reason for i in range(3)] == [*["the data set stores no image here"] * 2, "not an image"]
+
+
 # WebDataset
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    kind = {".gz": "w:gz", ".tgz": "w:gz"}.get(path.suffix, "w")
+    with tarfile.open(path, kind) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 def write_shards(folder: Path, files: dict[str, bytes], each: int = 5, info: bool = True) -> Path:
@@ -308,14 +325,12 @@ def write_shards(folder: Path, files: dict[str, bytes], each: int = 5, info: boo
         for number, first in enumerate(range(0, len(paths), each)):
             part = paths[first : first + each]
             lengths.append(len(part))
-            with tarfile.open(folder / f"set-{name}-{number:02d}.tar", "w") as archive:
-                for path in part:
-                    key = path.replace("/", "_").removesuffix(".jpg")
-                    label = str("ab".index(path.split("/")[1])).encode()
-                    for suffix, content in (("jpg", files[path]), ("cls", label)):
-                        member = tarfile.TarInfo(f"{key}.{suffix}")
-                        member.size = len(content)
-                        archive.addfile(member, io.BytesIO(content))
+            members = []
+            for path in part:
+                key = path.replace("/", "_").removesuffix(".jpg")
+                label = str("ab".index(path.split("/")[1])).encode()
+                members += [(f"{key}.jpg", files[path]), (f"{key}.cls", label)]
+            write_tar(folder / f"set-{name}-{number:02d}.tar", members)
         names = [f"set-{name}-{number:02d}.tar" for number in range(len(lengths))]
         known[name] = {"name": name, "filenames": names, "shard_lengths": lengths, "num_samples": len(paths)}
     if info:
@@ -447,11 +462,93 @@ def test_wrong_labels_and_other_files_in_shards_are_refused(tmp_path, shards):
     stream, _ = open_training_data(f"wds/{shards}", small_vit(num_classes=1), RECIPE)
     with pytest.raises(ValueError, match=r"train_b_\d+ has the label b'1': expected a number from 0 to 0"):
         collected(stream)
-    with tarfile.open(shards / "set-train-00.tar", "w") as archive:
-        member = tarfile.TarInfo("x.txt")
-        archive.addfile(member)
-    with pytest.raises(ValueError, match=r"set-train-00.tar!x must have an image and a label \(.cls\); it has txt"):
+    write_tar(shards / "set-train-00.tar", [("x.txt", b"")])
+    with pytest.raises(
+        ValueError, match=r"set-train-00.tar holds 0 samples, not 5: replace it, or correct .*_info\.json"
+    ):
         collected(open_training_data(f"wds/{shards}", MODEL, RECIPE)[0])
+
+
+def pairs(rename=lambda name: name) -> list[tuple[str, bytes]]:
+    """Three samples, an image and its label after each other."""
+    return [
+        (rename(f"{number:03}.{suffix}"), content)
+        for number in range(3)
+        for suffix, content in (("jpg", picture(number)), ("cls", b"%d\n" % number))
+    ]
+
+
+def beside(names: list[str]) -> list[tuple[str, bytes]]:
+    return [*((name, b"{}") for name in names), *pairs()]
+
+
+@pytest.mark.parametrize(
+    ("members", "labels"),
+    [
+        (
+            [(f"{folder}{name}", content) for m in pairs() for folder, name, content in (("._", m[0], b"x"), ("", *m))],
+            3,
+        ),
+        ([(f"a/{own}{m[0]}", m[1]) for m in pairs() for own in ("._", "")], 3),
+        ([("./.DS_Store", b"x"), ("__MACOSX/0.jpg", b"x"), *pairs("./{}".format)], 3),
+        (beside(["README", "README.md", "a/.b.jpg", "__index__", "__meta__/x.json", "dataset.json"]), 3),
+        (pairs(str.upper), 3),
+        (pairs(lambda name: name.replace("jpg", "webp")), 3),
+        ([*pairs(), *pairs()[:2]], 4),
+    ],
+    ids=["mac", "mac-folder", "dot-folder", "others", "upper-case", "webp", "again"],
+)
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
+def test_files_that_are_no_samples_are_left_out_of_shards(tmp_path, members, labels, suffix):
+    pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    write_tar(tmp_path / f"train-0{suffix}", members)
+    (tmp_path / f"._train-0{suffix}").write_bytes(b"made on a Mac")
+    opened = open_shards(str(tmp_path), "train", None, 3)
+    (url,) = opened.lengths
+    found = list(opened.samples(url))
+    assert [label for _, _, label in found] == [0, 1, 2, 0][:labels]
+    assert [content for _, content, _ in found] == [picture(n) for n in (0, 1, 2, 0)][:labels]
+    assert len(opened) == labels
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            sorted(pairs(), key=lambda m: m[0][-3:]),
+            r"!000 must have .* and a label \(\.cls\), .*it has cls\. .*--sort=name",
+        ),
+        (
+            pairs(lambda name: name.replace("cls", "txt")),
+            r"it has jpg, txt\. Write the label as a number to a \.cls file",
+        ),
+        (pairs("v1.{}".format), r"!v1 must have .*it has 000\.jpg, 000\.cls, .*: rename files with further points"),
+        ([*pairs()[:1], *pairs()], r"train-0\.tar \(000\.jpg: duplicate .*Rename one of these files"),
+        ([("README.md", b"")], r"split 'train' of wds/.* has no samples: expected an image and a label \(\.cls\)"),
+    ],
+    ids=["unsorted", "txt", "points", "twice", "none"],
+)
+def test_wrong_shards_are_refused_with_the_cause_before_training(tmp_path, members, message):
+    pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    write_tar(tmp_path / "train-0.tar", members)
+    with pytest.raises(ValueError, match=message):
+        open_shards(str(tmp_path), "train", None, 3)
+
+
+def test_lengths_that_are_wrong_name_the_file_that_gave_them(tmp_path, shards):
+    known = json.loads((shards / "_info.json").read_text())
+    known["splits"]["train"]["shard_lengths"].pop()
+    (shards / "_info.json").write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"_info\.json does not give every shard of split 'train' a length"):
+        open_shards(str(shards), "train", None)
+    (shards / "_info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read _info\.json .*Correct or remove it"):
+        open_shards(str(shards), "train", None)
+    (shards / "_info.json").unlink()
+    counted = open_shards(str(shards), "train", None)
+    write_tar(shards / "set-train-00.tar", pairs())
+    with pytest.raises(ValueError, match=r"holds 3 samples, not 5: it changed since it was counted"):
+        list(counted.samples(str(shards / "set-train-00.tar")))
 
 
 def test_shards_that_are_not_there_are_refused(tmp_path, shards):
@@ -461,7 +558,7 @@ def test_shards_that_are_not_there_are_refused(tmp_path, shards):
     with pytest.raises(ValueError, match=r"no shards with other in their names: it has set-train-00\.tar"):
         open_shards(str(shards), "other", None)
     (shards / "info.json").write_text(json.dumps({"splits": {"train": {}}}))
-    with pytest.raises(ValueError, match=r"its info\.json lacks 'filenames'"):
+    with pytest.raises(ValueError, match=r"/info\.json lacks 'filenames'"):
         open_shards(str(shards), "train", None)
     with pytest.raises(ValueError, match=r"split='val' is not in wds/.*: it has train"):
         open_shards(str(shards), "val", None)

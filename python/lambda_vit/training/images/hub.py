@@ -38,7 +38,9 @@ class HubImages(Dataset):
         path = stored.get("path")
 
         def read() -> bytes:
-            return stored.get("bytes") or Path(path).read_bytes()
+            if stored.get("bytes") is None and path is None:
+                raise ValueError("the data set stores no image here")
+            return Path(path).read_bytes() if stored.get("bytes") is None else stored["bytes"]
 
         return decoded_sample(
             self, read, f"{self.root} {self.split}[{index}] {path or ''}".rstrip(), self.targets[index]

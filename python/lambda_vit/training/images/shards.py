@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...data.images import BadImage, CorruptImageError, corrupt_message, decoded_sample
-from ...data.sources import VAL_NAMES, extensions
+from ...data.sources import VAL_NAMES, extensions, is_visible
 from ...runtime.optional_packages import import_optional
 from ...runtime.progress import track
 from ...runtime.seeding import mixed_seed
@@ -32,6 +34,8 @@ from ..recipe import Recipe
 from .stream import Answer, MicroBatch, TrainingStream, as_it_is, read_micro_batch
 
 BUFFER = 1024  # undecoded samples among which the next one is drawn
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # of shards; webdataset reads them alike
+_UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error)
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,6 +47,7 @@ class Shards:
     lengths: dict[str, int] = dataclasses.field(repr=False)  # samples of each shard, by its address
     transform: Callable[..., Tensor] | None = dataclasses.field(repr=False)
     num_classes: int | None
+    info: str | None = dataclasses.field(default=None, repr=False)  # the file that gave the lengths; None: counted
     on_bad: str = "mark"
 
     def __len__(self) -> int:
@@ -63,25 +68,19 @@ class Shards:
             ValueError: The shard cannot be read, holds another number of samples than is written down, or a sample has
                 no image or no label that the model knows.
         """
-        wds = import_optional("webdataset", "wds", self.root)
+        import_optional("webdataset", "wds", self.root)
+        from webdataset.tariterators import tar_file_expander, url_opener
+
         count = 0
-        try:
-            for sample in wds.tarfile_to_samples()(iter([{"url": url}])):
-                count += 1
-                yield self._parts(url, sample)
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise ValueError(f"cannot read the shard {url} ({type(error).__name__}: {error}). Replace it") from error
+        for sample in _samples(url, tar_file_expander(url_opener(iter([{"url": url}])), select_files=_belongs)):
+            count += 1
+            yield self._parts(url, sample)
         if count != self.lengths[url]:
-            raise ValueError(
-                f"the shard {url} holds {count} samples, not {self.lengths[url]}: replace it, or its info.json"
-            )
+            remedy = "it changed since it was counted" if self.info is None else f"replace it, or correct {self.info}"
+            raise ValueError(f"the shard {url} holds {count} samples, not {self.lengths[url]}: {remedy}")
 
     def _parts(self, url: str, sample: dict[str, Any]) -> tuple[str, bytes, int]:
         path = f"{url}!{sample['__key__']}"
-        suffix = next((ext for ext in extensions() if ext[1:] in sample), None)
-        if suffix is None or "cls" not in sample:
-            kinds = ", ".join(key for key in sample if not key.startswith("__"))
-            raise ValueError(f"the sample {path} must have an image and a label (.cls); it has {kinds}")
         try:
             label = int(sample["cls"])
         except ValueError:
@@ -91,7 +90,7 @@ class Shards:
                 f"the sample {path} has the label {sample['cls'][:20]!r}: expected a number from 0 to "
                 f"{'…' if self.num_classes is None else self.num_classes - 1}, an output of the model"
             )
-        return path, sample[suffix[1:]], label
+        return path, next(sample[suffix] for suffix in _image_suffixes() if suffix in sample), label
 
     def load(self, sample: tuple[str, bytes, int]) -> tuple[Tensor, int] | BadImage:
         """Decode and transform."""
@@ -140,25 +139,30 @@ def open_shards(
     if class_to_idx is not None:
         raise ValueError(f"wds/{root}: the labels of shards are numbers already; leave out the class map")
     names = VAL_NAMES if split == "val" else (split,)
-    info = _info(root)
+    path, info = _info(root)
     if info is None:
         found, lengths = _counted(Path(root), names)
     else:
         try:
             splits = info["splits"]
             found = next((name for name in names if name in splits), None)
-            if found is None:
-                raise ValueError(f"split={split!r} is not in wds/{root}: it has {', '.join(splits)}")
-            files, counts = splits[found]["filenames"], splits[found]["shard_lengths"]
+            files, counts = (splits[found][key] for key in ("filenames", "shard_lengths")) if found else ((), ())
             lengths = {os.path.join(root, file): int(count) for file, count in zip(files, counts, strict=True)}
         except (KeyError, TypeError) as error:
-            raise ValueError(f"wds/{root}: its info.json lacks {error}; see timm's ReaderWds for the form") from error
+            raise ValueError(f"{path} lacks {error}; see timm's ReaderWds for the form") from error
+        except ValueError as error:
+            raise ValueError(f"{path} does not give every shard of split {found!r} a length: {error}") from error
+        if found is None:
+            raise ValueError(f"split={split!r} is not in wds/{root}: it has {', '.join(splits)}")
     if sum(lengths.values()) == 0:
-        raise ValueError(f"split {found!r} of wds/{root} has no samples")
-    return Shards(f"wds/{root}", found, lengths, transform, num_classes)
+        raise ValueError(
+            f"split {found!r} of wds/{root} has no samples: expected an image and a label (.cls) of the same name"
+        )
+    return Shards(f"wds/{root}", found, lengths, transform, num_classes, path)
 
 
-def _info(root: str) -> dict[str, Any] | None:
+def _info(root: str) -> tuple[str | None, dict[str, Any] | None]:
+    """The path and the content of the info file; (None, None) of a folder without one."""
     import webdataset
 
     for name in ("_info.json", "info.json"):
@@ -167,21 +171,23 @@ def _info(root: str) -> dict[str, Any] | None:
             continue
         try:
             with webdataset.gopen(path) as file:
-                return json.load(file)
+                return path, json.load(file)
         except (OSError, ValueError) as error:
             failed = f"wds/{root}: cannot read {name} ({type(error).__name__}: {error})"
+            if os.path.isdir(root):
+                raise ValueError(f"{failed}. Correct or remove it; without one, the shards are counted") from error
     if os.path.isdir(root):
-        return None
+        return None, None
     raise ValueError(f"{failed}. Without one, shards must lie in a folder, where they can be counted")
 
 
 def _counted(folder: Path, names: tuple[str, ...]) -> tuple[str, dict[str, int]]:
-    shards = sorted(folder.glob("*.tar"))
+    shards = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and is_visible(path.name))
     for name in names:
         of_split = [path for path in shards if name in path.name]
         if of_split:
             return name, {str(path): _count(path) for path in track(of_split, f"Count {name} shards")}
-    listed = ", ".join(path.name for path in shards[:5]) or "no .tar files"
+    listed = ", ".join(path.name for path in shards[:5]) or f"no files that end in {' '.join(SUFFIXES)}"
     raise ValueError(
         f"wds/{folder} has no info.json, and no shards with {' or '.join(names)} in their names: it has {listed}"
     )
@@ -190,11 +196,57 @@ def _counted(folder: Path, names: tuple[str, ...]) -> tuple[str, dict[str, int]]
 def _count(path: Path) -> int:
     try:
         with tarfile.open(path) as archive:
-            files = [member.name for member in archive if member.isfile()]
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"cannot read the shard {path} ({type(error).__name__}: {error}). Replace it") from error
-    # A sample is named up to the first point of the last part of the path.
-    return len({f"{os.path.dirname(name)}/{os.path.basename(name).partition('.')[0]}" for name in files})
+            files = ({"fname": m.name, "data": b"", "__url__": ""} for m in archive if m.isreg() and _belongs(m.name))
+            return sum(1 for _ in _samples(str(path), files))
+    except _UNREADABLE as error:
+        raise _unreadable(str(path), error) from error
+
+
+def _samples(url: str, files: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Group the files of a shard as webdataset does; leave out groups without any image or label, such as a README's.
+
+    Raises:
+        ValueError: The shard cannot be read, or a sample lacks its image or its label.
+    """
+    images = _image_suffixes()
+    for sample in _grouped(url, files):
+        suffixes = [key for key in sample if not key.startswith("__")]
+        if not any(suffix.rpartition(".")[2] in (*images, "cls") for suffix in suffixes):
+            continue
+        if "cls" not in sample or not any(suffix in sample for suffix in images):
+            remedy = "Write the label as a number to a .cls file; tar --sort=name puts the files of a sample together"
+            if any("." in suffix for suffix in suffixes):
+                remedy = "What follows the first point of a name is its suffix: rename files with further points"
+            raise ValueError(
+                f"the sample {url}!{sample['__key__']} must have an image (.{' .'.join(images)}) and a label (.cls), one after "
+                f"the other; it has {', '.join(suffixes)}. {remedy}"
+            )
+        yield sample
+
+
+def _grouped(url: str, files: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import group_by_keys
+
+    try:
+        yield from group_by_keys(files)
+    except _UNREADABLE as error:
+        raise _unreadable(url, error) from error
+    except ValueError as error:  # webdataset's, of two files with one name
+        raise ValueError(f"cannot read the shard {url} ({error.args[0]}). Rename one of these files") from error
+
+
+def _unreadable(url: str, error: BaseException) -> ValueError:
+    return ValueError(f"cannot read the shard {url} ({type(error).__name__}: {error}). Replace it")
+
+
+def _belongs(name: str) -> bool:
+    """Whether a member of a shard may be part of a sample: it is neither hidden nor webdataset's metadata."""
+    return is_visible(name) and re.match(r"__[^/]*__($|/)", name) is None
+
+
+def _image_suffixes() -> tuple[str, ...]:
+    """In the order in which timm's reader looks for the image of a sample; then timm's other suffixes."""
+    return tuple(dict.fromkeys(("jpg", "png", "webp", *(suffix[1:] for suffix in extensions()))))
 
 
 @dataclasses.dataclass
