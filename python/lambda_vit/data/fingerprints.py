@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -73,7 +74,12 @@ def data_fingerprint(loader: Any, *, labelled: bool = False) -> dict[str, Any]:
 
 
 def _tensors(item: object) -> list[Tensor]:
-    return [part for part in (item if isinstance(item, (list, tuple)) else [item]) if isinstance(part, Tensor)]
+    """The tensors and arrays in a batch, inside its tuples and dictionaries."""
+    if isinstance(item, Mapping):
+        item = tuple(item.values())
+    if isinstance(item, (list, tuple)):
+        return [tensor for part in item for tensor in _tensors(part)]
+    return [torch.as_tensor(item)] if isinstance(item, (Tensor, np.ndarray)) else []
 
 
 def _digest(tensors: Iterable[tuple[object, Tensor]]) -> str:

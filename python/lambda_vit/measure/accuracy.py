@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..data import batches
 from ..models.properties import eval_mode
 from ..runtime import progress
 from ..runtime.processes import Processes
@@ -89,7 +90,7 @@ class Evaluation(Score):
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[Any],
     *,
     reference: nn.Module | None = None,
     device: torch.device | str | None = None,
@@ -101,7 +102,7 @@ def evaluate(
         model: Maps images [N, C, H, W] to logits [N, classes]. It runs on the device and in the dtype of its parameters,
             in eval mode; afterwards every module is back in its previous mode. A tuple of logits (the two heads of a
             distilled model) is averaged.
-        loader: Batches of images and class indices [N].
+        loader: Batches of images and class indices [N]; see `data.batches`.
         reference: Another classifier with the same classes, run on the same batches.
         device: Device of the images if a model has no parameters or buffers. Default: the CPU.
         description: Text of the progress bar.
@@ -116,19 +117,19 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         for runner in runners:
             stack.enter_context(eval_mode(runner.model))
-        for batch, (images, labels) in enumerate(progress.track(loader, description)):
+        for batch in batches.read(progress.track(loader, description), model):
+            images, labels = batch.images, batch.class_indices().cpu()
             started = time.perf_counter()
-            logits = runners[0].logits(images, f"batch {batch}")
-            times.append((len(images), time.perf_counter() - started))
-            labels = torch.as_tensor(labels).cpu()
+            logits = runners[0].logits(images, f"batch {batch.number}")
+            times.append((len(labels), time.perf_counter() - started))
             classes = logits.shape[1]
-            _check_labels(labels, logits, batch)
+            batches.check_range(labels, classes, batch.number)
             ranked = logits.topk(min(5, classes)).indices
             count += len(labels)
             hits += int((ranked[:, 0] == labels).sum())
             hits5 += int((ranked == labels[:, None]).sum())
             if reference is not None:
-                wanted = runners[1].logits(images, f"batch {batch} of the reference")
+                wanted = runners[1].logits(images, f"batch {batch.number} of the reference")
                 if wanted.shape != logits.shape:
                     raise ValueError(
                         f"reference has {wanted.shape[1]} classes and the model {classes}: they must be the same"
@@ -149,19 +150,6 @@ def evaluate(
         kl=None if reference is None else divergence / count,
         skipped=len(getattr(loader, "bad", ())),
     )
-
-
-def _check_labels(labels: Tensor, logits: Tensor, batch: int) -> None:
-    count, classes = logits.shape
-    if labels.shape != (count,) or labels.is_floating_point():
-        raise ValueError(
-            f"labels of batch {batch} are {labels.dtype} {tuple(labels.shape)}: expected class indices [{count}]"
-        )
-    if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"batch {batch} has labels {int(labels.min())}…{int(labels.max())} and the model {classes} outputs: open "
-            f"the data with num_classes={classes}, or use a model made for these classes"
-        )
 
 
 class _StoppedError(Exception):

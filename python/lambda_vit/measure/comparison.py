@@ -14,6 +14,7 @@ from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.convert.conversion import describe_blocks
 from lambda_kernels.errors import UnsupportedModelError
 
+from ..data.batches import check_repeatable
 from ..data.transforms import check_preparation
 from ..runtime import environment
 from ..runtime.processes import Processes
@@ -137,6 +138,7 @@ def compare(
     Raises:
         ValueError: The models expect differently prepared images, so that one loader cannot serve them all.
     """
+    check_repeatable("loader", loader)
     check_preparation(models, "Validate each alone, or give both one crop_pct where only that differs: --crop-pct")
     sizes = tuple(dict.fromkeys(batch_sizes))
     times = compare_latency(models, sizes, seconds=30) if sizes else {}

@@ -60,6 +60,7 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
     network = with_blocks(model, blocks) if remove else model
     try:
         with eval_mode(model, *blocks):
+            batches.check_images(images, model, "this batch")
             network(batches.to(images, one_device(model), one_dtype(model)))
     finally:
         for hook in hooks:

@@ -147,7 +147,7 @@ def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequ
 
     Args:
         model: A timm vision transformer, converted or not.
-        loader: Yields images, or tuples whose first item is images, all of one size; iterated once.
+        loader: Yields images of one size, with or without labels; see `data.batches`. Iterated once.
 
     Returns:
         Per block and frequency bin the log amplitude, amplitude and power, means over images and channels, with errors.
@@ -159,8 +159,8 @@ def feature_frequencies(model: nn.Module, loader: Iterable[Any]) -> FeatureFrequ
     """
     meter = _Meter(model)
     with eval_mode(model):
-        for batch in track(loader, "Frequencies"):
-            meter.update(batches.images_of(batch))
+        for batch in batches.read(track(loader, "Frequencies"), model):
+            meter.update(batch.images)
     return meter.result()
 
 
@@ -188,8 +188,8 @@ def compare_frequencies(model: nn.Module, other: nn.Module, loader: Iterable[Any
         )
     changes = _Moments()
     with eval_mode(model, other):
-        for batch in track(loader, "Frequencies"):
-            first, second = (meter.update(batches.images_of(batch)) for meter in (before, after))
+        for batch in batches.read(track(loader, "Frequencies"), model):
+            first, second = (meter.update(batch.images) for meter in (before, after))
             if before.grid != after.grid:
                 raise ValueError(
                     f"the models have token maps of {_times(before.grid)} and {_times(after.grid)}: their frequencies are "

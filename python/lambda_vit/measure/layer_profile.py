@@ -119,7 +119,7 @@ def profile_layers(
 
     Args:
         model: A timm vision transformer, converted or not.
-        loader: Yields images (or NaFlexVit's patches), or tuples whose first item is them; iterated once.
+        loader: Yields images, with or without labels; see `data.batches`. Iterated once.
         estimator: "gaussian": mean over the channels of log2 σ, the paper's form up to its constant ½ log2(2πe).
             "histogram": mean over the channels of the differential entropy of their histogram. "both", from one read.
         bins: Of each channel's histogram.
@@ -154,12 +154,9 @@ def profile_layers(
                 )
                 hooks.append(hook)
         with eval_mode(model):
-            for batch in track(loader, "Profile"):
-                images = batches.images_of(batch)
-                if not batches.count(images):
-                    continue
-                samples += batches.count(images)
-                images = batches.to(images, device, dtype)
+            for batch in batches.read(track(loader, "Profile"), model):
+                samples += batches.count(batch.images)
+                images = batches.to(batch.images, device, dtype)
                 queue.valid = batches.valid_tokens(model, images)
                 model(images)
                 queue.flush()

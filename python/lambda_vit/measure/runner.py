@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lambda_kernels.errors import NonFiniteActivationError
 
-from ..data.batches import random_images
+from ..data.batches import Images, random_images, to
 from ..models.properties import one_device
 
 
@@ -36,11 +36,9 @@ class ModelRunner:
         return random_images((count, *shape), self.device, self.dtype)
 
     @torch.inference_mode()
-    def logits(self, images: Tensor, where: str) -> Tensor:
+    def logits(self, images: Images, where: str) -> Tensor:
         """Compute logits [N, classes] in float64 on the CPU, and check them; the copy also waits for the device."""
-        output = self.model(
-            images.to(self.device, self.dtype if images.is_floating_point() else None, non_blocking=True)
-        )
+        output = self.model(to(images, self.device, self.dtype))
         if isinstance(output, (tuple, list)):
             if self.model.training:
                 raise ValueError(

@@ -91,6 +91,14 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, int, int] | None 
     return (channels, *sides)
 
 
+def image_channels(model: nn.Module) -> int | None:
+    """The channels of a vision transformer's images; None where its patch embedding does not say."""
+    embedding = getattr(_unwrapped(model), "patch_embed", None)
+    if not isinstance(embedding, nn.Module):
+        return None
+    return next((module.in_channels for module in embedding.modules() if isinstance(module, nn.Conv2d)), None)
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a compiled, DDP or DataParallel wrapper."""
     for name in ("_orig_mod", "module"):

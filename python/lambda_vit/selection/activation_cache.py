@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -71,7 +70,7 @@ class ActivationCache:
 
     Args:
         runner: Embeds images.
-        loader: Yields images, or tuples that begin with images and targets; iterated once per pass, or once if its
+        loader: Yields images, with or without class indices; see `data.batches`. Iterated once per pass, or once if its
             batches are cached.
         device: The model's device.
         dtype: The model's dtype.
@@ -132,21 +131,22 @@ class ActivationCache:
                 yield _mapped(batch, lambda t: t.to(self._device, non_blocking=True))
             return
         self._clear()
-        for number, item in enumerate(self._loader):
-            images, targets = _parts(item)
-            if not batches.count(images):
-                continue
-            images = batches.to(images, self._device, self._dtype)
-            if targets is not None:
-                targets = targets.to(self._device, torch.int64, non_blocking=True)
-            batch = Batch(number, self._runner.embed(images), targets, images=images)
-            del images, targets, item
+        empty = True
+        for loaded in batches.read(self._loader, self._runner.model):
+            empty, targets = False, None
+            images = batches.to(loaded.images, self._device, self._dtype)
+            with contextlib.suppress(ValueError):  # code that requires labels reports that there are none
+                targets = loaded.class_indices().to(self._device, non_blocking=True)
+            batch = Batch(loaded.number, self._runner.embed(images), targets, images=images)
+            del images, targets, loaded
             if self.plan is None:
                 self.plan = self._plan_cache(batch)
             yield batch
             self._keep(batch)
             # A caller that still holds the batch must not hold its tensors while the next one is embedded.
             batch.start = batch.targets = batch.full = batch.images = None
+        if empty and self.plan is not None:
+            raise ValueError("loader gave no images in a further pass: it must be iterable more than once")
         self._complete = self.plan is not None and self.plan.kind != "none"
 
     def _clear(self) -> None:
@@ -226,24 +226,6 @@ class ActivationCache:
         images = {name.removeprefix("images."): t for name, t in tensors.items() if name.startswith("images.")}
         start = Tokens(tensors["tokens"], batches.from_tensors(images))
         return Batch(int(path.stem), start, tensors.get("targets"), tensors.get("full"))
-
-
-def _parts(item: Any) -> tuple[Images, Tensor | None]:
-    """Return the images and labels of a loader's item: images alone, or a tuple that begins with them."""
-    images = batches.images_of(item)
-    if images is item or len(item) < 2:
-        return images, None
-    try:
-        targets = torch.as_tensor(item[1])
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # names or paths; code that requires labels reports that there are none
-        return images, None
-    if targets.is_floating_point() and not torch.equal(targets, targets.round()):  # not class indices
-        return images, None
-    return images, targets if targets.shape == (batches.count(images),) else None
 
 
 def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:

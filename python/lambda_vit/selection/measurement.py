@@ -38,7 +38,7 @@ class Measurement:
 
     Args:
         model: A timm vision transformer; in eval mode while measuring, then in its earlier mode again.
-        loader: Yields images, or tuples that begin with images and labels; iterated once per pass. With several
+        loader: Yields images, with or without class indices; see `data.batches`. Iterated once per pass. With several
             processes, this process's share.
         estimator: "gaussian": Σ log2 σ over the output's channels. "histogram": summed differential entropies.
         score: The output whose entropy is measured: "logits", or "pre_logits" for the classifier's input.
@@ -73,8 +73,7 @@ class Measurement:
     ) -> None:
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("score", score, SCORES)
-        if isinstance(loader, Iterator):
-            raise ValueError("loader must be iterable more than once (a DataLoader or a list); got an iterator")
+        batches.check_repeatable("loader", loader)
         self.runner = PathRunner(model, score)
         self.processes = Processes() if processes is None else processes
         self.estimator, self.score, self.bins = estimator, score, bins

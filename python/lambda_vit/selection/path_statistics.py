@@ -183,7 +183,10 @@ def _entropy(meter: EntropyMeter) -> float:
 
 def _check_targets(targets: Tensor | None, logits: Tensor) -> None:
     if targets is None:
-        raise ValueError("the loader yields no labels, one per image: pass tuples (images, labels)")
+        raise ValueError(
+            "the loader yields no labels, one per image: pass tuples (images, class indices), whole numbers [N]. For "
+            "one-hot labels or probabilities [N, classes], these are labels.argmax(1)"
+        )
     low, high = (int(end) for end in targets.aminmax())
     if not 0 <= low <= high < logits.shape[1]:
         raise ValueError(f"labels from {low} to {high} do not fit the classifier's {logits.shape[1]} outputs")

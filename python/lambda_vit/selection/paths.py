@@ -50,6 +50,7 @@ class PathRunner:
             `forward_head` does both.
 
     Attributes:
+        model: The model.
         why_images: Why paths require the images again after the embedding; None if they do not. Known after the first
             `embed`.
 
@@ -63,7 +64,7 @@ class PathRunner:
         refuse_merging(self.structure, "measuring paths")
         self.score = score
         self.why_images: str | None = None
-        self._model = model
+        self.model = model
         self._blocks = list(model.blocks)
         self._free: dict[int, nn.Module] = {}
         self._seen: list[tuple[Tensor, BlockKwargs]] = []
@@ -78,7 +79,7 @@ class PathRunner:
 
     def modules(self) -> list[nn.Module]:
         """Return the modules that must be in eval mode while paths run."""
-        return [self._model, *(self._without(i) for i in range(self.depth))]
+        return [self.model, *(self._without(i) for i in range(self.depth))]
 
     def embed(self, images: Images) -> Tokens:
         """Run what precedes the first block."""
@@ -121,7 +122,7 @@ class PathRunner:
 
         The branch is what the block adds, after LayerScale. If batches hold padding, both tensors are [M, C] and omit it.
         """
-        x, valid = start.tokens, batches.valid_tokens(self._model, start.images)
+        x, valid = start.tokens, batches.valid_tokens(self.model, start.images)
         kwargs = self._block_kwargs(start)
         for index, (block, (positional, named)) in enumerate(zip(self._blocks, kwargs, strict=True)):
             if isinstance(block, AttentionFreeBlock):
@@ -171,7 +172,7 @@ class PathRunner:
         self._seen.clear()
         if len(seen) < self.depth:
             raise UnsupportedModelError(
-                f"the forward of this {type(self._model).__name__} does not run the blocks of the model that it is called "
+                f"the forward of this {type(self.model).__name__} does not run the blocks of the model that it is called "
                 "on: was it replaced on the instance? Measure the model as timm made it"
             )
         seen = seen[-self.depth :]  # `_split` refuses a forward that runs its blocks more than once
@@ -183,7 +184,7 @@ class PathRunner:
             assert self._back is not None, "a model that was not split needs its images"
             back, argument = self._back, x
         else:
-            back, argument = with_blocks(self._model, [InjectTokens(x)]), images
+            back, argument = with_blocks(self.model, [InjectTokens(x)]), images
         if self.score == "logits":
             logits = back(argument)
             return Outputs(logits, logits)
@@ -195,8 +196,8 @@ class PathRunner:
     def _split(self, images: Images) -> None:
         """Find out on a few images whether the model's end can run without its beginning."""
         few = batches.first(images, 2)
-        self._back = view_without_stem(self._model)
-        wanted = self._model(few)
+        self._back = view_without_stem(self.model)
+        wanted = self.model(few)
         x, self._kwargs = self._before_blocks(few)
         for index, kwargs in enumerate(self._kwargs):
             x = self.run(index, False, x, kwargs)
@@ -208,9 +209,9 @@ class PathRunner:
             if _same_numbers(found, wanted):
                 return
             self.why_images = "its forward does more than embedding, blocks, norm and head one after the other"
-        if not _same_numbers(with_blocks(self._model, [InjectTokens(x)])(few), wanted):
+        if not _same_numbers(with_blocks(self.model, [InjectTokens(x)])(few), wanted):
             raise UnsupportedModelError(
-                f"the forward of this {type(self._model).__name__} does not run its blocks once, one after the other, on "
+                f"the forward of this {type(self.model).__name__} does not run its blocks once, one after the other, on "
                 "what goes into the first: paths through them cannot be measured"
             )
 

@@ -66,7 +66,8 @@ def finetune(
 
     Args:
         model: A timm vision transformer, on the device to train on.
-        train_loader: Yields (images, class indices); iterated once per epoch; needs a length.
+        train_loader: Yields images and class indices, or without label smoothing the probabilities of the classes; see
+            `data.batches`. Iterated once per epoch; needs a length.
         layers: Blocks to dilute, or a `Selection`; empty trains the model as it is.
         epochs: In all.
         dilution_epochs: Epochs over which λ goes from 1 to 0; None is three quarters of `epochs`, as in the paper.
@@ -96,9 +97,8 @@ def finetune(
     from .recipe import Recipe
 
     indices = unwrap_layers(layers)
-    steps = len(train_loader)
-    if steps == 0:
-        raise ValueError("train_loader is empty: there is nothing to train on")
+    stream = LoaderStream(train_loader, model, soft=label_smoothing == 0)
+    steps = stream.steps_per_epoch
     if dilution_epochs is None:
         dilution_epochs = round(0.75 * epochs)
     recipe = Recipe(
@@ -118,13 +118,7 @@ def finetune(
         seed=seed,
     )
     trainer = Trainer(
-        model,
-        recipe,
-        LoaderStream(train_loader),
-        layers=layers,
-        val_loader=val_loader,
-        description=description,
-        inplace=inplace,
+        model, recipe, stream, layers=layers, val_loader=val_loader, description=description, inplace=inplace
     )
     history, removed = [], not len(indices)
     for row in trainer.train():

@@ -234,7 +234,7 @@ def test_logits_that_are_not_finite_name_the_batch(value):
         (torch.tensor([0, 7]), r"labels 0…7 .* 3 outputs.*num_classes=3"),
         (torch.tensor([-1, 0]), r"labels -1…0"),
         (torch.eye(2), r"expected class indices \[2\]"),
-        (torch.tensor([0.0, 1.0]), "float32"),
+        (torch.tensor([0.0, 0.5]), "float32"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, words):

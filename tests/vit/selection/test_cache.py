@@ -75,7 +75,7 @@ def test_auto_falls_back_and_says_why(tmp_path):
 
 def test_sizes_of_uneven_batches():
     """Lists are counted; of other loaders, the batch size counts where the first batch is a short one."""
-    uneven = [(images(2), torch.zeros(2)), (images(9), torch.zeros(9))]
+    uneven = [(images(n), torch.zeros(n, dtype=torch.long)) for n in (2, 9)]
     assert plan_of("ram", uneven).bytes == 11 * EACH
     loader = CountingLoader(uneven)
     loader.batch_size = 9

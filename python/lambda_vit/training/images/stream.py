@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lambda_kernels.ops.checks import require_int
 
-from ...data.batches import SizedLoader
+from ...data.batches import LoadedBatch, SizedLoader, check_repeatable, read
 from ...data.fingerprints import data_fingerprint
 from ...data.images import BadImage, CorruptImageError, SizedDataset, corrupt_message
 from ...runtime.seeding import mixed_seed, preserved, seed_all
@@ -314,10 +314,14 @@ class LoaderStream(TrainingStream):
     """Whatever a caller iterates over: every batch is a step of one micro-batch, of the size that it has.
 
     Args:
-        loader: Yields (images, class indices), and has a length. `set_epoch(epoch)` is called where there is one.
+        loader: Yields images and class indices, and has a length; see `data.batches`. `set_epoch(epoch)` is called where
+            there is one.
+        model: Whose channels the images must have; None checks none.
+        soft: Also accept the probabilities of the classes, float [N, classes], in place of indices.
 
     Raises:
-        ValueError: The loader has no length, or is empty.
+        ValueError: The loader has no length, is empty, or can be iterated only once; while iterating: a batch does not hold
+            images and labels that can be trained on.
     """
 
     exact = (
@@ -325,14 +329,15 @@ class LoaderStream(TrainingStream):
         "goes on reads past the batches of before, and may see others"
     )
 
-    def __init__(self, loader: SizedLoader) -> None:
+    def __init__(self, loader: SizedLoader, model: nn.Module | None = None, *, soft: bool = False) -> None:
         try:
             self.steps_per_epoch = len(loader)
         except TypeError as error:
             raise ValueError("the loader has no length: the schedules need to know the steps of an epoch") from error
         if not self.steps_per_epoch:
             raise ValueError("the loader is empty: there is nothing to train on")
-        self.loader = loader
+        check_repeatable("the loader", loader)
+        self.loader, self._model, self._soft = loader, model, soft
         self.batch_size = self.micro_batch_size = getattr(loader, "batch_size", None) or 0
         self.micro_batches, self.numbers = 1, range(1)
         self.seed, self.repeated_aug, self.skip_bad = getattr(loader, "seed", 0), 0, 0
@@ -352,9 +357,18 @@ class LoaderStream(TrainingStream):
         """May end early: a loader may leave out batches."""
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
-        for step, (images, targets) in enumerate(self.loader):
+        for step, batch in enumerate(read(self.loader, self._model)):
             if step >= start:
-                yield [MicroBatch(0, images, targets)]
+                yield [MicroBatch(0, batch.images, self._targets(batch))]
+
+    def _targets(self, batch: LoadedBatch) -> Tensor:
+        if isinstance(batch.images, dict):
+            raise ValueError("training takes images [N, C, H, W], not the patches of NaFlexVit")
+        labels = batch.labels
+        if self._soft and isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
+            probabilities = labels.shape[0] == len(batch.images) and labels.shape[1] > 1
+            return labels if probabilities else batch.class_indices()
+        return batch.class_indices()
 
     def fingerprint(self) -> dict[str, Any]:
         return {**data_fingerprint(self.loader, labelled=True), "batches": self.steps_per_epoch}

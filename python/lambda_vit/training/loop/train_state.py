@@ -350,7 +350,7 @@ class Objective:
     def __call__(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """The mean over the images; `images` are what the network saw."""
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        loss = self.labels(logits, targets)
+        loss = self.labels(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
         if self.teacher is None:
             return loss
         with torch.no_grad():

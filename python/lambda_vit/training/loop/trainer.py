@@ -19,6 +19,7 @@ from torch import nn
 
 from lambda_kernels.convert.checks import check_indices, unwrap_layers
 
+from ...data.batches import check_repeatable
 from ...data.fingerprints import data_fingerprint, model_fingerprint
 from ...measure.accuracy import Score, score
 from ...measure.dtype_speed import warn_if_slow
@@ -119,6 +120,7 @@ class Trainer:
             **{f"data.{k}": v for k, v in stream.fingerprint().items()},
         }
         if val_loader is not None:
+            check_repeatable("val_loader", val_loader)
             found = data_fingerprint(val_loader, labelled=True)
             self.fingerprint |= {f"validation.{name}": value for name, value in found.items()}
         if recipe.distillation != "none" and teacher is not None:
@@ -283,7 +285,8 @@ class Trainer:
         self._drain()
         if not self._done:
             raise ValueError(
-                f"the training data gave nothing in epoch {epoch + 1}, though {self._per_epoch} steps were promised"
+                f"the training data gave nothing in epoch {epoch + 1}, though {self._per_epoch} steps were promised: pass a "
+                "loader that can be iterated in every epoch"
             )
         self._done = self._per_epoch
         self._remove_diluted_attention(self.position)
