@@ -14,6 +14,7 @@ from typing import Any
 from lambda_kernels.files import atomic_write
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+_SCALED = ("min_lr", "warmup_lr")  # rates that a batch size changes together with the peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Recipe:
     opt: str = _optimizer("adamw", "Optimizer, by its name in timm.")
     lr: float | None = _optimizer(None, "Peak learning rate; by default base_lr × batch_size / 512.", _POSITIVE)
     base_lr: float = _optimizer(5e-4, "Peak learning rate for 512 images per step; ignored if lr is set.", _POSITIVE)
-    min_lr: float = _optimizer(1e-5, "Final learning rate.", _NOT_NEGATIVE)
+    min_lr: float = _optimizer(
+        1e-5, "Final learning rate; by default it follows --batch-size as the peak does.", _NOT_NEGATIVE
+    )
     # timm's schedules that need no milestones
     sched: str = _optimizer(
         "cosine", "Learning-rate schedule after warm-up; poly is a straight line.", choices=("cosine", "tanh", "poly")
@@ -113,7 +116,11 @@ class Recipe:
     warmup_epochs: float | None = _optimizer(
         None, "Epochs of linear warm-up; by default 5, but at most a sixth of all epochs.", _NOT_NEGATIVE
     )
-    warmup_lr: float = _optimizer(1e-6, "Learning rate at the start of warm-up.", _NOT_NEGATIVE)
+    warmup_lr: float = _optimizer(
+        1e-6,
+        "Learning rate at the start of warm-up; by default it follows --batch-size as the peak does.",
+        _NOT_NEGATIVE,
+    )
     weight_decay: float = _optimizer(0.05, "Weight decay, which spares norms and biases.", _NOT_NEGATIVE)
     betas: tuple[float, float] | None = _optimizer(
         None,
@@ -207,7 +214,8 @@ class Recipe:
         for name in ("min_lr", *(["warmup_lr"] if self.warmup_length else [])):
             if getattr(self, name) > self.peak_lr:
                 whence = "lr" if self.lr is not None else "base_lr·batch_size/512"
-                _refuse(name, getattr(self, name), f"at most the peak learning rate, {whence}={self.peak_lr:g}")
+                peak = f"at most the peak learning rate, {whence}={self.peak_lr:g}"
+                _refuse(name, getattr(self, name), f"{peak}; lower {name}, or raise the peak")
         if self.repeated_aug == 1:
             _refuse("repeated_aug", 1, "0 for one view of every image, or at least 2")
         if self.micro_batch is not None:
@@ -268,7 +276,8 @@ def load_recipe(
     Args:
         name_or_path: A name that `list_recipes` lists, or a YAML file of fields of `Recipe`; None: the defaults.
         overrides: Fields that replace those of the file. `base_lr` also replaces the file's `lr`, and a `dilution` of "none"
-            its `dilution_epochs`.
+            its `dilution_epochs`. `batch_size` also scales the file's `min_lr` and `warmup_lr` where it scales the peak
+            learning rate, and replaces a `micro_batch` that is larger.
 
     Raises:
         ValueError: No such recipe, a file that is not a recipe, unknown fields (the nearest name is suggested), or
@@ -277,20 +286,33 @@ def load_recipe(
     overrides = dict(overrides or {})
     _check_keys(overrides, "an option")
     if name_or_path is None:
-        return Recipe(**overrides)
+        return Recipe(**_scale_rates({}, overrides), **overrides)
     path = _find(name_or_path)
     values = _read(path)
     values.pop("description", None)
     _check_keys(values, f"in {path}")
     if "base_lr" in overrides and "lr" not in overrides:
         values.pop("lr", None)  # it would win over the rate that was given last
+    sizes = values.get("micro_batch"), overrides.get("batch_size")
+    if "micro_batch" not in overrides and all(type(size) is int for size in sizes) and sizes[0] > sizes[1]:
+        values.pop("micro_batch")
     if overrides.get("dilution") == "none" and "dilution_epochs" not in overrides:
         values.pop("dilution_epochs", None)
     try:
-        return Recipe(**{**values, **overrides})
+        return Recipe(**{**values, **_scale_rates(values, overrides), **overrides})
     except ValueError as error:
         given = f", with {', '.join(f'{k}={v!r}' for k, v in overrides.items())}" if overrides else ""
         raise ValueError(f"recipe {os.fspath(name_or_path)}{given}: {error}") from error
+
+
+def _scale_rates(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, float]:
+    """Scale the first and the last learning rate as the peak, where an overriding batch size changes the peak."""
+    if "batch_size" not in overrides or {**values, **overrides}.get("lr") not in (None, "none"):
+        return {}
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    own = {name: _checked(fields[name], values.get(name, fields[name].default)) for name in ("batch_size", *_SCALED)}
+    factor = _checked(fields["batch_size"], overrides["batch_size"]) / own["batch_size"]
+    return {name: factor * own[name] for name in _SCALED if name not in overrides}
 
 
 def list_recipes() -> dict[str, str]:

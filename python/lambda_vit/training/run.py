@@ -33,6 +33,7 @@ from ..runtime.processes import Processes
 from ..runtime.signals import StopRequest
 from ..selection.result import Selection
 from .loop.model_setup import prepare_model
+from .loop.optimizer import check_optimizer
 from .loop.trainer import Trainer
 from .recipe import Recipe, load_recipe
 from .run_record import RunRecord, removal_scale
@@ -121,6 +122,7 @@ def run_finetuning(
     out, processes, save_kwargs = Path(out), processes or Processes(), dict(save_kwargs or {})
     if isinstance(layers, Selection):
         save_kwargs.setdefault("selection", layers)
+    check_optimizer(recipe, one_device(model))  # before an earlier run is removed
     recipe = recipe if restart else inherit_micro_batch(recipe, out)
     stream, val_loader = open_data(prepare_model(model, recipe), recipe)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)

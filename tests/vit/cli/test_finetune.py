@@ -257,6 +257,15 @@ def test_another_run_in_the_folder(finetune, tmp_path):
     assert record_of(tmp_path / "out")["layers"] == [2]
 
 
+def test_an_optimizer_that_cannot_train_leaves_an_earlier_run(finetune, tmp_path):
+    assert finetune("--remove", 1)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    code, _, err = finetune("--remove", 1, "--restart", "--opt", "adahessian")
+    assert code == 2
+    assert "error: opt='adahessian' cannot train on cpu: it needs second derivatives" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
 def test_a_signal_to_the_whole_group(folder, saved, tmp_path):
     """As a terminal and torchrun send it: to the processes that read images too, which must not die before the run."""
     out = tmp_path / "out"

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,15 @@ def test_unreadable_images_of_a_hub_set_are_counted(tmp_path, hub):
     strict, _ = open_training_data(data, MODEL, RECIPE)
     with pytest.raises(CorruptImageError, match=r"hfds/.*train\[\d+\] .*b/005.jpg"):
         collected(strict)
+
+
+def test_the_cause_behind_an_error_of_the_hub_is_named(monkeypatch):
+    def fail(name):
+        raise RuntimeError("An error occurred while generating the dataset") from KeyError("the cause")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(get_dataset_split_names=fail))
+    with pytest.raises(ValueError, match=r"cannot open hfds/x \(KeyError: 'the cause'\)"):
+        open_training_data("hfds/x", MODEL, RECIPE)
 
 
 def test_rows_of_a_hub_set_without_an_image_are_named(tmp_path, monkeypatch):

@@ -99,6 +99,29 @@ def test_values_that_do_not_fit_each_other_are_refused(knobs, message):
         Recipe(**knobs)
 
 
+@pytest.mark.parametrize("name", [None, *list_recipes()])
+def test_a_smaller_batch_lowers_all_rates_alike(name):
+    own = load_recipe(name)
+    assert load_recipe(name, {"batch_size": own.batch_size}) == own
+    small = load_recipe(name, {"batch_size": 4})
+    factor = 1 if own.lr is not None else 4 / own.batch_size
+    for rate in ("peak_lr", "min_lr", "warmup_lr"):
+        assert getattr(small, rate) == pytest.approx(factor * getattr(own, rate), rel=1e-12)
+    kept = load_recipe(name, {"batch_size": 4, "min_lr": 1e-9, "warmup_lr": 2e-9})
+    assert (kept.min_lr, kept.warmup_lr) == (1e-9, 2e-9)
+    own_rate = load_recipe(name, {"batch_size": 4, "lr": 1e-3})
+    assert (own_rate.min_lr, own_rate.warmup_lr) == (own.min_lr, own.warmup_lr)
+    assert small.micro_batch is None
+
+
+def test_a_batch_size_keeps_a_micro_batch_that_fits_and_is_checked_itself():
+    assert load_recipe("deit-base", {"batch_size": 512}).micro_batch == 256
+    with pytest.raises(ValueError, match="micro_batch=256: expected a divisor of batch_size=300"):
+        load_recipe("deit-base", {"batch_size": 300})
+    with pytest.raises(ValueError, match="batch_size=0: expected a whole number"):
+        load_recipe("deit-base", {"batch_size": 0})
+
+
 def test_what_only_matters_together_is_let_be():
     assert Recipe(dilution="none").dilution_length == 0
     assert Recipe(dilution="none", dilution_epochs=0).dilution_length == 0

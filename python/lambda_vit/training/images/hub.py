@@ -102,8 +102,9 @@ def open_hub(
         found = next((n for n in (VAL_NAMES if split == "val" else (split,)) if n in splits), None)
         table = datasets.load_dataset(name, split=found) if found else None
     except Exception as error:  # the hub's client and the builders each raise their own
+        cause = error.__cause__ or error  # the builders wrap what happened in a DatasetGenerationError
         raise ValueError(
-            f"cannot open {root} ({type(error).__name__}: {error}). It takes the name of a data set on the Hugging Face hub, "
+            f"cannot open {root} ({type(cause).__name__}: {cause}). It takes the name of a data set on the Hugging Face hub, "
             "which needs a network or a filled cache, or a folder that datasets.load_dataset reads"
         ) from error
     if table is None:

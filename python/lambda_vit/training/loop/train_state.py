@@ -21,6 +21,7 @@ from ...runtime.seeding import mixed_seed, preserved
 from ..dilution import diluted_blocks, finish_dilution, forget_removed, prepare, remove_diluted_attention, set_lambda
 from ..recipe import Recipe
 from .model_setup import frozen_parts, set_training_mode
+from .optimizer import check_optimizer, make_optimizer
 
 if TYPE_CHECKING:
     from ..images.stream import MicroBatch
@@ -71,7 +72,6 @@ class TrainState:
         processes: Processes,
         teacher: nn.Module | None = None,
     ) -> None:
-        from timm.optim import create_optimizer_v2
         from timm.scheduler import create_scheduler_v2
 
         if getattr(model, "distilled_training", False):
@@ -81,6 +81,7 @@ class TrainState:
             )
         self.recipe, self.layers, self.processes = recipe, layers, processes
         self.device, self.dtype = one_device(model), one_dtype(model)
+        check_optimizer(recipe, self.device)
         if layers and recipe.dilution == "none":
             options: dict[str, Any] = {"recompute": recipe.recompute or "auto", "inplace": True}
             model = convert_vit(model, layers, residual_scale=1.0, **options)
@@ -97,15 +98,7 @@ class TrainState:
             recipe.distillation_tau,
             teacher,
         )
-        own = {"betas": recipe.betas, "eps": recipe.eps}
-        self.optimizer = create_optimizer_v2(
-            model,
-            recipe.opt,
-            lr=recipe.peak_lr,
-            weight_decay=recipe.weight_decay,
-            layer_decay=recipe.layer_decay,
-            **{name: value for name, value in own.items() if value is not None},
-        )
+        self.optimizer = make_optimizer(model, recipe, layer_decay=recipe.layer_decay)
         self._scheduler, _ = create_scheduler_v2(
             self.optimizer,
             recipe.sched,
