@@ -25,6 +25,7 @@ from torch import Tensor
 from ..ops import histogram as ops
 from ..ops.checks import check_choice, check_tensor
 from ..ops.histogram import reference
+from ..ops.histogram.grids import FINEST_WIDTH
 from . import distributed, storage
 from . import state as entropy_state
 from .state import STD_FLOOR, Batch, DeferredFiniteCheck, MeterSpec, State
@@ -344,6 +345,7 @@ class EntropyMeter:
             return entropy_state.gaussian_entropies(self._some_state(), self.base, constant)
         counts, grid = self.counts()
         self._warn_of_outside(counts)
+        self._warn_of_tiny_ranges()
         return entropy_state.histogram_entropies(
             counts, grid, self.base, differential=differential, miller_madow=miller_madow
         )
@@ -386,6 +388,19 @@ class EntropyMeter:
         lost = 0 if outside is None else int(outside.sum())
         if lost:
             warnings.warn(f"{self.name}: {lost} values fell outside the range and were not counted", stacklevel=3)
+
+    def _warn_of_tiny_ranges(self) -> None:
+        if self.range is not None:
+            return
+        moments = self.moments()
+        spread = moments.maximum - moments.minimum
+        tiny = int(((spread > 0) & (spread < FINEST_WIDTH * self.bins / 4)).sum())
+        if tiny:
+            warnings.warn(
+                f"{self.name}: the values of {tiny} of {len(spread)} channels lie within a few bins of 2^-126, the narrowest "
+                "that there are, so that their entropies are too low. Scale the values",
+                stacklevel=3,
+            )
 
     def _receive(self, state: State) -> None:
         """Append the state of new samples, or replace the state so far by one that includes the new batch."""

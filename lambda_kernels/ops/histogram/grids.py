@@ -30,6 +30,7 @@ MAX_BINS = 65536
 # with 2^126, the inverse of the finest width, is one with a normal float32.
 _INDEX_BITS = 22
 _FINEST_EXPONENT = -126
+FINEST_WIDTH = 2.0**_FINEST_EXPONENT
 _EXACT_INDEX = 2.0**24
 # Beyond this a float64 times a power of two may leave the normal numbers, and grids would no longer nest.
 LARGEST_MAGNITUDE = 2.0**500

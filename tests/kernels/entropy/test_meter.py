@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -496,3 +497,16 @@ def test_documented_modules_hand_on_functions():
     assert callable(ln_mlp.ln_mlp)
     for module in (histogram, ln_mlp):
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_that_the_narrowest_bins_cannot_separate_are_a_warning(dtype):
+    x = sample(1000, 2).to(dtype)
+    x[:, 1] = 0.0  # zeros are one value, whatever the bins
+    with pytest.warns(UserWarning, match="values of 1 of 2 channels lie within a few bins of 2\\^-126"):
+        histogram_entropy(x * 2.0**-130)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaled = histogram_entropy(x * 2.0**-100)
+        histogram_entropy(x * 2.0**-130, range="minmax" if dtype == torch.float64 else (-1.0, 1.0))
+    assert torch.equal(scaled, histogram_entropy(x))

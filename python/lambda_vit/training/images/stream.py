@@ -358,12 +358,12 @@ class LoaderStream(TrainingStream):
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
         for step, batch in enumerate(read(self.loader, self._model)):
+            if isinstance(batch.images, dict):
+                raise ValueError("training takes images [N, C, H, W], not the patches of NaFlexVit")
             if step >= start:
                 yield [MicroBatch(0, batch.images, self._targets(batch))]
 
     def _targets(self, batch: LoadedBatch) -> Tensor:
-        if isinstance(batch.images, dict):
-            raise ValueError("training takes images [N, C, H, W], not the patches of NaFlexVit")
         labels = batch.labels
         if self._soft and isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
             probabilities = labels.shape[0] == len(batch.images) and labels.shape[1] > 1
