@@ -74,6 +74,7 @@ def plan(
     """Estimate what removing attention layers saves, and the memory and hours that its training requires."""
     from lambda_kernels.files import write_json
 
+    from ..models.properties import why_no_classes
     from ..runtime import environment, progress
     from ..training.plan.planning import plan_training, split_epochs
     from .models import check_device, open_model
@@ -121,6 +122,8 @@ def plan(
     own = ["--model", model, *make_weights_options("--", weights, pretrained), *layers]
     length = ["--epochs", dilution + recovery, "--dilution-epochs", dilution, "--batch-size", batch_size * devices]
     length += [] if recompute is None else ["--recompute", recompute.value]
+    if why_no_classes(network) is not None:
+        length += ["--num-classes", "N" if loader is None else len(loader.dataset.classes)]
     print_next(console, "finetune", *own, "--data", data or "path/to/images", *length, "--out", "runs/finetune")
 
 

@@ -251,6 +251,7 @@ def _select(
     wanted: ReportOptions,
 ) -> None:
     from ..data.fingerprints import data_fingerprint
+    from ..models.properties import why_no_classes
     from ..report.page import console_summary, write_report
     from ..report.records.selection import measure_selection, selection_record
     from ..runtime import environment, progress
@@ -295,7 +296,7 @@ def _select(
     data = {"description": str(images.data), "calibration": len(loader.dataset)}
     if trial is not None:
         data["validation"] = len(trial.loader.dataset)
-    has_labels = bool(network.num_classes) and (trial is None or trial.labelled)
+    has_labels = why_no_classes(network) is None and (trial is None or trial.labelled)
     commands = _next_commands(
         selection, trajectory, wanted, model, images, "val" if trial is None else trial.split, has_labels
     )
@@ -325,12 +326,13 @@ def _open_trial(
     network: nn.Module, images: DataOptions, tried: TrialOptions, loader: ImageLoader, processes: Processes
 ) -> tuple[TrialData | None, list[str]]:
     """Open the images on which the picks are tried; with notes for the report."""
+    from ..models.properties import why_no_classes
     from ..selection.trajectory import TrialData
 
     if not tried.samples:
         return None, []
-    if not network.num_classes:
-        return None, ["The picks were not tried: the model has no classifier, hence no answers to compare"]
+    if (reason := why_no_classes(network)) is not None:
+        return None, [f"The picks were not tried: the model {reason}, hence no answers to compare"]
     notes: list[str] = []
 
     def open_split(split: str) -> tuple[ImageLoader, bool]:

@@ -129,7 +129,7 @@ def finetune(
     num_classes: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of outputs of a new classifier, which replaces the model's.", show_default=False
+            min=2, help="Number of outputs of a new classifier, which replaces the model's.", show_default=False
         ),
     ] = None,
     val_data: Annotated[

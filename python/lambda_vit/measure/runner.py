@@ -45,9 +45,11 @@ class ModelRunner:
                     f"{type(self.model).__name__} gives {len(output)} outputs and ignores eval(): fix its mode"
                 )
             output = torch.stack(tuple(output)).mean(0)
-        if not isinstance(output, Tensor) or output.ndim != 2:
+        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] == 1:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"{type(self.model).__name__} must give logits [N, classes], got {got}")
+            raise ValueError(
+                f"{type(self.model).__name__} must give logits [N, classes] of two or more classes, got {got}"
+            )
         output = output.cpu().double()
         if not output.isfinite().all():
             raise NonFiniteActivationError(

@@ -114,15 +114,25 @@ def model_name(model: nn.Module) -> str | None:
     return f"{name}.{tag}" if name and tag else name
 
 
+def why_no_classes(model: nn.Module) -> str | None:
+    """Why the outputs of `model` predict no class; None if they do, or if it does not say how many it has."""
+    outputs = getattr(model, "num_classes", 2)
+    if not outputs:
+        return "has no classifier (num_classes=0)"
+    if outputs == 1:  # its softmax is always 1, and the largest of one number is always that number
+        return "has one output (num_classes=1), which predicts no class"
+    return None
+
+
 def check_classifier(models: Mapping[str, nn.Module]) -> None:
     """Refuse models, by name, whose outputs are not classes, so that they have no accuracy.
 
     Raises:
-        ValueError: A model has no classifier, as DINOv2, DINOv3 and SigLIP in timm.
+        ValueError: A model has no classifier, as DINOv2, DINOv3 and SigLIP in timm, or one output.
     """
     for name, model in models.items():
-        if not getattr(model, "num_classes", 1):
+        if (reason := why_no_classes(model)) is not None:
             raise ValueError(
-                f"the {name} has no classifier (num_classes=0), so that its outputs have no accuracy. Train one for it first: "
+                f"the {name} {reason}, so that its outputs have no accuracy. Train a classifier for it first: "
                 "lambda-vit finetune --full --num-classes N"
             )

@@ -104,9 +104,10 @@ class PathStatistics:
         self._images += len(first)
         if not (self._compare or self._label):
             return
-        if first.dim() != 2:
+        if first.dim() != 2 or first.shape[1] == 1:
             raise ValueError(
-                f"comparing predictions requires logits [N, classes]; the model returns {list(first.shape)} per batch"
+                "comparing predictions requires logits [N, classes] of two or more classes; the model returns "
+                f"{list(first.shape)} per batch"
             )
         # Metal has no float64; on the CPU these few numbers per image cost little.
         device = torch.device("cpu") if first.device.type == "mps" else first.device

@@ -16,7 +16,7 @@ from lambda_kernels.ops.checks import check_choice, require_int
 
 from ..data.fingerprints import data_fingerprint, model_fingerprint
 from ..measure.dtype_speed import warn_if_slow
-from ..models.properties import model_name
+from ..models.properties import model_name, why_no_classes
 from ..runtime.capture import capture_warnings
 from ..runtime.processes import Processes
 from ..runtime.progress import task
@@ -236,9 +236,12 @@ class Searcher:
         with self.processes.all_or_none("Select"):
             if self._loader is None:
                 raise ValueError(f"loader is None, but strategy {options.strategy!r} measures on images; pass a loader")
-            if (criterion.compare or criterion.label) and not getattr(self._model, "num_classes", 1):
+            reason = why_no_classes(self._model)
+            if criterion.needs_classes and reason is not None:
+                others = [name for name, it in STRATEGIES.items() if it.criterion and not it.criterion.needs_classes]
                 raise ValueError(
-                    f"strategy {options.strategy!r} compares the classifier's outputs, and the model has no classifier"
+                    f"strategy {options.strategy!r} compares predicted classes, and the model {reason}. Use a strategy that "
+                    f"needs no classes: {', '.join(others)}"
                 )
             return Measurement(
                 self._model,

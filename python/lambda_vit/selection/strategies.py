@@ -35,6 +35,11 @@ class Criterion:
     compare: bool = False
     label: bool = False
 
+    @property
+    def needs_classes(self) -> bool:
+        """Whether it compares predicted classes or their probabilities."""
+        return self.compare or self.label
+
 
 @dataclass(frozen=True)
 class Strategy:

@@ -20,7 +20,7 @@ from ..data.loader import ImageLoader
 from ..measure.cost import Cost, cost
 from ..measure.intervals import wilson_interval
 from ..measure.latency import compare_latency
-from ..models.properties import one_device
+from ..models.properties import one_device, why_no_classes
 from ..models.views import skip_attention
 from ..runtime.processes import Processes
 from ..runtime.progress import track
@@ -140,11 +140,11 @@ def measure_trajectory(
         The "trajectory" of a report's record; the same in all processes.
 
     Raises:
-        ValueError: The model has no classifier.
+        ValueError: The model's outputs are not classes.
         ValueError, NonFiniteActivationError, RuntimeError: As `Measurement.measure`.
     """
-    if not getattr(model, "num_classes", 1):
-        raise ValueError("the model has no classifier: a trajectory has no predictions to compare")
+    if (reason := why_no_classes(model)) is not None:
+        raise ValueError(f"the model {reason}: a trajectory has no predictions to compare")
     processes = Processes() if processes is None else processes
     paths = [frozenset(selection.layers[:count]) for count in range(len(selection.layers) + 1)]
     estimator = selection.estimator or "gaussian"

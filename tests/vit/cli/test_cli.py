@@ -13,7 +13,7 @@ import torch
 from places import IMAGES, WEIGHTS
 from small_models import small_vit
 
-from lambda_kernels import convert_vit, from_pretrained
+from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.ops.ln_mlp.dispatch import onednn_obstacles
 from lambda_vit import Selection
 from lambda_vit.cli import options as command_options
@@ -118,6 +118,15 @@ def test_plan_with_recomputed_activations(run, saved, tmp_path):
     code, _, err = run(*arguments, "--recompute", "most")
     assert code == 2
     assert "most" in err
+
+
+def test_plan_of_a_model_without_classes_names_the_classifier_that_training_needs(run, folder, tmp_path):
+    model = save_pretrained(small_vit(num_classes=0), tmp_path / "bare")
+    arguments = ["plan", "--model", model, "--remove", "1", "--batch-size", 2, "--seconds", 0.01, "--device", "cpu"]
+    for images, classes in ((["--data", folder], 10), (["--images", 9], "N")):
+        code, out, err = run(*arguments, *images)
+        assert code == 0, err
+        assert f"--num-classes {classes} --out" in out
 
 
 def test_plan_tells_the_measured_peak(saved):

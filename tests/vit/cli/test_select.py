@@ -342,14 +342,15 @@ def test_headless_models(run, folder, tmp_path):
     assert Selection.from_json(tmp_path / "out" / "selection.json").channels == 48
 
 
-def test_models_without_a_classifier(select, tmp_path):
+@pytest.mark.parametrize(("outputs", "words"), [(0, "the model has no classifier"), (1, "the model has one output")])
+def test_models_whose_outputs_are_no_classes(select, tmp_path, outputs, words):
     """Their outputs are no answers: nothing is compared, and nothing recommended."""
-    model = save_pretrained(small_vit(num_classes=0), tmp_path / "bare")
+    model = save_pretrained(small_vit(num_classes=outputs), tmp_path / "bare")
     code, printed, err = select("--count", 1, "--no-profile", model=model)
     assert code == 0, err
     record = record_of(tmp_path / "out")
     assert "trajectory" not in record
-    assert any("the model has no classifier" in note for note in record["warnings"])
+    assert any(words in note for note in record["warnings"])
     assert [words[0] for words in commands_in(printed)] == ["plan", "convert"]
 
 

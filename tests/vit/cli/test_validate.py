@@ -65,3 +65,9 @@ def test_a_model_without_a_classifier_has_no_accuracy(run, folder, saved, tmp_pa
     assert code == 2
     assert "the reference has no classifier (num_classes=0)" in err
     assert "lambda-vit finetune --full --num-classes N" in err
+    binary = save_pretrained(small_vit(num_classes=1), tmp_path / "binary")
+    code, _, err = run("validate", "--model", binary, "--data", folder)
+    assert code == 2
+    assert (
+        "the model has one output (num_classes=1), which predicts no class, so that its outputs have no accuracy" in err
+    )

@@ -248,8 +248,10 @@ def test_a_reference_with_other_classes_is_refused():
 
 
 def test_outputs_that_are_no_logits_are_refused():
-    with pytest.raises(ValueError, match=r"must give logits \[N, classes\], got \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"must give logits \[N, classes\] of two or more classes, got \(2, 3, 3\)"):
         evaluate(Lookup(torch.zeros(2, 3, 3)), pictures([0, 1]))
+    with pytest.raises(ValueError, match=r"of two or more classes, got \(2, 1\)"):
+        evaluate(Lookup(torch.zeros(2, 1)), pictures([0, 0]))
 
 
 def test_a_model_on_several_devices_lists_them():

@@ -370,12 +370,25 @@ def test_labels_are_needed_where_answers_are_right_or_wrong():
             select_layers(small_vit(), data, 1, strategy="accuracy")
 
 
-def test_models_without_a_classifier():
-    model = small_vit(num_classes=0)
+@pytest.mark.parametrize(("outputs", "what"), [(0, "no classifier"), (1, "one output")])
+def test_models_whose_outputs_are_no_classes(outputs, what):
+    model = small_vit(num_classes=outputs)
+    words = f"compares predicted classes, and the model has {what} .*: nose, nose-signed, one-shot, cosine$"
     for strategy in ("kl", "accuracy"):
-        with pytest.raises(ValueError, match=f"'{strategy}' compares the classifier's outputs, and the model has no"):
+        with pytest.raises(ValueError, match=f"'{strategy}' {words}"):
             select_layers(model, DATA, 1, strategy=strategy)
-    assert select_layers(model, DATA, 1).channels == 48
+    for strategy in ("nose", "nose-signed", "one-shot", "cosine"):
+        select_layers(model, DATA, 1, strategy=strategy)
+    assert select_layers(model, DATA, 1).channels == (outputs or 48)
+
+
+def test_one_logit_is_refused_whatever_the_model_says_of_itself():
+    model = small_vit()
+    model.head = torch.nn.Linear(48, 1)
+    data = [(x, torch.zeros(len(x))) for x, _ in DATA]
+    for strategy in ("kl", "accuracy"):
+        with pytest.raises(ValueError, match=r"two or more classes; the model returns \[[0-9]+, 1\]"):
+            select_layers(model, data, 1, strategy=strategy)
 
 
 def test_labels_are_not_rounded_to_classes():
@@ -390,7 +403,9 @@ def test_answers_of_tokens_are_refused():
     """Without pooling there are logits of every token: over which axis they are compared would be a guess."""
     model = small_vit(global_pool="")
     for strategy in ("kl", "accuracy"):
-        words = r"predictions requires logits \[N, classes\]; the model returns \[[0-9]+, 5, 10\]"
+        words = (
+            r"predictions requires logits \[N, classes\] of two or more classes; the model returns \[[0-9]+, 5, 10\]"
+        )
         with pytest.raises(ValueError, match=words):
             select_layers(model, DATA, 1, strategy=strategy)
     assert len(select_layers(model, DATA, 1).layers) == 1

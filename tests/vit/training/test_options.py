@@ -18,7 +18,7 @@ from training_support import Notes, largest_difference, plain, recipe, same_weig
 
 from lambda_kernels import AttentionFreeBlock, FusedMlp, convert_vit
 from lambda_kernels.blocks import mlp_block
-from lambda_vit import dilute
+from lambda_vit import dilute, finetune
 from lambda_vit.training.dilution import AttentionRemovalError, remove_diluted_attention
 from lambda_vit.training.images.stream import LoaderStream, MicroBatch
 from lambda_vit.training.loop.model_setup import prepare_model, set_training_mode
@@ -378,6 +378,17 @@ def test_refusals():
     nan = [(torch.full((4, 1, 8, 8), math.nan), torch.zeros(4, dtype=torch.long))]
     with pytest.raises(ValueError, match=r"loss became nan in epoch 1, step 1 \(lr 1e-06, λ 1\). Lower lr"):
         trainer(plain(), stream=LoaderStream(nan)).train()
+
+
+@pytest.mark.parametrize(("outputs", "words"), [(0, "no classifier"), (1, "one output")])
+def test_models_whose_outputs_are_no_classes_are_refused(outputs, words):
+    batches = [(images(), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(ValueError, match=rf"the model has {words} .*reset_classifier\(N\), or --num-classes N"):
+        finetune(small_vit(num_classes=outputs), batches, epochs=1)
+    model = small_vit()
+    model.head = nn.Linear(48, 1)
+    with pytest.raises(ValueError, match="one logit per image"):
+        finetune(model, batches, epochs=1)
 
 
 def test_the_batch_that_the_boundary_is_checked_on(monkeypatch):

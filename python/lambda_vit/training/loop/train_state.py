@@ -343,6 +343,8 @@ class Objective:
     def __call__(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """The mean over the images; `images` are what the network saw."""
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if logits.shape[1] == 1:  # also of a classifier that was put there by hand
+            raise ValueError("the model gives one logit per image, whose cross entropy is always 0: train two or more")
         loss = self.labels(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
         if self.teacher is None:
             return loss

@@ -23,7 +23,7 @@ from ...data.batches import check_repeatable
 from ...data.fingerprints import data_fingerprint, model_fingerprint
 from ...measure.accuracy import Score, score
 from ...measure.dtype_speed import warn_if_slow
-from ...models.properties import one_device, one_dtype
+from ...models.properties import one_device, one_dtype, why_no_classes
 from ...runtime.formatting import format_differences
 from ...runtime.processes import Processes, ProcessLostError
 from ...runtime.progress import task
@@ -111,6 +111,11 @@ class Trainer:
         inplace: bool = False,
     ) -> None:
         self.recipe, self.stream, self.processes = recipe, stream, processes or Processes()
+        if (reason := why_no_classes(model)) is not None:
+            raise ValueError(
+                f"the model {reason}, and cross entropy trains a choice among classes. Give it a classifier first: "
+                "model.reset_classifier(N), or --num-classes N on the command line"
+            )
         indices = unwrap_layers(layers)
         self.layers = check_indices(indices, len(model.blocks), "layers") if len(indices) else ()
         self.fingerprint = {
