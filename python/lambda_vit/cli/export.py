@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import FailureError, app, make_console
-from .options import Device, JsonFile, Model, Pretrained, Weights, check_outputs, read_class_map
+from .options import Device, JsonFile, Model, Pretrained, Weights, check_outputs
 
 if TYPE_CHECKING:
     from ..export.tracing import Traced
@@ -51,7 +51,7 @@ def export(
     class_map: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file that maps class names to outputs, to store in the exported files.", show_default=False
+            help="File of class names (see validate --class-map), to store in the exported files.", show_default=False
         ),
     ] = None,
     latency: Annotated[bool, typer.Option(help="Measure latency against the model in PyTorch.")] = True,
@@ -62,6 +62,7 @@ def export(
     """Write a model as ONNX, torch.export or AOTInductor file, and verify that the file computes the same."""
     from lambda_kernels.files import write_json
 
+    from ..data.labels import read_class_map
     from ..export.check import ExportMismatchError
     from ..export.tracing import trace_model
     from ..export.write import WRITERS, measure_latency

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,7 +44,7 @@ Workers = Annotated[
 ClassMap = Annotated[
     Path | None,
     typer.Option(
-        help='JSON file that maps each class folder to an output of the model, such as {"cat": 281}.',
+        help='Output of each class: a JSON file such as {"cat": 281}, or a .txt with one class per line, in output order.',
         show_default=False,
     ),
 ]
@@ -123,25 +122,23 @@ def open_data(
     Without `labelled`, the class folders only spread the samples: they need not be the model's classes.
     """
     from ..data.images import open_images
+    from ..data.labels import read_class_map
     from ..data.loader import make_loader, subset
     from ..data.transforms import transforms_for
+    from ..models.properties import get_class_names
 
     classes = model.num_classes or None if labelled else None
-    mapping = None if class_map is None else read_class_map(class_map)
-    dataset = open_images(data, split, transform=transforms_for(model), num_classes=classes, class_to_idx=mapping)
+    dataset = open_images(
+        data,
+        split,
+        transform=transforms_for(model),
+        num_classes=classes,
+        class_to_idx=None if class_map is None else read_class_map(class_map),
+        class_names=get_class_names(model) if labelled else None,
+    )
     if samples is not None and samples < len(dataset):
         dataset = subset(dataset, samples)
     return make_loader(dataset, batch_size, workers=workers, skip_bad=skip_bad, shard=shard)
-
-
-def read_class_map(path: Path) -> dict[str, int]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--class-map {path} is not a JSON file: {error}") from error
-    if not isinstance(found, dict) or not all(type(index) is int for index in found.values()):
-        raise ValueError(f'--class-map {path} must hold an object such as {{"cat": 281, "dog": 207}}')
-    return found
 
 
 def print_bad(console: Console, paths: Iterable[str]) -> None:

@@ -14,19 +14,7 @@ import typer
 from ..training.recipe import Recipe, list_recipes, load_recipe
 from .app import app, make_console, print_next
 from .models import check_made_for, make_weights_options, read_layers
-from .options import (
-    ClassMap,
-    Device,
-    Model,
-    Pretrained,
-    Remove,
-    SelectionFile,
-    SkipBad,
-    Weights,
-    Workers,
-    print_bad,
-    read_class_map,
-)
+from .options import ClassMap, Device, Model, Pretrained, Remove, SelectionFile, SkipBad, Weights, Workers, print_bad
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,6 +139,7 @@ def finetune(
     """
     from lambda_kernels.files import check_writable
 
+    from ..data.labels import read_class_map
     from ..report.page import write_training_report
     from ..runtime import progress
     from ..runtime.processes import local_device, process_group

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from .decoding import decode_image
 from .fingerprints import describe_dataset
+from .labels import label_classes, normalize_name
 from .sources import SPLIT_NAMES, Folder, Zip, extensions, find_split, open_source
 
 # A map-style dataset with a length, which PyTorch's class does not promise.
@@ -109,6 +110,7 @@ def open_images(
     transform: Callable[..., Tensor] | None = None,
     num_classes: int | None = None,
     class_to_idx: Mapping[str, int] | None = None,
+    class_names: Sequence[str | None] | None = None,
     on_bad: str = "raise",
 ) -> ImageDataset:
     """Open one split of an image set laid out as `<split>/<class>/<image>`, in a folder or in a zip.
@@ -123,39 +125,42 @@ def open_images(
         transform: Maps a PIL image in RGB to a tensor; see `transforms_for`. Default: float [3, H, W] in 0…1.
         num_classes: Number of outputs of the model. With 1000 outputs and ImageNet synsets as folder names, the labels are
             ImageNet's, however few folders there are; otherwise it must be the number of folders, which are labelled
-            0…n-1 in sorted order. None: the number of folders.
-        class_to_idx: The label of each class folder, instead of the rule above.
+            0…n-1 in timm's order: natural ("2" before "10") and regardless of case. None: the number of folders.
+        class_to_idx: The label of each class folder, instead of the rule above; it may have further classes.
+        class_names: Name of each output, as `models.properties.get_class_names` gives them: folders with these names
+            get their labels, instead of the rule above.
         on_bad: The effect of indexing an unreadable image: "raise" raises `CorruptImageError`, "mark" returns a `BadImage`.
             `make_loader` counts unreadable images with either.
 
     Raises:
         ValueError: The root, the split or images do not exist; class folders are missing, empty, or not in the train split
             (or in `class_to_idx`); or the number of classes does not match `num_classes`.
+
+    Warns:
+        UserWarning: See `labels.label_classes`.
     """
+    split = split.lower()
     if split not in SPLIT_NAMES:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLIT_NAMES)}")
     if on_bad not in ("raise", "mark"):
         raise ValueError(f"on_bad={on_bad!r}: expected 'raise' or 'mark'")
     source = open_source(Path(root))
     name, at, train_at = find_split(source, split)
-    images = source.images(at)
+    images: dict[str, list[str]] = {}
+    for folder, paths in source.images(at).items():
+        images.setdefault(normalize_name(folder), []).extend(paths)
     where = source.show(at) if at else str(source.root)
     if not any(images.values()):
         raise ValueError(
             f"no images in {where} (split {name!r}): expected <class>/<image> there, "
             f"with the extensions {' '.join(extensions())}"
         )
-    if class_to_idx is not None:
-        _check_classes(images, set(class_to_idx), where, "class_to_idx")
-    elif train_at in (None, at):
+    if class_to_idx is not None or train_at in (None, at):
         _check_classes(images, set(images), where, "the folder itself")
     else:
-        _check_classes(images, set(source.folders(train_at)), where, "the train split")
-    indices = _labels(sorted(images), num_classes) if class_to_idx is None else dict(class_to_idx)
+        _check_classes(images, set(map(normalize_name, source.folders(train_at))), where, "the train split")
+    indices = label_classes(sorted(images), num_classes=num_classes, class_to_idx=class_to_idx, class_names=class_names)
     outputs = max(indices.values()) + 1 if num_classes is None else num_classes
-    outside = {k: v for k, v in indices.items() if not 0 <= v < outputs}
-    if outside:
-        raise ValueError(f"class_to_idx has labels outside 0…{outputs - 1} for num_classes={outputs}: {outside}")
     samples = [(path, indices[folder]) for folder, paths in images.items() for path in paths]
     return ImageDataset(source, at, name, samples, indices, outputs, transform, on_bad)
 
@@ -183,21 +188,5 @@ def _check_classes(images: Mapping[str, list[str]], expected: set[str], where: s
         )
         raise ValueError(
             f"the class folders in {where} must be those of {standard}, each with images: {listed}. Complete or remove "
-            "them, or pass class_to_idx with exactly the classes that are there: labels would not mean the same"
+            "them, or pass class_to_idx with the classes that are there: labels would not mean the same"
         )
-
-
-def _labels(names: list[str], num_classes: int | None) -> dict[str, int]:
-    if num_classes == 1000:
-        from timm.data import ImageNetInfo
-
-        synsets = {name: index for index, name in enumerate(ImageNetInfo().label_names())}
-        if all(name in synsets for name in names):
-            return {name: synsets[name] for name in names}
-    if num_classes not in (None, len(names)):
-        raise ValueError(
-            f"there are {len(names)} class folders ({', '.join(names[:3])}, …) and num_classes={num_classes}: use a "
-            f"model with {len(names)} outputs, or say which output each folder belongs to (--class-map FILE on the command "
-            "line, class_to_idx in Python)"
-        )
-    return {name: index for index, name in enumerate(names)}

@@ -23,7 +23,7 @@ from lambda_kernels.ops.checks import dtype_name, require_int
 
 from ..data.batches import random_images
 from ..data.transforms import data_config
-from ..models.properties import eval_mode, input_shape, one_device, one_dtype
+from ..models.properties import eval_mode, get_class_names, input_shape, one_device, one_dtype
 from ..runtime import environment
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -235,7 +235,7 @@ def _metadata(
             entries["feature_rescaled"] = model.rescale
     else:
         entries["num_classes"] = core.num_classes
-        names = _class_names(core.num_classes, cfg, class_names)
+        names = _class_names(core.num_classes, get_class_names(core), class_names)
         if names:
             entries["class_names"] = names
     if cfg.get("mean") and cfg.get("std") and shape[0] in (1, 3):
@@ -254,7 +254,7 @@ def _metadata(
 
 
 def _class_names(
-    count: int, cfg: Mapping[str, Any], class_names: Mapping[str, int] | None
+    count: int, stored: Collection[str | None] | None, class_names: Mapping[str, int] | None
 ) -> Collection[str | None] | None:
     """By output; None for outputs without a name, or for all where nobody knows them."""
     if class_names is not None:
@@ -265,8 +265,7 @@ def _class_names(
             raise ValueError("class_names gives two names to one output")
         by_output = {index: name for name, index in class_names.items()}
         return [by_output.get(index) for index in range(count)]
-    known = cfg.get("label_names")
-    return list(known) if known and len(known) == count else None
+    return stored
 
 
 @contextlib.contextmanager

@@ -124,6 +124,22 @@ def why_no_classes(model: nn.Module) -> str | None:
     return None
 
 
+def get_class_names(model: nn.Module) -> tuple[str | None, ...] | None:
+    """The name of each output, as timm's `label_names` in the model's config; None if the model does not have them all."""
+    names = (getattr(_unwrapped(model), "pretrained_cfg", None) or {}).get("label_names")
+    return tuple(names) if names and len(names) == getattr(model, "num_classes", None) else None
+
+
+def set_class_names(model: nn.Module, class_to_idx: Mapping[str, int] | None) -> None:
+    """Store the name of each output with the model, or remove stored names; kept names stay if not every output has one."""
+    cfg = {**(getattr(model, "pretrained_cfg", None) or {})}
+    if class_to_idx is None:
+        cfg.pop("label_names", None)
+    elif sorted(class_to_idx.values()) == list(range(getattr(model, "num_classes", 0))):
+        cfg["label_names"] = tuple(sorted(class_to_idx, key=class_to_idx.__getitem__))
+    model.pretrained_cfg = cfg  # type: ignore[assignment]  # a record of timm's, which PyTorch does not foresee
+
+
 def check_classifier(models: Mapping[str, nn.Module]) -> None:
     """Refuse models, by name, whose outputs are not classes, so that they have no accuracy.
 

@@ -92,6 +92,7 @@ def finetune(
         ValueError: Options or layers are wrong, the loader is empty, or the loss became NaN or infinite.
         UnsupportedModelError: Layers are to be diluted and the model cannot be changed block by block.
     """
+    from ..models.properties import set_class_names
     from .images.stream import LoaderStream
     from .loop.trainer import Trainer
     from .recipe import Recipe
@@ -124,5 +125,7 @@ def finetune(
     for row in trainer.train():
         history.append(Epoch(row["epoch"], row["loss"], row["top1"], None if removed else row["lambda"]))
         removed = row["attention"] != "diluting"
+    if labels := getattr(getattr(train_loader, "dataset", None), "class_to_idx", None):
+        set_class_names(trainer.model, labels)
     difference = None if trainer.attention_removal is None else trainer.attention_removal["difference"]
     return FinetuneResult(trainer.model, tuple(history), difference)

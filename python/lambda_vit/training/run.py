@@ -28,7 +28,7 @@ from lambda_kernels.checkpoints.folder import CONFIG, WEIGHTS
 from lambda_kernels.files import atomic_writes, check_writable, exclusive_lock
 
 from ..measure.accuracy import score
-from ..models.properties import one_device
+from ..models.properties import one_device, set_class_names
 from ..runtime.processes import Processes
 from ..runtime.signals import StopRequest
 from ..selection.result import Selection
@@ -125,6 +125,8 @@ def run_finetuning(
     check_optimizer(recipe, one_device(model))  # before an earlier run is removed
     recipe = recipe if restart else inherit_micro_batch(recipe, out)
     stream, val_loader = open_data(prepare_model(model, recipe), recipe)
+    if labels := getattr(getattr(stream, "dataset", None), "class_to_idx", None):
+        set_class_names(model, labels)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)
     with contextlib.closing(stream), StopRequest() as stop, contextlib.ExitStack() as lock:
         with processes.all_or_none("Open the run"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...data.images import BadImage, decoded_sample
+from ...data.labels import label_classes, normalize_name
 from ...data.sources import VAL_NAMES
 from ...runtime.optional_packages import import_optional
 
@@ -80,6 +81,7 @@ def open_hub(
     transform: Callable[..., Tensor] | None,
     num_classes: int | None = None,
     class_to_idx: Mapping[str, int] | None = None,
+    class_names: Sequence[str | None] | None = None,
 ) -> HubImages:
     """Open one split.
 
@@ -89,6 +91,7 @@ def open_hub(
         transform: From a PIL image in RGB to a tensor.
         num_classes: The outputs of the model that will see the labels; None: the classes there are.
         class_to_idx: Label of each class by name; None: as the set numbers them.
+        class_names: Name of each output of the model: classes with these names get their labels.
 
     Raises:
         ValueError: No such set, split or column, or classes that do not fit.
@@ -111,29 +114,23 @@ def open_hub(
         raise ValueError(f"split={split!r} is not in {root}: it has {', '.join(splits)}")
     image = _column(table, datasets.Image, "image", "", f"split {found!r} of {root}", "images")
     label = _column(table, datasets.ClassLabel, "label", column, f"split {found!r} of {root}", "labels")
-    names = table.features[label].names
-    own = dict(enumerate(names))
-    if class_to_idx is not None and set(class_to_idx) != set(names):
-        missing, extra = sorted(set(class_to_idx) - set(names)), sorted(set(names) - set(class_to_idx))
-        raise ValueError(
-            f"the classes of split {found!r} of {root} must be those of the train split, or of the class map: missing "
-            f"({len(missing)}): {', '.join(missing[:20])}; extra ({len(extra)}): {', '.join(extra[:20])}"
-        )
-    if class_to_idx is None and num_classes not in (None, len(names)):
-        raise ValueError(
-            f"{root} has {len(names)} classes and num_classes={num_classes}: use a model with {len(names)} outputs, or say "
-            "which output each class belongs to (--class-map FILE on the command line, class_map in Python)"
-        )
-    labels = {index: (class_to_idx or {}).get(name, index) for index, name in own.items()}
+    names = [normalize_name(name) for name in table.features[label].names]
+    if class_to_idx is None and num_classes in (None, len(names)) and not set(names) & set(class_names or ()):
+        class_to_idx = {name: index for index, name in enumerate(names)}
+    labels = label_classes(
+        names,
+        num_classes=num_classes,
+        class_to_idx=class_to_idx,
+        class_names=class_names,
+        what=f"classes in split {found!r} of {root}",
+    )
     given = list(table.select_columns([label])[:][label])
-    if not given or not set(given) <= set(labels):
+    if not given or not set(given) <= set(range(len(names))):
         raise ValueError(f"split {found!r} of {root} has no images, or images without a label: choose another split")
     outputs = num_classes if num_classes is not None else max(labels.values()) + 1
-    if not all(0 <= value < outputs for value in labels.values()):
-        raise ValueError(f"the class map has labels outside 0…{outputs - 1} for num_classes={outputs}")
-    targets = [labels[value] for value in given]
+    targets = [labels[names[value]] for value in given]
     table = table.cast_column(image, datasets.Image(decode=False))
-    return HubImages(root, found, table, image, targets, {own[i]: labels[i] for i in own}, outputs, transform)
+    return HubImages(root, found, table, image, targets, labels, outputs, transform)
 
 
 def _column(table: Any, kind: type, usual: str, asked: str, where: str, what: str) -> str:

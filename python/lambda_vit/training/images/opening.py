@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...data.images import open_images
 from ...data.loader import make_loader
 from ...data.transforms import transforms_for
-from ...models.properties import input_shape
+from ...models.properties import get_class_names, input_shape
 from ...runtime.processes import Processes
 from ...runtime.signals import spare_worker
 from ..recipe import Recipe
@@ -46,7 +46,7 @@ def open_training_data(
         model: Says image size, channels, mean, std and the number of classes.
         recipe: Says how images are augmented, and how large steps are.
         val_data: Where the val split is, if not in `data`.
-        class_map: Label of each class by name.
+        class_map: Label of each class by name; None: as `data.labels.label_classes` finds them.
         workers: Processes that read and decode, for training and for validation; 0 does it in this one.
         skip_bad: How many different unreadable images to leave out before giving up, of each split and in each process.
         prefetch: Micro-batches that every worker has ready.
@@ -62,9 +62,13 @@ def open_training_data(
     # None, passed on, would stand for timm's default and not for the model's own.
     cropped: dict[str, Any] = {} if recipe.crop_pct is None else {"crop_pct": recipe.crop_pct}
     train, val = training_transform(model, recipe), transforms_for(model, **cropped)
-    num_classes = getattr(model, "num_classes", None)
     loading: dict[str, Any] = {"workers": workers, "skip_bad": skip_bad, "shard": shard, "pin_memory": True}
-    opened = _open(data, "train", train, num_classes, class_map)
+    naming = {
+        "num_classes": getattr(model, "num_classes", None),
+        "class_to_idx": class_map,
+        "class_names": get_class_names(model),
+    }
+    opened = _open(data, "train", train, naming)
     if hasattr(opened, "stream"):
         stream = opened.stream(recipe, prefetch=prefetch, **loading)
     else:
@@ -74,11 +78,18 @@ def open_training_data(
             f"{os.fspath(data)} has no split folders: training and validation would be on the same images. Put them into "
             "train/<class>/ and val/<class>/, or say where the validation images are (--val-data, val_data in Python)"
         )
-    labels = class_map
-    if class_map is None and (val_data is not None or os.fspath(data).startswith("hfds/")):
-        labels = getattr(opened, "class_to_idx", None)  # one folder or zip is compared with itself by open_images
     batch = val_batch_size or stream.micro_batch_size
-    held_out = _open(data if val_data is None else val_data, "val", val, num_classes, labels)
+    labels = getattr(opened, "class_to_idx", None)
+    if val_data is not None or os.fspath(data).startswith(
+        "hfds/"
+    ):  # one folder or zip is compared with itself by open_images
+        naming["class_to_idx"] = class_map if labels is None else labels
+    held_out = _open(data if val_data is None else val_data, "val", val, naming)
+    if missing := sorted(set(labels or ()) - set(getattr(held_out, "class_to_idx", labels or ()))):
+        raise ValueError(
+            f"the classes of the val split must be those of the train split: missing ({len(missing)}): "
+            f"{', '.join(missing[:20])}. Complete the val split, or remove these classes from the train split"
+        )
     if hasattr(held_out, "loader"):
         return stream, held_out.loader(batch, **loading)
     return stream, make_loader(held_out, batch, worker_init=spare_worker, **loading)
@@ -133,21 +144,16 @@ def _posterize(image: Image, bits: int, **options: Any) -> Image:
 
 
 def _open(
-    data: str | os.PathLike[str],
-    split: str,
-    transform: Callable[[Image], Tensor],
-    num_classes: int | None,
-    class_to_idx: Mapping[str, int] | None,
+    data: str | os.PathLike[str], split: str, transform: Callable[[Image], Tensor], naming: dict[str, Any]
 ) -> Any:
     """A dataset; or, of shards, what has a `stream` and a `loader`."""
     where = os.fspath(data)
     if where.startswith("hfds/"):
         from .hub import open_hub
 
-        return open_hub(where.removeprefix("hfds/"), split, transform, num_classes, class_to_idx)
+        return open_hub(where.removeprefix("hfds/"), split, transform, **naming)
     if where.startswith("wds/"):
         from .shards import open_shards
 
-        return open_shards(where.removeprefix("wds/"), split, transform, num_classes, class_to_idx)
-    options: dict[str, Any] = {"transform": transform, "num_classes": num_classes, "class_to_idx": class_to_idx}
-    return open_images(data, split, **options)
+        return open_shards(where.removeprefix("wds/"), split, transform, naming["num_classes"], naming["class_to_idx"])
+    return open_images(data, split, transform=transform, **naming)

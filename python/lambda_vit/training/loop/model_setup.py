@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ...models.properties import input_shape, one_device
+from ...models.properties import input_shape, one_device, set_class_names
 from ...runtime.seeding import mixed_seed, preserved, seed_all
 from ..recipe import Recipe
 
@@ -45,6 +45,7 @@ def replace_classifier(model: nn.Module, num_classes: int, seed: int) -> None:
     with preserved():
         seed_all(mixed_seed("classifier", seed))
         model.reset_classifier(num_classes)
+    set_class_names(model, None)
     model.to(device)
 
 
