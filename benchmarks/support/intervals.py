@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
-# Fewer values have no interval of 95 %: of five, the range covers the median in 94 % of cases.
-LEAST = 6
+from lambda_vit.measure.intervals import LEAST, median_interval
 
-
-def order_statistic(count: int, confidence: float = 0.95) -> int:
-    """The k for which the k-th smallest and the k-th largest of `count` values hold the median between them.
-
-    Each value is above the median or not, like a coin: k is the largest for which both ends together err with a
-    probability of at most 1 − `confidence`. 0 if no k does.
-    """
-    tail, k = 0.0, 0
-    while True:
-        tail += math.comb(count, k) / 2**count
-        if 2 * tail > 1 - confidence:
-            return k
-        k += 1
-
-
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """The median of `values` and the two of them between which the true median lies.
-
-    Raises:
-        ValueError: Too few values.
-    """
-    k = order_statistic(len(values), confidence)
-    if k == 0:
-        raise ValueError(f"{len(values)} values have no interval of {confidence:.0%}; at least {LEAST} do at 95 %")
-    ordered = sorted(values)
-    return statistics.median(ordered), ordered[k - 1], ordered[-k]
+__all__ = ["LEAST", "median_interval", "paired_ratio", "quartiles"]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

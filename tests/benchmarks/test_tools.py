@@ -16,6 +16,7 @@ from places import REPOSITORY
 
 from benchmarks.support import intervals, turns
 from benchmarks.tools import compare, guard, measure, pages, records, table, targets
+from lambda_vit.measure.intervals import order_statistic
 
 MACHINE = {
     "cpu": "A CPU",
@@ -52,7 +53,7 @@ def written(tmp_path) -> Callable[..., records.Run]:
 
 
 def test_the_interval_of_a_median_covers_it():
-    assert [intervals.order_statistic(n) for n in (1, 5, 6, 8, 9, 20, 50)] == [0, 0, 1, 1, 2, 6, 18]
+    assert [order_statistic(n) for n in (1, 5, 6, 8, 9, 20, 50)] == [0, 0, 1, 1, 2, 6, 18]
     generator = np.random.default_rng(0)
     for count in (6, 11, 30):
         inside = 0

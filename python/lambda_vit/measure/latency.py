@@ -18,9 +18,10 @@ from lambda_kernels.ops.checks import require_int
 
 from ..models.properties import eval_mode, input_shape
 from ..runtime import progress
+from .intervals import LEAST
 from .runner import Figures, ModelRunner, resolve_device
 
-MINIMUM_ROUNDS = 5  # fewer give no quartiles worth printing
+MINIMUM_ROUNDS = LEAST  # fewer give no interval of a speedup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def compare_latency(
         batch_sizes: Images per forward.
         rounds: Repetitions per model and batch size; the order of the models rotates from one to the next.
         warmup: Untimed repetitions before them.
-        seconds: A time budget for all batch sizes. It cuts the warm-up to one and the rounds to no fewer than five.
+        seconds: A time budget for all batch sizes. It cuts the warm-up to one and the rounds to no fewer than six.
         image_size: (channels, height, width), or pixels a side. Default: the size that each model was built for.
         device: The device that the models must be on; None: any that they share.
 
@@ -60,6 +61,20 @@ def compare_latency(
     Raises:
         ValueError: There are no models, they are on different devices or not on `device`, or a number is out of range.
     """
+    times = time_forwards(models, batch_sizes, rounds, warmup, seconds, image_size, device)
+    return {name: {size: summarize(taken) for size, taken in own.items()} for name, own in times.items()}
+
+
+def time_forwards(
+    models: Mapping[str, nn.Module],
+    batch_sizes: Sequence[int],
+    rounds: int = 30,
+    warmup: int = 3,
+    seconds: float | None = None,
+    image_size: int | tuple[int, int, int] | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, dict[int, list[float]]]:
+    """The times behind `compare_latency`, in milliseconds and by round; arguments and errors are the same."""
     if not models:
         raise ValueError("models is empty: pass at least one, such as {'model': model}")
     for name, value in (("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
@@ -70,7 +85,7 @@ def compare_latency(
     if any(found != expected for found in devices.values()):
         found = ", ".join(f"{name} on {where}" for name, where in devices.items())
         raise ValueError(f"latency is compared on one device ({expected}), got {found}: move the models there first")
-    result: dict[str, dict[int, Latency]] = {name: {} for name in models}
+    result: dict[str, dict[int, list[float]]] = {name: {} for name in models}
     with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(eval_mode(model))
@@ -81,13 +96,18 @@ def compare_latency(
                 for name, r in runners.items()
             }
             budget = math.inf if seconds is None else seconds / len(batch_sizes)
-            times = interleaved_timing(calls, expected, f"Latency, batch {size}", rounds, warmup, budget, budget)
-            for name, latency in times.items():
-                result[name][size] = latency
+            times = interleaved_times(calls, expected, f"Latency, batch {size}", rounds, warmup, budget, budget)
+            for name, taken in times.items():
+                result[name][size] = taken
     return result
 
 
-def interleaved_timing(
+def interleaved_timing(*arguments: Any, **options: Any) -> dict[str, Latency]:
+    """Summarize what `interleaved_times` measures; its arguments."""
+    return {name: summarize(taken) for name, taken in interleaved_times(*arguments, **options).items()}
+
+
+def interleaved_times(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device,
     description: str,
@@ -96,8 +116,8 @@ def interleaved_timing(
     seconds: float,
     warmup_seconds: float,
     watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> dict[str, Latency]:
-    """Time calls in turn, so that a change of clock or load affects all alike.
+) -> dict[str, list[float]]:
+    """Time calls in turn, so that a change of clock or load affects all alike: milliseconds, by round.
 
     Args:
         calls: By name.
@@ -105,7 +125,7 @@ def interleaved_timing(
         description: Text of the progress bar.
         rounds: Timed calls of each; the order rotates from one round to the next.
         warmup: Untimed calls of each before them.
-        seconds: A time budget for all. It cuts the rounds to no fewer than five.
+        seconds: A time budget for all. It cuts the rounds to no fewer than six.
         warmup_seconds: The part of it that the warm-up may use. It cuts the warm-up to one call of each.
         watch: Called with the name; returns a context that is entered around each timed call.
     """
@@ -131,10 +151,10 @@ def interleaved_timing(
                     synchronize(device)
                     times[name].append(1000 * (time.perf_counter() - begun))
             advance(note=", ".join(f"{taken[-1]:.0f} ms" for taken in times.values()))
-    return {name: _summarize(taken) for name, taken in times.items()}
+    return times
 
 
-def _summarize(times: Sequence[float]) -> Latency:
+def summarize(times: Sequence[float]) -> Latency:
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, median, high = torch.tensor(times, dtype=torch.float64).quantile(quartiles).tolist()
     return Latency(median, low, high, len(times))

@@ -81,7 +81,10 @@ def headline(record: Mapping[str, Any]) -> str:
         text += f" Without training, {step['agreement']:.{digits}f} % of the answers match the full model's"
     else:
         return text
-    gains = [f"{step['speedup']:.2f} times the images per second"] if step.get("speedup") else []
+    gains = []
+    if step.get("speedup") and not _is_chance(step):
+        ends = step.get("speedup_interval")
+        gains.append(f"{step['speedup']:.2f} times{f' ({format_ends(ends, 2)})' if ends else ''} the images per second")
     if step.get("parameters") and full.get("parameters"):
         gains.append(f"{format_change(full['parameters'], step['parameters'])} parameters")
     return f"{text}{', at ' if gains else ''}{' and '.join(gains)}."
@@ -113,13 +116,24 @@ def key_numbers(record: Mapping[str, Any]) -> dict[str, Any] | None:
     batch = trajectory.get("throughput_batch")
     for name, key, show in _COSTS:
         if None not in (full.get(key), step.get(key)):
-            name += f", batch {batch}" if batch and key == "images_per_second" else ""
-            add(name, show(full[key]), show(step[key]), format_change(full[key], step[key]))
+            note = ""
+            if key == "images_per_second":
+                name += f", batch {batch}" if batch else ""
+                if step.get("speedup_interval"):
+                    holds = "includes" if _is_chance(step) else "excludes"
+                    note = f"95 % interval of the speedup {format_ends(step['speedup_interval'], 2)}: it {holds} 1"
+            add(name, show(full[key]), show(step[key]), format_change(full[key], step[key]), note)
     return {"before": "Full model", "after": f"Attention of {format_ranges(step['removed'])} removed", "rows": rows}
 
 
 def _holds_zero(span: Sequence[float]) -> str:
     return "includes" if span[0] <= 0 <= span[1] else "excludes"
+
+
+def _is_chance(step: Mapping[str, Any]) -> bool:
+    """Whether a step's speedup may be chance; unknown where an older version measured it, without an interval."""
+    low, high = step.get("speedup_interval") or (0, 0)
+    return bool(low <= 1 <= high)
 
 
 def recommendation(record: Mapping[str, Any]) -> Section | None:
@@ -156,7 +170,9 @@ def steps(record: Mapping[str, Any]) -> Section | None:
             cost.append(Cell(NONE if value is None else show(value), change))
         rate = step.get("images_per_second_interval")
         cost[-1] = Cell(cost[-1].text, f"{format_rate(rate[0])}–{format_rate(rate[1])}" if rate else "")
-        costs.append([*name, *cost, Cell(NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×")])
+        ends = step.get("speedup_interval")
+        speedup = NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×"
+        costs.append([*name, *cost, Cell(speedup, format_ends(ends, 2) if ends else "")])
     names = ("Step", "Block", "Entropy, bits", "Top-1, %", "Agreement, %", "KL, bits")
     tables = [filled("Answers after each pick", [Column(name, True) for name in names], answers)]
     priced_names = ("Step", "Block", *(name for name, _, _ in _COSTS), "Speedup")
@@ -193,6 +209,9 @@ def _measured(trajectory: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
     if any(step.get("images_per_second") is not None for step in rows):
         batch = f" in batches of {trajectory['throughput_batch']}" if trajectory.get("throughput_batch") else ""
         text += f" Images per second: median and quartiles{batch}, all steps taking turns in one process."
+    if any(step.get("speedup_interval") for step in rows):
+        text += " Speedup: by the ratios to the full model in the same turns; below it stands its 95 % interval, and one that "
+        text += "includes 1 may be chance."
     return text
 
 
@@ -342,8 +361,10 @@ def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
     found = _chosen(record)
     labelled = any(step.get("top1") is not None for step in rows)
     scale, unit = _scale(rows[0].get("flops") or 0)
-    narrow = (("parameters", lambda value: format_number(value / 1e6)), ("flops", lambda value: format_number(value / scale)),
-              ("images_per_second", format_rate))  # fmt: skip
+    narrow = (
+        ("parameters", lambda value: format_number(value / 1e6)),
+        ("flops", lambda value: format_number(value / scale)),
+    )
     table = []
     for n, step in enumerate(rows):
         mark = "→ " if found and n == found[0] else ""
@@ -351,10 +372,13 @@ def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
                  format_fixed(step.get("top1"), digits), format_fixed(step.get("agreement"), digits),
                  NONE if labelled else format_score(step.get("kl"))]  # fmt: skip
         cells += [NONE if step.get(key) is None else show(step[key]) for key, show in narrow]
-        cells.append(NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×")
+        ends = step.get("speedup_interval")
+        cells.append(
+            format_ends(ends, 2) if ends else NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×"
+        )
         table.append([Cell(text, tone="good" if mark else "") for text in cells])
-    names = ("Step", "Block", "H,\nbits", "Top-1,\n%", "Agree,\n%", "KL,\nbits", "Par.,\nM", unit, "Images\nper s",
-             "Speed-\nup")  # fmt: skip
+    names = ("Step", "Block", "H,\nbits", "Top-1,\n%", "Agree,\n%", "KL,\nbits", "Par.,\nM", unit,
+             "Speedup,\n95 %")  # fmt: skip
     parts: list[Table | str] = [filled("What every pick does", [Column(name, True) for name in names], table)]
     if found:
         parts += ["Recommendation (→)", *record["trajectory"]["recommended"]["reason"].splitlines()]

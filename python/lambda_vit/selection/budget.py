@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import nn
 from lambda_kernels.ops.checks import require_int
 
 from ..measure.cost import count_flops
-from ..measure.latency import compare_latency
+from ..measure.latency import time_forwards
 from ..models.properties import eval_mode, input_shape, one_device, one_dtype
 from ..models.views import skip_attention
 
@@ -91,8 +92,9 @@ class Stop:
     def speedup(self, layers: Collection[int]) -> float:
         """Measure the throughput without the attention of `layers`, relative to the full model's."""
         views = {"full": self._model, "without": skip_attention(self._model, sorted(layers))}
-        times = compare_latency(views, (_SPEED_BATCH,), rounds=_SPEED_ROUNDS)
-        return times["full"][_SPEED_BATCH].median_ms / times["without"][_SPEED_BATCH].median_ms
+        times = time_forwards(views, (_SPEED_BATCH,), rounds=_SPEED_ROUNDS)
+        pairs = zip(times["full"][_SPEED_BATCH], times["without"][_SPEED_BATCH], strict=True)
+        return statistics.median(full / without for full, without in pairs)
 
 
 _NAMES = {"params": "parameters", "flops": "FLOPs"}

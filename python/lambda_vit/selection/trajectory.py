@@ -5,6 +5,7 @@ Step k of a trajectory is the model without the attention of the first k picks; 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from lambda_kernels.convert.checks import check_indices
 from ..data.fingerprints import data_fingerprint
 from ..data.loader import ImageLoader
 from ..measure.cost import Cost, cost
-from ..measure.intervals import wilson_interval
-from ..measure.latency import compare_latency
+from ..measure.intervals import LEAST, median_interval, wilson_interval
+from ..measure.latency import summarize, time_forwards
 from ..models.properties import one_device, why_no_classes
 from ..models.views import skip_attention
 from ..runtime.processes import Processes
@@ -48,7 +49,7 @@ def measure_costs(
         model: A timm vision transformer on the device and in the dtype to measure; it is not changed.
         layers: The picks in their order.
         batch_size: Images per forward pass, for throughput and peak memory.
-        seconds: Time budget of all timings together, but at least five rounds; None makes `rounds` rounds.
+        seconds: Time budget of all timings together, but at least six rounds; None makes `rounds` rounds.
         rounds: Timed forward passes per step.
         image_size: (channels, height, width), or pixels per side. Default: the model's input size.
         device: The expected device of the model; None accepts any.
@@ -56,8 +57,9 @@ def measure_costs(
     Returns:
         One entry for the full model and one per pick: "parameters", "flops" (per image), "weight_bytes",
         "peak_memory_bytes" (of a forward pass of `batch_size` images: measured on CUDA, elsewhere extrapolated from one
-        and two images), "images_per_second" (median), "images_per_second_interval" (quartiles, the lower first) and
-        "speedup" (against the full model, by the medians).
+        and two images), "images_per_second" (median), "images_per_second_interval" (quartiles, the lower first), "speedup"
+        (the median over the rounds of the full model's time divided by the step's) and "speedup_interval" (its 95 %
+        interval; None for the full model and for fewer than six rounds).
 
     Raises:
         ValueError: A block index is wrong or given twice, or a number is out of range.
@@ -67,8 +69,9 @@ def measure_costs(
     check_indices(layers, inspect_model(model).depth, "layers")
     views = {str(n): skip_attention(model, layers[:n]) if n else model for n in range(len(layers) + 1)}
     counts = [_cost(view, image_size, batch_size) for view in track(views.values(), "Cost of each step")]
-    times = compare_latency(views, (batch_size,), rounds=rounds, seconds=seconds, image_size=image_size, device=device)
-    latencies = [times[name][batch_size] for name in views]
+    times = time_forwards(views, (batch_size,), rounds=rounds, seconds=seconds, image_size=image_size, device=device)
+    taken = [times[name][batch_size] for name in views]
+    latencies = [summarize(own) for own in taken]
     return [
         {
             "parameters": counted.parameters,
@@ -77,10 +80,17 @@ def measure_costs(
             "peak_memory_bytes": memory,
             "images_per_second": 1000 * batch_size / time.median_ms,
             "images_per_second_interval": [1000 * batch_size / time.high_ms, 1000 * batch_size / time.low_ms],
-            "speedup": latencies[0].median_ms / time.median_ms,
+            **_speedup(taken[0], own),
         }
-        for (counted, memory), time in zip(counts, latencies, strict=True)
+        for (counted, memory), time, own in zip(counts, latencies, taken, strict=True)
     ]
+
+
+def _speedup(full: Sequence[float], step: Sequence[float]) -> dict[str, Any]:
+    """By the ratios of the same rounds, which what slows the machine for longer than a round leaves as they are."""
+    ratios = [before / after for before, after in zip(full, step, strict=True)]
+    interval = None if step is full or len(ratios) < LEAST else list(median_interval(ratios)[1:])
+    return {"speedup": statistics.median(ratios), "speedup_interval": interval}
 
 
 def _cost(model: nn.Module, image_size: int | tuple[int, int, int] | None, batch_size: int) -> tuple[Cost, int]:
@@ -161,7 +171,8 @@ def measure_trajectory(
                 timing = {"batch_size": throughput_batch, "seconds": seconds}
             costs = measure_costs(model, selection.layers, **timing)
             if throughput_batch is None:
-                unmeasured = dict.fromkeys(("images_per_second", "images_per_second_interval", "speedup"))
+                timed = ("images_per_second", "images_per_second_interval", "speedup", "speedup_interval")
+                unmeasured = dict.fromkeys(timed)
                 costs = [row | unmeasured for row in costs]
             rows = enumerate(zip(paths, costs, strict=True))
             steps = [_make_step(selection.layers[:count], found[path], row) for count, (path, row) in rows]

@@ -293,8 +293,8 @@ def load_recipe(
     _check_keys(values, f"in {path}")
     if "base_lr" in overrides and "lr" not in overrides:
         values.pop("lr", None)  # it would win over the rate that was given last
-    sizes = values.get("micro_batch"), overrides.get("batch_size")
-    if "micro_batch" not in overrides and all(type(size) is int for size in sizes) and sizes[0] > sizes[1]:
+    micro, batch = values.get("micro_batch"), overrides.get("batch_size")
+    if "micro_batch" not in overrides and isinstance(micro, int) and isinstance(batch, int) and micro > batch:
         values.pop("micro_batch")
     if overrides.get("dilution") == "none" and "dilution_epochs" not in overrides:
         values.pop("dilution_epochs", None)
@@ -305,7 +305,7 @@ def load_recipe(
         raise ValueError(f"recipe {os.fspath(name_or_path)}{given}: {error}") from error
 
 
-def _scale_rates(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, float]:
+def _scale_rates(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Scale the first and the last learning rate as the peak, where an overriding batch size changes the peak."""
     if "batch_size" not in overrides or {**values, **overrides}.get("lr") not in (None, "none"):
         return {}

@@ -33,6 +33,7 @@ def steps_of(layers: list[int], images: int, *, labelled: bool = True, depth: in
             "flops": int(flops * (1 - 0.35 * share)), "weight_bytes": int(4 * parameters * (1 - 0.33 * share)),
             "peak_memory_bytes": int(4.6 * parameters * (1 - 0.28 * share)), "images_per_second": rate,
             "images_per_second_interval": [rate * 0.985, rate * 1.012], "speedup": rate / 412.3,
+            "speedup_interval": [rate / 412.3 * 0.98, rate / 412.3 * 1.03] if n else None,
         })  # fmt: skip
     return steps
 

@@ -90,7 +90,8 @@ def test_terminal_shows_steps_and_recommendation_in_80_columns(case):
         row = next(line.split() for line in text[text.index("What every pick") :].splitlines()
                    if re.match(rf"\s*(→ )?{n} ", line))  # fmt: skip
         assert (row[0] == "→") == (n == recommended)
-        assert row[-1] == f"{step['speedup']:.2f}×"
+        ends = step["speedup_interval"]
+        assert row[-1] == ("–".join(f"{end:.2f}" for end in ends) if ends else "1.00×")
         assert formatting.format_bits(step["entropy"]) in row
         assert formatting.format_number(step["parameters"] / 1e6) in row
         assert formatting.format_number(step["flops"] / 1e9) in row
@@ -135,8 +136,28 @@ def test_own_summary_is_kept():
     assert selection.headline(record) not in plain(record)
 
 
+def test_a_speedup_that_may_be_chance_is_shown_as_such():
+    record = selection_record(picks=2)
+    _, step = selection._chosen(record)
+    for ends, is_chance in (([1.05, 1.31], False), ([0.93, 1.6], True)):
+        step["speedup_interval"] = ends
+        shown = "–".join(f"{end:.2f}" for end in ends)
+        assert (
+            f"{step['speedup']:.2f} times ({shown}) the images per second" in selection.headline(record)
+        ) != is_chance
+        (rate,) = (row for row in selection.key_numbers(record)["rows"] if row["name"].startswith("Images per second"))
+        assert rate["note"] == f"95 % interval of the speedup {shown}: it {'includes' if is_chance else 'excludes'} 1"
+        assert shown in plain(record)
+        assert shown in printed(record, 80)
+    for step in record["trajectory"]["steps"]:
+        del step["speedup_interval"]  # as older versions wrote it
+    assert f"{step['speedup']:.2f}×" in printed(record, 80)
+    assert f"{step['speedup']:.2f}×" in plain(record)
+
+
 @pytest.mark.parametrize("field", ["kl", "peak_memory_bytes", "images_per_second", "images_per_second_interval", "speedup",
-                                   "top1", "top1_interval", "parameters", "flops", "weight_bytes", "entropy"])  # fmt: skip
+                                   "speedup_interval", "top1", "top1_interval", "parameters", "flops", "weight_bytes",
+                                   "entropy"])  # fmt: skip
 def test_any_figure_may_be_missing(field):
     record = selection_record(picks=2)
     for step in record["trajectory"]["steps"]:

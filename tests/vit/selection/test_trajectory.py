@@ -46,24 +46,27 @@ def test_costs_are_those_of_converted_copies():
 
 
 def test_throughput_follows_from_the_times(monkeypatch):
-    from lambda_vit.measure import latency
     from lambda_vit.selection import trajectory
 
     seen = {}
 
     def times(models, batch_sizes, **options):
         seen.update(options, batches=batch_sizes, models=models)
-        values = (latency.Latency(20.0, 16.0, 25.0, 5), latency.Latency(10.0, 8.0, 12.5, 5))
-        return {name: {8: value} for name, value in zip(models, values, strict=True)}
+        values = [20.0, 20.0, 20.0, 40.0, 20.0, 10.0], [10.0, 10.0, 16.0, 20.0, 10.0, 4.0]
+        return {name: {8: list(value)} for name, value in zip(models, values, strict=True)}
 
-    monkeypatch.setattr(trajectory, "compare_latency", times)
+    monkeypatch.setattr(trajectory, "time_forwards", times)
     model = small_vit()
     full, without = measure_costs(model, [3], batch_size=8, seconds=7.0, rounds=9)
     assert (seen["batches"], seen["seconds"], seen["rounds"]) == ((8,), 7.0, 9)
     assert full["images_per_second"] == 400.0
-    assert full["images_per_second_interval"] == [320.0, 500.0]
-    assert without["images_per_second_interval"] == [640.0, 1000.0]
-    assert without["speedup"] == 2.0
+    assert full["images_per_second_interval"] == [400.0, 400.0]
+    assert without["images_per_second_interval"] == pytest.approx([8000 / 14.5, 800.0])
+    assert (full["speedup"], full["speedup_interval"]) == (1.0, None)
+    assert (without["speedup"], without["speedup_interval"]) == (
+        2.0,
+        [1.25, 2.5],
+    )  # of six ratios, the smallest and largest
     first, second = seen["models"].values()
     assert first is model
     assert not hasattr(second.blocks[3], "attn")

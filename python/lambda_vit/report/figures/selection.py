@@ -280,10 +280,9 @@ def _draw_cost(axes: Any, trajectory: dict[str, Any]) -> list[Any]:
         if any(value is not None for value in values):
             axes.plot(range(len(steps)), numbers(values), **_LOOKS[key])
             handles.append(Line2D([], [], label=label, **_LOOKS[key]))
-    rate = steps[0].get("images_per_second")
-    spans = [step.get("images_per_second_interval") or (None, None) for step in steps]
-    if rate and any(low is not None for low, _ in spans):
-        low, high = (numbers([span[end] and span[end] / rate for span in spans]) for end in (0, 1))
+    spans = [step.get("speedup_interval") or (None, None) for step in steps]
+    if any(low is not None for low, _ in spans):
+        low, high = (numbers([span[end] for span in spans]) for end in (0, 1))
         axes.fill_between(range(len(steps)), low, high, color=_LOOKS["speedup"]["color"], alpha=0.2, linewidth=0)
     axes.margins(y=0.15)
     axes.set_ylabel("× full model")

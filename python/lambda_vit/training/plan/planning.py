@@ -173,7 +173,7 @@ def plan_training(
         recovery_epochs: Epochs after that, with the attention gone.
         batch_size: Images per step and device.
         devices: How many share the images; taken to speed training up by that factor.
-        seconds: A budget for all timing, shared evenly; no measurement takes fewer than five steps.
+        seconds: A budget for all timing, shared evenly; no measurement takes fewer than six steps.
         device: Where to measure; None is where the model is.
         loader: Yields batches (images, …), to measure how fast they can be loaded; None leaves that out.
         recompute: As for `finetune`, for the two networks that are trained. The full one is looked at as it is.

@@ -63,7 +63,7 @@ def time_steps(
     Args:
         networks: By name; in training mode, on the device where they are to be trained. Their weights change.
         batch_size: Images per step.
-        seconds: A budget for all. It cuts the warm-up to one step each and the timed ones to no fewer than five.
+        seconds: A budget for all. It cuts the warm-up to one step each and the timed ones to no fewer than six.
 
     Returns:
         For each the time of a step, and on CUDA the bytes that a step allocates, at its worst moment, above what is there
