@@ -413,7 +413,7 @@ def test_a_loader_of_the_callers_is_a_stream_that_says_what_it_cannot_do():
 
 
 def test_a_loader_that_is_empty_or_does_not_end_is_refused():
-    with pytest.raises(ValueError, match="the loader is empty"):
+    with pytest.raises(ValueError, match="train_loader is empty"):
         LoaderStream([])
-    with pytest.raises(ValueError, match="the loader has no length"):
+    with pytest.raises(ValueError, match="train_loader has no length"):
         LoaderStream(iter([picture(0)]))

@@ -38,6 +38,7 @@ from tensor_stream import TensorStream
 from training_support import plain, recipe, same_weights, tiny_vit, train_set, validation
 
 from lambda_kernels import AttentionFreeBlock, CheckpointError, UnsupportedModelError, from_pretrained
+from lambda_vit.data import batches
 from lambda_vit.data.loader import make_loader
 from lambda_vit.measure.accuracy import evaluate
 from lambda_vit.runtime.signals import spare_worker
@@ -53,7 +54,6 @@ resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 running = sys.modules["lambda_vit.training.run"]
-measuring = sys.modules["lambda_vit.measure.accuracy"]
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +381,7 @@ def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
     }
 
     def work() -> FinetuningRun:
-        check, count, step = measuring._check_labels, [0], train_state.TrainState.step
+        check, count, step = batches.check_range, [0], train_state.TrainState.step
 
         def stepping(*args: Any, **options: Any) -> object:
             count[0] = 1  # what is measured before the training does not count
@@ -395,7 +395,7 @@ def test_a_signal_to_all_of_a_run_spares_its_workers(tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             check(*args)
 
-        measuring._check_labels, train_state.TrainState.step = counted, stepping
+        batches.check_range, train_state.TrainState.step = counted, stepping
         return run(tmp_path, own, **loaders)
 
     assert forked(work) == 128 + signal.SIGTERM

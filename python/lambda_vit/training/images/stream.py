@@ -333,10 +333,10 @@ class LoaderStream(TrainingStream):
         try:
             self.steps_per_epoch = len(loader)
         except TypeError as error:
-            raise ValueError("the loader has no length: the schedules need to know the steps of an epoch") from error
+            raise ValueError("train_loader has no length: the schedules need to know the steps of an epoch") from error
         if not self.steps_per_epoch:
-            raise ValueError("the loader is empty: there is nothing to train on")
-        check_repeatable("the loader", loader)
+            raise ValueError("train_loader is empty: there is nothing to train on")
+        check_repeatable("train_loader", loader)
         self.loader, self._model, self._soft = loader, model, soft
         self.batch_size = self.micro_batch_size = getattr(loader, "batch_size", None) or 0
         self.micro_batches, self.numbers = 1, range(1)
