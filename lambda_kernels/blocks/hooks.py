@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 
@@ -28,3 +32,20 @@ def is_altered(module: nn.Module | None) -> bool:
     """Whether a call of `module` runs hooks registered on it, or another forward than that of its class."""
     # Some libraries replace `forward` on the instance (accelerate does, for offloading), which the type does not show.
     return module is not None and (has_hooks(module) or "forward" in module.__dict__)
+
+
+@contextmanager
+def no_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside it, calls of `model` and its submodules run no hooks around their forward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    places = [(vars(module), kind) for module in model.modules() for kind in kinds]
+    every = vars(nn.modules.module)
+    places += [(every, f"_global{kind}") for kind in kinds]
+    kept = [(place, name, place[name]) for place, name in places if place[name]]
+    try:
+        for place, name, _ in kept:
+            place[name] = OrderedDict()
+        yield
+    finally:
+        for place, name, hooks in kept:
+            place[name] = hooks

@@ -20,6 +20,9 @@ FORMAT = FORMAT_MERGING
 
 # The prefix of this library's own model names in timm; see `timm_models`.
 PREFIX = "lambda_"
+# Their arguments that timm's names do not have, apart from those of token merging.
+CONVERSION_ARGS = ("removed", "residual_scale", "fuse", "backend", "recompute")
+OWN_ARGS = (*CONVERSION_ARGS, "tome_r", "tome_start")
 
 _Kinds = dict[str, type | tuple[type, ...]]
 

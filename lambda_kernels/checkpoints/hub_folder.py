@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .folder import CONFIG, PREFIX, WEIGHTS, check_timm_config
+from .folder import CONFIG, CONVERSION_ARGS, PREFIX, WEIGHTS, check_timm_config
 from .weights import find_blocks_without_attention, read_weights
 
 # In timm's order of preference.
@@ -28,7 +28,7 @@ def read_hub_folder(config: dict, folder: Path) -> tuple[dict, Path]:
     if weights is None:
         raise CheckpointError(f"{folder} has neither {' nor '.join(_FILES)}")
     name, args = config["architecture"], dict(config.get("model_args", {}))
-    ours = {key: args.pop(key, None) for key in ("removed", "residual_scale", "fuse", "backend", "recompute")}
+    ours = {key: args.pop(key, None) for key in CONVERSION_ARGS}
     merging = {}
     if name.startswith(PREFIX):
         merging = {key: args.pop(key) for key in ("tome_r", "tome_start") if args.get(key) is not None}

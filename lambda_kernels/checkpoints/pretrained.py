@@ -23,9 +23,10 @@ from ..convert.conversion import remove_attention
 from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
 from ..files import atomic_write, remove_leftovers, sha256, write_json
+from .comparison import find_difference, find_output_difference
 from .folder import CONFIG, FORMAT_MERGING, FORMAT_PLAIN, PREFIX, PREVIOUS, WEIGHTS, check_config, read_json
-from .rebuilding import build, build_skeleton, find_difference, find_model_args, get_removal_args, is_json
-from .weights import load_state_dict, read_weights
+from .rebuilding import build, fill, find_model_args, get_removal_args, is_json
+from .weights import align, read_weights
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def save_pretrained(
         model: A timm vision transformer, converted or not.
         folder: Created if needed.
         architecture: timm's name of the model; None reads it from the model.
-        model_args: Arguments for `timm.create_model` that cannot be inferred from the model. Sizes, classes, pooling and
-            rates are inferred.
+        model_args: Arguments for `timm.create_model` that the model does not show. timm 1.0.31 records those that it was
+            built with; sizes, classes, pooling, rates and most options of rotary embeddings are also read from its modules.
         selection: How the removed layers were chosen: a `Selection`, or a dict from its `to_dict`. The config stores it
             with all its scores. None retains the one that the model was loaded with.
 
@@ -68,8 +69,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        CheckpointError: timm would build another model from the config; the message names the first difference. Or
-            `selection` and the model differ in the removed layers.
+        CheckpointError: timm would build another model from the config, or one with other outputs; the message names the
+            first difference. Or `selection` and the model differ in the removed layers.
         UnsupportedModelError: The model is wrapped, of an unknown kind, or its attention is still being diluted.
         OSError: The disk has too little space; nothing was written.
     """
@@ -82,6 +83,13 @@ def save_pretrained(
             f"{type(model).__name__} does not name its timm architecture. Build it with timm.create_model, or pass "
             "architecture='…' (and model_args)"
         )
+    odd = [f"{name}={value!r}" for name, value in (model_args or {}).items() if not is_json(value)]
+    if odd:
+        raise CheckpointError(
+            f"model_args has {', '.join(odd)}, which config.json cannot hold; pass JSON types (a layer by name)"
+        )
+    if any(value.is_meta for value in model.state_dict().values()):
+        raise CheckpointError("the model has no weights to save: some are on the meta device. Load them first")
     cfg = {key: value for key, value in cfg.items() if is_json(value)}
     if "architecture" in cfg:
         cfg["architecture"] = cfg["architecture"].removeprefix(PREFIX)
@@ -103,12 +111,7 @@ def save_pretrained(
             "selection": chosen,
         },
     }
-    difference = find_difference(build_skeleton(config), model)
-    if difference:
-        raise CheckpointError(
-            f"timm.create_model({architecture!r}, **{model_args}) would not rebuild this model: {difference}. Pass the "
-            "arguments that it was built with as model_args={…}"
-        )
+    _check_rebuilding(model, config)
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     _check_room(folder, state)
 
@@ -134,6 +137,26 @@ def save_pretrained(
     write_json(folder / CONFIG, config)
     (folder / PREVIOUS).unlink(missing_ok=True)
     return folder
+
+
+def _check_rebuilding(model: nn.Module, config: dict[str, Any]) -> None:
+    """Refuse a model if `from_pretrained` would build another one from this config.
+
+    Raises:
+        CheckpointError: The modules, their settings or their outputs differ; the message names the first difference.
+    """
+    # As from_pretrained will read it.
+    rebuilt = build(json.loads(json.dumps(config)))
+    difference = find_difference(rebuilt, model)
+    if difference is None:
+        fill(rebuilt, model.state_dict())
+        difference = find_output_difference(rebuilt, model)
+    if difference:
+        raise CheckpointError(
+            f"timm.create_model({config['architecture']!r}, **{config['model_args']}) would not rebuild this model: "
+            f"{difference}. Pass the arguments that it was built with as model_args={{…}}; changes that no argument makes "
+            "cannot be saved"
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -209,12 +232,12 @@ def from_pretrained(
     config, weights = _read_folder(folder)
     ours = config["lambda_kernels"]
     try:
-        model = build(config, "cpu")
+        model = build(config)
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
     state = read_weights(weights)
     try:
-        load_state_dict(model, state, assign=True, source=weights.name)  # assign keeps the dtypes of the file
+        fill(model, align(state), weights.name)
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder / CONFIG} describes another model than {weights.name} holds; one of them may have been changed: {error}"

@@ -1,64 +1,104 @@
-"""Rebuilding a model from its config: the arguments for timm, and whether the result is the saved model."""
+"""Rebuilding a model from its config, and the arguments for timm that describe a model."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..blocks.attention_free import AttentionFreeBlock
-from ..blocks.families import FAMILIES
-from ..blocks.mlp_block import MlpBlockBase
 from ..blocks.structure import inspect_model
 from ..convert.checks import check_indices
 from ..convert.conversion import remove_attention
 from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
-
-# Attributes of a timm model that affect neither its loaded weights nor its output. The last one is a mark that torch.compile
-# sets on its argument.
-_NO_EFFECT = ("training", "weight_init_mode", "fix_init", "grad_checkpointing", "_is_torch_compile")
+from .comparison import NO_EFFECT
+from .folder import OWN_ARGS, PREFIX
+from .weights import load_state_dict
 
 # Arguments of timm.create_model that name weights. Older timm (seen in 1.0.15) runs code in a file of checkpoint_path.
 _SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_dir"}
 
+# Parts of a model that store arguments of its constructor, and the prefix that those have there.
+_PLACES = (("patch_embed", ""), ("embeds", ""), ("rope", ""), ("rope", "rope_"), ("", ""))
 
-def build(config: dict, device: str) -> nn.Module:
-    """The model that `config` describes (see `pretrained`), with timm's initial weights.
+
+def build(config: dict) -> nn.Module:
+    """The model that `config` describes (see `pretrained`), on the CPU. Its parameters have no values; see `fill`.
 
     Raises:
         CheckpointError: timm cannot build it.
         ValueError: The config removes the attention of blocks that the model does not have.
     """
-    import timm
-
     ours = config["lambda_kernels"]
     _check_sources(config)
     # JSON made lists of timm's tuples.
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
-    try:
-        with torch.device(device):
-            model = timm.create_model(
-                config["architecture"],
-                pretrained=False,
-                # restores the mean, standard deviation and crop of the training
-                pretrained_cfg=cfg or None,
-                **config["model_args"],
-            )
-    except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError …
-        raise CheckpointError(
-            f"timm cannot build {config['architecture']!r} with {config['model_args']} ({type(error).__name__}: {error})"
-        ) from error
+    model = _create(config["architecture"], cfg, config["model_args"])
     # Without the warnings of convert_vit, which were issued at the conversion.
     removed = check_indices(ours["removed"], inspect_model(model).depth, "removed")
     names = ("residual_scale", "fuse", "tome_r", "tome_start")
     settings = ConversionSettings(**{name: ours[name] for name in names if ours.get(name) is not None})
     return remove_attention(model, removed, settings)
+
+
+def _create(architecture: str, cfg: dict[str, Any], args: dict[str, Any]) -> nn.Module:
+    import timm
+
+    # pretrained_cfg restores the mean, standard deviation and crop of the training.
+    create = partial(timm.create_model, architecture, pretrained=False, pretrained_cfg=cfg or None, **args)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with _parameters_without_memory():
+                    model = create()
+                if not any(buffer.is_meta for buffer in model.buffers()):
+                    return model
+            except Exception:  # some constructors compute with the values of their parameters
+                pass
+            return create()
+    except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError …
+        raise CheckpointError(
+            f"timm cannot build {architecture!r} with {args} ({type(error).__name__}: {error})"
+        ) from error
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules that are built inside it have their buffers, but parameters on the meta device, which cost no initialization.
+
+    Buffers that are not in the state dict (rotary frequencies, indices of positions) get their values from the constructor.
+    """
+
+    def strip(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(strip)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], source: str = "the checkpoint") -> None:
+    """Give a model from `build` its weights, which keep their dtypes; buffers outside of `state` follow these.
+
+    Raises:
+        CheckpointError: Keys or shapes differ.
+    """
+    load_state_dict(model, state, assign=True, source=source)
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
 
 
 def _check_sources(config: dict) -> None:
@@ -72,17 +112,6 @@ def _check_sources(config: dict) -> None:
         raise CheckpointError(f"timm cannot build {config['architecture']!r}: it has no model of that name")
 
 
-def build_skeleton(config: dict) -> nn.Module:
-    """The structure of the model, on the meta device where timm can build it there."""
-    try:
-        return build(config, "meta")
-    except CheckpointError as error:
-        # Older timm (seen in 1.0.20) reads its drop-path rates from a tensor, which fails on the meta device.
-        if "meta" not in str(error):
-            raise
-        return build(config, "cpu")
-
-
 def get_removal_args(model: nn.Module) -> dict[str, Any]:
     """`removed` and `residual_scale`, and `tome_r` and `tome_start` of a model that merges tokens: plain JSON types."""
     structure = inspect_model(model)
@@ -94,22 +123,33 @@ def get_removal_args(model: nn.Module) -> dict[str, Any]:
 
 
 def find_model_args(model: nn.Module, architecture: str, cfg: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given`, and all arguments of the model that visibly differ from timm's defaults for the name."""
+    """`given`, the arguments that timm has recorded, and all that visibly differ from what timm would build with these."""
     ours = {"removed": [], "residual_scale": 1.0, "fuse": "none"}
-    plain = {"architecture": architecture, "model_args": given, "pretrained_cfg": cfg, "lambda_kernels": ours}
-    default = infer_args(build_skeleton(plain))
+    known = {**_recorded_args(model, architecture), **given}
+    plain = {"architecture": architecture, "model_args": known, "pretrained_cfg": cfg, "lambda_kernels": ours}
+    default = infer_args(build(plain))
     found = {k: v for k, v in infer_args(model).items() if k not in given and v != default.get(k)}
-    return {**found, **given}
+    return {**known, **found}
+
+
+def _recorded_args(model: nn.Module, architecture: str) -> dict[str, Any]:
+    """The arguments of timm.create_model that timm (1.0.31, not 1.0.15) has stored on the model; plain JSON types."""
+    recorded = getattr(model, "_model_args", None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if not isinstance(recorded, dict) or (cfg.get("architecture") or "").removeprefix(PREFIX) != architecture:
+        return {}
+    names = recorded.keys() - _SOURCES - set(OWN_ARGS)
+    return {name: value for name, value in recorded.items() if name in names and is_json(value)}
 
 
 def infer_args(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that can be inferred from a built ViT, DeiT, Eva, BEiT or NaFlexViT."""
     names = _argument_names(model)
-    args: dict[str, Any] = {
-        k: v
-        for k, v in vars(model).items()
-        if k in names and k not in _NO_EFFECT and isinstance(v, (bool, int, float, str))
-    }
+    args: dict[str, Any] = {}
+    for part, prefix in _PLACES:
+        place = getattr(model, part, None) if part else model
+        values = {prefix + name: value for name, value in vars(place).items()} if place is not None else {}
+        args |= {k: _plain(v) for k, v in values.items() if k in names - set(NO_EFFECT) and _plain(v) is not None}
     patch = getattr(model, "patch_embed", None)
     embeds = getattr(model, "embeds", model)  # where NaFlexViT stores what others have on the model
     proj = getattr(patch, "proj", None)
@@ -173,8 +213,16 @@ def _args_of_blocks(blocks: nn.Sequential | nn.ModuleList) -> dict[str, Any]:
     if isinstance(query, nn.Linear):
         # Eva and BEiT store the bias outside the layer.
         args["qkv_bias"] = query.bias is not None or getattr(attention, "q_bias", None) is not None
+    args["rope_rotate_half"] = getattr(attention, "rotate_half", False)
     args["qk_norm"] = not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity)
     return args
+
+
+def _plain(value: object) -> object:
+    """A value as the config stores it; None if it is no plain one."""
+    if isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value):
+        return list(value)
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def find_mlp_ratio(channels: int, hidden: int) -> float:
@@ -204,37 +252,6 @@ def _init_values(block: nn.Module) -> float | None:
         return found
     bare = [getattr(block, name, None) for name in ("gamma_2", "gamma_1")]
     return 1e-5 if hasattr(scale, "gamma") or any(gamma is not None for gamma in bare) else None
-
-
-def find_difference(rebuilt: nn.Module, model: nn.Module) -> str | None:
-    """The first difference between `model` and what its config builds, apart from values of weights; None if there is none."""
-    if type(rebuilt) is not type(model):
-        return f"the class is {type(model).__name__}, timm builds {type(rebuilt).__name__}"
-    new, old = dict(rebuilt.named_modules()), dict(model.named_modules())
-    for name in sorted(new.keys() | old.keys()):
-        if name not in new or name not in old:
-            return f"{name} exists only in {'the model' if name in old else 'what timm builds'}"
-        ours, theirs = (f"{_class_name(m)}({m.extra_repr()})" for m in (old[name], new[name]))
-        if ours != theirs:
-            return f"{name or 'the model'} is {ours}, timm builds {theirs}"
-    new_state, old_state = rebuilt.state_dict(), model.state_dict()
-    for name in sorted(new_state.keys() | old_state.keys()):
-        shape, built = (list(s[name].shape) if name in s else None for s in (old_state, new_state))
-        if shape != built:
-            return f"{name} has shape {shape}, timm builds {built}"
-    plain = (bool, int, float, str, type(None))
-    for name, value in vars(model).items():
-        other = vars(rebuilt).get(name)
-        if name not in _NO_EFFECT and isinstance(value, plain) and isinstance(other, plain) and value != other:
-            return f"model.{name} is {value!r}, timm builds {other!r}"
-    return None
-
-
-def _class_name(module: nn.Module) -> str:
-    # A FusedMlp computes the same as timm's block, and has the same weights.
-    if isinstance(module, MlpBlockBase) and not isinstance(module, AttentionFreeBlock):
-        return FAMILIES[module.family].block.__name__
-    return type(module).__name__
 
 
 def is_json(value: object) -> bool:

@@ -17,6 +17,8 @@ from ..errors import CheckpointError
 # Names under which the files of training scripts store the state dict.
 WRAPPERS = ("state_dict", "model", "net")
 
+_ALIGNMENT = 64  # bytes, of PyTorch's allocator on the CPU
+
 # The parts that a block loses with its attention: `ls1` is in timm's Block, `gamma_1` in Eva's and BEiT's.
 ATTENTION_PARTS = ("norm1", "attn", "ls1", "gamma_1")
 
@@ -33,6 +35,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     return strip_wrappers(check_state_dict(loaded, path))
+
+
+def align(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` in memory that begins where PyTorch's own does, so that a model which is given it computes bit-equal outputs.
+
+    Tensors of a .safetensors file begin at any multiple of their element size, and matrix products can depend on that.
+    """
+    return {name: value if value.data_ptr() % _ALIGNMENT == 0 else value.clone() for name, value in state.items()}
 
 
 def read_file(path: str | Path) -> object:

@@ -123,7 +123,7 @@ def test_the_loaded_model_can_be_trained(tmp_path):
 
 
 def test_a_model_that_could_not_be_rebuilt_is_refused_when_saved(tmp_path):
-    model = small_vit(act_layer="relu")
+    model = small_vit(act_layer=torch.nn.ReLU)
     with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.act is ReLU.*model_args"):
         save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()

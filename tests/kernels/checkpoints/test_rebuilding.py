@@ -8,7 +8,8 @@ import torch
 from small_models import small_vit
 from torch import nn
 
-from lambda_kernels.checkpoints.rebuilding import find_difference, find_mlp_ratio, find_model_args, infer_args
+from lambda_kernels.checkpoints.comparison import find_difference
+from lambda_kernels.checkpoints.rebuilding import find_mlp_ratio, find_model_args, infer_args
 
 pytestmark = pytest.mark.models
 
