@@ -15,14 +15,12 @@ from ..convert.conversion import convert_vit
 from ..errors import CheckpointError
 from .weights import (
     ATTENTION_PARTS,
-    WRAPPERS,
-    check_state_dict,
     find_blocks,
     find_blocks_without_attention,
+    find_network,
     load_state_dict,
     parse_block_key,
     read_file,
-    strip_wrappers,
 )
 
 
@@ -122,13 +120,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
     loaded = read_file(path)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    key = next((key for key in (*WRAPPERS[1:], WRAPPERS[0]) if isinstance(loaded.get(key), dict)), None)
-    state = strip_wrappers(check_state_dict(loaded if key is None else loaded[key], path))
+    # DeiT's training script evaluates the trained weights, not their average.
+    network = find_network(loaded, path, use_ema=False)
+    key = network.entries[0] if network.entries else None
     others = () if key is None else tuple(str(other) for other in loaded if other != key)
     options = {} if key is None else loaded.get("args")
     options = vars(options) if isinstance(options, argparse.Namespace) else options
     crop = options.get("eval_crop_ratio") if isinstance(options, dict) else None
-    return state, others, float(crop) if isinstance(crop, (int, float)) and 0 < crop <= 1 else CROP
+    return network.state, others, float(crop) if isinstance(crop, (int, float)) and 0 < crop <= 1 else CROP
 
 
 def _find_architecture(path: Path, state: dict[str, Tensor], size: str | None, given: str | None) -> tuple[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +16,17 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
-# Names under which the files of training scripts store the state dict.
-WRAPPERS = ("state_dict", "model", "net")
+# Names of the average that training scripts store beside the trained weights: state_dict_ema, model_ema, ema_model …
+_AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
+
+# What torch.compile, checkpointing and FSDP insert into keys, wherever they wrap a module.
+_INSERTED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+# The prefix of a network's keys: what precedes its patch embedding.
+_PREFIX = re.compile(r"((?:[^.]+\.)*?)(?:patch_embed|embeds)\.")
+
+# Counters that averages and profilers register among the weights.
+_COUNTERS = ("n_averaged", "total_ops", "total_params")
 
 _ALIGNMENT = 64  # bytes, of PyTorch's allocator on the CPU
 
@@ -23,18 +34,116 @@ _ALIGNMENT = 64  # bytes, of PyTorch's allocator on the CPU
 ATTENTION_PARTS = ("norm1", "attn", "ls1", "gamma_1")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from .safetensors, or from .pth/.pt/.bin/.tar without running pickled code.
+def read_weights(path: str | Path, *, use_ema: bool | None = None) -> dict[str, Tensor]:
+    """Read the state dict of a network from .safetensors, or from .pth/.pt/.bin/.tar without running pickled code.
+
+    It may be nested in other entries, as trainers store it, and its keys may have a prefix.
+
+    Args:
+        path: The file.
+        use_ema: Whether to use the average of a file that holds the trained weights and their average (EMA). None uses the
+            average, as timm's `load_checkpoint` does, and warns.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds no state dict.
+        CheckpointError: The file is missing or damaged, or holds no state dict, several networks, or not the copy that
+            `use_ema` requests.
     """
     path = Path(path)
-    loaded = read_file(path)
-    for key in WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    return strip_wrappers(check_state_dict(loaded, path))
+    return find_network(read_file(path), path, use_ema=use_ema).state
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A state dict found in a file.
+
+    Attributes:
+        entries: The entries that lead to it; empty if it is the content of the file.
+        prefix: What preceded its keys.
+        state: Its tensors, without the prefix.
+        beside: Keys next to it that belong to no network, such as those of a loss.
+        complete: Whether it has a patch embedding.
+    """
+
+    entries: tuple[str, ...]
+    prefix: str
+    state: dict[str, Tensor]
+    beside: tuple[str, ...]
+    complete: bool
+
+    @property
+    def name(self) -> str:
+        """The entries and the prefix, for messages."""
+        return ".".join(filter(None, (*self.entries, self.prefix.rstrip(".")))) or "the file itself"
+
+
+def find_network(content: object, path: Path, *, use_ema: bool | None = None) -> Network:
+    """The network in the content of a file; the arguments are those of `read_weights`.
+
+    Raises:
+        CheckpointError: There is none, or several.
+    """
+    found = [network for entries, state in _find_states(content) for network in _split(entries, state)]
+    # Other state dicts stand beside a network: those of losses, of metrics.
+    found = [network for network in found if network.complete] or found
+    averages = [network for network in found if _AVERAGE.search(network.name)]
+    trained = [network for network in found if network not in averages]
+    if not found:
+        entries = f": its entries are {', '.join(map(str, content))}" if isinstance(content, dict) else ""
+        raise CheckpointError(f"{path} holds no state dict{entries}")
+    if len(averages) > 1 or len(trained) > 1:
+        raise CheckpointError(
+            f"{path} holds several networks: {', '.join(network.name for network in found)}. Save the state dict of the one "
+            "to use to a file of its own"
+        )
+    usable = (averages or trained) if use_ema is None else averages if use_ema else trained
+    if not usable:
+        raise CheckpointError(
+            f"{path} holds only {found[0].name}, {'no' if use_ema else 'an'} average; omit use_ema (--use-ema, --no-ema)"
+        )
+    chosen = usable[0]
+    if averages and trained and use_ema is None:
+        warnings.warn(
+            f"{path} holds the trained weights, {trained[0].name}, and their average, {chosen.name}. The average is used, as "
+            "by timm; pass use_ema=False (--no-ema) for the trained weights",
+            stacklevel=3,
+        )
+    if chosen.beside:
+        warnings.warn(
+            f"{path}: ignored {len(chosen.beside)} tensors beside those of {chosen.name} "
+            f"({', '.join(chosen.beside[:3])}{' …' if len(chosen.beside) > 3 else ''})",
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _find_states(content: object, entries: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """All state dicts in the content of a file, with the entries that lead to them, apart from those of optimizers."""
+    if not isinstance(content, dict) or not content:
+        return
+    if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        yield entries, content
+        return
+    for key, value in content.items():
+        if isinstance(key, str) and "optim" not in key:
+            yield from _find_states(value, (*entries, key))
+
+
+def _split(entries: tuple[str, ...], state: dict[str, Tensor]) -> list[Network]:
+    """The networks in a state dict: one for each prefix of a patch embedding; else the whole, which may be of anything."""
+    named = {_INSERTED.sub("", key): value for key, value in state.items() if key.rpartition(".")[2] not in _COUNTERS}
+    prefixes = sorted({match[1] for key in named if (match := _PREFIX.match(key))}, key=len, reverse=True)
+    complete = bool(prefixes)
+    if not complete:
+        prefixes = ["module." if all(key.startswith("module.") for key in named) else ""]
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    beside = []
+    for key, value in named.items():
+        owner = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if owner is None:
+            beside.append(key)
+        else:
+            parts[owner][key.removeprefix(owner)] = value
+    return [Network(entries, prefix, part, tuple(beside), complete) for prefix, part in parts.items()]
 
 
 def align(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,7 +155,7 @@ def align(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_file(path: str | Path) -> object:
-    """The content of a .safetensors or a pickled file, on the CPU.
+    """The content of a safetensors or a pickled file, under any name, on the CPU.
 
     From a pickled file only data is built: what `torch.load(weights_only=True)` allows, `argparse.Namespace` (the options of
     training scripts) and NumPy's scalars (their metrics).
@@ -60,12 +169,13 @@ def read_file(path: str | Path) -> object:
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             return load_file(path)
-        with _plain_data_allowed():
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # As a file object, since newer torch.load (seen in 2.14) goes by the suffix of a path.
+        with _plain_data_allowed(), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and pickle each have their own kinds
         refused = _find_refused_globals(path) or _find_refused_global(error)
         if refused:
@@ -74,6 +184,15 @@ def read_file(path: str | Path) -> object:
                 "you trust it, load it where it was written and save only its state dict"
             ) from error
         raise CheckpointError(f"{path} cannot be read as weights ({explain_unreadable(path, error)})") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the content, since files get renamed: the length of a JSON header and its first brace, or not PyTorch's own."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80"))
 
 
 def explain_unreadable(path: Path, error: Exception) -> str:
@@ -123,29 +242,6 @@ def _find_refused_global(error: Exception) -> list[str]:
     """The same from PyTorch's error, which names the first one for files in the older format."""
     found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
     return [found[1]] if found else []
-
-
-def check_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
-    """`loaded`, if it is a state dict.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
-    ):
-        raise CheckpointError(f"{path} holds no state dict")
-    return loaded
-
-
-def strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the prefixes that DistributedDataParallel and torch.compile add to every key."""
-    while state:
-        prefix = next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in state)), None)
-        if prefix is None:
-            break
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
 
 
 def load_state_dict(

@@ -24,6 +24,7 @@ from .options import (
     SelectionFile,
     SkipBad,
     Split,
+    UseEma,
     Weights,
     Workers,
     check_outputs,
@@ -42,6 +43,7 @@ def frequency(
     model: Model,
     data: Data,
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     selection: SelectionFile = None,
     remove: Remove = "",
@@ -71,7 +73,7 @@ def frequency(
     chosen = _chosen(selection, remove, compare)
     check_outputs(out, plot)
     with progress.progress_bars():
-        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        network = open_model(model, weights=weights, use_ema=use_ema, pretrained=pretrained, device=device)
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
         other = _other(network, chosen, compare, device)
@@ -135,6 +137,7 @@ def profile(
     model: Model,
     data: Data,
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     split: Split = "train",
     samples: Samples = 256,
@@ -158,7 +161,7 @@ def profile(
 
     check_outputs(out, plot)
     with progress.progress_bars():
-        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        network = open_model(model, weights=weights, use_ema=use_ema, pretrained=pretrained, device=device)
         loader = open_data(network, data, split, samples, batch_size, workers, skip_bad)
         record = {"model": model, **profile_layers(network, loader, estimator=estimator.value, bins=bins).to_dict()}
     console = make_console()

@@ -21,6 +21,7 @@ from .options import (
     SelectionFile,
     SkipBad,
     Split,
+    UseEma,
     Weights,
     Workers,
     check_outputs,
@@ -90,6 +91,7 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Option(help="Output folder for config.json and model.safetensors.", show_default=False)],
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     selection: SelectionFile = None,
     remove: Remove = "",
@@ -117,7 +119,7 @@ def convert(
     chosen = read_layers(selection, remove) if selection or remove or merged is None else ()
     check_writable(out / "config.json")
     with progress.progress_bars():
-        network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
+        network = open_model(model, weights=weights, use_ema=use_ema, pretrained=pretrained, device="cpu")
     if selection is not None and not isinstance(chosen, tuple):
         check_made_for(chosen, selection, network, model)
     before = sum(p.numel() for p in network.parameters())
@@ -136,7 +138,11 @@ def convert(
         console.print(line, soft_wrap=True)
     following = ["validate", "--model", out, "--reference", model]
     print_next(
-        console, *following, *make_weights_options("--reference-", weights, pretrained), "--data", "path/to/images"
+        console,
+        *following,
+        *make_weights_options("--reference-", weights, use_ema, pretrained),
+        "--data",
+        "path/to/images",
     )
 
 
@@ -145,6 +151,7 @@ def validate(
     model: Model,
     data: Data,
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     reference: Annotated[str | None, typer.Option(help="Original model to compare with.", show_default=False)] = None,
     reference_weights: Annotated[
@@ -183,11 +190,12 @@ def validate(
     labels = {"reference": reference, "model": model}
     models = {}
     with progress.progress_bars():
-        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        network = open_model(model, weights=weights, use_ema=use_ema, pretrained=pretrained, device=device)
         if reference is not None:
             models["reference"] = open_model(
                 reference,
                 weights=reference_weights,
+                use_ema=use_ema,
                 pretrained=reference_pretrained,
                 device=device,
                 option="--reference",

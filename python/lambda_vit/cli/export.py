@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import FailureError, app, make_console
-from .options import Device, JsonFile, Model, Pretrained, Weights, check_outputs
+from .options import Device, JsonFile, Model, Pretrained, UseEma, Weights, check_outputs
 
 if TYPE_CHECKING:
     from ..export.tracing import Traced
@@ -29,6 +29,7 @@ class Dtype(str, enum.Enum):
 def export(
     model: Model,
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     onnx: Annotated[Path | None, typer.Option(help="Write an ONNX file: FILE.onnx.", show_default=False)] = None,
     torch_export: Annotated[
@@ -76,7 +77,7 @@ def export(
     console = make_console()
     files: dict[str, Exported] = {}
     with progress.progress_bars():
-        network = open_model(model, weights=weights, pretrained=pretrained, device=device)
+        network = open_model(model, weights=weights, use_ema=use_ema, pretrained=pretrained, device=device)
         with progress.task("Trace", 1) as advance:
             traced = trace_model(
                 network,

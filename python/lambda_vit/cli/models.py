@@ -20,6 +20,7 @@ def open_model(
     name: str,
     *,
     weights: Path | None = None,
+    use_ema: bool | None = None,
     pretrained: bool = False,
     device: str = "cpu",
     backend: str = "auto",
@@ -31,6 +32,7 @@ def open_model(
         name: A timm model name, also one of `lambda_kernels.timm_models`, or a folder written by `save_pretrained` or by
             timm's `save_for_hf` (which brings its own weights).
         weights: A state dict in .safetensors or .pth; cast to float32.
+        use_ema: Which copy to use of a file with the trained weights and their average; as for `read_weights`.
         pretrained: Download timm's weights from the hub, or use its cache.
         device: Device of the model.
         backend: Backend of a saved folder whose attention was removed.
@@ -45,12 +47,14 @@ def open_model(
     from ..runtime.progress import task
 
     with task(f"Load {name}", 1) as advance:
-        model = _open_model(name, weights, pretrained, device, backend, option)
+        model = _open_model(name, weights, use_ema, pretrained, device, backend, option)
         advance()
     return model
 
 
-def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, backend: str, option: str) -> nn.Module:
+def _open_model(
+    name: str, weights: Path | None, use_ema: bool | None, pretrained: bool, device: str, backend: str, option: str
+) -> nn.Module:
     import timm
 
     from lambda_kernels.blocks.structure import inspect_model
@@ -91,7 +95,7 @@ def _open_model(name: str, weights: Path | None, pretrained: bool, device: str, 
                 f"network, download them elsewhere and pass {prefix}weights FILE"
             ) from error
     else:
-        state = read_weights(weights)
+        state = read_weights(weights, use_ema=use_ema)
         args: dict[str, Any] = {"num_classes": state["head.weight"].shape[0]} if "head.weight" in state else {}
         if ours:
             args |= _removed_from(state)
@@ -141,9 +145,10 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def make_weights_options(prefix: str, weights: Path | None, pretrained: bool) -> list[object]:
+def make_weights_options(prefix: str, weights: Path | None, use_ema: bool | None, pretrained: bool) -> list[object]:
     if weights is not None:
-        return [f"{prefix}weights", weights]
+        copy = [] if use_ema is None else ["--use-ema" if use_ema else "--no-ema"]
+        return [f"{prefix}weights", weights, *copy]
     return [f"{prefix}pretrained"] if pretrained else []
 
 

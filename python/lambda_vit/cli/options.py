@@ -26,6 +26,14 @@ Model = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="Weights of the model: a state dict in .safetensors or .pth.", show_default=False)
 ]
+UseEma = Annotated[
+    bool | None,
+    typer.Option(
+        "--use-ema/--no-ema",
+        help="Use the average (EMA) of the weights in a file that also holds the trained weights.",
+        show_default="the average, if there is one",
+    ),
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download timm's pretrained weights.")]
 # The layers to remove, one way or the other; `read_layers` reads them.
 SelectionFile = Annotated[

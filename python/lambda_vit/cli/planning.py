@@ -19,6 +19,7 @@ from .options import (
     Remove,
     SelectionFile,
     SkipBad,
+    UseEma,
     Weights,
     Workers,
     check_outputs,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def plan(
     model: Model,
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     selection: SelectionFile = None,
     remove: Remove = "",
@@ -88,7 +90,7 @@ def plan(
     check_outputs(out)
     where = check_device(device)
     with progress.progress_bars():
-        network = open_model(model, weights=weights, pretrained=pretrained, device="cpu")
+        network = open_model(model, weights=weights, use_ema=use_ema, pretrained=pretrained, device="cpu")
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
         loader = None if data is None else _training_loader(network, data, batch_size, workers, skip_bad, where.type)
@@ -119,7 +121,7 @@ def plan(
         write_json(out, record)
         console.print(f"Written: {out}", soft_wrap=True)
     layers = ["--remove", remove] if selection is None else ["--selection", selection]
-    own = ["--model", model, *make_weights_options("--", weights, pretrained), *layers]
+    own = ["--model", model, *make_weights_options("--", weights, use_ema, pretrained), *layers]
     length = ["--epochs", dilution + recovery, "--dilution-epochs", dilution, "--batch-size", batch_size * devices]
     length += [] if recompute is None else ["--recompute", recompute.value]
     if why_no_classes(network) is not None:

@@ -28,6 +28,7 @@ from .options import (
     Score,
     SkipBad,
     Split,
+    UseEma,
     Weights,
     Workers,
     open_data,
@@ -74,12 +75,13 @@ class ModelOptions:
 
     name: str
     weights: Path | None
+    use_ema: bool | None
     pretrained: bool
 
     def to_flags(self, prefix: str) -> list[object]:
         """Return the options that name the model to another command, such as --model and --weights."""
         first = "--model" if prefix == "--" else prefix.removesuffix("-")
-        return [first, self.name, *make_weights_options(prefix, self.weights, self.pretrained)]
+        return [first, self.name, *make_weights_options(prefix, self.weights, self.use_ema, self.pretrained)]
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def select(
         ),
     ],
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     count: Annotated[
         int | None,
@@ -231,7 +234,7 @@ def select(
     for path in (selection_file, folder / "report.html"):
         check_writable(path)
     _select(
-        ModelOptions(model, weights, pretrained),
+        ModelOptions(model, weights, use_ema, pretrained),
         device,
         DataOptions(data, split, samples, class_map, batch_size, workers, skip_bad),
         TrialOptions(eval_split, eval_samples),
@@ -263,7 +266,11 @@ def _select(
         if processes.is_main:
             stack.enter_context(progress.progress_bars())
         network = open_model(
-            model.name, weights=model.weights, pretrained=model.pretrained, device=local_device(device)
+            model.name,
+            weights=model.weights,
+            use_ema=model.use_ema,
+            pretrained=model.pretrained,
+            device=local_device(device),
         )
         criterion = STRATEGIES[search.strategy].criterion
         labelled = criterion is not None and criterion.label

@@ -14,7 +14,19 @@ import typer
 from ..training.recipe import Recipe, list_recipes, load_recipe
 from .app import app, make_console, print_next
 from .models import check_made_for, make_weights_options, read_layers
-from .options import ClassMap, Device, Model, Pretrained, Remove, SelectionFile, SkipBad, Weights, Workers, print_bad
+from .options import (
+    ClassMap,
+    Device,
+    Model,
+    Pretrained,
+    Remove,
+    SelectionFile,
+    SkipBad,
+    UseEma,
+    Weights,
+    Workers,
+    print_bad,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +112,7 @@ def finetune(
         Path, typer.Option(help="Output folder of the run; an existing run is resumed.", show_default=False)
     ],
     weights: Weights = None,
+    use_ema: UseEma = None,
     pretrained: Pretrained = False,
     selection: SelectionFile = None,
     remove: Remove = "",
@@ -167,7 +180,9 @@ def finetune(
     with process_group(training=True) as processes, contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(progress.progress_bars())
-        network = open_model(model, weights=weights, pretrained=pretrained, device=local_device(device))
+        network = open_model(
+            model, weights=weights, use_ema=use_ema, pretrained=pretrained, device=local_device(device)
+        )
         if num_classes is not None:
             replace_classifier(network, num_classes, settings.seed)
         if selection is not None and not isinstance(chosen, tuple):
@@ -195,7 +210,7 @@ def finetune(
         if not run.stopped and not images.startswith(("hfds/", "wds/")):
             following = ["validate", "--model", out / "model"]
             if num_classes is None and settings.img_size is None:  # otherwise its classes or its input size differ
-                following += ["--reference", model, *make_weights_options("--reference-", weights, pretrained)]
+                following += ["--reference", model, *make_weights_options("--reference-", weights, use_ema, pretrained)]
             following += ["--data", images, *([] if class_map is None else ["--class-map", class_map])]
             print_next(console, *following)
     if run.stopped:

@@ -310,7 +310,7 @@ def test_a_pipe_that_cannot_show_every_letter(saved, tmp_path):
 
 
 def test_an_unsupported_model_is_named_before_its_weights_are(run, folder, tmp_path):
-    torch.save({}, tmp_path / "w.pth")
+    torch.save({"norm.bias": torch.zeros(1)}, tmp_path / "w.pth")
     arguments = ["select", "--model", "swin_tiny_patch4_window7_224", "--weights", tmp_path / "w.pth"]
     code, _, err = run(*arguments, "--data", folder, "--out", tmp_path / "s.json")
     assert code == 2

@@ -311,6 +311,7 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
         what = "Compare with the original, with latency"
         words += ["--reference", given["--model"]]
         words += ["--reference-weights", given["--weights"]] if "--weights" in given else []
+        words += [name for name in ("--use-ema", "--no-ema") if name in given]
         words += ["--reference-pretrained"] if "--pretrained" in given else []
     entries = []
     if root and not root.startswith(("hfds/", "wds/")) and (given or Path(root).exists()):
@@ -332,7 +333,7 @@ def _again(command: str, processes: int) -> str:
     return f"lambda-vit {words[1]}"
 
 
-_FLAGS = ("--pretrained",)
+_FLAGS = ("--pretrained", "--use-ema", "--no-ema")
 _VALUES = ("--model", "--weights", "--data", "--val-data", "--class-map", "--num-classes", "--skip-bad", "--img-size")
 
 
