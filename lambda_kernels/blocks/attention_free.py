@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -11,6 +12,39 @@ from .mlp_block import MlpBlockBase, copy_runtime_settings, find_family_or_vit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
+
+
+def _forward_for_script(
+    self: AttentionFreeBlock,
+    x: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    shared_rel_pos_bias: Tensor | None = None,
+) -> Tensor:
+    # timm passes all but tokens by name. Conditions on hasattr are decided when this is compiled.
+    x = self.residual_scale * x
+    branch = self.mlp(self.norm2(x))
+    if hasattr(self, "ls2"):
+        branch = self.ls2(branch)
+    elif self.gamma_2 is not None:
+        branch = self.gamma_2 * branch
+    return x + self.drop_path2(branch)
+
+
+def _scripted_as(source: Callable[..., Tensor]) -> Callable[[_Forward], _Forward]:
+    """Let `torch.jit.script`, which knows no variable arguments, compile `source` instead of the decorated forward.
+
+    It compiles the code that `inspect` finds for a method, as for all decorated ones.
+    """
+
+    def mark(forward: _Forward) -> _Forward:
+        forward.__wrapped__ = source  # type: ignore[attr-defined]  # as functools.wraps sets it
+        return forward
+
+    return mark
 
 
 class AttentionFreeBlock(MlpBlockBase):
@@ -67,8 +101,12 @@ class AttentionFreeBlock(MlpBlockBase):
             cls(block.norm2, block.mlp, scale, block.drop_path2, family=family.name, **options), block, options
         )
 
+    @_scripted_as(_forward_for_script)
     def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
-        """Map tokens `x` [N, T, C] to tokens; `arguments` and `named` are checked, then ignored: they are for the attention."""
+        """Map tokens `x` [N, T, C] to tokens; the other arguments are checked, then ignored: they are for the attention.
+
+        They are those of timm's block of the family: of `rope`, `attn_mask`, `is_causal` and `shared_rel_pos_bias`.
+        """
         FAMILIES[self.family].for_attention(arguments, named)  # raises as timm's block does
         return self._mlp_half(x)
 

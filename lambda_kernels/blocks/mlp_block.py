@@ -13,6 +13,7 @@ from timm.models.vision_transformer import LayerScale  # timm.layers has another
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UnsupportedModelError
 from ..ops.checks import check_choice
 from ..ops.ln_mlp import recompute as recomputed
 from ..ops.ln_mlp.dispatch import Choice, choose
@@ -90,6 +91,14 @@ class MlpBlockBase(nn.Module):
         self.fuse = fuse
         self.backend = backend
         self.recompute = recompute
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script calls this first.
+        if self.fuse:
+            raise UnsupportedModelError(
+                f"torch.jit.script cannot follow a fused block ({type(self).__name__}): convert with fuse='none' for it"
+            )
+        return self
 
     def path(self, device: torch.device, dtype: torch.dtype, training: bool | None = None) -> Choice:
         """How the MLP half runs for tokens on `device` with `dtype`, and why.

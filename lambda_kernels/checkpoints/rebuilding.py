@@ -82,7 +82,7 @@ def _parameters_without_memory() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(strip)
+    handle = register_module_parameter_registration_hook(strip)  # type: ignore[arg-type]  # its annotation lacks the result
     try:
         yield
     finally:

@@ -78,6 +78,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a floating-point tensor of a supported dtype."""
+    if isinstance(value, torch.fx.Proxy):
+        raise TypeError(
+            f"torch.fx.symbolic_trace cannot follow this operator ({name} is a Proxy): convert the model with fuse='none'"
+        )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     if value.is_nested:
