@@ -145,6 +145,8 @@ def test_probabilities_can_be_trained_on_and_not_counted():
     for read in (select, score):
         with pytest.raises(ValueError, match=r"labels\.argmax\(1\)"):
             read(soft)
+    with pytest.raises(ValueError, match="labels of batch 0 are not probabilities"):
+        train(each(lambda x, y: (x, torch.ones(len(x), 10))))
 
 
 def test_a_loader_that_is_used_up_is_refused_where_it_would_be_read_again():

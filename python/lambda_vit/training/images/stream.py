@@ -365,10 +365,16 @@ class LoaderStream(TrainingStream):
 
     def _targets(self, batch: LoadedBatch) -> Tensor:
         labels = batch.labels
-        if self._soft and isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
-            probabilities = labels.shape[0] == len(batch.images) and labels.shape[1] > 1
-            return labels if probabilities else batch.class_indices()
-        return batch.class_indices()
+        if not (self._soft and isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2):
+            return batch.class_indices()
+        if len(labels) != len(batch.images) or labels.shape[1] == 1:
+            return batch.class_indices()
+        if bool(((labels.sum(1) - 1).abs() > 0.01).any()):
+            raise ValueError(
+                f"labels of batch {batch.number} are not probabilities, which sum to 1 over the classes of an image: several "
+                "labels per image cannot be trained"
+            )
+        return labels
 
     def fingerprint(self) -> dict[str, Any]:
         return {**data_fingerprint(self.loader, labelled=True), "batches": self.steps_per_epoch}
