@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,7 +56,7 @@ def _create(architecture: str, cfg: dict[str, Any], args: dict[str, Any]) -> nn.
     # pretrained_cfg restores the mean, standard deviation and crop of the training.
     create = partial(timm.create_model, architecture, pretrained=False, pretrained_cfg=cfg or None, **args)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             try:
                 with _parameters_without_memory():
                     model = create()
@@ -77,8 +78,10 @@ def _parameters_without_memory() -> Iterator[None]:
     Buffers that are not in the state dict (rotary frequencies, indices of positions) get their values from the constructor.
     """
 
+    caller = threading.get_ident()  # PyTorch calls the hook for modules of all threads
+
     def strip(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
+        if parameter is None or parameter.is_meta or threading.get_ident() != caller:
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import timm
 import torch
-from small_models import small_vit
+from small_models import images, small_vit
 from torch import nn
 
+from lambda_kernels import from_pretrained, save_pretrained
 from lambda_kernels.checkpoints.comparison import find_difference
 from lambda_kernels.checkpoints.rebuilding import find_mlp_ratio, find_model_args, infer_args
 
@@ -43,6 +46,30 @@ def test_a_model_is_built_again_from_what_can_be_seen(family):
             assert find_difference(timm.create_model(name, **{**SIZES, **options}), model) is None
     assert find_difference(default, model) is not None
     assert "pre_norm" not in changed  # nor anything else that was left alone
+
+
+def test_building_leaves_other_threads_and_default_devices_alone(tmp_path):
+    """Parameters of the rebuilt model have no memory at first; those of modules that another thread makes do."""
+    model = small_vit()
+    save_pretrained(model, tmp_path)
+    stop, wrong = threading.Event(), []
+
+    def make_modules():
+        while not stop.is_set():
+            wrong.extend(p for p in nn.Linear(2, 2).parameters() if p.is_meta)
+
+    other = threading.Thread(target=make_modules)
+    other.start()
+    try:
+        for _ in range(5):
+            from_pretrained(tmp_path)
+    finally:
+        stop.set()
+        other.join()
+    assert not wrong
+    with torch.device("meta"):
+        loaded = from_pretrained(tmp_path)
+    assert torch.equal(loaded(images()), model(images()))
 
 
 def test_given_arguments_win_over_what_is_seen():
