@@ -235,9 +235,9 @@ def from_pretrained(
         model = build(config)
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
-    state = read_weights(weights)
+    state = align(read_weights(weights))  # at once, so that the mapped file is closed
     try:
-        fill(model, align(state), weights.name)
+        fill(model, state, weights.name)
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder / CONFIG} describes another model than {weights.name} holds; one of them may have been changed: {error}"
