@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..runtime.formatting import NONE
+from ..runtime.formatting import NONE, format_change, format_known
+from .records.readings import Cost
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Table:
     rows: list[list[Cell]]
     folded: bool = False
 
+    def select(self, *names: str) -> Table:
+        """The table with these columns only."""
+        kept = [n for n, column in enumerate(self.columns) if column.name in names]
+        return Table(self.title, [self.columns[n] for n in kept], [[row[n] for n in kept] for row in self.rows])
+
 
 @dataclass(frozen=True)
 class Section:
@@ -45,12 +52,45 @@ class Section:
     commands: list[dict[str, str]] = field(default_factory=list)
 
 
-def columns_of(table: Table, names: Iterable[str]) -> tuple[list[Column], list[list[Cell]]]:
-    kept = [n for n, column in enumerate(table.columns) if column.name in names]
-    return [table.columns[n] for n in kept], [[row[n] for n in kept] for row in table.rows]
+def numeric(*names: str) -> list[Column]:
+    return [Column(name, True) for name in names]
 
 
-def filled(title: str, columns: list[Column], rows: list[list[Cell]]) -> Table:
-    """A table without the columns in which no row has anything to say."""
-    kept = [n for n in range(len(columns)) if any(row[n].text not in ("", NONE) for row in rows)]
-    return Table(title, [columns[n] for n in kept], [[row[n] for n in kept] for row in rows])
+def make_table(
+    title: str,
+    columns: Iterable[Column | str],
+    rows: Iterable[Iterable[Cell | str]],
+    *,
+    folded: bool = False,
+    sparse: bool = False,
+) -> Table:
+    """A table of columns and cells, of which plain ones may be strings; `sparse` omits columns without any content."""
+    heads = [Column(column) if isinstance(column, str) else column for column in columns]
+    cells = [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    kept = [n for n in range(len(heads)) if not sparse or any(row[n].text not in ("", NONE) for row in cells)]
+    return Table(title, [heads[n] for n in kept], [[row[n] for n in kept] for row in cells], folded)
+
+
+def compare(name: str, before: str, after: str, change: str, note: str = "") -> dict[str, str]:
+    """A row of the comparison of two models."""
+    return {"name": name, "before": before, "after": after, "change": change, "note": note}
+
+
+def compare_costs(before: Mapping[str, Any], after: Mapping[str, Any], costs: Iterable[Cost]) -> list[dict[str, str]]:
+    """Rows for the costs that are known of both models."""
+    found = ((name, before.get(key), after.get(key), show) for name, key, show in costs)
+    return [
+        compare(name, show(old), show(new), format_change(old, new))
+        for name, old, new, show in found
+        if None not in (old, new)
+    ]
+
+
+def cost_cells(model: Mapping[str, Any], full: Mapping[str, Any], costs: Iterable[Cost]) -> list[Cell]:
+    """The costs of a model, each with its change from those of another one below."""
+    cells = []
+    for _, key, show in costs:
+        value, base = model.get(key), full.get(key)
+        change = format_change(base, value) if model is not full and None not in (base, value) else ""
+        cells.append(Cell(format_known(value, show), change))
+    return cells

@@ -5,6 +5,7 @@ Both templates and the terminal lay out what stands here, so that they cannot di
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,15 +14,17 @@ from ..runtime.formatting import (
     format_change,
     format_ends,
     format_fixed,
+    format_known,
     format_list,
     format_milliseconds,
+    format_percent,
+    format_points,
     format_ranges,
-    format_signed,
     format_span,
 )
 from . import selection as report_selection
 from . import training
-from .parts import Cell, Column, Section, Table, columns_of, filled
+from .parts import Cell, Section, Table, compare, compare_costs, cost_cells, make_table, numeric
 from .records.readings import COSTS, LAYER_NAMES, baseline, digits_of, estimators, lowest, mean, validation_images
 from .records.scores import score_text
 
@@ -55,45 +58,26 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
         spans = [v.get("top1_interval") for v in subject]
         note = ""
         if all(spans):
-            note = f"95 % intervals {_interval(before, digits)} and {_interval(after, digits)}: {_meeting(*spans)}"
-        values = [f"{v['top1']:.{digits}f} %" for v in subject]
-        change = f"{format_signed(after['top1'] - before['top1'], digits)} points"
-        rows.append({"name": "Top-1 accuracy", "before": values[0], "after": values[1], "change": change, "note": note})
-    for name, key, show in COSTS:
-        pair = [v.get(key) for v in subject]
-        if None not in pair:
-            rows.append(
-                {
-                    "name": name,
-                    "before": show(pair[0]),
-                    "after": show(pair[1]),
-                    "change": format_change(*pair),
-                    "note": "",
-                }
-            )
+            note = f"95 % intervals {format_ends(spans[0], digits)} and {format_ends(spans[1], digits)}: {_meeting(*spans)}"
+        values = [format_percent(v["top1"], digits) for v in subject]
+        rows.append(compare("Top-1 accuracy", *values, format_points(after["top1"] - before["top1"], digits), note))
+    rows += compare_costs(before, after, COSTS)
     for batch in _batches(record):
         pair = [(v.get("latency_ms") or {}).get(batch) for v in subject]
         if all(pair):
             medians = [p["median"] for p in pair]
             spans = [(p["low"], p["high"]) for p in pair if p.get("low") is not None and p.get("high") is not None]
-            note = (
-                f"quartiles {format_span(*spans[0])} and {format_span(*spans[1])} ms: {_meeting(*spans)}"
-                if len(spans) == 2
-                else ""
-            )
-            row = {"name": f"Latency, batch {batch}", "change": format_change(*medians), "note": note}
-            rows.append(row | {"before": format_milliseconds(medians[0]), "after": format_milliseconds(medians[1])})
+            note = ""
+            if len(spans) == 2:
+                note = f"quartiles {format_span(*spans[0])} and {format_span(*spans[1])} ms: {_meeting(*spans)}"
+            shown = map(format_milliseconds, medians)
+            rows.append(compare(f"Latency, batch {batch}", *shown, format_change(*medians), note))
     return {"before": before["label"], "after": after["label"], "rows": rows} if rows else None
 
 
 def _meeting(first: Iterable[float], second: Iterable[float]) -> str:
     (low, high), (other_low, other_high) = first, second
     return "they overlap" if low <= other_high and other_low <= high else "they are apart"
-
-
-def _interval(variant: dict[str, Any], digits: int) -> str:
-    ends = variant.get("top1_interval")
-    return format_ends(ends, digits) if ends else NONE
 
 
 def _batches(record: dict[str, Any]) -> list[str]:
@@ -164,8 +148,8 @@ def sections(record: dict[str, Any]) -> list[Section]:
     )
     sections = [section for maker in makers if (section := maker(record)) is not None]
     if environment := record.get("environment"):
-        rows = [[Cell(key), Cell(str(value))] for key, value in environment.items()]
-        table = Table("Where it ran", [Column("Part"), Column("Version or name")], rows)
+        rows = [[key, str(value)] for key, value in environment.items()]
+        table = make_table("Where it ran", ["Part", "Version or name"], rows)
         sections.append(Section("environment", "Environment", tables=[table]))
     if items := record.get("not_exercised"):
         title = f"Not {tried(record)}"
@@ -175,10 +159,8 @@ def sections(record: dict[str, Any]) -> list[Section]:
     if (commands := record.get("next_commands")) and not any(section.commands for section in sections):
         sections.append(Section("next", "Next commands", commands=commands))
     if files := record.get("files"):
-        rows = [[Cell(name), Cell(what)] for name, what in files.items()]
-        sections.append(
-            Section("files", "Files", tables=[Table("What was written", [Column("File"), Column("What it is")], rows)])
-        )
+        table = make_table("What was written", ["File", "What it is"], files.items())
+        sections.append(Section("files", "Files", tables=[table]))
     return sections
 
 
@@ -191,11 +173,10 @@ def _profile(record: dict[str, Any]) -> Section | None:
     shown = [(layer, name) for layer in LAYER_NAMES for name in names]
     rows = []
     for row in blocks:
-        pick = Cell(f"{order[row['block']]}", tone="pick") if row["block"] in order else Cell("")
-        rows.append([Cell(str(row["block"])), *(Cell(format_fixed(mean(row, *key), 2)) for key in shown), pick])
+        pick = Cell(f"{order[row['block']]}", tone="pick") if row["block"] in order else ""
+        rows.append([str(row["block"]), *(format_fixed(mean(row, *key), 2) for key in shown), pick])
     titles = {"attn": "Attention", "mlp": "MLP"}
     heads = [titles[layer] if len(names) == 1 else f"{titles[layer]}, {name}" for layer, name in shown]
-    columns = [Column(name, True) for name in ("Block", *heads, "Pick")]
     what = " and ".join("mean log₂ σ" if name == "gaussian" else f"{name} estimator".strip() for name in names)
     caption = f"Entropy of each attention's and each MLP's output, per channel ({what}, {profile.get('unit', 'bits')})."
     if "gaussian" in names:
@@ -212,7 +193,7 @@ def _profile(record: dict[str, Any]) -> Section | None:
             caption += f" The lowest attention entropy{by} is {entropy}, in block {bottom[0]}."
     if order:
         caption += f" Shaded: the picked blocks, numbered in the order of picking ({format_list(order)})."
-    table = Table("Entropy by block", columns, rows, folded=True)
+    table = make_table("Entropy by block", numeric("Block", *heads, "Pick"), rows, folded=True)
     return Section("entropy", "Entropy by block", tables=[table], figure="entropy", caption=caption)
 
 
@@ -227,25 +208,24 @@ def _variants(record: dict[str, Any]) -> Section | None:
         factor = f"{scale:g}×" if scale is not None and v.get("removed") else NONE
         top = [format_fixed(v.get(key), digits) for key in ("top1", "top5", "agreement")]
         trained = NONE if v.get("trained") is None else "yes" if v["trained"] else "no"
-        rows.append(
-            [Cell(v["label"], v.get("note") or ""), Cell(format_ranges(v.get("removed") or ())), Cell(factor), Cell(trained),
-             Cell(top[0]), Cell(_interval(v, digits)), Cell(top[1]), Cell(top[2])]
-        )  # fmt: skip
-    columns = [Column("Variant"), Column("Removed"), Column("Identity"), Column("Trained")]
-    columns += [Column(name, True) for name in ("Top-1, %", "95 % interval", "Top-5, %", "Agreement, %")]
+        interval = format_ends(v.get("top1_interval"), digits) or NONE
+        label = Cell(v["label"], v.get("note") or "")
+        rows.append([label, format_ranges(v.get("removed") or ()), factor, trained, top[0], interval, *top[1:]])
+    columns = ["Variant", "Removed", "Identity", "Trained"]
+    columns += numeric("Top-1, %", "95 % interval", "Top-5, %", "Agreement, %")
     images = validation_images(record)
     text = "Accuracy on the validation set"
     text += f" of {images:,} images: one image is {100 / images:.2g} points." if images else "."
     if any(v.get("agreement") is not None for v in variants):
         text += " Agreement is with the full model's answers."
-    if any(row[2].text != NONE for row in rows):
+    if any(row[2] != NONE for row in rows):
         text += " Identity is the factor on the skip path of a block whose attention is removed."
     caption = (
         "Top-1 with its 95 % interval. Filled: trained; hollow: attention removed without training. "
         "Dashed line and band: the full model and its interval."
     )
     figure = "variants" if any(v.get("top1") is not None for v in variants) else ""
-    table = filled("Variants", columns, rows)
+    table = make_table("Variants", columns, rows, sparse=True)
     return Section("variants", "Accuracy", [text], [table], figure, caption if figure else "")
 
 
@@ -258,48 +238,42 @@ def _costs(record: dict[str, Any]) -> Section | None:
     full = baseline(record) or {}
     rows = []
     for v in variants:
-        row = [Cell(v["label"])]
-        for _, key, show in costs:
-            value = v.get(key)
-            base = full.get(key)
-            change = format_change(base, value) if v is not full and None not in (base, value) else ""
-            row.append(Cell(NONE if value is None else show(value), change))
+        row = [v["label"], *cost_cells(v, full, costs)]
         for batch in batches:
-            time = (v.get("latency_ms") or {}).get(batch)
-            low, high = (time.get("low"), time.get("high")) if time else (None, None)
-            spread_text = format_span(low, high) if None not in (low, high) else ""
-            row.append(Cell(format_milliseconds(time["median"]) if time else NONE, spread_text))
+            time = (v.get("latency_ms") or {}).get(batch) or {}
+            low, high = time.get("low"), time.get("high")
+            spread = format_span(low, high) if None not in (low, high) else ""
+            row.append(Cell(format_known(time.get("median"), format_milliseconds), spread))
         rows.append(row)
     names = [name for name, _, _ in costs] + [f"Latency, batch {batch}" for batch in batches]
     text = f"Changes are against: {full['label']}." if full else ""
     if batches:
         text += " Latency is the median per batch, with its quartiles."
-    table = Table("Cost", [Column("Variant"), *(Column(name, True) for name in names)], rows)
+    table = make_table("Cost", ["Variant", *numeric(*names)], rows)
     return Section("cost", "Cost", [text.strip()], [table])
+
+
+_RESULTS = {True: Cell("passed", tone="good"), False: Cell("FAILED", tone="bad")}
 
 
 def _checks(record: dict[str, Any]) -> Section | None:
     if not (checks := record.get("checks")):
         return None
-    rows = [
-        [Cell("passed" if c["ok"] else "FAILED", tone="good" if c["ok"] else "bad"), Cell(c["name"]),
-         Cell(str(c.get("value", NONE))), Cell(c.get("detail") or "")]
-        for c in checks
-    ]  # fmt: skip
-    table = filled("Checks", [Column("Result"), Column("Check"), Column("Value"), Column("What it means")], rows)
+    rows = [[_RESULTS[bool(c["ok"])], c["name"], str(c.get("value", NONE)), c.get("detail") or ""] for c in checks]
+    table = make_table("Checks", ["Result", "Check", "Value", "What it means"], rows, sparse=True)
     return Section("checks", "Checks", tables=[table])
 
 
 def _paths(record: dict[str, Any]) -> Section | None:
     if not (paths := record.get("kernel_paths")):
         return None
-    rows = [[Cell(str(p["block"])), Cell(p["attention"]), Cell(p["mlp"]), Cell(p.get("reason") or "")] for p in paths]
-    tally = {name: sum(p["mlp"] == name for p in paths) for name in dict.fromkeys(p["mlp"] for p in paths)}
+    rows = [[str(p["block"]), p["attention"], p["mlp"], p.get("reason") or ""] for p in paths]
+    tally = Counter(p["mlp"] for p in paths)
     gone = sum(p["attention"] == "removed" for p in paths)
     text = f"Attention was removed from {gone} of {len(paths)} blocks. MLP halves by path: "
     text += ", ".join(f"{name} {number}" for name, number in tally.items()) + "."
-    columns = [Column("Block", True), Column("Attention"), Column("MLP runs on"), Column("Why")]
-    return Section("kernel-paths", "Kernel path per block", [text], [Table("Kernel path per block", columns, rows)])
+    table = make_table("Kernel path per block", [*numeric("Block"), "Attention", "MLP runs on", "Why"], rows)
+    return Section("kernel-paths", table.title, [text], [table])
 
 
 def console_parts(record: dict[str, Any]) -> list[Table | str]:
@@ -309,31 +283,26 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
         rounds: list[dict[str, Any]] = (record.get("selection") or {}).get("rounds") or []
         first = (rounds[0].get("scores") if rounds else None) or {}
         (table,) = section.tables
-        *columns, last = (Column(column.name.replace(", ", "\n"), column.numeric) for column in table.columns)
-        columns += [Column("Score, round 1", True), last]
+        *heads, last = (column.name.replace(", ", "\n") for column in table.columns)
         show = score_text(record.get("selection") or {})
-        rows = [[*row[:-1], Cell(show(first.get(row[0].text))), row[-1]] for row in table.rows]
-        tables.append(Table(f"{table.title} ({record['profile'].get('unit', 'bits')})", columns, rows))
+        rows = [[*row[:-1], show(first.get(row[0].text)), row[-1]] for row in table.rows]
+        title = f"{table.title} ({record['profile'].get('unit', 'bits')})"
+        tables.append(make_table(title, numeric(*heads, "Score, round 1", last), rows))
     if (section := report_selection.selection(record)) is not None:
         tables += [*section.text, *(table for table in section.tables if not table.folded)]
     tables += report_selection.console_tables(record)
     if _subject(record) and (compared := comparison(record)) is not None:
-        columns = [Column("Before and after"), Column("Before", True), Column("After", True), Column("Change", True)]
-        rows = [[Cell(row[key]) for key in ("name", "before", "after", "change")] for row in compared["rows"]]
-        tables.append(Table(f"{compared['before']} → {compared['after']}", columns, rows))
+        columns = ["Before and after", *numeric("Before", "After", "Change")]
+        rows = [[row[key] for key in ("name", "before", "after", "change")] for row in compared["rows"]]
+        tables.append(make_table(f"{compared['before']} → {compared['after']}", columns, rows))
     elif (section := _costs(record)) is not None:
         (table,) = section.tables
-        names, *values = ([cell.text for cell in column] for column in zip(*table.rows, strict=True))
-        columns = [Column("Cost"), *(Column(name) for name in names)]
-        heads = [column.name for column in table.columns[1:]]
-        rows = [[Cell(text) for text in (head, *row)] for head, row in zip(heads, values, strict=True)]
-        tables.append(Table("Cost", columns, rows))
+        columns = [[column.name, *(row[n].text for row in table.rows)] for n, column in enumerate(table.columns)]
+        tables.append(make_table("Cost", ["Cost", *columns[0][1:]], columns[1:]))
     if (section := _variants(record)) is not None:
         (table,) = section.tables
-        tables.append(
-            Table(table.title, *columns_of(table, ("Variant", "Removed", "Top-1, %", "95 % interval", "Agreement, %")))
-        )
+        tables.append(table.select("Variant", "Removed", "Top-1, %", "95 % interval", "Agreement, %"))
     if (section := _checks(record)) is not None:
         (table,) = section.tables
-        tables.append(Table(table.title, *columns_of(table, ("Result", "Check", "Value"))))
+        tables.append(table.select("Result", "Check", "Value"))
     return tables

@@ -12,17 +12,20 @@ from ..runtime.formatting import (
     format_change,
     format_ends,
     format_fixed,
+    format_known,
     format_list,
     format_number,
+    format_percent,
+    format_points,
     format_ranges,
     format_rate,
     format_score,
-    format_signed,
+    format_signed_ends,
 )
 from ..selection.strategies import CRITERIA, STRATEGIES
 from .figures.selection import score_plot, trajectory_plot
-from .parts import Cell, Column, Section, Table, filled
-from .records.readings import COSTS, digits_of
+from .parts import Cell, Section, Table, compare, compare_costs, cost_cells, make_table, numeric
+from .records.readings import COSTS, Cost, digits_of
 from .records.scores import (
     Ranking,
     blocks_of,
@@ -76,9 +79,11 @@ def headline(record: Mapping[str, Any]) -> str:
     picks = f"{number} of {last} picks" if last > 1 else "the only pick"
     text = f"Recommended: remove the attention of {noun} {format_ranges(step['removed'])} ({picks})."
     if step.get("top1") is not None and full.get("top1") is not None:
-        text += f" Without training, top-1 changes from {full['top1']:.{digits}f} to {step['top1']:.{digits}f} %"
+        text += (
+            f" Without training, top-1 changes from {full['top1']:.{digits}f} to {format_percent(step['top1'], digits)}"
+        )
     elif step.get("agreement") is not None:
-        text += f" Without training, {step['agreement']:.{digits}f} % of the answers match the full model's"
+        text += f" Without training, {format_percent(step['agreement'], digits)} of the answers match the full model's"
     else:
         return text
     gains = []
@@ -98,36 +103,30 @@ def key_numbers(record: Mapping[str, Any]) -> dict[str, Any] | None:
     (_, step), trajectory = found, record["trajectory"]
     full, digits = trajectory["steps"][0], digits_of(record)
     rows = []
-
-    def add(name: str, before: str, after: str, change: str, note: str = "") -> None:
-        rows.append({"name": name, "before": before, "after": after, "change": change, "note": note})
-
     if None not in (full.get("top1"), step.get("top1")):
-        change = f"{format_signed(step['top1'] - full['top1'], digits)} points"
         span = paired_interval(full, step, trajectory.get("images") or 0)
         note = ""
         if span:
-            ends = " to ".join(format_signed(end, digits) for end in span)
-            note = f"95 % interval of the difference {ends}: it {_holds_zero(span)} 0"
-        add("Top-1 without training", f"{full['top1']:.{digits}f} %", f"{step['top1']:.{digits}f} %", change, note)
+            verb = "includes" if span[0] <= 0 <= span[1] else "excludes"
+            note = f"95 % interval of the difference {format_signed_ends(span, digits)}: it {verb} 0"
+        values = [format_percent(each["top1"], digits) for each in (full, step)]
+        rows.append(
+            compare("Top-1 without training", *values, format_points(step["top1"] - full["top1"], digits), note)
+        )
     if step.get("agreement") is not None:
-        change = f"{format_signed(step['agreement'] - 100, digits)} points"
-        add("Same answer as the full model", "100 %", f"{step['agreement']:.{digits}f} %", change)
-    batch = trajectory.get("throughput_batch")
-    for name, key, show in _COSTS:
-        if None not in (full.get(key), step.get(key)):
-            note = ""
-            if key == "images_per_second":
-                name += f", batch {batch}" if batch else ""
-                if step.get("speedup_interval"):
-                    holds = "includes" if _is_chance(step) else "excludes"
-                    note = f"95 % interval of the speedup {format_ends(step['speedup_interval'], 2)}: it {holds} 1"
-            add(name, show(full[key]), show(step[key]), format_change(full[key], step[key]), note)
+        agreement = format_percent(step["agreement"], digits)
+        change = format_points(step["agreement"] - 100, digits)
+        rows.append(compare("Same answer as the full model", "100 %", agreement, change))
+    rows += compare_costs(full, step, _costs(trajectory.get("throughput_batch")))
+    if ends := step.get("speedup_interval"):
+        verb = "includes" if _is_chance(step) else "excludes"
+        rows[-1]["note"] = f"95 % interval of the speedup {format_ends(ends, 2)}: it {verb} 1"
     return {"before": "Full model", "after": f"Attention of {format_ranges(step['removed'])} removed", "rows": rows}
 
 
-def _holds_zero(span: Sequence[float]) -> str:
-    return "includes" if span[0] <= 0 <= span[1] else "excludes"
+def _costs(batch: int | None = None) -> tuple[Cost, ...]:
+    name = "Images per second" + (f", batch {batch}" if batch else "")
+    return (*COSTS, (name, "images_per_second", format_rate))
 
 
 def _is_chance(step: Mapping[str, Any]) -> bool:
@@ -155,31 +154,30 @@ def steps(record: Mapping[str, Any]) -> Section | None:
     answers, costs = [], []
     for n, step in enumerate(rows):
         tone = "pick" if n == recommended else ""
-        name = [Cell(str(n), "recommended" if n == recommended else "", tone),
-                Cell("full" if step.get("picked") is None else str(step["picked"]), tone=tone)]  # fmt: skip
-        ends = step.get("top1_interval")
-        interval = format_ends(ends, digits) if ends else ""
-        answers.append(
-            [*name, Cell(format_bits(step.get("entropy"))), Cell(format_fixed(step.get("top1"), digits), interval),
-             Cell(format_fixed(step.get("agreement"), digits)), Cell(format_score(step.get("kl")))]
-        )  # fmt: skip
-        cost = []
-        for _, key, show in _COSTS:
-            value, full = step.get(key), rows[0].get(key)
-            change = format_change(full, value) if n and None not in (full, value) else ""
-            cost.append(Cell(NONE if value is None else show(value), change))
+        name = [Cell(str(n), "recommended" if tone else "", tone), Cell(_block(step), tone=tone)]
+        top1 = Cell(format_fixed(step.get("top1"), digits), format_ends(step.get("top1_interval"), digits))
+        agreement = format_fixed(step.get("agreement"), digits)
+        answers.append([*name, format_bits(step.get("entropy")), top1, agreement, format_score(step.get("kl"))])
+        *cost, speed = cost_cells(step, rows[0], _costs())
         rate = step.get("images_per_second_interval")
-        cost[-1] = Cell(cost[-1].text, f"{format_rate(rate[0])}–{format_rate(rate[1])}" if rate else "")
-        ends = step.get("speedup_interval")
-        speedup = NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×"
-        costs.append([*name, *cost, Cell(speedup, format_ends(ends, 2) if ends else "")])
-    names = ("Step", "Block", "Entropy, bits", "Top-1, %", "Agreement, %", "KL, bits")
-    tables = [filled("Answers after each pick", [Column(name, True) for name in names], answers)]
-    priced_names = ("Step", "Block", *(name for name, _, _ in _COSTS), "Speedup")
-    priced = filled("Cost after each pick", [Column(name, True) for name in priced_names], costs)
+        speed = Cell(speed.text, f"{format_rate(rate[0])}–{format_rate(rate[1])}" if rate else "")
+        speedup = Cell(_speedup(step), format_ends(step.get("speedup_interval"), 2))
+        costs.append([*name, *cost, speed, speedup])
+    names = numeric("Step", "Block", "Entropy, bits", "Top-1, %", "Agreement, %", "KL, bits")
+    tables = [make_table("Answers after each pick", names, answers, sparse=True)]
+    names = numeric("Step", "Block", *(name for name, _, _ in _costs()), "Speedup")
+    priced = make_table("Cost after each pick", names, costs, sparse=True)
     tables += [priced] if len(priced.columns) > 2 else []
     figure = "trajectory" if trajectory_plot(record) else ""
     return Section("steps", "What every pick does", [_measured(trajectory, rows)], tables, figure, _caption(record))
+
+
+def _block(step: Mapping[str, Any]) -> str:
+    return "full" if step.get("picked") is None else str(step["picked"])
+
+
+def _speedup(step: Mapping[str, Any]) -> str:
+    return format_known(step.get("speedup"), "{:.2f}×".format)
 
 
 def _measured(trajectory: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -188,12 +186,8 @@ def _measured(trajectory: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
     text = "Step 0 is the full model; every further step skips one more attention, and nothing is trained."
     if images:
         text += f" Measured on {images:,} images" + (f" of the {split} split" if split else "")
-        if trajectory.get("held_out") is not None:
-            text += (
-                ", none of which was used for picking"
-                if trajectory["held_out"]
-                else ", on which layers were picked too"
-            )
+        held = {True: ", none of which was used for picking", False: ", on which layers were picked too", None: ""}
+        text += held[trajectory.get("held_out")]
         text += f": one image is {100 / images:.2g} points."
     if trajectory.get("labelled") is False:
         text += " There are no labels, hence no top-1."
@@ -241,12 +235,11 @@ def selection(record: Mapping[str, Any]) -> Section | None:
     if score_plot(record):
         figure, caption = "scores", _scores_caption(chosen, once)
         text, columns = score_text(chosen), ["Score"] if once else [f"Round {n}" for n in range(1, len(rounds) + 1)]
-        grid = [[Cell(str(block)), *(_score_cell(one, block, text) for one in rounds)] for block in blocks_of(record)]
+        grid = [[str(block), *(_score_cell(one, block, text) for one in rounds)] for block in blocks_of(record)]
         first = "Block"
         if len(columns) > 8:  # the page is not wide enough for the word in every column
             first, columns = "Block \\ round", [str(n) for n in range(1, len(columns) + 1)]
-        heads = [Column(name, True) for name in (first, *columns)]
-        tables.append(Table(f"All scores: {in_unit(chosen)}", heads, grid, folded=True))
+        tables.append(make_table(f"All scores: {in_unit(chosen)}", numeric(first, *columns), grid, folded=True))
     return Section("selection", "Selection", [_picked(chosen)], tables, figure, caption)
 
 
@@ -269,7 +262,7 @@ def _picked(chosen: Mapping[str, Any]) -> str:
 
 
 def _describe_criterion(name: str) -> str:
-    """Return what a criterion measures; empty for one that this version does not know."""
+    """What a criterion measures; empty for one that this version does not know."""
     return CRITERIA[name].about if name in CRITERIA else ""
 
 
@@ -278,10 +271,8 @@ def _settings(chosen: Mapping[str, Any]) -> Table:
     known = STRATEGIES.get(strategy)  # a record may come from another version
     rows = [("Strategy", f"{strategy}: {known.report}" if known else strategy)]
     if (chosen.get("beam") or 1) > 1:
-        beam = (
-            f"each round retains the {chosen['beam']} best sets of layers; the report shows the rounds that led to the"
-        )
-        rows.append(("Beam", f"{beam} winning set"))
+        retained = f"each round retains the {chosen['beam']} best sets of layers"
+        rows.append(("Beam", f"{retained}; the report shows the rounds that led to the winning set"))
     if known is None or known.criterion is not None:
         unit = score_unit(chosen)
         meaning = _describe_criterion(name)
@@ -292,65 +283,58 @@ def _settings(chosen: Mapping[str, Any]) -> Table:
     rows += [("Entropy estimator", chosen["estimator"])] if chosen.get("estimator") else []
     rows += [("Images", f"{chosen['samples']:,}")] if chosen.get("samples") else []
     rows += [("Seed", str(chosen["seed"]))] if chosen.get("seed") is not None else []
-    columns = [Column("Setting"), Column("Value")]
-    return Table("How layers were picked", columns, [[Cell(name), Cell(value)] for name, value in rows])
+    return make_table("How layers were picked", ["Setting", "Value"], rows)
 
 
 def _trace(chosen: Mapping[str, Any]) -> Table:
     rows = []
     text = score_text(chosen)
     for n, one in enumerate(chosen["rounds"], 1):
-        rest = sorted(
-            (value, int(key)) for key, value in one["scores"].items() if int(key) != one["picked"] and value is not None
-        )
-        runner = f"{text(rest[0][0])} (block {rest[0][1]})" if rest else NONE
-        own = one["scores"].get(str(one["picked"]))
-        rows.append(
-            [Cell(str(n)), Cell(str(one["picked"]), tone="pick"), Cell(text(own)), Cell(runner),
-             Cell(format_bits(one.get("entropy")))]
-        )  # fmt: skip
+        scores = {int(key): value for key, value in one["scores"].items()}
+        best = _best_other(scores, [one["picked"]])
+        runner = f"{text(scores[best])} (block {best})" if best is not None else NONE
+        picked = Cell(str(one["picked"]), tone="pick")
+        rows.append([str(n), picked, text(scores.get(one["picked"])), runner, format_bits(one.get("entropy"))])
     beam = (chosen.get("beam") or 1) > 1
-    names = ("Round", "Picked", in_unit(chosen, ", "), "Lowest other" if beam else "Next best", "H after, bits")
-    return filled("Rounds of the winning set" if beam else "Greedy trace", [Column(name, True) for name in names], rows)
+    names = numeric("Round", "Picked", in_unit(chosen, ", "), "Lowest other" if beam else "Next best", "H after, bits")
+    return make_table("Rounds of the winning set" if beam else "Greedy trace", names, rows, sparse=True)
+
+
+def _best_other(scores: Mapping[int, float | None], picked: Sequence[int]) -> int | None:
+    """The block of the lowest score that was not picked."""
+    rest = ((value, block) for block, value in scores.items() if value is not None and block not in picked)
+    return min(rest, default=(0, None))[1]
 
 
 def _ranking(chosen: Mapping[str, Any], one: Ranking) -> Table:
     """The picks of a single ranking, and the best of what stays."""
     text = score_text(chosen)
-    rows = [
-        [Cell(str(n)), Cell(str(block), tone="pick"), Cell(text(one.scores.get(block)))]
-        for n, block in enumerate(one.picked, 1)
+    rows: list[list[Cell | str]] = [
+        [str(n), Cell(str(block), tone="pick"), text(one.scores.get(block))] for n, block in enumerate(one.picked, 1)
     ]
-    rest = sorted(
-        (value, block) for block, value in one.scores.items() if value is not None and block not in one.picked
-    )
-    if rest:
-        rows.append([Cell("not picked"), Cell(str(rest[0][1])), Cell(text(rest[0][0]))])
-    names = ("Pick", "Block", in_unit(chosen, ", "))
-    return filled("Ranking", [Column(name, True) for name in names], rows)
+    best = _best_other(one.scores, one.picked)
+    if best is not None:
+        rows.append(["not picked", str(best), text(one.scores[best])])
+    return make_table("Ranking", numeric("Pick", "Block", in_unit(chosen, ", ")), rows, sparse=True)
 
 
 def _scores_caption(chosen: Mapping[str, Any], once: bool) -> str:
     name, signed = score_name(chosen), diverging(chosen)
     meaning = _describe_criterion(name)
+    if not once:
+        meaning = meaning.replace("without this attention", "without this attention as well")
+        below = {"TE": "; below zero, it has grown", "top-1 lost": "; below zero, there are more right answers"}
+        meaning += below[name] if signed else ""
+    text = f"{in_unit(chosen)}: {meaning}. " if meaning else f"{in_unit(chosen)}. "
     if once:
-        text = f"{in_unit(chosen)}{': ' if meaning else ''}{meaning}. " if meaning else f"{in_unit(chosen)}. "
         text += f"Every layer was scored alone on the full model; the {len(chosen['layers'])} picks are filled"
         return text + " and numbered in their order."
-    meaning = meaning.replace("without this attention", "without this attention as well")
-    if signed:
-        meaning += {"TE": "; below zero, it has grown", "top-1 lost": "; below zero, there are more right answers"}[
-            name
-        ]
-    text = f"{in_unit(chosen)}: {meaning}. " if meaning else f"{in_unit(chosen)}. "
     if lowest_picked(chosen):
-        text += (
-            "Each round removes the lowest (outlined) and scores the others again; grey blocks were removed earlier. "
-        )
+        text += "Each round removes the lowest (outlined) and scores the others again; "
     else:
-        text += "Outlined: the layer that each round of the winning set removed; grey blocks were removed earlier. "
+        text += "Outlined: the layer that each round of the winning set removed; "
     scale = "sign" if signed else "logarithm, so that small scores stay apart"
-    return f"{text}Colour follows the {scale}."
+    return f"{text}grey blocks were removed earlier. Colour follows the {scale}."
 
 
 def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
@@ -368,18 +352,14 @@ def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
     table = []
     for n, step in enumerate(rows):
         mark = "→ " if found and n == found[0] else ""
-        cells = [f"{mark}{n}", "full" if step.get("picked") is None else str(step["picked"]), format_bits(step.get("entropy")),
-                 format_fixed(step.get("top1"), digits), format_fixed(step.get("agreement"), digits),
-                 NONE if labelled else format_score(step.get("kl"))]  # fmt: skip
-        cells += [NONE if step.get(key) is None else show(step[key]) for key, show in narrow]
-        ends = step.get("speedup_interval")
-        cells.append(
-            format_ends(ends, 2) if ends else NONE if step.get("speedup") is None else f"{step['speedup']:.2f}×"
-        )
+        cells = [f"{mark}{n}", _block(step), format_bits(step.get("entropy")), format_fixed(step.get("top1"), digits),
+                 format_fixed(step.get("agreement"), digits), NONE if labelled else format_score(step.get("kl"))]  # fmt: skip
+        cells += [format_known(step.get(key), show) for key, show in narrow]
+        cells.append(format_ends(step.get("speedup_interval"), 2) or _speedup(step))
         table.append([Cell(text, tone="good" if mark else "") for text in cells])
     names = ("Step", "Block", "H,\nbits", "Top-1,\n%", "Agree,\n%", "KL,\nbits", "Par.,\nM", unit,
              "Speedup,\n95 %")  # fmt: skip
-    parts: list[Table | str] = [filled("What every pick does", [Column(name, True) for name in names], table)]
+    parts: list[Table | str] = [make_table("What every pick does", numeric(*names), table, sparse=True)]
     if found:
         parts += ["Recommendation (→)", *record["trajectory"]["recommended"]["reason"].splitlines()]
     return parts
@@ -388,6 +368,3 @@ def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
 def _scale(value: float) -> tuple[float, str]:
     """What to divide FLOPs by, so that they need no unit of their own."""
     return (1e9, "GFLOP") if value >= 1e9 else (1e6, "MFLOP") if value >= 1e6 else (1e3, "kFLOP")
-
-
-_COSTS = (*COSTS, ("Images per second", "images_per_second", format_rate))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,15 +15,18 @@ from ..runtime.formatting import (
     format_fixed,
     format_flops,
     format_hours,
+    format_known,
     format_number,
+    format_percent,
+    format_points,
     format_ranges,
     format_rate,
     format_scientific,
-    format_signed,
+    format_signed_ends,
     format_size,
 )
 from .figures.training import course_plot, panels
-from .parts import Cell, Column, Section, Table, filled
+from .parts import Cell, Section, Table, make_table, numeric
 from .records.readings import digits_of
 
 
@@ -38,9 +40,8 @@ def _row(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _accuracy(row: Mapping[str, Any], digits: int) -> str:
     """79.1 % (78.4–79.8)."""
-    ends = row.get("top1_interval")
-    span = f" ({format_ends(ends, digits)})" if ends else ""
-    return f"{row['top1']:.{digits}f} %{span}"
+    span = format_ends(row.get("top1_interval"), digits)
+    return format_percent(row["top1"], digits) + (f" ({span})" if span else "")
 
 
 def _place(run: Mapping[str, Any], step: int) -> str:
@@ -58,7 +59,8 @@ def headline(record: Mapping[str, Any]) -> str:
     if not run:
         return ""
     if run.get("result") or run.get("status") == "finished":
-        return " ".join((_removed(record), _sizes(record), _answers(record), _kept(record))).replace("  ", " ").strip()
+        kept = f"The saved model is {_weights(run)} of epoch {run['best']['epoch']}." if run.get("best") else ""
+        return " ".join(filter(None, (_removed(record), _sizes(record), _answers(record), kept)))
     return f"{_unfinished(run)} {_interim(record)}".strip()
 
 
@@ -110,13 +112,6 @@ def _weights(run: Mapping[str, Any]) -> str:
     return f"the moving average of the weights (EMA, decay {run['recipe']['ema']:g})"
 
 
-def _kept(record: Mapping[str, Any]) -> str:
-    run = _run(record)
-    if not run.get("best"):
-        return ""
-    return f"The saved model is {_weights(run)} of epoch {run['best']['epoch']}."
-
-
 def _unfinished(run: Mapping[str, Any]) -> str:
     position, steps = run.get("position") or 0, run.get("steps") or 0
     epochs = run["recipe"]["epochs"]
@@ -147,10 +142,8 @@ def _interim(record: Mapping[str, Any]) -> str:
         return text + (f"; the full model reaches {_accuracy(full, digits)}." if full.get("top1") is not None else ".")
     measured = [row for row in run["history"] if row.get("top1") is not None]
     if measured and fading:
-        last = measured[-1]
-        text += (
-            f" Top-1 after epoch {last['epoch']}: {last['top1']:.{digits}f} %, measured before the attention was gone."
-        )
+        last = format_percent(measured[-1]["top1"], digits)
+        text += f" Top-1 after epoch {measured[-1]['epoch']}: {last}, measured before the attention was gone."
     return text
 
 
@@ -222,11 +215,12 @@ def _difference(record: Mapping[str, Any]) -> list[str]:
     span = paired_interval(before, after, after["images"])
     if not span or before["images"] != after["images"]:
         return []
-    ends = " to ".join(format_signed(end, digits) for end in span)
-    change = format_signed(after["top1"] - before["top1"], digits)
+    change = (
+        f"{format_points(after['top1'] - before['top1'], digits)} (95 % interval {format_signed_ends(span, digits)})"
+    )
     verdict = "which chance alone may explain" if span[0] <= 0 <= span[1] else "more than chance"
     return [
-        f"Both models answered the same images: the difference is {change} points (95 % interval {ends}), {verdict}. "
+        f"Both models answered the same images: the difference is {change}, {verdict}. "
         "The interval covers the sampling of validation images, not the variation between training runs."
     ]
 
@@ -297,28 +291,21 @@ def _phases(record: Mapping[str, Any]) -> Table | None:
             continue
         seconds = [row.get("seconds") for row in epochs]
         speed = run["speed"].get("diluting" if key == "diluting" else "after") or {}
-        rate = (
-            Cell(
-                format_rate(speed["median"]),
-                f"{format_rate(speed['low'])}–{format_rate(speed['high'])}" if "low" in speed else "",
-            )
-            if speed
-            else Cell(NONE)
+        rate = Cell(
+            format_known(speed.get("median"), format_rate),
+            f"{format_rate(speed['low'])}–{format_rate(speed['high'])}" if "low" in speed else "",
         )
         scores = [row[k] for row in epochs for k in ("top1", "top1_ema") if row.get(k) is not None]
+        first, last = epochs[0]["epoch"], epochs[-1]["epoch"]
         rows.append(
-            [Cell(label), Cell(f"{epochs[0]['epoch']}–{epochs[-1]['epoch']}" if len(epochs) > 1 else str(epochs[0]["epoch"])),
-             Cell(NONE if None in seconds else format_hours(sum(seconds) / 3600)), rate,
-             Cell(NONE if epochs[-1].get("loss") is None else format_number(epochs[-1]["loss"])),
-             Cell(format_fixed(max(scores, default=None), digits))]
+            [label, f"{first}–{last}" if len(epochs) > 1 else str(first),
+             NONE if None in seconds else format_hours(sum(seconds) / 3600), rate,
+             format_known(epochs[-1].get("loss"), format_number), format_fixed(max(scores, default=None), digits)]
         )  # fmt: skip
     if not rows:
         return None
-    columns = [
-        Column("Phase"),
-        *(Column(n, True) for n in ("Epochs", "Time", "Images per s", "Last loss", "Highest top-1, %")),
-    ]
-    return filled("Phases of the training", columns, rows)
+    columns = ["Phase", *numeric("Epochs", "Time", "Images per s", "Last loss", "Highest top-1, %")]
+    return make_table("Phases of the training", columns, rows, sparse=True)
 
 
 # Rows of epochs that a page can bear, printed too.
@@ -337,18 +324,17 @@ def _epochs(record: Mapping[str, Any]) -> Table | None:
             Cell(format_fixed(row.get(key), digits), tone="pick" if kept and best.get("weights") == name else "")
             for key, name in (("top1", "model"), ("top1_ema", "ema"))
         ]
-        lam = row.get("lambda")
+        seconds = row.get("seconds")
         rows.append(
-            [Cell(str(row["epoch"])), Cell(f"{row['step']:,}" if row.get("step") is not None else NONE),
-             Cell(NONE if row.get("loss") is None else f"{row['loss']:.3f}"), *cells,
-             Cell(words.get(row.get("attention") or "", "")),
-             Cell(NONE if lam is None else f"{lam:.3f}"),
-             Cell(NONE if row.get("seconds") is None else format_hours(row["seconds"] / 3600))]
+            [str(row["epoch"]), format_known(row.get("step"), "{:,}".format), format_known(row.get("loss"), "{:.3f}".format),
+             *cells, words.get(row.get("attention") or "", ""), format_known(row.get("lambda"), "{:.3f}".format),
+             NONE if seconds is None else format_hours(seconds / 3600)]
         )  # fmt: skip
+    if not rows:
+        return None
     names = ("Epoch", "Step", "Loss", "Top-1, %", "Top-1 averaged, %")
-    columns = [*(Column(name, True) for name in names), Column("Attention"), Column("λ", True), Column("Time", True)]
-    name = "Every epoch" if every < 2 else f"One epoch in {every}, and the decisive ones (log.jsonl has all)"
-    return dataclasses.replace(filled(name, columns, rows), folded=True) if rows else None
+    title = "Every epoch" if every < 2 else f"One epoch in {every}, and the decisive ones (log.jsonl has all)"
+    return make_table(title, [*numeric(*names), "Attention", *numeric("λ", "Time")], rows, folded=True, sparse=True)
 
 
 def _some(run: Mapping[str, Any], every: int) -> list[Mapping[str, Any]]:
@@ -374,15 +360,13 @@ def events(record: Mapping[str, Any]) -> Section | None:
     run = _run(record)
     if not run or not run["events"]:
         return None
-    rows = []
-    for event in run["events"]:
-        step = event.get("step")
-        rows.append(
-            [Cell(NONE if step is None else f"{step:,}"), Cell(_KINDS.get(event["kind"], event["kind"])),
-             Cell(event.get("text") or ""), Cell(_time(event.get("time")))]
-        )  # fmt: skip
-    columns = [Column("Step", True), Column("What"), Column("Detail"), Column("Time, UTC", True)]
-    return Section("events", "Events", tables=[filled("Events", columns, rows)])
+    rows = [
+        [format_known(event.get("step"), "{:,}".format), _KINDS.get(event["kind"], event["kind"]), event.get("text") or "",
+         _time(event.get("time"))]
+        for event in run["events"]
+    ]  # fmt: skip
+    columns = [*numeric("Step"), "What", "Detail", *numeric("Time, UTC")]
+    return Section("events", "Events", tables=[make_table("Events", columns, rows, sparse=True)])
 
 
 def _time(value: Any) -> str:
@@ -403,13 +387,12 @@ def recipe(record: Mapping[str, Any]) -> Section | None:
     changed = [name for name, value in used.items() if name not in defaults or defaults[name] != value]
     text = "All defaults." if not changed else "Changed from the defaults: "
     text += ", ".join(f"{name} {_value(used[name])}" for name in changed) + "." * bool(changed)
-    rows = [
-        [Cell(name, tone="pick" if name in changed else ""), Cell(_value(value), tone="pick" if name in changed else ""),
-         Cell(_value(defaults[name]) if name in changed and name in defaults else "")]
-        for name, value in used.items()
-    ]  # fmt: skip
-    columns = [Column("Field"), Column("Value"), Column("Default")]
-    table = dataclasses.replace(filled("The whole recipe", columns, rows), folded=True)
+    rows = []
+    for name, value in used.items():
+        tone = "pick" if name in changed else ""
+        default = _value(defaults[name]) if tone and name in defaults else ""
+        rows.append([Cell(name, tone=tone), Cell(_value(value), tone=tone), default])
+    table = make_table("The whole recipe", ["Field", "Value", "Default"], rows, folded=True, sparse=True)
     return Section("recipe", "Recipe", [text], [table])
 
 

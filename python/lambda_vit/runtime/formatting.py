@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -10,6 +10,11 @@ NONE = "–"
 
 def _minus(text: str) -> str:
     return text.replace("-", "−")
+
+
+def format_known(value: Any, form: Callable[[Any], str]) -> str:
+    """NONE for None, else what `form` makes of the value."""
+    return NONE if value is None else form(value)
 
 
 def format_signed(value: float, digits: int) -> str:
@@ -22,14 +27,28 @@ def format_fixed(value: float | None, digits: int) -> str:
     return NONE if value is None else _minus(f"{value:.{digits}f}")
 
 
+def format_percent(value: float, digits: int) -> str:
+    return f"{value:.{digits}f} %"
+
+
+def format_points(value: float, digits: int) -> str:
+    """A difference of percentages."""
+    return f"{format_signed(value, digits)} points"
+
+
 def percent_digits(images: int | None) -> int:
     """Decimals that a percentage of `images` supports: one image in 10,000 is 0.01 %."""
     return 2 if (images or 0) >= 10_000 else 1
 
 
-def format_ends(ends: Sequence[float], digits: int) -> str:
-    """An interval of percentages: 78.4–79.8."""
-    return "–".join(f"{end:.{digits}f}" for end in ends)
+def format_ends(ends: Sequence[float] | None, digits: int) -> str:
+    """An interval of percentages: 78.4–79.8; empty where it is not known."""
+    return "–".join(f"{end:.{digits}f}" for end in ends or ())
+
+
+def format_signed_ends(ends: Sequence[float], digits: int) -> str:
+    """An interval of a difference: −1.3 to +0.4."""
+    return " to ".join(format_signed(end, digits) for end in ends)
 
 
 def format_bits(value: float | None) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ...runtime.formatting import format_count, format_flops, format_list, format_ranges, format_size, percent_digits
 
-# Costs of a model: title, key in a record, and how the value is shown.
-COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+# A cost of a model: title, key in a record, and how the value is shown.
+Cost = tuple[str, str, Callable[[float], str]]
+COSTS: tuple[Cost, ...] = (
     ("Parameters", "parameters", format_count),
     ("FLOPs per image", "flops", format_flops),
     ("Weights", "weight_bytes", format_size),
