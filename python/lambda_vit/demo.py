@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.files import atomic_write
 
 from .data.digits import Digits, digits
-from .data.loader import ImageLoader, make_loader
+from .data.loader import make_loader
 from .measure.comparison import evaluation_row, kernel_paths, path_lines
 from .measure.latency import compare_latency
 from .measure.layer_profile import profile_layers
@@ -27,7 +28,7 @@ from .runtime import environment
 from .runtime.progress import task
 from .selection.result import Selection
 from .selection.search import select_layers
-from .training.finetune import Epoch, finetune
+from .training.finetune import FinetuneResult, finetune
 
 # A ViT small enough to train in seconds. timm's default initialisation reaches only about 42 % here, "moco" over 90.
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -109,34 +110,35 @@ def _run(folder: Path, options: DemoOptions, device: torch.device, console: Cons
         console.print(text, style="bold", markup=False)
 
     with task("Demo", 7) as advance:
-        say("1/7 Train a small ViT on scikit-learn's digits")
-        full = demo.train_baseline()
-        advance()
-        say("2/7 Measure the entropy of every attention and MLP output")
-        profile = profile_layers(full, demo.calibration)
-        advance()
-        say(f"3/7 Select {options.count} attention layers by NOSE, and controls")
-        picks = {
-            "nose": select_layers(full, demo.calibration, options.count),
-            "random": demo.random_control(full),
-            "first": select_layers(full, None, options.count, strategy="first"),
-        }
-        picks["nose"].to_json(folder / "selection.json")
-        advance()
-        say("4/7 Dilute the selected layers, then the controls, each from the same baseline")
-        models = demo.train_variants(full, picks)
-        advance()
-        say("5/7 Save, load again, compare")
-        demo.check_reload(models["nose diluted"], folder / "model")
-        advance()
-        say("6/7 Count costs and take times")
-        variants = demo.variants(models)
-        advance()
-        say("7/7 Write the report")
-        record = demo.record(full, profile.to_dict(), picks, variants, models["nose diluted"], folder)
-        write_report(record, folder)
-        demo.write_log(folder / "log.jsonl")
-        advance()
+
+        @contextlib.contextmanager
+        def step(title: str) -> Iterator[None]:
+            say(title)
+            yield
+            advance()
+
+        with step("1/7 Train a small ViT on scikit-learn's digits"):
+            full = demo.train_baseline()
+        with step("2/7 Measure the entropy of every attention and MLP output"):
+            profile = profile_layers(full, demo.calibration)
+        with step(f"3/7 Select {options.count} attention layers by NOSE, and controls"):
+            picks = {
+                "nose": select_layers(full, demo.calibration, options.count),
+                # Drawn without looking at NOSE's picks: where they coincide, the report shows that.
+                "random": select_layers(full, None, options.count, strategy="random", seed=options.seed),
+                "first": select_layers(full, None, options.count, strategy="first"),
+            }
+            picks["nose"].to_json(folder / "selection.json")
+        with step("4/7 Dilute the selected layers, then the controls, each from the same baseline"):
+            models = demo.train_variants(full, picks)
+        with step("5/7 Save, load again, compare"):
+            demo.check_reload(models["nose diluted"], folder / "model")
+        with step("6/7 Count costs and take times"):
+            variants = demo.variants(models)
+        with step("7/7 Write the report"):
+            record = demo.record(full, profile.to_dict(), picks, variants, models["nose diluted"], folder)
+            write_report(record, folder)
+            demo.write_log(folder / "log.jsonl")
     console.print(console_summary(record))
     say("How the blocks of the smaller model run")
     for line in path_lines(record["kernel_paths"]):
@@ -158,36 +160,31 @@ class _Demo:
     """What the steps share: data, training settings, and the checks gathered on the way."""
 
     def __init__(self, options: DemoOptions, device: torch.device, train: Digits, val: Digits) -> None:
-        self.options, self.device, self.train, self.val = options, device, train, val
+        self.options, self.device, self.train_set, self.val = options, device, train, val
         # 8×8 images fit on any device, and the fixed order makes runs comparable.
         self.calibration = make_loader(train, 256)
         self.val_loader = make_loader(val, 256)
         self.histories: list[dict] = []
         self.checks: list[dict] = []
 
-    def shuffled(self) -> ImageLoader:
-        return make_loader(self.train, self.options.batch_size, shuffle=True, seed=self.options.seed, drop_last=True)
+    def train(self, name: str, label: str, model: nn.Module, **options: Any) -> FinetuneResult:
+        """Train `model`, and keep the history of it under `name`."""
+        result = finetune(
+            model,
+            make_loader(self.train_set, self.options.batch_size, shuffle=True, seed=self.options.seed, drop_last=True),
+            val_loader=self.val_loader,
+            seed=self.options.seed,
+            **options,
+        )
+        self.histories.append({"name": name, "label": label, "epochs": [epoch.to_dict() for epoch in result.history]})
+        return result
 
     def train_baseline(self) -> nn.Module:
         import timm
 
         model = timm.create_model(ARCHITECTURE, pretrained=False, **MODEL_ARGS).to(self.device)
-        result = finetune(
-            model,
-            self.shuffled(),
-            epochs=self.options.baseline_epochs,
-            lr=2e-3,
-            val_loader=self.val_loader,
-            seed=self.options.seed,
-            description="Baseline",
-            inplace=True,
-        )
-        self._remember("baseline", "Full model, from scratch", result.history)
-        return result.model
-
-    def random_control(self, model: nn.Module) -> Selection:
-        """Drawn blindly, once: where it falls on NOSE's own picks, the report shows that."""
-        return select_layers(model, None, self.options.count, strategy="random", seed=self.options.seed)
+        options = {"epochs": self.options.baseline_epochs, "lr": 2e-3, "description": "Baseline", "inplace": True}
+        return self.train("baseline", "Full model, from scratch", model, **options).model
 
     def train_variants(self, full: nn.Module, picks: dict[str, Selection]) -> dict[str, nn.Module]:
         """Each pick diluted from the same baseline; NOSE's also dropped at once, and the full model tuned as long."""
@@ -201,26 +198,24 @@ class _Demo:
             "full tuned": (full, (), "Full model, trained on"),
         }
         for name, (start, layers, label) in plans.items():
-            result = finetune(
+            result = self.train(
+                name,
+                label,
                 start,
-                self.shuffled(),
                 layers=layers,
                 epochs=epochs,
                 dilution_epochs=self.options.dilution_epochs,
                 lr=1e-3,
-                val_loader=self.val_loader,
-                seed=self.options.seed,
                 description=label,
             )
             models[name] = result.model
-            self._remember(name, label, result.history)
             if name == "nose diluted":
-                scale = 1e-4
+                bound = 1e-4
                 self._check(
                     "Deleting the faded attention changes no logit",
                     f"largest difference {result.swap_difference:.1e}",
-                    result.swap_difference < scale,
-                    f"on a training batch, the diluted model at λ = 0 against the one without the layers; bound {scale:g}",
+                    result.swap_difference < bound,
+                    f"on a training batch, the diluted model at λ = 0 against the one without the layers; bound {bound:g}",
                 )
         return models
 
@@ -281,9 +276,9 @@ class _Demo:
         )
         data = {
             "description": "scikit-learn digits, 8×8 grey images",
-            "train": len(self.train),
+            "train": len(self.train_set),
             "validation": len(self.val),
-            "calibration": len(self.train),
+            "calibration": len(self.train_set),
             "classes": 10,
         }
         return {
@@ -327,9 +322,6 @@ class _Demo:
         rows = [{"run": run["name"], **epoch} for run in self.histories for epoch in run["epochs"]]
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-
-    def _remember(self, name: str, label: str, history: tuple[Epoch, ...]) -> None:
-        self.histories.append({"name": name, "label": label, "epochs": [epoch.to_dict() for epoch in history]})
 
     def _check(self, name: str, value: str, ok: bool, detail: str) -> None:
         self.checks.append({"name": name, "value": value, "ok": ok, "detail": detail})
