@@ -55,6 +55,9 @@ class Case:
     launch: Launch
     tensor_cores: bool  # whether products must run on the tensor cores
 
+    def finding(self, **found: Any) -> Finding:
+        return Finding(self.kernel, self.shape, self.config, self.arch, **found)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -64,13 +67,13 @@ class Finding:
     shape: str
     config: str
     arch: int
-    registers: int
-    stack: int
-    shared: int
-    matrix_instructions: int
-    spills: int
-    spills_in_loop: int
-    faults: tuple[str, ...]
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    matrix_instructions: int = 0
+    spills: int = 0
+    spills_in_loop: int = 0
+    faults: tuple[str, ...] = ()
 
 
 def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -110,7 +113,6 @@ def compile_case(case: Case) -> Finding:
 
     launch, arch = case.launch, case.arch
     signature, constants, attributes = source(launch)
-    facts: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "config": case.config, "arch": arch}
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(
@@ -120,10 +122,7 @@ def compile_case(case: Case) -> Finding:
         )
     except Exception as error:  # of whatever kind, the compiler's passes raise many: it does not compile, and so fails
         reason = str(error).strip().splitlines()
-        fault = f"does not compile: {type(error).__name__}: {reason[-1] if reason else ''}"
-        return Finding(
-            **facts, registers=0, stack=0, shared=0, matrix_instructions=0, spills=0, spills_in_loop=0, faults=(fault,)
-        )
+        return case.finding(faults=(f"does not compile: {type(error).__name__}: {reason[-1] if reason else ''}",))
     return read(case, compiled)
 
 
@@ -131,11 +130,7 @@ def read(case: Case, compiled: Any) -> Finding:
     """What the compiler made of `case`: registers, memory and instructions, of a kernel that Triton compiled for it."""
     usage, sass, warnings = _disassemble(compiled, case.arch)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return Finding(
-        kernel=case.kernel,
-        shape=case.shape,
-        config=case.config,
-        arch=case.arch,
+    return case.finding(
         registers=registers,
         stack=stack,
         shared=compiled.metadata.shared,
@@ -196,11 +191,8 @@ def local_memory_in_loops(sass: str) -> int:
         target = address if jump is None else int(jump[1], 16) if jump[1] else labels.get(jump[2], address)
         if target < address:  # a jump to itself is the padding after the end
             loops.append((target, address))
-    return sum(
-        1
-        for address, text in code
-        if re.search(r"\b(LDL|STL)\b", text) and any(low <= address <= high for low, high in loops)
-    )
+    local = [address for address, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(low <= address <= high for low, high in loops) for address in local)
 
 
 def find_faults(case: Case, shared: int, sass: str, warnings: str) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -74,10 +72,11 @@ def ln_mlp(
         ValueError: A shape, device, option or number does not fit; the message names it.
         BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run here.
     """
+    p = Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
     if branch_scale is not None:
         _check_branch_scale(branch_scale, x)
-    if not _fits(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale):
-        _check_tensors(x, ln_weight, ln_bias, w1, b1, w2, b2, layer_scale)
+    if not _fits(x, p):
+        _check_tensors(x, p)
     checks.check_choice("approximate", approximate, APPROXIMATIONS)
     checks.check_choice("recompute", recompute, RECOMPUTE)
     for name, number in (("eps", eps), ("residual_scale", residual_scale)):
@@ -90,7 +89,6 @@ def ln_mlp(
 
     hidden, channels = w1.shape
     compute = compute_dtype(x, w1)
-    p = Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
     o = Options(eps, residual_scale, "tanh" if approximate == "tanh" else "none")
     is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *p))
     is_subclass = backend == "onednn" and any(type(t) not in _PLAIN for t in (x, *p) if t is not None)
@@ -104,8 +102,7 @@ def ln_mlp(
     if chosen == "torch":
         if level != "none" and is_recorded and not recomputed.obstacles():
             return recomputed.ln_mlp(x, p, o, recompute=level, compute=compute)
-        options: dict[str, Any] = {"eps": eps, "residual_scale": residual_scale, "approximate": o.approximate}
-        return reference.ln_mlp(x, *p[:6], layer_scale=layer_scale, branch_scale=branch_scale, **options)
+        return reference.ln_mlp(x, **p._asdict(), **o._asdict())
     tokens = x.reshape(-1, channels)
     if tokens.stride(1) != 1 or tokens.stride(0) < channels:  # a transposed or expanded view
         tokens = tokens.contiguous()
@@ -136,17 +133,9 @@ def resolve_recompute(recompute: str, channels: int, backend: str = "triton") ->
     return "all" if channels <= RECOMPUTE_ALL_BELOW else "act"
 
 
-def _fits(
-    x: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    layer_scale: Tensor | None,
-) -> bool:
+def _fits(x: Tensor, p: Parameters) -> bool:
     """Whether the arguments pass a fast check, made at every call; where not, `_check_tensors` decides and explains."""
+    ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, _ = p
     try:
         dtype, device, (hidden, channels) = x.dtype, x.device, w1.shape
         if (
@@ -182,18 +171,10 @@ def _check_branch_scale(branch_scale: Tensor, x: Tensor) -> None:
         raise ValueError(f"branch_scale must be broadcastable to x.shape[:-1] = {list(leading)}; got shape {list(own)}")
 
 
-def _check_tensors(
-    x: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    layer_scale: Tensor | None,
-) -> None:
-    tensors = {"x": x, "w1": w1, "w2": w2}
-    optional = {"ln_weight": ln_weight, "ln_bias": ln_bias, "b1": b1, "b2": b2, "layer_scale": layer_scale}
+def _check_tensors(x: Tensor, p: Parameters) -> None:
+    w1 = p.w1
+    tensors = {"x": x, "w1": w1, "w2": p.w2}
+    optional = {name: getattr(p, name) for name in ("ln_weight", "ln_bias", "b1", "b2", "layer_scale")}
     tensors.update({name: value for name, value in optional.items() if value is not None})
     for name, value in tensors.items():
         checks.check_tensor(name, value)

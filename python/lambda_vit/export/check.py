@@ -44,15 +44,10 @@ class Checked:
 
 
 def check_file(form: str, path: Path, traced: Traced) -> Checked:
-    """Run the file at `path` against the model.
-
-    Raises:
-        ExportMismatchError: They differ, in shape or by more than rounding.
-    """
+    """Run the file at `path`; ExportMismatchError if it differs from the model, in shape or by more than rounding."""
     by = {"onnx": "onnxruntime", "torch-export": "torch.export.load", "aoti": "aoti_load_package"}[form]
     if form == "onnx":
-        why_not = why_not_onnxruntime(traced)
-        if why_not is not None:
+        if why_not := why_not_onnxruntime(traced):
             return Checked({}, by, why_not)
         by = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
     run = open_file(form, path, traced)

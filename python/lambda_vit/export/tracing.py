@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import timm
 import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from lambda_kernels._version import __version__
-from lambda_kernels.blocks.mlp_block import MlpBlockBase
 from lambda_kernels.blocks.structure import ViTStructure, inspect_model
 from lambda_kernels.errors import BackendUnavailableError, NonFiniteActivationError
 from lambda_kernels.features import FeatureModel
@@ -24,7 +24,6 @@ from lambda_kernels.ops.checks import dtype_name, require_int
 from ..data.batches import random_images
 from ..data.transforms import data_config
 from ..models.properties import eval_mode, get_class_names, input_shape, one_device, one_dtype
-from ..runtime import environment
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,25 +33,15 @@ _EXAMPLE_BATCH = 2
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A model as torch.export sees it, with the model that it is to be compared with.
+    """A model as torch.export sees it, with the model that it is to be compared with."""
 
-    Attributes:
-        program: By PyTorch's own operators.
-        model: In eval mode, of the size and the dtype that were asked for.
-        shape: (channels, height, width) of an image.
-        dtype: Of images, weights and outputs.
-        batch_size: None where it is left open.
-        outputs: Names, in order.
-        metadata: What a deployer has to know, by name, as text; JSON where it is no plain word.
-    """
-
-    program: torch.export.ExportedProgram
-    model: nn.Module
-    shape: tuple[int, int, int]
-    dtype: torch.dtype
-    batch_size: int | None
-    outputs: tuple[str, ...]
-    metadata: dict[str, str]
+    program: torch.export.ExportedProgram  # of PyTorch's own operators
+    model: nn.Module  # in eval mode, of the requested size and dtype
+    shape: tuple[int, int, int]  # channels, height and width of an image
+    dtype: torch.dtype  # of images, weights and outputs
+    batch_size: int | None  # None: any number of images
+    outputs: tuple[str, ...]  # names, in order
+    metadata: dict[str, str]  # what a deployer has to know, by name, as text; JSON unless it is a plain word
 
     def images(self, count: int) -> Tensor:
         """Random ones."""
@@ -129,23 +118,12 @@ def trace_model(
     outputs: tuple[str, ...] = ("logits",) if core.num_classes else ("embedding",)
     if features:
         outputs = tuple(f"features_{index}" for index in model.out_indices)
-    return Traced(
-        program=program,
-        model=model,
-        shape=shape,
-        dtype=kind,
-        batch_size=batch_size,
-        outputs=outputs,
-        metadata=_metadata(model, core, structure, shape, kind, batch_size, class_names),
-    )
+    traced = Traced(program, model, shape, kind, batch_size, outputs, {})
+    return dataclasses.replace(traced, metadata=_metadata(traced, core, structure, class_names))
 
 
 def _refuse_kernels_by_name(core: nn.Module) -> None:
-    insisting = [
-        index
-        for index, block in enumerate(core.blocks)
-        if isinstance(block, MlpBlockBase) and block.backend == "triton"
-    ]
+    insisting = [index for index, block in enumerate(core.blocks) if getattr(block, "backend", None) == "triton"]
     if insisting:
         raise BackendUnavailableError(
             f"blocks {insisting} were converted with backend='triton', whose kernels no exported model can hold. Convert the "
@@ -205,26 +183,19 @@ def _check_operators(program: torch.export.ExportedProgram) -> None:
 
 
 def _metadata(
-    model: nn.Module,
-    core: nn.Module,
-    structure: Any,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    batch_size: int | None,
-    class_names: Mapping[str, int] | None,
+    traced: Traced, core: nn.Module, structure: ViTStructure, class_names: Mapping[str, int] | None
 ) -> dict[str, str]:
+    model, shape, kind = traced.model, traced.shape, dtype_name(traced.dtype)
     cfg = getattr(core, "pretrained_cfg", None) or {}
-    versions = environment.versions()
-    kind = dtype_name(dtype)
     entries: dict[str, Any] = {
         "lambda_kernels": __version__,
         "torch": torch.__version__,
-        "timm": versions["timm"],
+        "timm": timm.__version__,
         "architecture": cfg.get("architecture") or type(core).__name__,
         "removed_attention": list(structure.removed),
         "residual_scale": structure.residual_scale,
         "dtype": kind,
-        "input": f"images [{batch_size or 'batch'}, {', '.join(map(str, shape))}] {kind}",
+        "input": f"images [{traced.batch_size or 'batch'}, {', '.join(map(str, shape))}] {kind}",
         "input_size": list(shape),
     }
     if isinstance(model, FeatureGetterNet):
@@ -235,8 +206,7 @@ def _metadata(
             entries["feature_rescaled"] = model.rescale
     else:
         entries["num_classes"] = core.num_classes
-        names = _class_names(core.num_classes, get_class_names(core), class_names)
-        if names:
+        if names := _class_names(core.num_classes, get_class_names(core), class_names):
             entries["class_names"] = names
     if cfg.get("mean") and cfg.get("std") and shape[0] in (1, 3):
         config = data_config(core)
@@ -247,10 +217,7 @@ def _metadata(
         for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
             value = config[key]
             entries[key] = list(value) if isinstance(value, tuple) else value
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in entries.items()
-    }
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in entries.items()}
 
 
 def _class_names(

@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from ..models.properties import one_device
 from ..runtime.optional_packages import import_optional
 from .check import Checked, check_file, open_file
 from .tracing import Runner, Traced, trace_model, undisturbed
-
-if TYPE_CHECKING:
-    from .tracing import Traced
 
 # A protobuf file ends at 2 GiB, and what is not a weight needs room in it too.
 EXTERNAL_ABOVE = 3 << 29
@@ -159,12 +156,7 @@ def export_program(model: nn.Module | Traced, path: str | Path, *, overwrite: bo
     path = check_target(path, "torch-export", overwrite)
     traced = _traced(model, options)
     extra = {PROGRAM_METADATA: json.dumps(traced.metadata, indent=2)}
-    remove_leftovers(path)
-    with atomic_write(path) as temporary:
-        with open(temporary, "wb") as file:
-            torch.export.save(traced.program, file, extra_files=extra)
-        checked = check_file("torch-export", temporary, traced)
-    return Exported(path, "torch-export", path.stat().st_size, checked)
+    return _write(path, "torch-export", traced, lambda file: torch.export.save(traced.program, file, extra_files=extra))
 
 
 def export_aoti(model: nn.Module | Traced, path: str | Path, *, overwrite: bool = False, **options: Any) -> Exported:
@@ -192,25 +184,28 @@ def export_aoti(model: nn.Module | Traced, path: str | Path, *, overwrite: bool 
     traced = _traced(model, options)
     from torch._inductor import aoti_compile_and_package
 
+    def compile_to(file: BinaryIO) -> None:
+        configs = {"aot_inductor.metadata": dict(traced.metadata)}
+        with undisturbed(one_device(traced.model)):
+            aoti_compile_and_package(traced.program, package_path=file, inductor_configs=configs)
+
+    return _write(path, "aoti", traced, compile_to)
+
+
+def _write(path: Path, form: str, traced: Traced, save: Callable[[BinaryIO], object]) -> Exported:
     remove_leftovers(path)
     with atomic_write(path) as temporary:
-        with open(temporary, "wb") as file, undisturbed(one_device(traced.model)):
-            configs = {"aot_inductor.metadata": dict(traced.metadata)}
-            aoti_compile_and_package(traced.program, package_path=file, inductor_configs=configs)
-        checked = check_file("aoti", temporary, traced)
-    return Exported(path, "aoti", path.stat().st_size, checked)
+        with open(temporary, "wb") as file:
+            save(file)
+        checked = check_file(form, temporary, traced)
+    return Exported(path, form, path.stat().st_size, checked)
 
 
 WRITERS: dict[str, Callable[..., Exported]] = {"onnx": export_onnx, "torch-export": export_program, "aoti": export_aoti}
 
 
 def check_target(path: str | Path, form: str, overwrite: bool = False) -> Path:
-    """Refuse a file that a model could not be written to; asked before any work.
-
-    Raises:
-        ValueError: The suffix is another form's.
-        OSError: It is there already, is a folder, or its folder cannot be written to.
-    """
+    """Raise ValueError or OSError for a file that a model could not be written to, before any work."""
     path = Path(path)
     if path.suffix != SUFFIXES[form]:
         raise ValueError(f"a file of the form {form} ends in {SUFFIXES[form]}; got {path}")
@@ -223,32 +218,20 @@ def check_target(path: str | Path, form: str, overwrite: bool = False) -> Path:
 
 
 def require_packages(form: str) -> None:
-    """Refuse a form whose packages are missing.
-
-    Raises:
-        MissingPackageError: onnx or onnxscript is not installed.
-    """
+    """Raise MissingPackageError if a package that the form requires is not installed."""
     if form == "onnx":
         for package in ("onnx", "onnxscript"):
             import_optional(package, "export", "ONNX")
 
 
 def check_opset(opset: int | None) -> None:
-    """Refuse a version of ONNX's operators that PyTorch does not write; None is its own choice.
-
-    Raises:
-        ValueError: It lies outside 18…23.
-    """
+    """Raise ValueError for a version of ONNX's operators that PyTorch does not write; None is its own choice."""
     if opset is not None and (isinstance(opset, bool) or opset not in OPSETS):
         raise ValueError(f"opset must lie between {OPSETS[0]} and {OPSETS[-1]}, what PyTorch writes; got {opset!r}")
 
 
 def require_compiler() -> None:
-    """Refuse AOTInductor where no C++ compiler is found.
-
-    Raises:
-        RuntimeError: There is none.
-    """
+    """Raise RuntimeError if no C++ compiler for AOTInductor is found."""
     asked = os.environ.get("CXX")
     names = [asked] if asked else ["g++", "clang++", "c++", "cl"]
     if not any(map(shutil.which, names)):
@@ -270,20 +253,19 @@ def _tidy(made: Any, traced: Traced) -> None:
     """Our metadata in, and of PyTorch's what names places on this machine out; the open dimension gets a name."""
     made.metadata_props.update(traced.metadata)
     names = {str(symbol): "batch" for symbol in traced.program.range_constraints}
+
+    def renamed(side: Any) -> Any:
+        return (
+            side if isinstance(side, int) else re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(side.value))
+        )
+
     values = [*made.graph.inputs, *made.graph.outputs]
     for node in made.graph:
         node.metadata_props.clear()
         values += node.outputs
     for value in values:
         if value.shape is not None and names:
-            value.shape = type(value.shape)(
-                [
-                    side
-                    if isinstance(side, int)
-                    else re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(side.value))
-                    for side in value.shape
-                ]
-            )
+            value.shape = type(value.shape)([renamed(side) for side in value.shape])
 
 
 def _stale_data(path: Path, keep: Path | None) -> list[Path]:
@@ -294,11 +276,8 @@ def _stale_data(path: Path, keep: Path | None) -> list[Path]:
     pattern = re.compile(rf"{re.escape(path.name)}\.(\d+)-[0-9a-f]{{8}}\.data")
     found = [(other, named) for other in path.parent.glob("*.data") if (named := pattern.fullmatch(other.name))]
     current = path.read_bytes() if found and path.is_file() else b""
-    return [
-        other
-        for other, named in found
-        if other != keep and (os.fsencode(other.name) in current or not pid_alive(int(named[1])))
-    ]
+    found = [(other, named) for other, named in found if other != keep]
+    return [other for other, named in found if os.fsencode(other.name) in current or not pid_alive(int(named[1]))]
 
 
 def measure_latency(
