@@ -144,7 +144,7 @@ def _put_under_dilution(
 def prepare(
     model: nn.Module, layers: Sequence[int] | Selection = (), *, recompute: str | None = None, inplace: bool = False
 ) -> nn.Module:
-    """The model as its training begins: `layers` under dilution at λ = 1, its MLP halves recomputing what they are asked to.
+    """The model as its training begins: `layers` under dilution at λ = 1, its MLP halves recomputing as `recompute` says.
 
     Args:
         model: A timm vision transformer, converted or not.
@@ -182,11 +182,14 @@ def set_lambda(model: nn.Module, lam: float) -> None:
     Raises:
         ValueError: λ lies outside [0, 1], or no block is under dilution.
     """
-    blocks = diluted_blocks(model)
-    if not blocks:
-        raise ValueError("no block of the model is under dilution; call dilute(model, layers) first")
-    for block in blocks.values():
+    for block in _require_diluted_blocks(model).values():
         block.set_lambda(lam)
+
+
+def _require_diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
+    if not (blocks := diluted_blocks(model)):
+        raise ValueError("no block of the model is under dilution; call dilute(model, layers) first")
+    return blocks
 
 
 def finish_dilution(
@@ -207,19 +210,16 @@ def finish_dilution(
         ValueError: λ is not 0 yet, no block is under dilution, or an option is none of the known ones.
         BackendUnavailableError: `backend` was requested by name and cannot run.
     """
-    blocks = diluted_blocks(model)
-    if not blocks:
-        raise ValueError("no block of the model is under dilution; call dilute(model, layers) first")
+    blocks = _require_diluted_blocks(model)
     fading = {i: float(block.lam) for i, block in blocks.items() if block.attention_on}
     if fading:
         raise ValueError(f"λ must reach 0 before attention is deleted; blocks at {fading}. Call set_lambda(model, 0)")
     if recompute is None:
         info = getattr(model, "lambda_kernels_info", None)
         recompute = "auto" if info is None else info.recompute
-    settings = {"residual_scale": DILUTED_SCALE, "fuse": fuse, "backend": backend, "recompute": recompute}
-    return remove_attention(
-        model, tuple(blocks), ConversionSettings.resolve(model, tome_r=None, tome_start=None, **settings)
-    )
+    options = {"residual_scale": DILUTED_SCALE, "fuse": fuse, "backend": backend, "recompute": recompute}
+    settings = ConversionSettings.resolve(model, tome_r=None, tome_start=None, **options)
+    return remove_attention(model, tuple(blocks), settings)
 
 
 @dataclass(frozen=True)

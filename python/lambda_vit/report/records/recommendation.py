@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...measure.intervals import paired_interval, percent_interval
-from ...runtime.formatting import format_signed, percent_digits
+from ...runtime.formatting import format_percent, format_signed, percent_digits
 from ...selection.budget import missed
 from ...selection.result import Selection
 
@@ -84,22 +85,22 @@ def recommend(
     return {"step": chosen, "reason": "\n".join(filter(None, paragraphs)), "tolerance": tolerance, "measure": measure}
 
 
+@dataclass(frozen=True)
 class _View:
     """The steps by the one figure that decides, in words."""
 
-    def __init__(
-        self,
-        steps: Sequence[Mapping[str, Any]],
-        values: Sequence[float],
-        measure: str,
-        tolerance: float,
-        images: int | None,
-    ) -> None:
-        self.steps, self.values, self.measure, self.tolerance, self.images = steps, values, measure, tolerance, images
-        self.digits = percent_digits(images)
+    steps: Sequence[Mapping[str, Any]]
+    values: Sequence[float]
+    measure: str
+    tolerance: float
+    images: int | None
 
-    def percent(self, value: float) -> str:
-        return f"{value:.{self.digits}f} %"
+    @property
+    def digits(self) -> int:
+        return percent_digits(self.images)
+
+    def percent(self, step: int) -> str:
+        return format_percent(self.values[step], self.digits)
 
     def _gap(self, step: int) -> str:
         gap = f"{self.values[0] - self.values[step]:.{self.digits}f}"
@@ -118,10 +119,8 @@ class _View:
         if self.measure == "agreement":
             words.append("Without labels, the criterion is how often the answer matches the full model's.")
         if chosen:
-            figure = f"Without training, {name} is {self.percent(self.values[chosen])}"
-            figure += (
-                f", compared with {self.percent(self.values[0])} for the full model" if self.measure == "top1" else ""
-            )
+            figure = f"Without training, {name} is {self.percent(chosen)}"
+            figure += f", compared with {self.percent(0)} for the full model" if self.measure == "top1" else ""
             if self.values[chosen] >= self.values[0]:
                 earlier = f", and every earlier pick stays within {limit}" if chosen > 1 else ""
                 words.append(f"{figure}: no loss{earlier}.")
@@ -132,10 +131,8 @@ class _View:
             words.append(self._next(chosen + 1, name, limit))
             back = [n for n in range(chosen + 2, last + 1) if within[n]]
             if back:
-                words.append(
-                    f"{name[0].upper()}{name[1:]} returns within the tolerance after {back[0]} picks; "
-                    "such a recovery may be chance."
-                )
+                returns = f"{name[0].upper()}{name[1:]} returns within the tolerance after {back[0]} picks"
+                words.append(f"{returns}; such a recovery may be chance.")
         else:
             words.append("All picks stay within the tolerance: removing more layers may be possible.")
         return " ".join(words)
@@ -144,7 +141,7 @@ class _View:
         block = self.steps[step].get("picked")
         which = "the first pick" if step == 1 else "the next pick"
         which += "" if block is None else f", block {block},"
-        text = f"{which[0].upper()}{which[1:]} changes {name} to {self.percent(self.values[step])}: "
+        text = f"{which[0].upper()}{which[1:]} changes {name} to {self.percent(step)}: "
         text += f"{self._gap(step)}, more than {limit}"
         span = self._interval(step)
         if span and span[1] >= -self.tolerance:
@@ -165,12 +162,11 @@ class _View:
         span = self._interval(chosen) if chosen else None
         if span and self.measure == "top1":
             difference = self.values[chosen] - self.values[0]
-            words.append(
-                f"On the same {self.images:,} images, the 95 % interval of the difference is {_signed(span)} points"
-            )
-            words[-1] += ": it includes 0, so chance alone may explain it." if span[0] <= 0 <= span[1] else (
-                f": the {'gain' if difference > 0 else 'loss'} is more than chance."
-            )  # fmt: skip
+            verdict = f"the {'gain' if difference > 0 else 'loss'} is more than chance"
+            if span[0] <= 0 <= span[1]:
+                verdict = "it includes 0, so chance alone may explain it"
+            interval = f"the 95 % interval of the difference is {_signed(span)} points"
+            words.append(f"On the same {self.images:,} images, {interval}: {verdict}.")
             if span[0] < -self.tolerance:
                 words.append("The lower end of the interval lies beyond the tolerance.")
         elif span:
@@ -180,12 +176,10 @@ class _View:
             one = self.images / 100
             stands = f"{one:.1f}".removesuffix(".0")
             words.append(f"One percent corresponds to {stands} image{'s' if stands != '1' else ''}.")
-        if held_out is not None:
-            words.append(
-                "The images were held out: none of them was used for the selection."
-                if held_out
-                else "The images were not held out: the selection used them too, so these figures are optimistic."
-            )
+        if held_out:
+            words.append("The images were held out: none of them was used for the selection.")
+        elif held_out is not None:
+            words.append("The images were not held out: the selection used them too, so these figures are optimistic.")
         return " ".join(words)
 
 
@@ -194,9 +188,8 @@ def _outlook(steps: Sequence[Mapping[str, Any]], chosen: int, wanted: str | None
     last = len(steps) - 1
     words = ["Training after the removal usually recovers accuracy; these figures cannot predict how much."]
     if wanted and not reached:
-        words.append(
-            f"{_picks(last, last).capitalize()} {'do' if last > 1 else 'does'} not meet the budget ({wanted}) either."
-        )
+        verb = "do" if last > 1 else "does"
+        words.append(f"{_picks(last, last).capitalize()} {verb} not meet the budget ({wanted}) either.")
     elif wanted and chosen == last:
         words.append(f"This meets the budget: {wanted}.")
     elif wanted:

@@ -50,13 +50,7 @@ class Outcome:
 class TrainState:
     """Trains a network by one optimizer step after the other.
 
-    Args:
-        model: The full network, on its device. Changed in place.
-        recipe: How.
-        layers: Blocks whose attention goes; empty for none.
-        steps_per_epoch: Optimizer steps.
-        processes: Among which each step's micro-batches are shared out.
-        teacher: For distillation.
+    `model` is the full network on its device, and is changed in place; `processes` share the micro-batches of each step.
 
     Raises:
         ValueError: Options that do not fit the model.
@@ -83,21 +77,16 @@ class TrainState:
         self.device, self.dtype = one_device(model), one_dtype(model)
         check_optimizer(recipe, self.device)
         if layers and recipe.dilution == "none":
-            options: dict[str, Any] = {"recompute": recipe.recompute or "auto", "inplace": True}
-            model = convert_vit(model, layers, residual_scale=1.0, **options)
+            model = convert_vit(model, layers, recompute=recipe.recompute or "auto", inplace=True)
         else:
             model = prepare(model, layers, recompute=recipe.recompute, inplace=True)
         self.model = model
         for part in frozen_parts(model, recipe.freeze):
             part.requires_grad_(False)
         self._mixup = _mixup(recipe, model.num_classes) if recipe.mixes else None
-        self._objective = Objective(
-            label_loss(recipe.mixes, recipe.label_smoothing),
-            recipe.distillation,
-            recipe.distillation_alpha,
-            recipe.distillation_tau,
-            teacher,
-        )
+        labels = label_loss(recipe.mixes, recipe.label_smoothing)
+        distillation = recipe.distillation, recipe.distillation_alpha, recipe.distillation_tau
+        self._objective = Objective(labels, *distillation, teacher)
         self.optimizer = make_optimizer(model, recipe, layer_decay=recipe.layer_decay)
         self._scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -133,8 +122,7 @@ class TrainState:
 
     def step(self, position: int, batches: Sequence[MicroBatch], *, norm: bool = False) -> Outcome:
         """One optimizer step on this process's micro-batches of step `position`; `norm` asks for the gradient's."""
-        total: Tensor | None = None
-        images = 0
+        losses: list[Tensor] = []
         # So that the mean does not show in which order processes add it up. Apple's GPUs have no float64.
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         for number, batch in enumerate(batches, 1):
@@ -144,18 +132,13 @@ class TrainState:
                 # DDP takes the mean over the processes, each of which has as many micro-batches.
                 share = loss if len(batches) == 1 else loss / len(batches)
                 (share if self._scaler is None else self._scaler.scale(share)).backward()
-            loss = loss.detach().to(exact)
-            total = loss if total is None else total + loss
-            images += len(batch.images)
+            losses.append(loss.detach().to(exact))
         found = self._clip(norm)
         skipped = self._update(position)
-        return Outcome(total / len(batches), found, images, skipped)
+        return Outcome(sum(losses) / len(batches), found, sum(len(batch.images) for batch in batches), skipped)
 
     def remove(self, images: Tensor | None) -> tuple[float, float]:
-        """Delete the faded attention everywhere; see `remove_diluted_attention` for arguments, result and errors.
-
-        What the optimizer knows of the other parameters stays, the average starts anew from the weights.
-        """
+        """Delete the faded attention, as `remove_diluted_attention` does; the moving average restarts from the weights."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.processes.all_or_none("Remove the faded attention"):
             found = remove_diluted_attention(self.model, images)
@@ -178,11 +161,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ValueError: The attention is gone here, and was not there.
-        """
+        """Restore what `state_dict` returned; ValueError if it has attention that is gone here."""
         if self.layers and not self.is_diluting and not state["removed"]:
             raise ValueError("this network has lost its attention, and the state has it: make another Trainer for it")
         if state["removed"] and self.is_diluting:

@@ -54,9 +54,7 @@ class NetworkPlan:
     gradient_bytes: int
     optimizer_bytes: int
     step_bytes: int  # weights, gradients, optimizer state and what is saved for `batch_size` images
-    recomputed: tuple[
-        str, ...
-    ] = ()  # by block, what the backward computes again of the MLP half: "none", "act" or "all"
+    recomputed: tuple[str, ...] = ()  # what the backward recomputes of each block's MLP half: "none", "act" or "all"
     peak_bytes: int | None = None  # the same of a real step on CUDA, by PyTorch's own counter
     step: Latency | None = None
 
@@ -99,7 +97,7 @@ class Plan:
         """What takes longer in the phase that trains faster: "loading" or "training"; None where loading was not measured."""
         if self.loading is None:
             return None
-        fastest = max(self.images_per_second(name) for name in _timed(self.networks))
+        fastest = max(self.images_per_second(name) for name, network in self.networks.items() if network.step)
         return "loading" if self.loading.images_per_second < fastest else "training"
 
     def images_per_second(self, network: str) -> float:
@@ -108,10 +106,6 @@ class Plan:
         if step is None:
             raise ValueError(f"network={network!r}: its steps were not timed")
         return self.batch_size / step.median_ms * 1000
-
-
-def _timed(networks: dict[str, NetworkPlan]) -> list[str]:
-    return [name for name, network in networks.items() if network.step is not None]
 
 
 def split_epochs(
@@ -126,9 +120,9 @@ def split_epochs(
         ValueError: A number below 0, none at all, or numbers that do not add up.
     """
     given = {"epochs": epochs, "dilution_epochs": dilution_epochs, "recovery_epochs": recovery_epochs}
+    given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
-        if value is not None:
-            require_int(name, value, 0 if name != "epochs" else 1, strict=True)
+        require_int(name, value, 0 if name != "epochs" else 1, strict=True)
     if epochs is None:
         dilution = DILUTION_EPOCHS if dilution_epochs is None else dilution_epochs
         recovery = RECOVERY_EPOCHS if recovery_epochs is None else recovery_epochs
@@ -140,7 +134,7 @@ def split_epochs(
     if recovery_epochs is None:
         recovery_epochs = epochs - dilution_epochs
     if min(dilution_epochs, recovery_epochs) < 0 or dilution_epochs + recovery_epochs != epochs:
-        parts = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        parts = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ValueError(f"{parts} do not add up: epochs = dilution_epochs + recovery_epochs. Leave one of them out")
     return dilution_epochs, recovery_epochs
 
@@ -186,15 +180,9 @@ def plan_training(
         ValueError: An argument is out of range, the layers cannot be removed, or a batch does not fit into memory.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    for name, value, least in (
-        ("images", images, 1),
-        ("dilution_epochs", dilution_epochs, 0),
-        ("recovery_epochs", recovery_epochs, 0),
-        ("batch_size", batch_size, 1),
-        ("devices", devices, 1),
-    ):
-        require_int(name, value, least, strict=True)
-    split_epochs(None, dilution_epochs, recovery_epochs)
+    for name, value in (("images", images), ("batch_size", batch_size), ("devices", devices)):
+        require_int(name, value, 1, strict=True)
+    dilution_epochs, recovery_epochs = split_epochs(None, dilution_epochs, recovery_epochs)
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: expected a positive number of seconds to measure for")
     structure = inspect_model(model)
@@ -273,32 +261,29 @@ def _count(name: str, network: nn.Module, device: torch.device, batch_size: int)
         with _memory_explained(batch_size, device, None):
             network.to(device).train()
             counts = [saved_bytes(network, training_images(network, number)) for number in COUNTED_AT]
-            recomputed = _recomputed(network, device)
+            place = device, one_dtype(network)
+            recomputed = tuple(
+                block.recomputed(*place).level if isinstance(block, MlpBlockBase) else "none"
+                for block in network.blocks
+            )
         network.to("cpu")
         advance()
     few, more = COUNTED_AT
     per_image = round((counts[1] - counts[0]) / (more - few))
+    fixed = counts[0] - few * per_image
     trainable = [p for p in network.parameters() if p.requires_grad]
-    plan = NetworkPlan(
+    gradients, numbers = sum(p.nbytes for p in trainable), sum(p.numel() for p in trainable)
+    return NetworkPlan(
         parameters=counted.parameters,
-        trainable=sum(p.numel() for p in trainable),
+        trainable=numbers,
         flops=counted.flops,
         weight_bytes=counted.weight_bytes,
-        saved_bytes_fixed=counts[0] - few * per_image,
+        saved_bytes_fixed=fixed,
         saved_bytes_per_image=per_image,
-        gradient_bytes=sum(p.numel() * p.element_size() for p in trainable),
-        optimizer_bytes=sum(p.numel() for p in trainable) * _MOMENTS,
-        step_bytes=0,
+        gradient_bytes=gradients,
+        optimizer_bytes=numbers * _MOMENTS,
+        step_bytes=counted.weight_bytes + gradients + numbers * _MOMENTS + fixed + batch_size * per_image,
         recomputed=recomputed,
-    )
-    saved = plan.saved_bytes_fixed + batch_size * per_image
-    return dataclasses.replace(plan, step_bytes=_constant(plan) + saved)
-
-
-def _recomputed(network: nn.Module, device: torch.device) -> tuple[str, ...]:
-    dtype = one_dtype(network)
-    return tuple(
-        block.recomputed(device, dtype).level if isinstance(block, MlpBlockBase) else "none" for block in network.blocks
     )
 
 
@@ -334,9 +319,8 @@ def _memory_explained(batch_size: int, device: torch.device, plan: NetworkPlan |
 def _does_not_fit(plan: NetworkPlan | None, batch_size: int, device: torch.device, there: int | None) -> str:
     room = "" if there is None else f", {format_size(there)} are there"
     if plan is None:
-        return (
-            f"not even {max(COUNTED_AT)} images of this model fit into the memory of {device}{room}: use another device"
-        )
+        images = max(COUNTED_AT)
+        return f"not even {images} images of this model fit into the memory of {device}{room}: use another device"
     text = f"batch_size={batch_size}: a training step of that many images does not fit into the memory of {device}"
     text += f" (it takes at least {format_size(plan.step_bytes)}{room})."
     most = None

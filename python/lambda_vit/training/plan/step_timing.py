@@ -56,18 +56,13 @@ def saved_bytes(network: nn.Module, images: Tensor) -> int:
 def time_steps(
     networks: Mapping[str, nn.Module], batch_size: int, seconds: float
 ) -> dict[str, tuple[Latency, int | None]]:
-    """Train networks on random images for a while, taking turns, as `finetune` does it.
+    """Train networks, in training mode, on random images in turns: forward, loss, backward, clipping and AdamW.
 
-    That is forward, loss, backward, clipping and AdamW.
-
-    Args:
-        networks: By name; in training mode, on the device where they are to be trained. Their weights change.
-        batch_size: Images per step.
-        seconds: A budget for all. It cuts the warm-up to one step each and the timed ones to no fewer than six.
+    `seconds` is a budget for all; it cuts the warm-up to one step each and the timed ones to no fewer than six.
 
     Returns:
-        For each the time of a step, and on CUDA the bytes that a step allocates, at its worst moment, above what is there
-        between steps: weights, gradients, optimizer state, images, workspaces and whatever else lives on the device.
+        For each the time of a step, and on CUDA the largest number of bytes that a step allocates above what remains
+        between steps (weights, gradients, optimizer state, images, workspaces and anything else on the device).
     """
     from timm.optim import create_optimizer_v2
 

@@ -21,9 +21,9 @@ SCORE = "score.json"
 class Best:
     """Keeps the model with the highest top-1; of equals, the first.
 
-    A model that is offered is written beside the folder and takes its place with the next `commit`, after the checkpoint
-    that knows of it; the one before stays until the next. So a run that goes on from a checkpoint finds the model which that
-    checkpoint calls the best, also where a later one had been found before the run was killed, or the newest checkpoint was
+    A model that is offered is written beside the folder and replaces it with the next `commit`, after the checkpoint that
+    knows of it; the one before is retained until the next. So a run that resumes from a checkpoint finds the model which
+    that checkpoint calls the best, even if a later one was found before the run was killed, or the newest checkpoint was
     damaged.
 
     Args:
@@ -69,7 +69,7 @@ class Best:
                 self._take(self._next)
 
     def settle(self) -> None:
-        """Remove the one before: nothing will go back to it any more."""
+        """Remove the previous best model: no checkpoint refers to it any more."""
         with self._processes.all_or_none("Remove the model that was the best before"):
             if self._folder is not None and self._processes.is_main:
                 shutil.rmtree(self._old, ignore_errors=True)

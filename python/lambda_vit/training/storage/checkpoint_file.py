@@ -37,31 +37,19 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `step-….json` says.
-
-    Attributes:
-        format: Of this description.
-        step: How many optimizer steps had been made.
-        file: The name of the file with the state, in the same folder.
-        bytes: Its size.
-        sha256: Of its content.
-        order: Of writing; larger than in all that were there before. Nanoseconds since 1970, where the clock never went back.
-        created: When, in UTC.
-        versions: Of this package and of torch.
-    """
+    """The content of `step-….json`."""
 
     format: int
-    step: int
-    file: str
+    step: int  # optimizer steps made
+    file: str  # name of the file with the state, in the same folder
     bytes: int
     sha256: str
-    order: int
-    created: str
-    versions: dict[str, str]
+    order: int  # of writing, larger than in all earlier ones: nanoseconds since 1970 where the clock never went back
+    created: str  # UTC
+    versions: dict[str, str]  # of this package and of torch
 
 
 def manifest_path(folder: Path, step: int) -> Path:
-    """Where the manifest of a step lies."""
     return folder / f"step-{step:09d}.json"
 
 
@@ -75,8 +63,7 @@ def free_path(folder: Path, step: int) -> Path:
 def prepare(state: Any) -> tuple[Any, int]:
     """The state with its tensors detached, and about how many bytes it takes as a file.
 
-    Raises:
-        TypeError: It holds something that `torch.load(weights_only=True)` would not read back; says where.
+    TypeError names what `torch.load(weights_only=True)` could not read back.
     """
     storages: dict[tuple[torch.device, int], int] = {}
     size = _PER_FILE
@@ -88,9 +75,8 @@ def prepare(state: Any) -> tuple[Any, int]:
         size += _PER_VALUE
         if kind in (Tensor, nn.Parameter):
             if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                raise TypeError(
-                    f"{where} is a tensor without plain storage ({value.layout}, {value.dtype}, {value.device})"
-                )
+                kinds = f"{value.layout}, {value.dtype}, {value.device}"
+                raise TypeError(f"{where} is a tensor without plain storage ({kinds})")
             storage = value.untyped_storage()
             storages[value.device, storage.data_ptr()] = storage.nbytes()  # shared ones are written once
             size += _PER_TENSOR
@@ -145,8 +131,7 @@ class _Recorder:
 def write(path: Path, step: int, plain: Any, order: int) -> Manifest:
     """Write what `prepare` gave to `path`, a new file, and the manifest of its step, flushed to disk.
 
-    Raises:
-        OSError: Writing failed. Nothing is left behind, and the step's earlier manifest still stands for what it did.
+    If that fails, nothing is left behind, and the step's earlier manifest still stands for what it did.
     """
     described = manifest_path(path.parent, step)
     recorder = None
@@ -157,9 +142,8 @@ def write(path: Path, step: int, plain: Any, order: int) -> Manifest:
                 torch.save(plain, recorder)  # type: ignore[arg-type]  # it writes, and needs no more of a file
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             versions = {"lambda-kernels": __version__, "torch": torch.__version__}
-            manifest = Manifest(
-                FORMAT, step, path.name, recorder.bytes, recorder.digest.hexdigest(), order, now, versions
-            )
+            digest = recorder.digest.hexdigest()
+            manifest = Manifest(FORMAT, step, path.name, recorder.bytes, digest, order, now, versions)
             text.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     except Exception as error:
         if not _stands_for(described, path):  # the second rename failed
@@ -180,12 +164,7 @@ def _stands_for(described: Path, path: Path) -> bool:
 
 
 def read_manifest(path: Path, step: int) -> Manifest:
-    """The manifest at `path`, which its name says is of `step`.
-
-    Raises:
-        OSError: It is missing or cannot be read.
-        ValueError: It is damaged; says how.
-    """
+    """The manifest at `path`, which its name says is of `step`; ValueError says how it is damaged."""
     found = json.loads(path.read_bytes())
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"it is not of format {FORMAT}, which this version reads")
@@ -212,11 +191,7 @@ def wrong_size(folder: Path, manifest: Manifest) -> str:
 
 
 def read(folder: Path, manifest: Manifest) -> Any:
-    """The state, its tensors on the CPU.
-
-    Raises:
-        UnusableError: The file is not what was written, or cannot be read.
-    """
+    """The state, its tensors on the CPU; UnusableError if the file is not what was written, or cannot be read."""
     if wrong := wrong_size(folder, manifest):
         raise UnusableError(wrong)
     name = manifest.file

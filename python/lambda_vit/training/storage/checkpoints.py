@@ -1,4 +1,4 @@
-"""What a training run needs to go on after whatever stopped it: which checkpoints there are, and which one counts."""
+"""What a training run needs to resume after any interruption: which checkpoints there are, and which one counts."""
 
 from __future__ import annotations
 
@@ -23,34 +23,23 @@ from .checkpoint_file import FILE, LEFTOVER, Manifest, UnusableError, manifest_p
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint that was read.
+    """A checkpoint that was read."""
 
-    Attributes:
-        step: How many optimizer steps had been made.
-        state: What `Checkpoints.save` was given, with the tensors on the CPU, detached.
-        notices: What was passed over on the way to it: a line each, with file and reason.
-        path: Of the file with the state.
-    """
-
-    step: int
-    state: Any
-    notices: tuple[str, ...]
-    path: Path
+    step: int  # optimizer steps made
+    state: Any  # what `Checkpoints.save` was given, with the tensors on the CPU, detached
+    notices: tuple[str, ...]  # newer checkpoints that cannot be used: a line each, with file and reason
+    path: Path  # of the file with the state
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What lies in the folder for one step: its files, and their manifest, or why there is none to go by.
-
-    Attributes:
-        removable: Whether the files are of no use to anyone: not where the manifest just cannot be read now.
-    """
+    """The files of one step in the folder."""
 
     step: int
     files: tuple[str, ...]
     manifest: Manifest | None = None
-    reason: str = ""
-    removable: bool = True
+    reason: str = ""  # why there is no manifest
+    removable: bool = True  # False where the manifest just cannot be read now
 
 
 class Checkpoints:
@@ -84,7 +73,7 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep = require_int("keep", keep, 1)
         self.processes = processes or Processes()
-        self._ours = False  # whether this run goes on from what lies in the folder
+        self._ours = False  # whether this run continues what the folder holds
 
     def save(self, step: int, state: Any) -> Path:
         """Write a checkpoint, flush it to disk, and only then remove the oldest beyond `keep`.
@@ -170,9 +159,8 @@ class Checkpoints:
             except UnusableError as error:
                 notices.append(f"the checkpoint of step {entry.step} in {self.folder} cannot be used: {error}")
                 continue
-            return entry.manifest, LoadedCheckpoint(
-                entry.step, state, tuple(notices), self.folder / entry.manifest.file
-            )
+            path = self.folder / entry.manifest.file
+            return entry.manifest, LoadedCheckpoint(entry.step, state, tuple(notices), path)
         raise CheckpointError(
             f"{'; '.join(notices)}. None is left to resume from: put back a copy of one, or remove these files to start over"
         )
@@ -276,11 +264,7 @@ class Checkpoints:
             (self.folder / name).unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> set[int]:
-        """Remove temporary files of processes that were killed.
-
-        Returns:
-            The steps that processes which live are writing just now.
-        """
+        """Remove temporary files of killed processes; the steps that living processes are writing just now."""
         if not self.folder.is_dir():
             return set()
         for named in filter(None, map(LEFTOVER.fullmatch, os.listdir(self.folder))):

@@ -185,11 +185,7 @@ class RunLog:
 
 
 def check_tensorboard() -> None:
-    """Look for TensorBoard before work starts whose figures it is to get.
-
-    Raises:
-        MissingPackageError: It is not installed; says how to install it.
-    """
+    """Raise MissingPackageError, before work starts, if TensorBoard is not installed."""
     import_optional("tensorboard", "tensorboard", "writing for TensorBoard")
 
 
