@@ -96,10 +96,8 @@ class AttentionFreeBlock(MlpBlockBase):
             **options: Keyword arguments of the constructor; `fuse`, `backend` and `recompute` default to those of a `FusedMlp`.
         """
         family = find_family_or_vit(block)
-        scale = getattr(block, family.scales[1])
-        return copy_runtime_settings(
-            cls(block.norm2, block.mlp, scale, block.drop_path2, family=family.name, **options), block, options
-        )
+        parts = block.norm2, block.mlp, getattr(block, family.scales[1]), block.drop_path2
+        return copy_runtime_settings(cls(*parts, family=family.name, **options), block, options)
 
     @_scripted_as(_forward_for_script)
     def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
@@ -114,17 +112,10 @@ class AttentionFreeBlock(MlpBlockBase):
         return f"residual_scale={self.residual_scale:g}" + ("" if self.family == "vit" else f", family={self.family}")
 
 
-def _explain_attention_keys(
-    module: AttentionFreeBlock,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: dict[str, Any],
-    strict: bool,
-    *lists: list[str],
-) -> None:
+def _explain_attention_keys(module: AttentionFreeBlock, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     # Otherwise PyTorch only lists the unexpected keys of a full checkpoint. The reason is added to that list: PyTorch always
     # calls this with strict=True, so that an exception would be raised with strict=False too.
-    _, unexpected, _ = lists
+    _, _, _, unexpected, _ = rest
     if any(key.startswith((f"{prefix}attn.", f"{prefix}norm1.")) for key in state_dict):
         unexpected.append(
             f"{prefix.rstrip('.')} has lost its attention, but the checkpoint has weights for it. Load a full checkpoint "

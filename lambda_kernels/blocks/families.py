@@ -18,27 +18,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of block: `x ← x + drop_path1(scale1(attn(norm1(x)))); x ← x + drop_path2(scale2(mlp(norm2(x))))`.
+    """A kind of block: `x ← x + drop_path1(scale1(attn(norm1(x)))); x ← x + drop_path2(scale2(mlp(norm2(x))))`."""
 
-    Attributes:
-        name: The key in `FAMILIES`, which blocks of this library store.
-        block: timm's class.
-        scales: Names of the LayerScales of attention and MLP.
-        bare: Whether these are parameters of the block itself, or None if absent; else they are modules, or identities.
-        arguments: Arguments of `forward` besides tokens, which it passes to the attention, in timm's order, with defaults.
-        attributes: Plain values that timm stores on the block and that a replacement copies.
-        parts: Names of the submodules and bare scales of a block, in timm's order.
-        accepted: Arguments besides tokens that timm's block accepts in the installed version.
-    """
-
-    name: str
-    block: type[nn.Module]
-    scales: tuple[str, str]
-    bare: bool
-    arguments: Mapping[str, object]
-    attributes: tuple[str, ...] = ()
-    parts: tuple[str, ...] = field(init=False)
-    accepted: tuple[str, ...] = field(init=False)
+    name: str  # the key in `FAMILIES`, which blocks of this library store
+    block: type[nn.Module]  # timm's class
+    scales: tuple[str, str]  # names of the LayerScales of attention and MLP
+    bare: bool  # whether these are parameters of the block itself, or None if absent; else they are modules, or identities
+    arguments: Mapping[
+        str, object
+    ]  # of `forward` besides tokens, passed to the attention: in timm's order, with defaults
+    attributes: tuple[str, ...] = ()  # plain values that timm stores on the block and that a replacement copies
+    parts: tuple[str, ...] = field(init=False)  # names of the submodules and bare scales of a block, in timm's order
+    accepted: tuple[str, ...] = field(init=False)  # arguments besides tokens that the installed timm's block accepts
 
     def __post_init__(self) -> None:
         of_attention, of_mlp = self.scales

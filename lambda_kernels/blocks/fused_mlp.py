@@ -86,18 +86,10 @@ class FusedMlp(MlpBlockBase):
         """Map tokens `x` [N, T, C] to tokens; `arguments` and `named` are those that timm's block passes to its attention."""
         return self._mlp_half(x + self._attention_branch(x, arguments, named))
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Not a hook, which would remain on this block when its submodules move to another one.
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        _, _, missing, _, _ = rest
         here = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if here and not any(key.startswith("attn.") for key in here):
             missing.append(

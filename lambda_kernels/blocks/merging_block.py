@@ -40,15 +40,12 @@ _ALONE = (
 
 
 class MergeState:
-    """The merged tokens of one forward.
-
-    Attributes:
-        sizes: [B, present N]: how many of the original tokens each token represents; None before the first merge.
-        place: [B, original N]: the present index of each original token; None before the first merge.
-    """
+    """The merged tokens of one forward."""
 
     def __init__(self) -> None:
+        # [B, present N]: how many of the original tokens each token represents; None before the first merge.
         self.sizes: Tensor | None = None
+        # [B, original N]: the present index of each original token; None before the first merge.
         self.place: Tensor | None = None
 
     def merge(self, x: Tensor, merge: Merge) -> Tensor:
@@ -65,13 +62,8 @@ class MergingBlock(FusedMlp):
     """A ViT block that merges `tome_r` tokens into similar ones between its attention and its MLP.
 
     Its attention weights tokens by their sizes. It holds the submodules of timm's `Block` under their names, like
-    `FusedMlp`; merging has no parameters. It works only inside a `MergingSequential`.
-
-    Args:
-        parts: As for `FusedMlp`.
-        tome_r: Tokens to merge; at most half of the present patches are merged.
-        prefix_tokens: Number of tokens at the front that are not patches and are never merged.
-        options: As for `FusedMlp`.
+    `FusedMlp`; merging has no parameters. It works only inside a `MergingSequential`. At most half of the present patches are
+    merged, and never the `prefix_tokens` at the front, which are not patches.
     """
 
     def __init__(self, *parts: nn.Module, tome_r: int, prefix_tokens: int, **options: Any) -> None:
@@ -165,24 +157,13 @@ def find_merging_obstacles(block: nn.Module) -> list[str]:
 
 
 def make_merging_block(block: nn.Module, tome_r: int, prefix_tokens: int, **options: Any) -> MergingBlock:
-    """A block that merges tokens in place of `block`, which does not change; `block` itself if it is that already.
-
-    Args:
-        block: timm's, a `FusedMlp` or a `MergingBlock`.
-        tome_r: As for `MergingBlock`.
-        prefix_tokens: As for `MergingBlock`.
-        options: `fuse`, `backend` and `recompute`, as for `FusedMlp`.
-    """
+    """A block that merges tokens in place of timm's or ours, which does not change; `block` itself if it is that already."""
     options |= {"tome_r": tome_r, "prefix_tokens": prefix_tokens}
     return copy_with(block, **options) if type(block) is MergingBlock else MergingBlock.from_block(block, **options)
 
 
 def remove_merging(block: nn.Module) -> nn.Module:
-    """A block that does not merge in place of `block`: itself, or a `FusedMlp` with the submodules of a `MergingBlock`.
-
-    Raises:
-        UnsupportedModelError: Hooks or anything else on it would be lost.
-    """
+    """A block that does not merge in place of `block`: itself, or a `FusedMlp` with the submodules of a `MergingBlock`."""
     if type(block) is not MergingBlock:
         return block
     found = find_replacement_obstacles(block)

@@ -38,11 +38,7 @@ def find_gelu_form(act: nn.Module) -> str | None:
 
 
 def find_replacement_obstacles(block: nn.Module) -> list[str]:
-    """Reasons why another block cannot replace `block` and use its parts; empty if it can.
-
-    Args:
-        block: timm's block of a known family, or a `FusedMlp`.
-    """
+    """Reasons why another block cannot replace `block`, timm's or a `FusedMlp`, and use its parts; empty if it can."""
     found = []
     family = find_family_or_vit(block)
     if family.unknown_arguments:

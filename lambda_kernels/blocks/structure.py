@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from timm.models import beit, eva
 from torch import nn
@@ -17,19 +17,12 @@ _FEATURES = "convert the whole model first, then wrap it: lambda_kernels.feature
 
 @dataclass(frozen=True)
 class Stem:
-    """What a model does before its blocks, and how a view of it that receives tokens instead of images skips that.
+    """What a model does before its blocks, and how a view of it that receives tokens instead of images skips that."""
 
-    Attributes:
-        identities: Submodules to replace by identities.
-        absent: Attributes to set to None.
-        no_tokens: Prefix tokens `[1, n, C]` to omit.
-        pos_embed: What `_pos_embed` returns besides tokens; None if the model has no such method.
-    """
-
-    identities: tuple[str, ...]
-    absent: tuple[str, ...] = ()
-    no_tokens: tuple[str, ...] = ()
-    pos_embed: tuple[None, ...] | None = ()
+    identities: tuple[str, ...]  # submodules to replace by identities
+    absent: tuple[str, ...] = ()  # attributes to set to None
+    no_tokens: tuple[str, ...] = ()  # prefix tokens [1, n, C] to omit
+    pos_embed: tuple[None, ...] | None = ()  # what `_pos_embed` returns besides tokens; None: there is no such method
 
 
 _VIT_STEM = Stem(("patch_embed", "patch_drop", "norm_pre"))
@@ -57,7 +50,7 @@ class ViTStructure:
     residual_scale: float  # of the blocks without attention; 1 if there are none
     pooling: str  # timm's global_pool: "token", "avg", "map" …
     has_final_norm: bool  # a norm between the last block and the classifier absorbs the scale of the residual
-    families: tuple[str, ...] = field(default=("vit",))  # of the blocks, each once, in their order
+    families: tuple[str, ...] = ("vit",)  # of the blocks, each once, in their order
     merging: tuple[int, ...] = ()  # blocks that merge tokens
 
 
@@ -111,15 +104,7 @@ def inspect_model(model: nn.Module) -> ViTStructure:
 
 
 def refuse_merging(structure: ViTStructure, doing: str) -> None:
-    """Refuse token merging where blocks run one by one, since the sizes of merged tokens would be lost.
-
-    Args:
-        structure: From `inspect_model`.
-        doing: The operation, for the message.
-
-    Raises:
-        UnsupportedModelError: A block merges tokens.
-    """
+    """Refuse token merging for `doing`, an operation that runs blocks one by one and would lose the sizes of merged tokens."""
     if structure.merging:
         raise UnsupportedModelError(
             f"{doing} does not support token merging, and blocks {list(structure.merging)} merge tokens. Turn merging off "

@@ -25,12 +25,9 @@ def unwrap_layers(layers: Any) -> Any:
 
 
 def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int, ...]:
-    """Return block indices, sorted. A wrong one raises a ValueError that names it and the allowed range.
+    """Return the block indices of `layers`, or of its attribute `layers` as a `Selection` has, sorted.
 
-    Args:
-        layers: Integers, or an object such as a `Selection` whose attribute `layers` holds them.
-        depth: Number of blocks.
-        name: The argument's name for the message.
+    ValueError names the argument, a wrong index and the allowed range.
     """
     layers = unwrap_layers(layers)
     allowed = f"block indices are integers from 0 to {depth - 1}"

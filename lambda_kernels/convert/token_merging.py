@@ -17,11 +17,7 @@ from .settings import ConversionSettings
 def plan_merging(model: nn.Module, removed: Sequence[int], settings: ConversionSettings) -> dict[int, int]:
     """How many tokens each block is to merge, by index; empty where no block merges any.
 
-    Args:
-        model: A model that `inspect_model` accepts.
-        removed: Blocks without attention.
-        settings: `tome_r` is that of each block that keeps its attention, from the `tome_start`-th on, or a value for each
-            of these blocks.
+    `settings.tome_r` is that of each block that keeps its attention, from the `tome_start`-th on, or a value for each.
 
     Raises:
         ValueError: The numbers do not fit the blocks, or the model has fewer than two patches.

@@ -27,24 +27,10 @@ _HEADER_BYTES = 4096
 def all_reduce(
     spec: MeterSpec, state: State | None, options: dict[str, Any], updates: int, error: ValueError | None, group: Group
 ) -> tuple[State | None, int]:
-    """Merge the states of all ranks: counts exactly, moments in the order of the ranks.
+    """Merge the states of all ranks, which is None for a rank that has seen nothing, and their numbers of updates.
 
-    Args:
-        spec: What is measured here.
-        state: What this rank has seen; None: nothing.
-        options: What must be the same on every rank.
-        updates: Batches that this rank has seen.
-        error: Why this rank has no state to give, for the others to know.
-        group: The processes; None: all.
-
-    Returns:
-        The same on every rank: the state of all, and the number of updates of all.
-
-    Raises:
-        RuntimeError: There is no process group.
-        ValueError: Ranks measure different things or different numbers of channels, or one gave an `error`; on every
-            rank.
-        NonFiniteActivationError: A rank gave an `error` of this class; on every rank.
+    Counts are merged exactly, moments in the order of the ranks; the result is the same on every rank. `options` must be the
+    same too. `error` says why this rank has no state to give; every rank raises it, as one of its class.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("all_reduce needs a process group; call torch.distributed.init_process_group first")

@@ -4,7 +4,7 @@ A state has one row per channel, layer or sample. Operations make new states and
 fails leaves everything as it was.
 
 On a CUDA device nothing here looks at a value while batches are added, so the host never waits for the device: what
-depends on values is decided there, and whether they were finite is learnt later (`Watch`).
+depends on values is decided there, and `DeferredFiniteCheck` reports later whether they were finite.
 """
 
 from __future__ import annotations
@@ -79,11 +79,7 @@ def check_options(bins: int, base: float) -> None:
 
 
 def checked_range(range: tuple[float, float] | str | None, kind: str) -> tuple[float, float] | str | None:
-    """`range` in Python's own types.
-
-    Raises:
-        ValueError: A meter of this kind cannot have it.
-    """
+    """`range` in Python's own types; ValueError if a meter of this kind cannot have it."""
     if range is None:
         return None
     if kind != "histogram":
@@ -104,19 +100,15 @@ def checked_range(range: tuple[float, float] | str | None, kind: str) -> tuple[f
 
 @dataclass(frozen=True)
 class State:
-    """K rows.
+    """K rows."""
 
-    Attributes:
-        moments: float64 [K, 7], as the operator gives them.
-        counts: int64 [K, bins]; None for a Gaussian.
-        outside: int64 [K, 2]: values under the first bin, and beyond the last one; None for a Gaussian.
-        grid: float64 [K, 4], packed, of a dyadic grid; None where bins are fixed. It holds all values, but which of the
-            grids that do depends on their order; `canonical` has the one that does not.
-    """
-
-    moments: Tensor
-    counts: Tensor | None = None
-    outside: Tensor | None = None
+    moments: Tensor  # float64 [K, 7], as the operator gives them
+    counts: Tensor | None = None  # int64 [K, bins]; None for a Gaussian
+    outside: Tensor | None = (
+        None  # int64 [K, 2]: values under the first bin, and beyond the last one; None for a Gaussian
+    )
+    # float64 [K, 4], packed, of a dyadic grid; None where bins are fixed. It holds all values, but which of the grids that do
+    # depends on their order; `canonical` has the one that does not.
     grid: Tensor | None = None
 
     @property
@@ -189,17 +181,10 @@ def host_may_look(device: torch.device) -> bool:
 def update_states(
     spec: MeterSpec, x: Sequence[Tensor], before: Sequence[State] | None, inspect: Callable[[Tensor], None]
 ) -> list[State]:
-    """Add one batch of each of several meters, in one call of the operator.
+    """Add batches `x`, of one dtype and device, of several meters to their states `before` (None: there are none yet).
 
-    Args:
-        spec: What all of them measure.
-        x: The batches, of one dtype and device.
-        before: The states that they are added to; None: they are the first.
-        inspect: Gets float64 [len(x), 2], how many values of each batch are not finite, and the largest magnitude,
-            before anything comes of them. It may raise.
-
-    Returns:
-        The new states.
+    `inspect` receives float64 [len(x), 2], how many values of each batch are not finite and the largest magnitude, before
+    these values change anything; it may raise.
     """
     sizes = [rows_of(tensor, spec.per) for tensor in x]
     device = x[0].device
@@ -287,14 +272,10 @@ def gaussian_entropies(state: State, base: float, constant: bool) -> Tensor:
 def histogram_entropies(
     counts: Tensor, grid: Grid | CodeGrid, base: float, *, differential: bool = False, miller_madow: bool = False
 ) -> Tensor:
-    """float64 [K]: −Σ_b p_b log p_b of the counts [K, bins], every row of which holds a value.
+    """float64 [K]: −Σ_b p_b log p_b of the counts int64 [K, bins], every row of which holds a value.
 
-    Args:
-        counts: int64 [K, bins].
-        grid: Where they were counted.
-        base: Of the logarithm.
-        differential: Add Σ_b p_b log(width of b).
-        miller_madow: Add (occupied bins − 1) / 2N nats: the first term of the bias of N samples (Miller 1955).
+    `differential` adds Σ_b p_b log(width of b); `miller_madow` adds (occupied bins − 1) / 2N nats, the first term of the
+    bias of N samples (Miller 1955).
     """
     inside = counts.sum(1).double()
     p = counts / inside[:, None]
@@ -316,12 +297,7 @@ class Batch:
     dtype: torch.dtype
 
     def check(self, flags: Tensor) -> None:
-        """Raise if its row of `absorb`'s flags, on the host, tells of a value that cannot be measured.
-
-        Raises:
-            NonFiniteActivationError: NaN or infinity.
-            ValueError: A value of float64 whose square, times the number of values, may not be finite.
-        """
+        """Raise if its flags from `update_states`, on the host, report a value that is not finite or too large to square."""
         bad, largest = flags.tolist()
         dtype = dtype_name(self.dtype)
         if bad:
@@ -354,11 +330,7 @@ class DeferredFiniteCheck:
         self._waiting.append((batch, flags, arrival))
 
     def settle(self, *, wait: bool) -> None:
-        """Look at the flags that have arrived, or wait for all of them.
-
-        Raises:
-            NonFiniteActivationError, ValueError: As `Batch.check`, for the first batch that earns it.
-        """
+        """Look at the flags that have arrived, or wait for all of them; raise as `Batch.check` for the first bad batch."""
         while self._error is None and self._waiting:
             batch, flags, arrival = self._waiting[0]
             if wait:

@@ -36,14 +36,9 @@ class _Dtypes(NamedTuple):
 
 
 def ln_mlp(x: Tensor, p: Parameters, o: Options, *, recompute: str, compute: torch.dtype) -> Tensor:
-    """What `reference.ln_mlp` computes, up to rounding, for a call whose gradient will be requested.
+    """What `reference.ln_mlp` computes, up to rounding, for tokens [..., C] of a call whose gradient will be requested.
 
-    Args:
-        x: Tokens [..., C].
-        p: The parameters of the call.
-        o: Its options.
-        recompute: "act" or "all".
-        compute: The dtype of both products.
+    `recompute` is "act" or "all", `compute` the dtype of both products.
     """
     if torch.compiler.is_compiling():
         # Compilers that see the formulas decide by themselves what to save, unless told where to compute again.
@@ -70,12 +65,7 @@ def checkpoint_around(
 ) -> Tensor:
     """`after(x, product(norm(x)))` that saves x and the product's result, and computes norm and `after` again.
 
-    Args:
-        norm: What comes before the product.
-        product: The first linear layer.
-        after: From x and the product's result to the output.
-        x: Tokens.
-        **options: For `torch.utils.checkpoint.checkpoint`.
+    `options` are those of `torch.utils.checkpoint.checkpoint`.
     """
     # PyTorch stops a second run as soon as it has what was requested: before the product, whose result is saved, and in `after`
     # before a last product whose result nothing uses. Compilers do not save the last result of what they compute again, so

@@ -21,17 +21,15 @@ from lambda_kernels.ops.ln_mlp.fused import tuning
 
 def versions() -> dict[str, str]:
     """Versions of everything that a result can depend on, for a report."""
-    found = {
+    return {
         "lambda-kernels": __version__,
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "timm", "torchvision")},
+        "device": "; ".join(devices()),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "extension": extension(),
     }
-    for name in ("triton", "timm", "torchvision"):
-        found[name] = _version(name)
-    found["device"] = "; ".join(devices())
-    found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    found["extension"] = extension()
-    return found
 
 
 def devices() -> list[str]:
@@ -71,16 +69,10 @@ def backends() -> list[dict[str, str]]:
                 obstacles = onednn_obstacles(device, dtype)
                 by_name = f"not available: {'; '.join(obstacles)}" if obstacles else "available, for inference"
                 chosen.append(("ln_mlp", "onednn", f"only where backend='onednn' asks for it: {by_name}"))
+            where = {"device": device.type, "dtype": dtype_name(dtype)}
             for operator, backend, why in chosen:
-                rows.append(
-                    {
-                        "operator": operator,
-                        "device": device.type,
-                        "dtype": dtype_name(dtype),
-                        "backend": backend,
-                        "reason": why,
-                    }
-                )
+                rows.append({"operator": operator, **where, "backend": backend, "reason": why})
+    # Stable: the dtypes of one operator and device stay in their order.
     return sorted(
         rows, key=lambda row: (row["operator"] != "ln_mlp", row["device"] != "cuda", row["backend"] == "onednn")
     )

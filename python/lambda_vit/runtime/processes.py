@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .formatting import format_differences
+from .signals import handle_signals
 
 T = TypeVar("T")
 
@@ -94,9 +94,8 @@ class Processes:
         except Exception as error:
             failure = error
         if self.size > 1:
-            told = None if failure is None else f"{type(failure).__name__}: {failure}"
             try:
-                messages = self.gather(told)
+                messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
             except ProcessLostError:
                 if failure is not None:
                     raise failure from None
@@ -138,23 +137,13 @@ class Processes:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """A context in which SIGTERM (from kill, a scheduler, or torchrun after a failure) exits, so that caches are removed.
-
-    Raises:
-        SystemExit: SIGTERM was received.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield
-        return
+    """A context in which SIGTERM (from kill, a scheduler, or torchrun after a failure) exits, so that caches are removed."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
+    with handle_signals([signal.SIGTERM], end):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def local_device(device: str) -> str:

@@ -6,13 +6,25 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 # Signals that ask a run to stop: Ctrl-C, kill, torchrun and batch systems. Batch systems can send SIGUSR1 some time before
 # the end; Windows does not have it.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+
+@contextlib.contextmanager
+def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A context in which `handler` receives these signals; only the main thread can: in others nothing changes."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if is_main}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():  # None: one that was not set from Python
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 @contextlib.contextmanager
@@ -54,18 +66,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._interrupted = False
-        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # signals are the main thread's
-            for number in STOPPING:
-                self._before[number] = signal.signal(number, self._note)
+        self._handled = handle_signals(STOPPING, self._note)
+        self._handled.__enter__()
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        for number, handler in self._before.items():  # None: one that was not set from Python
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before.clear()
+    def __exit__(self, *raised: Any) -> None:
+        self._handled.__exit__(*raised)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
