@@ -66,12 +66,7 @@ def draw_changes(figure: Any, record: Mapping[str, Any]) -> None:
     gone = set(record["after"]["removed"])
     _draw_lines(left, record, {row["block"]: row["relative"] for row in record["changes"]}, gone)
     left.set_ylabel(f"change of {_LABEL}".replace(" (", "\n("))
-    highest = record["before"]["highest"]
-    points = [
-        (f"at {at(record)}", [(row["relative"][highest], row["relative_error"][highest]) for row in record["changes"]]),
-        (f"mean over (0, {at(record)}]", [(row["mean"], row["mean_error"]) for row in record["changes"]]),
-    ]
-    _draw_by_block(right, record, points, gone)
+    _draw_by_block(right, record, record["changes"], gone)
     for axes in (left, right):
         axes.axhline(0, color=MUTED, linewidth=0.9, zorder=1)
 
@@ -79,12 +74,7 @@ def draw_changes(figure: Any, record: Mapping[str, Any]) -> None:
 def draw_levels(figure: Any, record: Mapping[str, Any]) -> None:
     """Fill `figure` with Δ log amplitude of one model by block."""
     axes = figure.subplots()
-    before, highest = record["before"], record["before"]["highest"]
-    points = [
-        (f"at {at(record)}", [(row["relative"][highest], row["relative_error"][highest]) for row in before["blocks"]]),
-        (f"mean over (0, {at(record)}]", [(row["mean"], row["mean_error"]) for row in before["blocks"]]),
-    ]
-    _draw_by_block(axes, record, points, set(before["removed"]))
+    _draw_by_block(axes, record, record["before"]["blocks"], set(record["before"]["removed"]))
     axes.set_ylabel(_LABEL)
 
 
@@ -99,15 +89,14 @@ def _draw_lines(axes: Any, record: Mapping[str, Any], lines: Mapping[int, list[f
     shown = slice(0, before["highest"] + 1)
     for block, values in lines.items():
         dashes = (0, (3, 1.5)) if block in gone else "-"
-        axes.plot(
-            before["frequencies"][shown],
-            values[shown],
-            color=_colour(block, len(lines)),
-            linestyle=dashes,
-            linewidth=1.3,
-            marker="o",
-            markersize=2.5,
-        )
+        look = {
+            "color": _colour(block, len(lines)),
+            "linestyle": dashes,
+            "linewidth": 1.3,
+            "marker": "o",
+            "markersize": 2.5,
+        }
+        axes.plot(before["frequencies"][shown], values[shown], **look)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼ π", "½ π", "¾ π", "π"])
     axes.set_xlim(-0.02, 1.03)
     axes.set_xlabel("radial frequency (rad per token)")
@@ -120,23 +109,26 @@ def _depth_bar(figure: Any, panels: Any, depth: int) -> None:
     norm = BoundaryNorm([i - 0.5 for i in range(depth + 1)], depth)
     colours = ListedColormap([_colour(block, depth) for block in range(depth)])
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(panels), pad=0.015, aspect=24)
-    bar.set_ticks(list(range(0, depth, math.ceil(depth / 12))))
+    bar.set_ticks(range(0, depth, math.ceil(depth / 12)))
     bar.minorticks_off()
     bar.ax.invert_yaxis()
     bar.outline.set_visible(False)
     bar.set_label("block")
 
 
-def _draw_by_block(
-    axes: Any, record: Mapping[str, Any], points: list[tuple[str, list[tuple[float, float]]]], gone: set[int]
-) -> None:
+def _draw_by_block(axes: Any, record: Mapping[str, Any], rows: list[Mapping[str, Any]], gone: set[int]) -> None:
     from matplotlib.patches import Patch
 
+    highest = record["before"]["highest"]
+    points = {
+        f"at {at(record)}": [(row["relative"][highest], row["relative_error"][highest]) for row in rows],
+        f"mean over (0, {at(record)}]": [(row["mean"], row["mean_error"]) for row in rows],
+    }
     blocks = [row["block"] for row in record["before"]["blocks"]]
     for block in gone:
         axes.axvspan(block - 0.45, block + 0.45, color=PICK, alpha=0.13, linewidth=0)
     looks = ({"marker": "o", "markerfacecolor": SERIES[0]}, {"marker": "s", "markerfacecolor": PAPER})
-    for shift, look, colour, (label, values) in zip((-0.14, 0.14), looks, SERIES, points, strict=False):
+    for shift, look, colour, (label, values) in zip((-0.14, 0.14), looks, SERIES, points.items(), strict=False):
         axes.errorbar(
             [block + shift for block in blocks],
             [value for value, _ in values],

@@ -33,13 +33,7 @@ def plots(record: dict[str, Any]) -> list[Plot]:
 
 
 def to_svg(plot: Plot, record: dict[str, Any], description: str) -> str:
-    """The figure as an `<svg>` element to put inline into an HTML page.
-
-    Args:
-        plot: one of `plots(record)`.
-        record: the record it came from.
-        description: alternative text; it is escaped here.
-    """
+    """The figure as an `<svg>` element inside an HTML page, with `description` as its alternative text."""
     with new_figure(plot.height) as figure:
         plot.draw(figure, record)
         target = io.BytesIO()
@@ -47,7 +41,7 @@ def to_svg(plot: Plot, record: dict[str, Any], description: str) -> str:
     return _inline(target.getvalue().decode(), plot.name, description)
 
 
-def to_png(record: dict[str, Any], dpi: int = 150) -> bytes:
+def to_png(record: dict[str, Any]) -> bytes:
     """All figures of the record in one picture, the title on top; the title alone if there is nothing to draw."""
     drawn = plots(record)
     title = textwrap.fill(textwrap.shorten(record.get("title") or "Report", 200, placeholder=" …"), 66)
@@ -59,7 +53,7 @@ def to_png(record: dict[str, Any], dpi: int = 150) -> bytes:
             part.suptitle(plot.title, x=0.015, ha="left", fontsize=11, fontweight="bold")
             plot.draw(part, record)
         target = io.BytesIO()
-        figure.savefig(target, format="png", dpi=dpi, facecolor="white")
+        figure.savefig(target, format="png", dpi=150, facecolor="white")
     return target.getvalue()
 
 
@@ -100,14 +94,7 @@ def _draw_variants(figure: Any, record: dict[str, Any]) -> None:
             axes.axvspan(*full["top1_interval"], color=MUTED, alpha=0.13, linewidth=0)
         axes.axvline(full["top1"], color=MUTED, linewidth=1, linestyle="--")
     solid: dict[str, Any] = {"color": SERIES[0], "marker": "o", "markersize": 7, "linewidth": 2}
-    hollow: dict[str, Any] = {
-        "color": PICK,
-        "marker": "D",
-        "markersize": 7,
-        "linewidth": 2,
-        "markerfacecolor": PAPER,
-        "markeredgewidth": 1.6,
-    }
+    hollow = solid | {"color": PICK, "marker": "D", "markerfacecolor": PAPER, "markeredgewidth": 1.6}
     looks = ((True, "trained", solid), (False, "not trained", hollow))
     for y, row in enumerate(rows):
         look = solid if row.get("trained") else hollow

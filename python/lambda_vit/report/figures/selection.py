@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..records.scores import blocks_of, diverging, in_unit, lowest_picked, rankings, score_text
-from .style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, Plot, numbers
+from .style import MUTED, OFF, PAPER, PICK, SERIES, WIDTH, Plot, known, numbers
 
 # Up to here the blocks of one ranking have room for numbers side by side.
 _MOST_BESIDE = 16
@@ -132,8 +133,8 @@ def _draw_ranking(figure: Any, record: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     axes.grid(visible=False, axis="x")
     crowded = len(blocks) > _MOST_BESIDE
-    known = [one.scores[b] for b in blocks if one.scores.get(b) is not None]
-    low, high = min(0.0, *known), max(0.0, *known)
+    values = [one.scores[b] for b in blocks if one.scores.get(b) is not None]
+    low, high = min(0.0, *values), max(0.0, *values)
     room = (0.24 if crowded else 0.12) * ((high - low) or 1.0)
     axes.set_ylim(low - (room if low < 0 else 0), high + room)
     axes.axhline(0, color=MUTED, linewidth=0.8)
@@ -166,18 +167,14 @@ def _draw_ranking(figure: Any, record: Mapping[str, Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 
-def _has(steps: Sequence[dict[str, Any]], key: str) -> bool:
-    return any(step.get(key) is not None for step in steps)
-
-
 def _panels(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(what, inches) of what there is to draw; empty where no layer was picked."""
     steps = (record.get("trajectory") or {}).get("steps") or ()
     if len(steps) < 2:
         return []
-    panels = [("answers", 1.9)] if _has(steps, "top1") or _has(steps, "agreement") else []
-    panels += [("entropy", 1.15)] if _has(steps, "entropy") else []
-    panels += [("cost", 1.15)] if _has(steps, "speedup") or _has(steps, "parameters") else []
+    panels = [("answers", 1.9)] if known(steps, "top1") or known(steps, "agreement") else []
+    panels += [("entropy", 1.15)] if known(steps, "entropy") else []
+    panels += [("cost", 1.15)] if known(steps, "speedup") or known(steps, "parameters") else []
     return panels
 
 
@@ -221,25 +218,21 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 
 def _draw_answers(axes: Any, trajectory: dict[str, Any]) -> list[Any]:
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     steps = trajectory["steps"]
     handles: list[Any] = []
     for key, label in (("top1", "top-1"), ("agreement", "agreement with the full model")):
-        if _has(steps, key):
-            axes.plot(range(len(steps)), numbers([step.get(key) for step in steps]), label=label, **_LOOKS[key])
-            handles.append(Line2D([], [], label=label, **_LOOKS[key]))
-    spans = [step.get("top1_interval") or (None, None) for step in steps]
-    if any(low is not None for low, _ in spans):
-        low, high = (numbers([span[end] for span in spans]) for end in (0, 1))
-        axes.fill_between(range(len(steps)), low, high, color=SERIES[0], alpha=0.16, linewidth=0)
+        if known(steps, key):
+            handles += axes.plot(range(len(steps)), numbers([s.get(key) for s in steps]), label=label, **_LOOKS[key])
+    if known(steps, "top1_interval"):
+        spans = [step.get("top1_interval") or (math.nan, math.nan) for step in steps]
+        axes.fill_between(range(len(steps)), *zip(*spans, strict=True), color=SERIES[0], alpha=0.16, linewidth=0)
         handles.insert(1, Patch(color=SERIES[0], alpha=0.25, linewidth=0, label="top-1's 95 % interval"))
     limit = _limit(trajectory)
     if limit is not None:
-        axes.axhline(limit, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)))
         label = f"{trajectory['recommended']['tolerance']:g} points below the full model"
-        handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)), label=label))
+        handles.append(axes.axhline(limit, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)), label=label))
     axes.set_ylim(max(-2, axes.get_ylim()[0]), min(102, axes.get_ylim()[1]))
     axes.set_ylabel("of the images (%)")
     return handles
@@ -255,19 +248,15 @@ def _limit(trajectory: dict[str, Any]) -> float | None:
 
 
 def _draw_output_entropy(axes: Any, trajectory: dict[str, Any]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
     values = numbers([step.get("entropy") for step in trajectory["steps"]])
     axes.axhline(values[0], color=MUTED, linewidth=1, linestyle="--")
-    axes.plot(range(len(values)), values, **_LOOKS["entropy"])
-    axes.margins(y=0.15)
     axes.set_ylabel("H (bits)")
-    return [Line2D([], [], label="entropy of the output (dashed: the full model's)", **_LOOKS["entropy"])]
+    axes.margins(y=0.15)
+    label = "entropy of the output (dashed: the full model's)"
+    return axes.plot(range(len(values)), values, label=label, **_LOOKS["entropy"])
 
 
 def _draw_cost(axes: Any, trajectory: dict[str, Any]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
     steps = trajectory["steps"]
     axes.axhline(1, color=MUTED, linewidth=1, linestyle="--")
     handles = []
@@ -278,11 +267,10 @@ def _draw_cost(axes: Any, trajectory: dict[str, Any]) -> list[Any]:
         ("parameters", "parameters (share of the full model's)", shares),
     ):
         if any(value is not None for value in values):
-            axes.plot(range(len(steps)), numbers(values), **_LOOKS[key])
-            handles.append(Line2D([], [], label=label, **_LOOKS[key]))
-    spans = [step.get("speedup_interval") or (None, None) for step in steps]
-    if any(low is not None for low, _ in spans):
-        low, high = (numbers([span[end] for span in spans]) for end in (0, 1))
+            handles += axes.plot(range(len(steps)), numbers(values), label=label, **_LOOKS[key])
+    if known(steps, "speedup_interval"):
+        spans = [step.get("speedup_interval") or (math.nan, math.nan) for step in steps]
+        low, high = zip(*spans, strict=True)
         axes.fill_between(range(len(steps)), low, high, color=_LOOKS["speedup"]["color"], alpha=0.2, linewidth=0)
     axes.margins(y=0.15)
     axes.set_ylabel("× full model")

@@ -7,7 +7,7 @@ neither a display nor the reader's own matplotlibrc changes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +81,11 @@ def new_figure(height: float) -> Iterator[Any]:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
+
+
+def known(rows: Iterable[Mapping[str, Any]], key: str) -> bool:
+    """Whether a row has a value under `key`."""
+    return any(row.get(key) is not None for row in rows)
 
 
 def numbers(values: list[float | None]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .style import MUTED, PAPER, PICK, SERIES, Plot, numbers
+from .style import MUTED, PAPER, PICK, SERIES, Plot, known, numbers
 
 # More markers than this run into each other.
 _MOST_MARKED = 60
@@ -41,16 +41,12 @@ def panels(run: Mapping[str, Any]) -> list[str]:
     """What there is to draw of a fine-tuning, from the top: of \"top1\", \"loss\", \"lambda\" and \"lr\"."""
     history, points = run.get("history") or (), run.get("course") or ()
     there = {
-        "top1": _any(history, "top1") or _any(history, "top1_ema"),
-        "loss": _any(history, "loss") or _any(points, "loss"),
-        "lambda": _any(history, "lambda") or _any(points, "lambda"),
-        "lr": _any(points, "lr"),
+        "top1": known(history, "top1") or known(history, "top1_ema"),
+        "loss": known(history, "loss") or known(points, "loss"),
+        "lambda": known(history, "lambda") or known(points, "lambda"),
+        "lr": known(points, "lr"),
     }
     return [name for name in _PANELS if there[name]]
-
-
-def _any(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return any(row.get(key) is not None for row in rows)
 
 
 def _draw_loss_curve(figure: Any, record: dict[str, Any]) -> None:
@@ -94,17 +90,15 @@ def _draw_loss_curve(figure: Any, record: dict[str, Any]) -> None:
 
 
 def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
     history, layers = run["history"], run.get("layers")
     handles = []
     if full.get("top1") is not None and full.get("trained") is not False:
         look: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": "--"}
+        label = f"top-1, {'full model' if layers else 'as it was'}"
         if full.get("top1_interval"):
             axes.axhspan(*full["top1_interval"], color=MUTED, alpha=0.13, linewidth=0)
-        axes.axhline(full["top1"], **look)
-        label = "full model" if layers else "as it was"
-        handles.append(Line2D([], [], label=f"top-1, {label}" + ", 95 %" * bool(full.get("top1_interval")), **look))
+            label += ", 95 %"
+        handles.append(axes.axhline(full["top1"], label=label, **look))
     names = {
         ("top1", True): "top-1 while diluting: attention still there",
         ("top1_ema", True): "averaged weights, while diluting",
@@ -118,15 +112,13 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
         look = dict(_LOOKS[key, early])
         if len(history) > _MOST_MARKED and len(rows) > 2:
             look |= {"marker": "", "linestyle": "-"}  # dashes on a curve of many turns are hard to follow
-        axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], **look)
-        handles.append(Line2D([], [], label=label, **look))
+        handles += axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=label, **look)
     best = run.get("best")
     if best:
         color = _LOOKS["top1_ema" if best.get("weights") == "ema" else "top1", False]["color"]
         look = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": color, "linestyle": "none",
                 "markeredgewidth": 1.6}  # fmt: skip
-        axes.plot(best["epoch"], best["top1"], clip_on=False, **look)
-        handles.append(Line2D([], [], label="the best: what was kept", **look))
+        handles += axes.plot(best["epoch"], best["top1"], clip_on=False, label="the best: what was kept", **look)
     axes.margins(y=0.12)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -2), min(high, 102))
@@ -134,53 +126,50 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
 
 
 def _draw_loss(axes: Any, run: dict[str, Any], per_epoch: int) -> list[Any]:
-    from matplotlib.lines import Line2D
-
     points = [point for point in run.get("course") or () if point.get("loss") is not None]
     rows = [row for row in run["history"] if row.get("loss") is not None]
     handles = []
     light: dict[str, Any] = {"color": SERIES[4], "linewidth": 0.9, "alpha": 0.55}
     if points:
         xs = [point["step"] / per_epoch for point in points]
-        axes.plot(xs, [point["loss"] for point in points], marker="." if len(xs) == 1 else "", **light)
+        handles += axes.plot(xs, [point["loss"] for point in points], marker="." if len(xs) == 1 else "", **light)
         label = "loss of single steps"
         if any("loss_low" in point for point in points):
             label += ", with their range"
             low, high = ([point.get(key, point["loss"]) for point in points] for key in ("loss_low", "loss_high"))
             axes.fill_between(xs, low, high, color=SERIES[4], alpha=0.16, linewidth=0)
-        handles.append(Line2D([], [], label=label, **light))
-    look: dict[str, Any] = {"color": SERIES[4], "linewidth": 1.6}
-    marker = "D" if len(rows) <= _MOST_MARKED else ""
+        handles[0].set_label(label)
     if rows:
-        # The mean over an epoch says most about its middle.
-        axes.plot(
-            [row["epoch"] - 0.5 for row in rows], [row["loss"] for row in rows], marker=marker, markersize=3.5, **look
-        )
-        handles.append(Line2D([], [], label="loss, mean of the epoch", marker=marker, markersize=3.5, **look))
+        look = {
+            "color": SERIES[4],
+            "linewidth": 1.6,
+            "markersize": 3.5,
+            "marker": "D" if len(rows) <= _MOST_MARKED else "",
+        }
+        middles = [row["epoch"] - 0.5 for row in rows]  # the mean over an epoch says most about its middle
+        handles += axes.plot(middles, [row["loss"] for row in rows], label="loss, mean of the epoch", **look)
     axes.margins(y=0.1)
     return handles
 
 
 def _draw_lambda(axes: Any, run: dict[str, Any], per_epoch: int) -> None:
-    known = [(p["step"] / per_epoch, p["lambda"]) for p in run.get("course") or () if p.get("lambda") is not None]
-    if not known:
-        known = [(row["epoch"], row["lambda"]) for row in run["history"] if row.get("lambda") is not None]
-        known = [(0.0, 1.0), *known]
+    found = [(p["step"] / per_epoch, p["lambda"]) for p in run.get("course") or () if p.get("lambda") is not None]
+    if not found:
+        found = [(row["epoch"], row["lambda"]) for row in run["history"] if row.get("lambda") is not None]
+        found = [(0.0, 1.0), *found]
     if boundary := run.get("boundary"):
         x = boundary["step"] / per_epoch
-        known = [(at, value) for at, value in known if at <= x]
-        if known and x > known[-1][0]:
-            known.append((x, known[-1][1] if run["recipe"].get("dilution") == "step" else 0.0))
-        known += [(x, 0.0), ((run.get("position") or 0) / per_epoch, 0.0)]
-    axes.plot([x for x, _ in known], [value for _, value in known], color=PICK, linewidth=1.6)
+        found = [(at, value) for at, value in found if at <= x]
+        if found and x > found[-1][0]:
+            found.append((x, found[-1][1] if run["recipe"].get("dilution") == "step" else 0.0))
+        found += [(x, 0.0), ((run.get("position") or 0) / per_epoch, 0.0)]
+    axes.plot(*zip(*found, strict=True), color=PICK, linewidth=1.6)
     axes.set_ylim(-0.1, 1.1)
     axes.set_yticks([0, 0.5, 1])
 
 
 def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: float) -> list[Any]:
     """Vertical lines through all panels: the end of the attention, and where a run went on."""
-    from matplotlib.lines import Line2D
-
     handles = []
     if boundary := run.get("boundary"):
         x = boundary["step"] / per_epoch
@@ -194,8 +183,6 @@ def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: floa
     )
     if resumed:
         look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (1, 2))}
-        for axes in stack:
-            for step in resumed:
-                axes.axvline(step / per_epoch, **look)
-        handles.append(Line2D([], [], label="the run went on after a stop", **look))
+        label = "the run went on after a stop"
+        handles += [axes.axvline(step / per_epoch, label=label, **look) for axes in stack for step in resumed][:1]
     return handles
