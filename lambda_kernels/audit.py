@@ -240,12 +240,9 @@ _ROW_WIDTHS = (192, 768, 1664, 4096)
 def cases(
     architectures: tuple[int, ...] = ARCHITECTURES, kernels: tuple[str, ...] = (), *, defaults: bool = False
 ) -> Iterator[Case]:
-    """Every configuration that ships, on tensors without memory; with `defaults`, those that are used unmeasured.
+    """Every configuration that ships for these compute capabilities and kernels (none: all), on tensors without memory.
 
-    Args:
-        architectures: Compute capabilities, 80, 86, 90 ….
-        kernels: Names; empty for all.
-        defaults: Only the first configuration of each list, in bfloat16 and float32, at fewer widths.
+    `defaults` are those that are used unmeasured: the first of each list, in bfloat16 and float32, at fewer widths.
     """
     dtypes = (torch.bfloat16, torch.float32) if defaults else (torch.bfloat16, torch.float16, torch.float32)
     for arch in architectures:

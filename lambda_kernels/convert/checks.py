@@ -47,14 +47,7 @@ def check_indices(layers: object, depth: int, name: str = "remove") -> tuple[int
 def check_removal(
     model: nn.Module, removed: tuple[int, ...], structure: ViTStructure, residual_scale: float, *, stacklevel: int = 3
 ) -> None:
-    """Refuse removals after which the model could not work; warn about those that look wrong.
-
-    `stacklevel` is passed to `warnings.warn` here.
-
-    Raises:
-        ValueError: The class token would be cut off from the image.
-        UnsupportedModelError: The model has no final norm to absorb the scaled residual of the removed blocks.
-    """
+    """Refuse removals after which the model could not work; warn, with `stacklevel`, about those that look wrong."""
     if structure.pooling == "token" and len(removed) == structure.depth:
         raise ValueError(
             f"removing the attention of all {structure.depth} blocks cuts the class token off from the image: every image "

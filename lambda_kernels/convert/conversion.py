@@ -76,12 +76,7 @@ def remove_attention(model: nn.Module, removed: tuple[int, ...], settings: Conve
     """Replace the blocks in place and attach the info; the caller has checked that model and indices allow it.
 
     `removed` may name any block with timm's names for its MLP half, even one without attention. The other blocks follow
-    `settings`.
-
-    Raises:
-        ValueError: `tome_r` or `tome_start` does not fit the blocks.
-        UnsupportedModelError: Tokens cannot be merged in this model, which is unchanged.
-        BackendUnavailableError: The backend was requested by name and cannot run; the model is unchanged.
+    `settings`. The model is unchanged if tokens cannot be merged in it, or a backend requested by name cannot run.
     """
     return _replace_blocks(model, removed, settings, plan_merging(model, removed, settings), stacklevel=4)
 
@@ -103,11 +98,9 @@ def _replace_blocks(
     rows = _describe(model, new, fuse)
     if settings.backend in ("triton", "onednn"):
         _refuse_modules(new, rows, settings.backend)
-    hooked = [i for i in removed if has_hooks(model.blocks[i])]
-    if hooked:
-        warnings.warn(
-            f"the hooks on blocks {hooked} are gone with the blocks they were registered on", stacklevel=stacklevel
-        )
+    if hooked := [i for i in removed if has_hooks(model.blocks[i])]:
+        gone = f"the hooks on blocks {hooked} are gone with the blocks they were registered on"
+        warnings.warn(gone, stacklevel=stacklevel)
     _warn_without_recompute(rows, fuse, settings.recompute, stacklevel + 1)
     for index, block in enumerate(new):
         model.blocks[index] = block

@@ -37,11 +37,7 @@ def pack(spec: MeterSpec, state: State | None, options: dict, updates: int) -> d
 
 
 def unpack(spec: MeterSpec, stored: object, options: dict) -> tuple[State | None, int]:
-    """The inverse of `pack`: a state on the CPU, and the number of updates.
-
-    Raises:
-        ValueError: Not what `pack` gives for these options; says what is wrong.
-    """
+    """The inverse of `pack`: a state on the CPU, and the number of updates; ValueError says what is wrong."""
     if not isinstance(stored, dict) or "format" not in stored:
         raise ValueError("not the state of an entropy meter: it has no 'format'")
     columns = _COLUMNS.get(stored["format"]) if type(stored["format"]) is int else None
@@ -110,11 +106,7 @@ def write(path: str | Path, name: str, stored: dict) -> None:
 
 
 def read(path: str | Path) -> tuple[str, dict]:
-    """The name and the packed state that `write` wrote.
-
-    Raises:
-        ValueError: The file is missing, damaged or something else; names it.
-    """
+    """The name and the packed state that `write` wrote; ValueError if the file is missing, damaged or something else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not {"name", "state", "sha256"} <= content.keys():

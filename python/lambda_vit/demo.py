@@ -70,13 +70,7 @@ class DemoResult:
 
 
 def run_demo(folder: str | Path, options: DemoOptions | None = None, console: Console | None = None) -> DemoResult:
-    """Run the demo and write `folder/`: report.{html,md,png,json}, selection.json, model/.
-
-    Args:
-        folder: Where the files go; created if needed.
-        options: Sizes and seed.
-        console: Where to say what happens; None is silent.
-    """
+    """Run the demo and write `folder/`: report.{html,md,png,json}, selection.json, model/. Without a console it is silent."""
     options = options or DemoOptions()
     console = console or Console(quiet=True)
     folder = Path(folder)

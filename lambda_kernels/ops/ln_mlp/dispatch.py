@@ -130,10 +130,7 @@ def _why_no_onednn(bfloat16: bool) -> tuple[str, ...]:
 def inference_obstacles(device: torch.device, recording: bool = False, subclass: bool = False) -> list[str]:
     """Why a call is not one of inference, which oneDNN's products are for: PyTorch's operators then compute it.
 
-    Args:
-        device: Of the tensors.
-        recording: Whether autograd records the call.
-        subclass: Whether a tensor is of a subclass of `torch.Tensor`.
+    `recording`: autograd records the call; `subclass`: a tensor is of a subclass of `torch.Tensor`.
     """
     if torch.compiler.is_compiling():
         # Asked for alone: a graph that is compiled can follow none of the other questions, and none of them matters there.

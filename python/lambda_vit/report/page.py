@@ -21,7 +21,7 @@ from .figures import page as figures
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# What an entry must have when its section is there; all else may be left out and shows as a dash.
+# Required keys of each entry; a missing other one shows as a dash.
 _REQUIRED = {
     "profile": ("blocks",),
     "profile.blocks[]": ("block",),
@@ -76,16 +76,9 @@ def write_report(record: dict[str, Any], folder: str | Path) -> dict[str, Path]:
 
 
 def console_summary(record: dict[str, Any]) -> RenderableType:
-    """The record's main tables for a terminal: entropy, selection, what every pick does, before and after, checks.
+    """The record's main tables for a terminal of 80 columns: entropy, selection, every pick, before and after, checks.
 
-    Args:
-        record: as for `write_report`.
-
-    Returns:
-        Something for `rich.console.Console.print`; it fits 80 columns.
-
-    Raises:
-        ValueError: an entry lacks a key it must have.
+    ValueError names an entry that lacks a required key.
     """
     from rich import box
     from rich.console import Group
@@ -205,17 +198,9 @@ def _fence(text: str) -> str:
 
 
 def write_training_report(folder: str | Path) -> dict[str, Path]:
-    """Write report.html, .md, .json and .png of the fine-tuning in `folder` beside its run.json.
+    """`write_report` of the fine-tuning in `folder`, beside its run.json, which has to be the record of one.
 
-    They are made from run.json and log.jsonl alone: it can be called while the run goes on, and of one that was killed.
-
-    Returns:
-        The path of each file, under "json", "md", "png" and "html".
-
-    Raises:
-        FileNotFoundError: `folder` has no run.json.
-        ValueError: run.json is not the record of a fine-tuning.
-        OSError: The folder cannot be written; what was there stays.
+    The report is made from run.json and log.jsonl alone, so it can be written during a run, and after one was killed.
     """
     from .records.training import training_record
 

@@ -42,11 +42,7 @@ _OUTPUTS = {"logits": "the logits", "pre_logits": "the input of the classifier"}
 
 
 def check(record: Mapping[str, Any]) -> None:
-    """Refuse a recommendation of a step that is not there.
-
-    Raises:
-        ValueError: Says which steps there are.
-    """
+    """Raise a ValueError for a recommended step that does not exist."""
     trajectory = record.get("trajectory") or {}
     steps, recommended = trajectory.get("steps") or (), trajectory.get("recommended")
     if recommended and recommended["step"] not in range(len(steps)):

@@ -11,15 +11,9 @@ class MissingPackageError(ImportError):
 
 
 def import_optional(package: str, extra: str, what: str) -> ModuleType:
-    """Import a package that `pip install lambda-kernels` does not install.
+    """Import a package that only an `extra` of lambda-kernels installs; MissingPackageError says that `what` requires it.
 
-    Args:
-        package: Name of the package, for pip and for import alike.
-        extra: The extra of lambda-kernels that installs it.
-        what: What requires it, for the message.
-
-    Raises:
-        MissingPackageError: The package is not installed.
+    `package` is its name for pip and for import alike.
     """
     try:
         return importlib.import_module(package)

@@ -107,11 +107,7 @@ class Processes:
             raise failure
 
     def assert_same(self, value: dict[str, Any], doing: str) -> None:
-        """Check that all processes were started alike.
-
-        Raises:
-            ValueError: On every rank; the message names the differences.
-        """
+        """Raise a ValueError that names the differences, on every rank, unless all processes were started alike."""
         first, *others = self.gather(value)
         for rank, other in enumerate(others, 1):
             if listed := format_differences(first, other, "{}: {!r} and {!r}"):
@@ -119,11 +115,7 @@ class Processes:
 
     @contextlib.contextmanager
     def translate_comm_errors(self) -> Iterator[None]:
-        """A context for communication with the other processes.
-
-        Raises:
-            ProcessLostError: In place of the error of the backend.
-        """
+        """A context for communication with the other processes: ProcessLostError replaces the error of the backend."""
         try:
             yield
         except torch.OutOfMemoryError:

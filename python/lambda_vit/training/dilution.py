@@ -69,11 +69,7 @@ class DilutedBlock(MlpBlockBase):
         self.training = block.training  # of this block alone: its parts keep the mode they have
 
     def set_lambda(self, lam: float) -> None:
-        """Set λ, from 1 (plain block) to 0 (identity twin).
-
-        Raises:
-            ValueError: λ lies outside [0, 1].
-        """
+        """Set λ, from 1 (plain block) to 0 (identity twin)."""
         if not 0.0 <= lam <= 1.0:
             raise ValueError(f"lam must lie in [0, 1]; got {lam!r}")
         if self.lam.dtype != torch.float32:
@@ -224,15 +220,10 @@ def finish_dilution(
 
 @dataclass(frozen=True)
 class LambdaSchedule:
-    """λ as a function of the optimizer step: from 1 at step 0 to 0 at `steps`, and 0 from there on.
+    """λ as a function of the optimizer step: from 1 at step 0 to 0 at `steps`, and 0 from there on."""
 
-    Attributes:
-        steps: Length of the dilution; need not be whole.
-        shape: "linear" (the paper's), "cosine", or "step" (ten equal stairs).
-    """
-
-    steps: float
-    shape: str = "linear"
+    steps: float  # length of the dilution; need not be whole
+    shape: str = "linear"  # "linear" (the paper's), "cosine", or "step" (ten equal stairs)
 
     def __post_init__(self) -> None:
         check_choice("shape", self.shape, SHAPES)
@@ -268,15 +259,9 @@ class AttentionRemovalError(RuntimeError):
 def remove_diluted_attention(model: nn.Module, images: Tensor | None = None) -> tuple[float, float]:
     """Delete the attention of all blocks under dilution, in place, with λ at 0.
 
-    Args:
-        model: Has blocks under dilution.
-        images: [N, C, H, W] to compare on; None takes seeded noise.
-
     Returns:
-        The largest |difference| of a logit before and after, and what was allowed.
-
-    Raises:
-        AttentionRemovalError: More than was allowed, or logits that are not finite.
+        The largest |difference| of a logit before and after, on images [N, C, H, W] or else seeded noise, and the largest
+        allowed one. AttentionRemovalError if it is larger, or logits are not finite.
     """
     device, dtype = one_device(model), one_dtype(model)
     if images is None:

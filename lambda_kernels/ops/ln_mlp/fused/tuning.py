@@ -159,14 +159,10 @@ def choose(
     """Choose how to compute a stage: as forced, as remembered, as the file says, or as measured now.
 
     Where nothing can be measured (a stream is being captured, tuning is off, no CUDA device, one candidate) the first
-    candidate is used, and the next call tries again. A capture too uses a choice from memory or file.
-
-    Args:
-        problem: The stage and its sizes; shapes in one `Problem.bucket` share a choice, measured on the first of them.
-        candidates: The ways to compute it, best guess first.
-        run: Computes the stage in one of these ways on the real tensors, into outputs it allocates itself. It must not
-            run a backward pass: autograd would choose in another thread, which waits until measuring ends.
-        device: The device of the tensors, with its index; it is the current one.
+    candidate, which is the best guess, is used, and the next call tries again. A capture too uses a choice from memory or
+    file. Shapes in one `Problem.bucket` share a choice, measured on the first of them. `run` computes the stage on the real
+    tensors, into outputs it allocates itself, on `device`, the current one. It must not run a backward pass: autograd would
+    choose in another thread, which waits until measuring ends.
 
     Raises:
         ValueError: No candidate; the stage is forced to one that is not there; or `LAMBDA_KERNELS_TUNING` is neither
@@ -284,8 +280,7 @@ def _warn(message: str) -> None:
 def cache_path() -> Path:
     """The file of what was measured: `tuning.json` in $LAMBDA_KERNELS_CACHE, or in the folder of this user's caches.
 
-    Raises:
-        RuntimeError: It would be in a home folder, and there is none.
+    RuntimeError if it would be in a home folder, and there is none.
     """
     if own := os.environ.get(_CACHE):
         return Path(own).expanduser() / "tuning.json"
@@ -354,11 +349,7 @@ def _read(state: _State, path: Path) -> dict[str, _Entry]:
 
 
 def _checked_entries(content: object) -> dict[str, _Entry]:
-    """Entries without anything that this version does not know.
-
-    Raises:
-        ValueError: The content is not of this format.
-    """
+    """Entries without anything that this version does not know; ValueError if the content is not of this format."""
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"not of format {_FORMAT}")
     entries = content.get("entries")
@@ -442,11 +433,7 @@ def _grounds(decision: Decision) -> str:
 
 
 def status() -> dict[str, Any]:
-    """The switch, the file, and what is in it: a dictionary of plain types for `lambda-vit doctor`.
-
-    Raises:
-        ValueError: `LAMBDA_KERNELS_TUNING` is neither "on" nor "off".
-    """
+    """The switch, the file, and its entries, as plain types for `lambda-vit doctor`."""
     switch = _switch()
     try:
         path = cache_path()

@@ -21,11 +21,7 @@ Part = tuple[str, float, Callable[[Any], None]]
 
 
 def plot_format(path: str | Path) -> str:
-    """Return the format that the suffix of `path` names: "png", "svg" or "pdf".
-
-    Raises:
-        ValueError: The suffix is another one.
-    """
+    """The format that the suffix of `path` names: "png", "svg" or "pdf"; ValueError for any other."""
     suffix = Path(path).suffix.lower()
     if suffix not in PLOT_SUFFIXES:
         raise ValueError(f"a plot is a file that ends in {', '.join(PLOT_SUFFIXES)}; got {str(path)!r}")
@@ -33,12 +29,7 @@ def plot_format(path: str | Path) -> str:
 
 
 def save_page(path: str | Path, render: Callable[[str], bytes]) -> None:
-    """Write `render(format)` to `path`, atomically.
-
-    Raises:
-        ValueError: The suffix of `path` is not .png, .svg or .pdf.
-        OSError: The file cannot be written.
-    """
+    """Write `render(plot_format(path))` to `path`, atomically."""
     content = render(plot_format(path))
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)

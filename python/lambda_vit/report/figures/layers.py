@@ -66,12 +66,9 @@ def _title(axes: Any, name: str, pad: float = 6) -> None:
 
 
 def draw_by_block(figure: Any, profile: Mapping[str, Any], picks: Mapping[int, int]) -> None:
-    """Fill `figure` with the entropy of both layers against the block, a panel per estimator.
+    """Fill `figure`, `by_block_height(profile)` inches high, with the entropy of both layers by block, a panel per estimator.
 
-    Args:
-        figure: A matplotlib Figure or SubFigure, `by_block_height(profile)` inches high.
-        profile: The record.
-        picks: Block → place in the order of picking; those blocks are shaded.
+    `picks` gives each picked block's place in the order of picking; these blocks are shaded.
     """
     from matplotlib.patches import Patch
 

@@ -37,16 +37,8 @@ def measure_selection(
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[str]]:
     """Measure the trajectory of a selection and the profile of the full model, for `selection_record`.
 
-    Args:
-        model: The full model.
-        selection: The layers, in the order of picking.
-        loader: The images on which they were picked; the first of them profile the layers.
-        trial: The images on which the picks are tried; None measures no trajectory.
-        profile: Measure a profile of the layers.
-        throughput_batch: Images per forward pass of the timing; None measures no times.
-        tolerance: Largest loss of top-1, in points, of the recommended pick.
-        bins: Number of bins of a histogram.
-        processes: The processes that measure together.
+    The first images of `loader`, on which layers were picked, profile the layers. The picks are tried on those of `trial`;
+    without it no trajectory is measured, and without `throughput_batch` no times.
 
     Returns:
         The trajectory with its recommendation, or None; on rank 0 the profile, or None, and notes for the report.

@@ -24,12 +24,7 @@ MOST_POINTS = 400
 
 
 def training_record(folder: str | Path) -> dict[str, Any]:
-    """The record that `write_report` turns into the report of the fine-tuning in `folder`.
-
-    Raises:
-        FileNotFoundError: There is no run.json.
-        ValueError: run.json is not one.
-    """
+    """The record that `write_report` turns into the report of the fine-tuning in `folder`."""
     folder = Path(folder)
     run = _read_run(folder / "run.json")
     rows, damaged = read_log(folder / "log.jsonl")

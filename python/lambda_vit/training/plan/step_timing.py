@@ -94,11 +94,7 @@ def time_steps(
 
 
 def measure_loading(loader: Iterable[Any], seconds: float) -> Loading:
-    """Pass over `loader` for `seconds`, or once. What its workers had ready before the clock started is not timed.
-
-    Raises:
-        ValueError: The loader gives nothing.
-    """
+    """Pass over `loader` for `seconds`, or once. What its workers had ready before the clock started is not timed."""
     workers = getattr(loader, "workers", getattr(loader, "num_workers", 0))
     batches = len(loader) if isinstance(loader, Sized) else None
     ready = 1 + 2 * workers  # PyTorch's workers are two batches ahead each

@@ -80,19 +80,17 @@ class Checkpoints:
 
         Args:
             step: How many optimizer steps were made.
-            state: Dicts, lists and tuples of dense tensors on any device, numbers, strings, bools and None, nested. Looked at
-                on rank 0 alone.
+            state: Dicts, lists and tuples of dense tensors on any device, numbers, strings, bools and None, nested. Only
+                rank 0 reads it.
 
         Returns:
             The path of the file with the state.
 
         Raises:
-            ValueError: `step` is not an integer of at least 0.
             TypeError: `state` holds something that could not be read back; says where.
             CheckpointError: The folder holds checkpoints of this step or of later ones, which would be given up, and this
                 object neither wrote them nor looked for them with `newest`.
             OSError: There is no room, or writing failed. Nothing is left behind, and the last checkpoint is kept.
-            RuntimeError: On other ranks than 0, where rank 0 failed; says how.
         """
         step = require_int("step", step, 0)
         path = None

@@ -50,9 +50,8 @@ class RunLog:
         notices: What was found to be wrong with the file.
 
     Raises:
-        ImportError: TensorBoard is asked for and not installed; says how to install it.
+        ImportError: TensorBoard is requested and not installed; says how to install it.
         OSError: The file cannot be opened for writing.
-        RuntimeError: On other ranks than 0, where rank 0 failed.
     """
 
     def __init__(
@@ -75,14 +74,11 @@ class RunLog:
                 self._mend()
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append a row of that kind, with the time of now.
-
-        Args:
-            fields: Plain JSON types. What is a number and comes with a `step` goes to TensorBoard too.
+        """Append a row of that kind, with the present time; numbers that come with a `step` go to TensorBoard too.
 
         Raises:
-            TypeError: A value is no JSON type; names it.
-            OSError: There is no room; what was written of the row is taken back.
+            TypeError: A field is no JSON type; names it.
+            OSError: There is no room; what was written of the row is removed again.
         """
         if not self._processes.is_main:
             return
@@ -101,13 +97,9 @@ class RunLog:
                     self._writer.add_scalar(f"{kind}/{name}", value, fields["step"], now.timestamp())
 
     def cut(self, rows: int) -> None:
-        """Leave the first `rows` lines, atomically: what was written after a checkpoint that the run goes back to is undone.
+        """Retain the first `rows` lines, atomically: those after the checkpoint that a run resumes from are removed.
 
-        TensorBoard is told to forget the figures of the same steps.
-
-        Raises:
-            OSError: There is no room for the shorter file; the longer one is kept.
-            RuntimeError: On other ranks than 0, where rank 0 failed.
+        TensorBoard forgets the figures of the same steps. Without room for the shorter file, the longer one remains.
         """
         with self._processes.all_or_none(f"cutting {self.path}"):
             if self._processes.is_main:
