@@ -96,18 +96,17 @@ class MlpBlockBase(nn.Module):
             )
         return self
 
-    def path(self, device: torch.device, dtype: torch.dtype, training: bool | None = None) -> Choice:
+    def path(
+        self, device: torch.device, dtype: torch.dtype, training: bool | None = None, *, recording: bool | None = None
+    ) -> Choice:
         """How the MLP half runs for tokens on `device` with `dtype`, and why.
 
         `backend` of the result is "modules" if the submodules are called one by one, else the choice of `ln_mlp`. `training`
-        replaces the present mode: True for a call that autograd records, False for one that it does not.
+        replaces the present mode of the submodules, `recording` whether autograd records the call, by default as `training`.
         """
-        recording = training
+        recording = training if recording is None else recording
         if recording is None:
             recording = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        return self._path(device, dtype, training, recording)
-
-    def _path(self, device: torch.device, dtype: torch.dtype, training: bool | None, recording: bool) -> Choice:
         obstacles = self.fusion_obstacles(training)
         if obstacles:
             return Choice("modules", "; ".join(obstacles))
@@ -118,7 +117,7 @@ class MlpBlockBase(nn.Module):
 
         `training` replaces the mode of the submodules; None uses the present one of each.
         """
-        by = self._path(device, dtype, training, recording=True).backend
+        by = self.path(device, dtype, training, recording=True).backend
         if by == "modules":
             level, obstacles = self._modules_recompute()
         else:

@@ -38,7 +38,7 @@ from .loop.trainer import Trainer
 from .recipe import Recipe, load_recipe
 from .run_record import RunRecord, removal_scale
 from .storage.checkpoints import Checkpoints, LoadedCheckpoint
-from .storage.log import LiveLog
+from .storage.log import RunLog
 
 if TYPE_CHECKING:
     from .images.stream import TrainingStream
@@ -139,7 +139,7 @@ def run_finetuning(
         if restart:
             _remove_earlier_run(out, checkpoints, processes)
         loaded = checkpoints.newest()
-        log = LiveLog(
+        log = RunLog(
             out / "log.jsonl",
             processes=processes,
             tensorboard=out / "tensorboard" if tensorboard else None,
@@ -246,7 +246,7 @@ def _remove_earlier_run(out: Path, checkpoints: Checkpoints, processes: Processe
                 (out / name).unlink(missing_ok=True)
 
 
-def _log_start(log: LiveLog, trainer: Trainer, loaded: LoadedCheckpoint | None) -> None:
+def _log_start(log: RunLog, trainer: Trainer, loaded: LoadedCheckpoint | None) -> None:
     """Cut the log back to the checkpoint that was loaded, and report what the run does next."""
     log.cut(0 if loaded is None else loaded.state["rows"])
     for notice in [*(() if loaded is None else loaded.notices), *log.notices]:

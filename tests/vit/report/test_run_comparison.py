@@ -96,7 +96,7 @@ def test_the_report_grows_where_that_costs_little(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(live_log.time, "monotonic", lambda: now[0])
-    with live_log.LiveLog(tmp_path / "log.jsonl", report=writes) as log:
+    with live_log.RunLog(tmp_path / "log.jsonl", report=writes) as log:
         for epoch in range(1, 80):
             now[0] += 10.0
             log.write("step", step=epoch)

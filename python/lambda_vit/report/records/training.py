@@ -30,7 +30,7 @@ def training_record(folder: str | Path) -> dict[str, Any]:
     rows, damaged = read_log(folder / "log.jsonl")
     history = _history(run, rows)
     finished = run.get("status") == "finished"
-    variants = _variants(run)
+    variants, files = _variants(run), run.get("files") or {}
     # run.json is written when a run starts and ends; in between, the log knows more.
     run["boundary"] = run.get("boundary") or _boundary(rows)
     run["best"] = _best(run, history, variants)
@@ -57,11 +57,7 @@ def training_record(folder: str | Path) -> dict[str, Any]:
         "not_exercised": _unmeasured(run, variants) if finished else None,
         "warnings": _warnings(run, rows, damaged, folder),
         "next_commands": run.get("next_commands") or _next_commands(run, folder),
-        "files": {
-            name: what
-            for name, what in (run.get("files") or {}).items()
-            if name.startswith("report.") or (folder / name).exists()
-        },
+        "files": {name: what for name, what in files.items() if name.startswith("report.") or (folder / name).exists()},
     }
     return {key: value for key, value in record.items() if value not in (None, [], {})}
 
@@ -170,12 +166,8 @@ def _title(run: Mapping[str, Any]) -> str:
 
 def _model(run: Mapping[str, Any]) -> dict[str, Any]:
     model = run.get("model") or {}
-    return {
-        "name": model.get("architecture") or "vision transformer",
-        "blocks": model.get("blocks"),
-        "input": model.get("input"),
-        "classes": model.get("classes"),
-    }
+    name = model.get("architecture") or "vision transformer"
+    return {"name": name, **{key: model.get(key) for key in ("blocks", "input", "classes")}}
 
 
 def _data(run: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -185,12 +177,8 @@ def _data(run: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _environment(run: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(run.get("environment") or {})
-    if run.get("device"):
-        found["trained on"] = run["device"]
-    if run.get("processes"):
-        found["processes"] = str(run["processes"])
-    return found
+    own = {"trained on": run.get("device"), "processes": run.get("processes")}
+    return {**(run.get("environment") or {}), **{key: str(value) for key, value in own.items() if value}}
 
 
 def _variants(run: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -286,17 +274,14 @@ def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder:
     return found
 
 
-_GO_ON = {
-    "stopped": "Go on from where it stopped",
-    "failed": "Go on from the last checkpoint, once the cause is mended",
-}
+_RESUME = {"stopped": "Resume where it stopped", "failed": "Resume from the last checkpoint, once the cause is removed"}
 
 
 def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
-    """What to type next, with the data and the original of the run where its command tells them."""
+    """What to type next, with the run's own data and original model where its command names them."""
     command = run.get("command") or ""
     if run.get("status") != "finished":
-        what = _GO_ON.get(run.get("status") or "", "Go on with it, should it have been killed")
+        what = _RESUME.get(run.get("status") or "", "Resume it if it was killed")
         return [{"what": what, "command": _again(command, run.get("processes") or 1)}] if command else []
     given = _options(command)
     root = given.get("--val-data") or given.get("--data") or (run.get("data") or {}).get("root")
@@ -320,12 +305,11 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
 def _again(command: str, processes: int) -> str:
     """The command of a run as a shell takes it, whichever way the program was started, to go on with the run."""
     command = re.sub(r" --restart(?!\S)", "", command)
-    words = command.split(maxsplit=1)
     if not _options(command):
         return command
-    if processes > 1:  # torchrun's own words are not known; those of one machine can be
-        return f"torchrun --nproc-per-node {processes} -m lambda_vit {words[1]}"
-    return f"lambda-vit {words[1]}"
+    # The options of torchrun itself are not known; this is for one machine.
+    program = f"torchrun --nproc-per-node {processes} -m lambda_vit" if processes > 1 else "lambda-vit"
+    return f"{program} {command.split(maxsplit=1)[1]}"
 
 
 _FLAGS = ("--pretrained", "--use-ema", "--no-ema")

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+# A report may take this share of the time since the previous one; the first waits as if one had taken FIRST seconds.
+SHARE = 0.02
+FIRST = 3.0
+
+
 class RunLog:
     """Appends rows to a file; each is with the operating system when `write` returns, and outlasts a kill of the process.
 
@@ -44,6 +49,9 @@ class RunLog:
         path: Of the file. What is there stays; its last line, if it is half-written, does not.
         processes: Of the run, which all make one; rank 0 writes. None: those of the default process group, if there is one.
         tensorboard: A folder for the same figures as TensorBoard reads them, under `kind/name`; None: not.
+        log_fn: Receives a line of text per epoch and notice, on rank 0.
+        report: Receives the folder of the log after an epoch, on rank 0, to write its report. It is called only where that
+            costs next to nothing, so epochs of seconds rarely call it; the report at the end of the run is the caller's.
 
     Attributes:
         rows: How many lines there are; 0 on ranks that do not write. A checkpoint remembers it for `cut`.
@@ -55,7 +63,13 @@ class RunLog:
     """
 
     def __init__(
-        self, path: str | Path, *, processes: Processes | None = None, tensorboard: str | Path | None = None
+        self,
+        path: str | Path,
+        *,
+        processes: Processes | None = None,
+        tensorboard: str | Path | None = None,
+        log_fn: Callable[[str], object] = lambda line: None,
+        report: Callable[[Path], object] | None = None,
     ) -> None:
         self.path = Path(path)
         self.rows = 0
@@ -64,6 +78,8 @@ class RunLog:
         self._folder = None if tensorboard is None else Path(tensorboard)
         self._file: FileIO | None = None
         self._writer: SummaryWriter | None = None
+        self._log_fn, self._report = log_fn, report
+        self._reported, self._took = time.monotonic(), FIRST
         with self._processes.all_or_none(f"opening {self.path}"):
             if self._processes.is_main:
                 if self._folder is not None:
@@ -95,6 +111,25 @@ class RunLog:
             for name, value in fields.items():
                 if name not in ("step", "epoch") and type(value) in (int, float):
                     self._writer.add_scalar(f"{kind}/{name}", value, fields["step"], now.timestamp())
+        if kind in ("epoch", "notice"):
+            self.announce(fields["text"] if kind == "notice" else _epoch_line(fields))
+        if kind == "epoch" and self._report is not None:
+            self._write_report(self._report)
+
+    def announce(self, line: str) -> None:
+        """Pass a line to `log_fn`, on rank 0; the file does not receive it."""
+        if self._processes.is_main:
+            self._log_fn(line)
+
+    def _write_report(self, report: Callable[[Path], object]) -> None:
+        if self._took > SHARE * (time.monotonic() - self._reported):
+            return
+        begun = time.monotonic()
+        # Training is worth more than its report: a full disk is an error when the next checkpoint meets it.
+        with contextlib.suppress(Exception):
+            report(self.path.parent)
+        self._reported = time.monotonic()
+        self._took = self._reported - begun
 
     def cut(self, rows: int) -> None:
         """Retain the first `rows` lines, atomically: those after the checkpoint that a run resumes from are removed.
@@ -212,56 +247,6 @@ def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:
     if not isinstance(value, (str, int, float, type(None))):
         raise TypeError(f"{name} of a row of the log is a {type(value).__module__}.{type(value).__qualname__}")
     return value
-
-
-# A report may take this share of the time since the previous one; the first waits as if one had taken FIRST seconds.
-SHARE = 0.02
-FIRST = 3.0
-
-
-class LiveLog(RunLog):
-    """A log that calls back while the run trains: with a line of text per epoch and notice, and to write reports.
-
-    Args:
-        log_fn: Receives each line, on rank 0.
-        report: Receives the folder of the log after an epoch, on rank 0, to write its report. It is called only where that
-            costs next to nothing, so epochs of seconds rarely call it; the report at the end of the run is the caller's.
-
-    Other arguments are those of `RunLog`.
-    """
-
-    def __init__(
-        self,
-        *arguments: Any,
-        log_fn: Callable[[str], None] = lambda line: None,
-        report: Callable[[Path], object] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(*arguments, **options)
-        self._log_fn, self._report = log_fn, report
-        self._reported, self._took = time.monotonic(), FIRST
-
-    def write(self, kind: str, **fields: Any) -> None:
-        super().write(kind, **fields)
-        if kind in ("epoch", "notice"):
-            self.announce(fields["text"] if kind == "notice" else _epoch_line(fields))
-        if kind == "epoch" and self._report is not None and self._processes.is_main:
-            self._write_report(self._report)
-
-    def announce(self, line: str) -> None:
-        """Pass a line to `log_fn`, on rank 0; the file does not receive it."""
-        if self._processes.is_main:
-            self._log_fn(line)
-
-    def _write_report(self, report: Callable[[Path], object]) -> None:
-        if self._took > SHARE * (time.monotonic() - self._reported):
-            return
-        begun = time.monotonic()
-        # Training is worth more than its report: a full disk is an error when the next checkpoint meets it.
-        with contextlib.suppress(Exception):
-            report(self.path.parent)
-        self._reported = time.monotonic()
-        self._took = self._reported - begun
 
 
 def _epoch_line(row: dict[str, Any]) -> str:
