@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lambda_kernels.files import atomic_writes
 
 from . import sections as report_sections
 from . import selection, training
 from .figures import page as figures
+from .parts import draw_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,9 +81,7 @@ def console_summary(record: dict[str, Any]) -> RenderableType:
 
     ValueError names an entry that lacks a required key.
     """
-    from rich import box
     from rich.console import Group
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     _check_keys(record, "", "")
@@ -92,17 +91,9 @@ def console_summary(record: dict[str, Any]) -> RenderableType:
         if isinstance(table, str):
             parts += [Text(table), Text("")]
             continue
-        drawn = RichTable(
-            title=Text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        parts.append(
+            draw_table(table.columns, table.rows, title=Text(table.title), title_justify="left", title_style="bold")
         )
-        for column in table.columns:
-            justify: Literal["left", "right"] = "right" if column.numeric else "left"
-            drawn.add_column(Text(column.name), justify=justify, no_wrap=column.numeric, overflow="fold")
-        for row in table.rows:
-            style = {"good": "green", "bad": "bold red"}
-            # Text, not str: rich would take "[94.0]" in a label for markup.
-            drawn.add_row(*(Text(cell.text, style=style.get(cell.tone, "")) for cell in row))
-        parts.append(drawn)
     for title, items in (
         (f"Not {report_sections.tried(record)}", record.get("not_exercised")),
         ("Warnings", report_sections.warnings(record)),

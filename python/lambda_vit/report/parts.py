@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..runtime.formatting import NONE, format_change, format_known
 from .records.readings import Cost
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,21 @@ def cost_cells(model: Mapping[str, Any], full: Mapping[str, Any], costs: Iterabl
         change = format_change(base, value) if model is not full and None not in (base, value) else ""
         cells.append(Cell(format_known(value, show), change))
     return cells
+
+
+def draw_table(columns: Iterable[Column], rows: Iterable[Iterable[Cell | str]], **options: Any) -> RichTable:
+    """A table for the terminal."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, **options)
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.numeric else "left"
+        drawn.add_column(Text(column.name), justify=justify, no_wrap=column.numeric, overflow="fold")
+    styles = {"good": "green", "bad": "bold red"}
+    for row in rows:
+        cells = [Cell(cell) if isinstance(cell, str) else cell for cell in row]
+        # Text, not str: rich would take "[94.0]" in a label for markup.
+        drawn.add_row(*(Text(cell.text, style=styles.get(cell.tone, "")) for cell in cells))
+    return drawn

@@ -12,6 +12,7 @@ from ..runtime.formatting import (
     format_count,
     format_fixed,
     format_hours,
+    format_known,
     format_milliseconds,
     format_number,
     format_ranges,
@@ -19,6 +20,7 @@ from ..runtime.formatting import (
     format_signed,
     format_size,
 )
+from .parts import Column, draw_table, numeric
 from .records.readings import CLEAR, LAYER_NAMES, _highest, at, direction, estimators, lowest, mean, verdict
 
 if TYPE_CHECKING:
@@ -29,11 +31,6 @@ if TYPE_CHECKING:
 
 def frequency_table(record: Mapping[str, Any]) -> Table:
     """A row per block: Δ log amplitude at the highest frequency and on average, before, after, and what changed."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     before, after, highest = record["before"], record.get("after"), record["before"]["highest"]
     place = "at π" if at(record) == "π" else "near π"  # and no wider than a number
     if after:
@@ -41,8 +38,7 @@ def frequency_table(record: Mapping[str, Any]) -> Table:
         titles += ["factor\nat 0", f"\n{place}"]
     else:
         titles = ["block", f"Δ {place}", "mean Δ", "amplitude at 0", place]
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for index, row in enumerate(before["blocks"]):
         other = after["blocks"][index] if after else row
         cells = [f"{'' if other['attention'] else 'removed '}{row['block']}"]
@@ -58,8 +54,8 @@ def frequency_table(record: Mapping[str, Any]) -> Table:
         else:
             cells += [format_fixed(row["relative"][highest], 3), format_fixed(row["mean"], 3)]
             cells += [f"{row['amplitude'][k]:.3g}" for k in (0, highest)]
-        table.add_row(*map(Text, cells))
-    return table
+        rows.append(cells)
+    return draw_table(numeric(*titles), rows, collapse_padding=True)
 
 
 def _factor(difference: float) -> str:
@@ -78,9 +74,7 @@ def frequency_notes(record: Mapping[str, Any]) -> list[str]:
     ]
     if after:
         highest = before["highest"]
-        largest = max(
-            error for change in record["changes"] for error in (_highest(change, highest)[1], change["mean_error"])
-        )
+        largest = max(e for change in record["changes"] for e in (_highest(change, highest)[1], change["mean_error"]))
         notes += [
             f"↑ ↓: a change of more than {CLEAR:g} standard errors over the {before['samples']} images, each compared with "
             f"itself; the largest standard error is {format_scientific(largest)}.",
@@ -107,28 +101,18 @@ def frequency_notes(record: Mapping[str, Any]) -> list[str]:
 
 def plan_table(result: Plan) -> Table:
     """The three networks side by side, and the change from the full one to the final one."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for title in ("full", "diluting", "without", "change"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     networks = [result.networks[name] for name in ("full", "diluting", "final")]
     for name, value, show in _rows(result):
         values = [value(network) for network in networks]
         if not any(values):
             continue
         change = format_change(values[0], values[2]) if None not in values else NONE
-        cells = [NONE if v is None else show(v) for v in values]
-        # Text, not str: rich would take brackets for markup.
-        table.add_row(*map(Text, (name, *cells, change)))
-    return table
+        rows.append([name, *(format_known(value, show) for value in values), change])
+    return draw_table([Column(""), *numeric("full", "diluting", "without", "change")], rows)
 
 
 def _rows(result: Plan) -> Iterator[tuple[str, Callable[[NetworkPlan], float | None], Callable[[float], str]]]:
-
     batch = result.batch_size
     yield "parameters", lambda n: n.parameters, format_count
     yield "FLOPs of a forward, per image", lambda n: n.flops, format_count
@@ -178,11 +162,9 @@ def plan_notes(result: Plan) -> list[str]:
     )
     if result.loading is not None:
         speed = result.loading.images_per_second
-        how = (
-            f"with --workers {result.loading.workers}"
-            if result.loading.workers
-            else "without workers, so that training waits for loading"
-        )
+        how = f"with --workers {result.loading.workers}"
+        if not result.loading.workers:
+            how = "without workers, so that training waits for loading"
         lines.append(
             f"Loading: {speed:,.0f} images per second ({how}; {result.loading.images:,} timed). The slower one is "
             f"{result.limited_by}; both together: {format_hours(sum(p.hours_with_loading for p in phases))}"
