@@ -323,26 +323,15 @@ class _Demo:
 
 def next_commands(folder: Path) -> list[dict[str, str]]:
     """What a user would type next, for data of their own."""
-    return [
-        {
-            "what": "Select on your own images, a folder or zip with train/<class>/* and val/<class>/*",
-            "command": "lambda-vit select --model deit_small_patch16_224 --pretrained --data path/to/images --count 4 "
-            "--out runs/select",
-        },
-        {
-            "what": "Train while the selected attention fades out, remove it, and save the model",
-            "command": "lambda-vit finetune --model deit_small_patch16_224 --pretrained --selection runs/select "
-            "--recipe short --data path/to/images --out runs/finetune",
-        },
-        {
-            "what": "Or remove it at once, without training",
-            "command": "lambda-vit convert --model deit_small_patch16_224 --pretrained --selection runs/select "
-            "--out smaller/",
-        },
-        {
-            "what": "Compare accuracy, size and speed with the full model",
-            "command": "lambda-vit validate --model runs/finetune/model --reference deit_small_patch16_224 "
-            "--reference-pretrained --data path/to/images",
-        },
-        {"what": "Look at the model of this run", "command": f"ls {folder / 'model'}"},
-    ]
+    model, images = "--model deit_small_patch16_224 --pretrained", "path/to/images"
+    commands = {
+        "Select on your own images, a folder or zip with train/<class>/* and val/<class>/*": f"lambda-vit select {model} "
+        f"--data {images} --count 4 --out runs/select",
+        "Train while the selected attention fades out, remove it, and save the model": f"lambda-vit finetune {model} "
+        f"--selection runs/select --recipe short --data {images} --out runs/finetune",
+        "Or remove it at once, without training": f"lambda-vit convert {model} --selection runs/select --out smaller/",
+        "Compare accuracy, size and speed with the full model": "lambda-vit validate --model runs/finetune/model "
+        f"--reference deit_small_patch16_224 --reference-pretrained --data {images}",
+        "Look at the model of this run": f"ls {folder / 'model'}",
+    }
+    return [{"what": what, "command": command} for what, command in commands.items()]

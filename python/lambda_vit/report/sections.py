@@ -6,7 +6,7 @@ Both templates and the terminal lay out what stands here, so that they cannot di
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..runtime.formatting import (
@@ -101,7 +101,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     if data := record.get("data"):
         sizes = [f"{data[key]:,} {key}" for key in ("train", "validation", "calibration") if data.get(key) is not None]
         facts.append(("Data", " · ".join(filter(None, [data.get("description", ""), *sizes]))))
-    facts += training.facts(record)
+    facts += training.facts(record) if record.get("finetuning") else []
     facts += [(name.capitalize(), str(record[name])) for name in ("command", "seed") if record.get(name) is not None]
     if record.get("created"):
         facts.append(("Created", record["created"].replace("T", " ", 1)))
@@ -110,7 +110,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(anchor, text, tone): what a sceptical reader wants to know before any number."""
-    status = training.status(record)
+    status = training.status(record) if record.get("finetuning") else []
     if checks := record.get("checks"):
         failed = sum(not check["ok"] for check in checks)
         passed = f"all {len(checks)} checks passed" if len(checks) > 1 else "1 check passed"
@@ -132,20 +132,19 @@ def tried(record: dict[str, Any]) -> str:
 
 
 def sections(record: dict[str, Any]) -> list[Section]:
-    makers = (
-        training.result,
+    makers: list[Callable[[dict[str, Any]], Section | None]] = [
         report_selection.recommendation,
         report_selection.steps,
         _profile,
         report_selection.selection,
         _variants,
-        training.loss_curve,
         _costs,
         _checks,
         _paths,
-        training.events,
-        training.recipe,
-    )
+    ]
+    if record.get("finetuning"):
+        makers.insert(makers.index(_costs), training.loss_curve)
+        makers = [training.result, *makers, training.events, training.recipe]
     sections = [section for maker in makers if (section := maker(record)) is not None]
     if environment := record.get("environment"):
         rows = [[key, str(value)] for key, value in environment.items()]

@@ -54,7 +54,7 @@ def _place(run: Mapping[str, Any], step: int) -> str:
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """What was done and what came of it, for the head of the page; empty where there was no fine-tuning."""
+    """What was done and its result, for the head of the page; empty where there was no fine-tuning."""
     run = _run(record)
     if not run:
         return ""
@@ -151,8 +151,6 @@ def status(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(anchor, text, tone) for the head of the page."""
     words = {"finished": ("finished", "good"), "failed": ("failed", "bad")}
     run = _run(record)
-    if not run:
-        return []
     resumed = sum(event["kind"] == "resume" for event in run["events"])
     found = [("result", *words.get(run.get("status") or "", ("not finished", "pick")))]
     found += [("events", f"resumed after {resumed} stop{'s' * (resumed > 1)}", "")] if resumed else []
@@ -162,8 +160,6 @@ def status(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Length and size of the training."""
     run = _run(record)
-    if not run:
-        return []
     recipe = run["recipe"]
     done = len(run["history"])
     planned = f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] != 1)}"
@@ -178,13 +174,10 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("Training", " · ".join(filter(None, parts)))]
 
 
-def result(record: Mapping[str, Any]) -> Section | None:
+def result(record: Mapping[str, Any]) -> Section:
     """What was kept, how it was measured, and what to type next."""
-    run = _run(record)
-    if not run:
-        return None
+    run, digits = _run(record), digits_of(record)
     text = []
-    digits = digits_of(record)
     if run.get("status") == "finished":
         text += [_choice(record)]
         if run.get("result"):
@@ -251,11 +244,9 @@ _SHOWN = {
 }
 
 
-def loss_curve(record: Mapping[str, Any]) -> Section | None:
+def loss_curve(record: Mapping[str, Any]) -> Section:
     """Accuracy, loss, λ and learning rate; a row per phase; the epochs, folded."""
     run = _run(record)
-    if not run:
-        return None
     if course_plot(dict(record)) is None:
         return Section("training", "Training", ["Nothing was logged yet."])
     tables = [table for table in (_phases(record), _epochs(record)) if table is not None]
@@ -358,7 +349,7 @@ _KINDS = {
 def events(record: Mapping[str, Any]) -> Section | None:
     """Starts, resumes, the boundary and notices, in the order in which they came."""
     run = _run(record)
-    if not run or not run["events"]:
+    if not run["events"]:
         return None
     rows = [
         [format_known(event.get("step"), "{:,}".format), _KINDS.get(event["kind"], event["kind"]), event.get("text") or "",
@@ -376,14 +367,11 @@ def _time(value: Any) -> str:
     return str(value or "").replace("T", " ", 1).removesuffix("+00:00")
 
 
-def recipe(record: Mapping[str, Any]) -> Section | None:
+def recipe(record: Mapping[str, Any]) -> Section:
     """All fields as they were used; those that are not the defaults in a sentence."""
-    run = _run(record)
-    if not run:
-        return None
     from ..training.recipe import Recipe
 
-    defaults, used = Recipe().to_dict(), run["recipe"]
+    defaults, used = Recipe().to_dict(), _run(record)["recipe"]
     changed = [name for name, value in used.items() if name not in defaults or defaults[name] != value]
     text = "All defaults." if not changed else "Changed from the defaults: "
     text += ", ".join(f"{name} {_value(used[name])}" for name in changed) + "." * bool(changed)

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,9 @@ class DilutedBlock(MlpBlockBase):
     def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
         family = find_family(block)
         assert family is not None, "the model was inspected"
-        own = {
-            name: getattr(block, name) for name in ("fuse", "backend", "recompute") if isinstance(block, MlpBlockBase)
-        }
-        super().__init__(1.0, **{"fuse": True, "backend": "auto", "recompute": "auto", **own}, family=family.name)
+        defaults = {"fuse": True, "backend": "auto", "recompute": "auto"}
+        settings: dict[str, Any] = {name: getattr(block, name, value) for name, value in defaults.items()}
+        super().__init__(1.0, **settings, family=family.name)
         # All that is on the block, parts that somebody added to it too; a scale that is not there is None, as timm has it.
         held = dict(block.named_parameters(recurse=False)) | dict(block.named_children())
         for name, part in (held | {name: None for name in family.scales if name not in held}).items():
