@@ -120,7 +120,7 @@ def compile_case(case: Case) -> Finding:
             target=GPUTarget("cuda", arch, 32),
             options=options,
         )
-    except Exception as error:  # of whatever kind, the compiler's passes raise many: it does not compile, and so fails
+    except Exception as error:  # the compiler's passes raise errors of many kinds
         reason = str(error).strip().splitlines()
         return case.finding(faults=(f"does not compile: {type(error).__name__}: {reason[-1] if reason else ''}",))
     return read(case, compiled)

@@ -1,4 +1,4 @@
-"""Hooks and replaced forwards: whatever a call of a module runs besides the forward of its class."""
+"""Hooks and replaced forwards: what a call of a module runs besides the forward of its class."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class EntropyMeter:
             `[B, ...]`, in the order of the updates.
         bins: Of a histogram.
         range: (low, high) of a histogram with fixed edges; None for the dyadic grid, which grows with the data;
-            "bfloat16" for a bin for every value of that dtype, 10240 whatever `bins` says.
+            "bfloat16" for a bin for every value of that dtype, 10240 for any value of `bins`.
         base: Of the logarithm.
         name: What is measured, for messages.
 
@@ -214,7 +214,7 @@ class EntropyMeter:
         return x.detach().cpu() if x.device.type == "mps" else x.detach()  # Metal has no float64
 
     def check(self) -> EntropyMeter:
-        """Wait for the device, so that what is wrong with the batches so far is told now and not later.
+        """Wait for the device, so that errors of the batches so far are raised now and not later.
 
         Raises:
             NonFiniteActivationError: NaN or infinity; names what was measured, the batch and the dtype.

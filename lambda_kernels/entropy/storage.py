@@ -116,7 +116,7 @@ def read(path: str | Path) -> tuple[str, dict]:
             raise ValueError("its content does not match its checksum")
     except OSError as error:
         raise ValueError(f"cannot read the entropy meter {path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever the reader meets in a damaged file
+    except Exception as error:  # a damaged file can cause any error of the reader
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} while it was read"
         raise ValueError(f"{path} is damaged or no entropy meter: {reason}") from error
     return name, stored

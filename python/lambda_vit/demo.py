@@ -77,7 +77,7 @@ def run_demo(folder: str | Path, options: DemoOptions | None = None, console: Co
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     with torch.random.fork_rng(), _one_thread(), warnings.catch_warnings():
-        # Said once, in the selection's own warnings, and not again for every variant.
+        # The selection's own warnings contain it once; every variant would repeat it.
         warnings.filterwarnings("ignore", message="the last .* would have no attention")
         return _run(folder, options, device, console)
 

@@ -50,7 +50,7 @@ def ln_mlp(x: Tensor, p: Parameters, o: Options, *, recompute: str, compute: tor
 
 
 def obstacles() -> list[str]:
-    """Why nothing can be recomputed just now, whatever the caller requests."""
+    """Why nothing can be recomputed in the present call, even on request."""
     if torch.compiler.is_compiling():
         return ["the model is being exported"] if dispatch.is_exporting() else []
     return dispatch.active_transforms()

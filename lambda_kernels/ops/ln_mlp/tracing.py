@@ -15,7 +15,7 @@ _paused = 0
 
 
 def note(name: str, detail: str = "") -> None:
-    """Say that `name` ran; costs next to nothing while nobody records."""
+    """Record that `name` ran, at next to no cost outside `recorded`."""
     if _paused:
         return
     for recorded_here in _lists:
@@ -24,7 +24,7 @@ def note(name: str, detail: str = "") -> None:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """What runs inside is only being timed: nobody gets its results, so nobody records it."""
+    """Inside, nothing is recorded: it is only being timed, and its results are discarded."""
     global _paused
     _paused += 1
     try:

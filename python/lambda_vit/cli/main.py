@@ -51,12 +51,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the resul
     """Print versions and devices, how the extension was built, and which backend each operator uses and why."""
     from rich.table import Table
 
+    from lambda_kernels.ops.ln_mlp.fused import tuning
+
     from ..runtime import environment
 
     found: dict[str, Any] = {
         "versions": environment.versions(),
         "backends": environment.backends(),
-        "tuning": environment.tuning_status(),
+        "tuning": tuning.status(),
     }
     if as_json:
         print(json.dumps(found, indent=2))

@@ -32,7 +32,7 @@ class ExportMismatchError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """Largest absolute difference of an output by batch size; or why there is none."""
+    """Largest absolute difference of an output by batch size; or why the file was not run."""
 
     differences: dict[int, float]
     by: str  # what ran the file

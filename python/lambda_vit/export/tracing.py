@@ -1,4 +1,4 @@
-"""A model as torch.export sees it: checked, of the size and the dtype that were asked for, with what a deployer has to know."""
+"""A model as torch.export sees it: checked, of the requested size and dtype, with the metadata that its users need."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _nodes(program: torch.export.ExportedProgram) -> Iterator[torch.fx.Node]:
 
 
 def _forget_places(program: torch.export.ExportedProgram) -> None:
-    # Which lines of which files made an operator: of use to nobody elsewhere, and it names folders of this machine.
+    # The source lines of operators name folders of this machine and are useless elsewhere.
     for node in _nodes(program):
         node.meta.pop("stack_trace", None)
 
@@ -223,7 +223,7 @@ def _metadata(
 def _class_names(
     count: int, stored: Collection[str | None] | None, class_names: Mapping[str, int] | None
 ) -> Collection[str | None] | None:
-    """By output; None for outputs without a name, or for all where nobody knows them."""
+    """By output; None for outputs without a name, or for all if no names are known."""
     if class_names is not None:
         outside = {name: index for name, index in class_names.items() if not 0 <= index < count}
         if outside:

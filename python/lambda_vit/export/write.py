@@ -1,7 +1,7 @@
 """Models as files that run without this library: a program of torch.export, ONNX, a compiled AOTInductor package.
 
 A model is traced once (`trace_model`) and written in any of the three forms. What is traced computes by PyTorch's own
-operators alone, whatever the model runs by otherwise. A file is put in its place only after it was run against the model.
+operators alone, whichever kernels the model uses. A file replaces `path` only after its results were compared with the model's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tracing import Runner, Traced, trace_model, undisturbed
 # A protobuf file ends at 2 GiB, and what is not a weight needs room in it too.
 EXTERNAL_ABOVE = 3 << 29
 
-# What PyTorch's exporter has operators for; asked for newer ones it writes files that are no valid ONNX (seen for 28).
+# What PyTorch's exporter supports; for newer ones it writes invalid files (observed for 28).
 OPSETS = range(18, 24)
 
 # Under this name a .pt2 program holds the metadata, as JSON.
@@ -269,7 +269,7 @@ def _tidy(made: Any, traced: Traced) -> None:
 
 
 def _stale_data(path: Path, keep: Path | None) -> list[Path]:
-    """Data that nothing will refer to once `path` is replaced: of the file that is there now, and of killed processes.
+    """Data that nothing refers to once `path` is replaced: of the present file, and of killed processes.
 
     Another process may be writing the same path: its data stays.
     """
@@ -285,7 +285,7 @@ def measure_latency(
 ) -> dict[str, dict[int, Latency]]:
     """Time the files against the model run eagerly, taking turns; by name ("eager" is the model) and batch size.
 
-    An ONNX file is left out where it was not checked, or where the model is not on a CPU.
+    An ONNX file is omitted if it was not checked, or if the model is not on a CPU.
     """
     models: dict[str, nn.Module] = {"eager": traced.model}
     for name, file in files.items():

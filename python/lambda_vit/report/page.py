@@ -45,7 +45,7 @@ def write_report(record: dict[str, Any], folder: str | Path) -> dict[str, Path]:
     or a full disk leaves the files of an earlier report whole.
 
     Args:
-        record: what was measured, in plain JSON types. Every section is optional; an absent or empty one is left out.
+        record: what was measured, in plain JSON types. Every section is optional; absent and empty ones are omitted.
         folder: where to write.
 
     Returns:

@@ -109,7 +109,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def status(record: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(anchor, text, tone): what a sceptical reader wants to know before any number."""
+    """(anchor, text, tone) of the state of the run: failures, warnings, what was not covered."""
     status = training.status(record) if record.get("finetuning") else []
     if checks := record.get("checks"):
         failed = sum(not check["ok"] for check in checks)

@@ -264,9 +264,7 @@ def loss_curve(record: Mapping[str, Any]) -> Section:
         text.append(f"Peak {where} of a process during training: {format_size(run['memory_bytes'])}.")
     caption = f"From the top: {'; '.join(_SHOWN[name] for name in panels(run))}."
     if any("loss_low" in point for point in run["course"]):
-        caption += (
-            " Each point of the loss stands for several logged steps; the band spans the lowest and highest of them."
-        )
+        caption += " Each point of the loss is the mean of several logged steps; the band spans their range."
     if run.get("recipe", {}).get("mixup") or run.get("recipe", {}).get("cutmix"):
         caption += " The loss includes mixed images, so it stays high even for a good model."
     return Section("training", "Training", text, tables, "course", caption)

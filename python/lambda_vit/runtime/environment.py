@@ -7,7 +7,6 @@ import os
 import platform
 import shlex
 import sys
-from typing import Any
 
 import torch
 
@@ -16,7 +15,6 @@ from lambda_kernels.ops.checks import dtype_name
 from lambda_kernels.ops.histogram import _extension
 from lambda_kernels.ops.histogram.function import histogram_backend
 from lambda_kernels.ops.ln_mlp.dispatch import choose, onednn_obstacles
-from lambda_kernels.ops.ln_mlp.fused import tuning
 
 
 def versions() -> dict[str, str]:
@@ -56,7 +54,7 @@ def extension() -> str:
 
 
 def backends() -> list[dict[str, str]]:
-    """The backend of every operator on each device for each dtype, and why; then backends that must be asked for."""
+    """The backend of every operator on each device for each dtype, and why; then backends that run only on request."""
     kinds = [torch.device("cuda")] if torch.cuda.is_available() else []
     kinds.append(torch.device("cpu"))
     rows = []
@@ -76,11 +74,6 @@ def backends() -> list[dict[str, str]]:
     return sorted(
         rows, key=lambda row: (row["operator"] != "ln_mlp", row["device"] != "cuda", row["backend"] == "onednn")
     )
-
-
-def tuning_status() -> dict[str, Any]:
-    """Whether kernels are tuned, the file that stores it, and its entries."""
-    return tuning.status()
 
 
 def not_exercised(device: torch.device) -> list[str]:

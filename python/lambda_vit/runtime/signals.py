@@ -85,7 +85,7 @@ class StopRequest:
 
 
 def spare_worker(number: int = 0) -> None:
-    """Keep a DataLoader's worker alive when the run is asked to stop; a `worker_init_fn`, or called by one.
+    """Keep a DataLoader's worker alive when the run receives a request to stop; a `worker_init_fn`, or called by one.
 
     Terminals, torchrun and batch systems send their signal to all processes of a job. If a worker died of it, the run would
     fail before it writes a checkpoint. Therefore the worker moves to a process group of its own, which signals to the run's

@@ -39,7 +39,7 @@ DILUTED_SCALE = 2.0
 
 
 class DilutedBlock(MlpBlockBase):
-    """A ViT block whose attention is being faded out. Shares the modules of the block it stands for, under their names.
+    """A ViT block whose attention is being faded out. It shares the modules of the block that it replaces, under their names.
 
     λ lives in a buffer, so that changing it does not recompile; at λ = 0 attention is not computed at all, since
     0·∞ would be NaN. The MLP half runs as in an `AttentionFreeBlock`: of a `FusedMlp` it keeps `fuse`, `backend` and
@@ -93,7 +93,7 @@ def dilute(
     """Put the blocks `layers` of a timm vision transformer under dilution.
 
     At λ = 1 the model computes what it did before. Lower λ with `set_lambda` while training, then call
-    `finish_dilution`; `finetune` does all of it. A model from `convert_vit(model, (), recompute=…)` goes on recomputing,
+    `finish_dilution`; `finetune` does all of it. A model from `convert_vit(model, (), recompute=…)` continues to recompute,
     in the blocks under dilution too.
 
     Args:

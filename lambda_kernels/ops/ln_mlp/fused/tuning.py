@@ -320,7 +320,7 @@ def _stored_decision(state: _State, entry_key: str, problem: Problem, candidates
     if state.stored is None:
         try:
             state.stored = _read_known(state, cache_path())
-        except RuntimeError:  # no home folder: said when there is something to write
+        except RuntimeError:  # no home folder: reported when there is something to write
             state.stored = {}
     entry = state.stored.get(entry_key)
     for candidate in candidates if entry is not None else ():

@@ -94,6 +94,6 @@ def numbers(values: list[float | None]) -> list[float]:
 
 
 def shortened(name: str, most: int = 44) -> str:
-    """`name` in at most `most` characters: of a path the end tells, of a name the beginning."""
+    """`name` in at most `most` characters, without its middle: the end of a path and the start of a name identify it."""
     half = (most - 2) // 2
     return name if len(name) <= most else f"{name[:half]} … {name[1 - half :]}"

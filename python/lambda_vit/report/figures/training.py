@@ -169,7 +169,7 @@ def _draw_lambda(axes: Any, run: dict[str, Any], per_epoch: int) -> None:
 
 
 def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: float) -> list[Any]:
-    """Vertical lines through all panels: the end of the attention, and where a run went on."""
+    """Vertical lines through all panels: the removal of attention, and where the run resumed."""
     handles = []
     if boundary := run.get("boundary"):
         x = boundary["step"] / per_epoch
@@ -183,6 +183,6 @@ def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: floa
     )
     if resumed:
         look: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (1, 2))}
-        label = "the run went on after a stop"
+        label = "the run was resumed"
         handles += [axes.axvline(step / per_epoch, label=label, **look) for axes in stack for step in resumed][:1]
     return handles

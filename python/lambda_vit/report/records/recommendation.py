@@ -13,7 +13,7 @@ from ...selection.budget import missed
 from ...selection.result import Selection
 
 TOLERANCE = 5.0  # points
-# From here on one percent is ten images, which nobody needs to be told.
+# From this number of images on, the text does not say how many images one percent is.
 _MANY = 1000
 
 
@@ -49,7 +49,7 @@ def recommend(
     Args:
         steps: A trajectory's steps, the full model first: "removed", and "top1" or "agreement" in percent.
         tolerance: In points.
-        wanted: The budget that was asked for, in words ("5 layers", "85 % of the parameters").
+        wanted: The requested budget, in words ("5 layers", "85 % of the parameters").
         images: How many images the figures rest on; None says nothing about noise.
         held_out: Whether none of these images was used for picking; None says nothing about it.
         reached: Whether the last step meets `wanted`.

@@ -46,7 +46,7 @@ def rankings(selection: Mapping[str, Any]) -> list[Ranking]:
 
 
 def blocks_of(record: Mapping[str, Any]) -> list[int]:
-    """All blocks of the model, as far as the record tells; those with a score in any case."""
+    """All blocks of the model if the record has their number, else those with a score."""
     selection = record["selection"]
     blocks = {block for one in rankings(selection) for block in one.scores}
     blocks.update(range((record.get("model") or {}).get("blocks") or selection.get("depth") or 0))

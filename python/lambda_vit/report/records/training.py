@@ -83,7 +83,7 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def _history(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per finished epoch; the log is ahead of run.json while a run goes on."""
+    """A row per finished epoch; during a run the log is ahead of run.json."""
     found = {row["epoch"]: dict(row) for row in run.get("history") or ()}
     for row in rows:
         if row["kind"] == "epoch":
@@ -182,7 +182,7 @@ def _environment(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variants(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Before and after; what nobody measured is left out of the rows."""
+    """Before and after; the rows omit what was not measured."""
     layers = run.get("layers") or []
     rows = {row["name"]: dict(row) for row in run.get("variants") or ()}
     counted = (run.get("model") or {}).get("parameters") or {}
@@ -240,7 +240,7 @@ def _unmeasured(run: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -
 
 
 def _events(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What happened besides steps and epochs, in the order of the log: kind, step, time, what is to be said."""
+    """What happened besides steps and epochs, in the order of the log: kind, step, time, text."""
     found = [_event(row) for row in rows if row["kind"] not in ("step", "epoch")]
     if run.get("boundary") and not any(event["kind"] == "boundary" for event in found):
         found.append(_event({"kind": "boundary", **run["boundary"]}))
@@ -303,7 +303,7 @@ def _next_commands(run: Mapping[str, Any], folder: Path) -> list[dict[str, str]]
 
 
 def _again(command: str, processes: int) -> str:
-    """The command of a run as a shell takes it, whichever way the program was started, to go on with the run."""
+    """The shell command that resumes a run, however the program was started."""
     command = re.sub(r" --restart(?!\S)", "", command)
     if not _options(command):
         return command

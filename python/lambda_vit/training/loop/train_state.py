@@ -39,10 +39,10 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One optimizer step: tensors on the device, so that nobody waits for it."""
+    """One optimizer step: tensors on the device, so that the host does not wait for it."""
 
     loss: Tensor  # mean over this process's images
-    norm: Tensor | None  # of the gradient before clipping; None where nobody asked
+    norm: Tensor | None  # of the gradient before clipping; None unless requested
     images: int  # of this process
     skipped: bool  # fp16: the gradient overflowed, and nothing was changed
 
@@ -186,13 +186,13 @@ class TrainState:
             self._mixup.mixup_enabled = not off or epoch < off
 
     def _rebuild(self) -> None:
-        """After the surgery: what held on to the network as it was."""
+        """After a removal: update what refers to the network as it was before."""
         forget_removed(self.optimizer, self.model)
         self._ema_steps = 0
         self._wrap()
 
     def _wrap(self) -> None:
-        """What computes the forward: compiled and shared out as asked; and the average."""
+        """Wrap the network as requested, compiled and distributed, and start the moving average."""
         from timm.utils import ModelEmaV3
 
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]

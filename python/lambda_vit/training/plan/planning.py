@@ -83,7 +83,7 @@ class Plan:
     device: str
     dtype: str
     input_shape: tuple[int, int, int]
-    recompute: str | None  # as asked for
+    recompute: str | None  # as requested
     networks: dict[str, NetworkPlan]
     phases: dict[str, Phase]
     loading: Loading | None = None
@@ -155,7 +155,7 @@ def plan_training(
 ) -> Plan:
     """Measure what `finetune` with these layers will take: memory, step time, hours. Trains copies on random images only.
 
-    What autograd saves is counted on real forwards in training mode, each storage once, parameters and buffers left out.
+    What autograd saves is counted on real forwards in training mode, each storage once, without parameters and buffers.
     Scratch memory that lives inside one operator of the forward or backward is not in it; on CUDA the real peak is
     measured beside it.
 
@@ -169,7 +169,7 @@ def plan_training(
         devices: How many share the images; taken to speed training up by that factor.
         seconds: A budget for all timing, shared evenly; no measurement takes fewer than six steps.
         device: Where to measure; None is where the model is.
-        loader: Yields batches (images, …), to measure how fast they can be loaded; None leaves that out.
+        loader: Yields batches (images, …), to measure how fast they can be loaded; None omits that.
         recompute: As for `finetune`, for the two networks that are trained. The full one is looked at as it is.
 
     Returns:

@@ -24,7 +24,7 @@ _ROUNDS, _WARMUP = 30, 2
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """How fast images come out of the loader with nobody training on them."""
+    """How fast the loader yields images while nothing trains on them."""
 
     images_per_second: float
     images: int  # that were timed

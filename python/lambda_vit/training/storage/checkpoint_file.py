@@ -1,6 +1,6 @@
 """One checkpoint on disk: a file with the state, and a manifest beside it that says what the file has to be.
 
-The manifest is renamed into place last. Whatever kills the writer, a manifest stands for a file that was written to its end.
+The manifest is renamed into place last. So a manifest proves that its file is complete, whenever the writer is killed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def manifest_path(folder: Path, step: int) -> Path:
 
 
 def free_path(folder: Path, step: int) -> Path:
-    """A name for the state of a step under which there is nothing: one that is there must last until the next is whole."""
+    """An unused name for the state of a step: an earlier state of it must last until the new one is complete."""
     stem = f"step-{step:09d}"
     names = (f"{stem}.pt" if number == 1 else f"{stem}-{number}.pt" for number in count(1))
     return next(folder / name for name in names if not (folder / name).exists())
@@ -131,7 +131,7 @@ class _Recorder:
 def write(path: Path, step: int, plain: Any, order: int) -> Manifest:
     """Write what `prepare` gave to `path`, a new file, and the manifest of its step, flushed to disk.
 
-    If that fails, nothing is left behind, and the step's earlier manifest still stands for what it did.
+    If that fails, nothing is left behind, and the step's earlier manifest remains valid.
     """
     described = manifest_path(path.parent, step)
     recorder = None

@@ -103,10 +103,10 @@ class Checkpoints:
         """Read the newest checkpoint that is whole: its size and SHA-256 match, and it loads with `weights_only=True`.
 
         Args:
-            upto: To go back: leave out later steps.
+            upto: To go back: ignore later steps.
 
         Returns:
-            The same on every rank. None: there are no checkpoints; one that was never finished is none.
+            The same on every rank. None: there are no finished checkpoints.
 
         Raises:
             CheckpointError: There are checkpoints, and none can be used; lists them with their reasons.
@@ -225,7 +225,7 @@ class Checkpoints:
                 f"{kept}. Make room, then resume",
             )
         path = checkpoint_file.free_path(self.folder, step)
-        # The clock stands for what cannot be read just now; a clock that was put back is outdone by what can.
+        # Larger than the order of every readable manifest, even if the clock was set back; unreadable ones are assumed older.
         order = max([time.time_ns(), *(1 + entry.manifest.order for entry in entries if entry.manifest)])
         try:
             checkpoint_file.write(path, step, plain, order)
@@ -233,7 +233,7 @@ class Checkpoints:
             raise OSError(
                 error.errno,
                 f"the checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}); {kept}. "
-                "Make room there, or see to the disk, then resume",
+                "Make room there, or check the disk, then resume",
             ) from error
         self._ours = True
         try:
@@ -258,7 +258,7 @@ class Checkpoints:
             self._remove(tuple(name for name in entry.files if name not in stays))
 
     def _remove(self, files: tuple[str, ...]) -> None:
-        for name in sorted(files, key=lambda name: name.endswith(".pt")):  # a manifest before what it stands for
+        for name in sorted(files, key=lambda name: name.endswith(".pt")):  # a manifest before its state
             (self.folder / name).unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> set[int]:

@@ -1,4 +1,4 @@
-"""The log of a run, one JSON object per line, written while it trains; for TensorBoard too, where that is asked for.
+"""The log of a run, one JSON object per line, written while it trains; on request for TensorBoard too.
 
 Every row has `kind` and `time` (UTC). The kinds, and what else their rows have:
 
@@ -6,7 +6,7 @@ Every row has `kind` and `time` (UTC). The kinds, and what else their rows have:
     epoch     epoch, step, loss (mean), top1, top5, top1_ema (percent), attention ("full", "diluting", "removed"), lambda, best,
               seconds
     boundary  step, difference, bound, removed: what deleting the faded attention changed, and in which blocks
-    resume    step, processes: the run went on from there
+    resume    step, processes: the run resumed from there
     notice    text
 
 JSON has no word for NaN and infinity: such a value is null, and `not_finite` in its row says what it was, {"loss": "nan"}.
