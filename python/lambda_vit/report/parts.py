@@ -61,21 +61,22 @@ def numeric(*names: str) -> list[Column]:
 
 def make_table(
     title: str,
-    columns: Iterable[Column | str],
-    rows: Iterable[Iterable[Cell | str]],
+    columns: Iterable[object],
+    rows: Iterable[Iterable[object]],
     *,
     folded: bool = False,
     sparse: bool = False,
 ) -> Table:
-    """A table of columns and cells, of which plain ones may be strings; `sparse` omits columns without any content."""
-    heads = [Column(column) if isinstance(column, str) else column for column in columns]
-    cells = [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    """A table of columns and cells, of which plain ones may be names and values; `sparse` omits columns without any content."""
+    heads = [column if isinstance(column, Column) else Column(str(column)) for column in columns]
+    cells = [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in rows]
     kept = [n for n in range(len(heads)) if not sparse or any(row[n].text not in ("", NONE) for row in cells)]
     return Table(title, [heads[n] for n in kept], [[row[n] for n in kept] for row in cells], folded)
 
 
-def compare(name: str, before: str, after: str, change: str, note: str = "") -> dict[str, str]:
-    """A row of the comparison of two models."""
+def compare(name: str, values: Iterable[str], change: str, note: str = "") -> dict[str, str]:
+    """A row of the comparison of two models, with a value of each."""
+    before, after = values
     return {"name": name, "before": before, "after": after, "change": change, "note": note}
 
 
@@ -83,7 +84,7 @@ def compare_costs(before: Mapping[str, Any], after: Mapping[str, Any], costs: It
     """Rows for the costs that are known of both models."""
     found = ((name, before.get(key), after.get(key), show) for name, key, show in costs)
     return [
-        compare(name, show(old), show(new), format_change(old, new))
+        compare(name, (show(old), show(new)), format_change(old, new))
         for name, old, new, show in found
         if None not in (old, new)
     ]
@@ -99,7 +100,7 @@ def cost_cells(model: Mapping[str, Any], full: Mapping[str, Any], costs: Iterabl
     return cells
 
 
-def draw_table(columns: Iterable[Column], rows: Iterable[Iterable[Cell | str]], **options: Any) -> RichTable:
+def draw_table(columns: Iterable[Column], rows: Iterable[Iterable[object]], **options: Any) -> RichTable:
     """A table for the terminal."""
     from rich import box
     from rich.table import Table as RichTable
@@ -111,7 +112,7 @@ def draw_table(columns: Iterable[Column], rows: Iterable[Iterable[Cell | str]], 
         drawn.add_column(Text(column.name), justify=justify, no_wrap=column.numeric, overflow="fold")
     styles = {"good": "green", "bad": "bold red"}
     for row in rows:
-        cells = [Cell(cell) if isinstance(cell, str) else cell for cell in row]
+        cells = [cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row]
         # Text, not str: rich would take "[94.0]" in a label for markup.
         drawn.add_row(*(Text(cell.text, style=styles.get(cell.tone, "")) for cell in cells))
     return drawn

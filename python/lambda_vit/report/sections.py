@@ -60,7 +60,7 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
         if all(spans):
             note = f"95 % intervals {format_ends(spans[0], digits)} and {format_ends(spans[1], digits)}: {_meeting(*spans)}"
         values = [format_percent(v["top1"], digits) for v in subject]
-        rows.append(compare("Top-1 accuracy", *values, format_points(after["top1"] - before["top1"], digits), note))
+        rows.append(compare("Top-1 accuracy", values, format_points(after["top1"] - before["top1"], digits), note))
     rows += compare_costs(before, after, COSTS)
     for batch in _batches(record):
         pair = [(v.get("latency_ms") or {}).get(batch) for v in subject]
@@ -71,7 +71,7 @@ def comparison(record: dict[str, Any]) -> dict[str, Any] | None:
             if len(spans) == 2:
                 note = f"quartiles {format_span(*spans[0])} and {format_span(*spans[1])} ms: {_meeting(*spans)}"
             shown = map(format_milliseconds, medians)
-            rows.append(compare(f"Latency, batch {batch}", *shown, format_change(*medians), note))
+            rows.append(compare(f"Latency, batch {batch}", shown, format_change(*medians), note))
     return {"before": before["label"], "after": after["label"], "rows": rows} if rows else None
 
 
@@ -147,8 +147,7 @@ def sections(record: dict[str, Any]) -> list[Section]:
         makers = [training.result, *makers, training.events, training.recipe]
     sections = [section for maker in makers if (section := maker(record)) is not None]
     if environment := record.get("environment"):
-        rows = [[key, str(value)] for key, value in environment.items()]
-        table = make_table("Where it ran", ["Part", "Version or name"], rows)
+        table = make_table("Where it ran", ["Part", "Version or name"], environment.items())
         sections.append(Section("environment", "Environment", tables=[table]))
     if items := record.get("not_exercised"):
         title = f"Not {tried(record)}"
@@ -173,7 +172,7 @@ def _profile(record: dict[str, Any]) -> Section | None:
     rows = []
     for row in blocks:
         pick = Cell(f"{order[row['block']]}", tone="pick") if row["block"] in order else ""
-        rows.append([str(row["block"]), *(format_fixed(mean(row, *key), 2) for key in shown), pick])
+        rows.append([row["block"], *(format_fixed(mean(row, *key), 2) for key in shown), pick])
     titles = {"attn": "Attention", "mlp": "MLP"}
     heads = [titles[layer] if len(names) == 1 else f"{titles[layer]}, {name}" for layer, name in shown]
     what = " and ".join("mean log₂ σ" if name == "gaussian" else f"{name} estimator".strip() for name in names)
@@ -210,8 +209,8 @@ def _variants(record: dict[str, Any]) -> Section | None:
         interval = format_ends(v.get("top1_interval"), digits) or NONE
         label = Cell(v["label"], v.get("note") or "")
         rows.append([label, format_ranges(v.get("removed") or ()), factor, trained, top[0], interval, *top[1:]])
-    columns = ["Variant", "Removed", "Identity", "Trained"]
-    columns += numeric("Top-1, %", "95 % interval", "Top-5, %", "Agreement, %")
+    numbers = numeric("Top-1, %", "95 % interval", "Top-5, %", "Agreement, %")
+    columns = ["Variant", "Removed", "Identity", "Trained", *numbers]
     images = validation_images(record)
     text = "Accuracy on the validation set"
     text += f" of {images:,} images: one image is {100 / images:.2g} points." if images else "."
@@ -258,7 +257,7 @@ _RESULTS = {True: Cell("passed", tone="good"), False: Cell("FAILED", tone="bad")
 def _checks(record: dict[str, Any]) -> Section | None:
     if not (checks := record.get("checks")):
         return None
-    rows = [[_RESULTS[bool(c["ok"])], c["name"], str(c.get("value", NONE)), c.get("detail") or ""] for c in checks]
+    rows = [[_RESULTS[bool(c["ok"])], c["name"], c.get("value", NONE), c.get("detail") or ""] for c in checks]
     table = make_table("Checks", ["Result", "Check", "Value", "What it means"], rows, sparse=True)
     return Section("checks", "Checks", tables=[table])
 
@@ -266,7 +265,7 @@ def _checks(record: dict[str, Any]) -> Section | None:
 def _paths(record: dict[str, Any]) -> Section | None:
     if not (paths := record.get("kernel_paths")):
         return None
-    rows = [[str(p["block"]), p["attention"], p["mlp"], p.get("reason") or ""] for p in paths]
+    rows = [[p["block"], p["attention"], p["mlp"], p.get("reason") or ""] for p in paths]
     tally = Counter(p["mlp"] for p in paths)
     gone = sum(p["attention"] == "removed" for p in paths)
     text = f"Attention was removed from {gone} of {len(paths)} blocks. MLP halves by path: "
@@ -284,9 +283,9 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
         (table,) = section.tables
         *heads, last = (column.name.replace(", ", "\n") for column in table.columns)
         show = score_text(record.get("selection") or {})
-        rows = [[*row[:-1], show(first.get(row[0].text)), row[-1]] for row in table.rows]
+        scored = [[*row[:-1], show(first.get(row[0].text)), row[-1]] for row in table.rows]
         title = f"{table.title} ({record['profile'].get('unit', 'bits')})"
-        tables.append(make_table(title, numeric(*heads, "Score, round 1", last), rows))
+        tables.append(make_table(title, numeric(*heads, "Score, round 1", last), scored))
     if (section := report_selection.selection(record)) is not None:
         tables += [*section.text, *(table for table in section.tables if not table.folded)]
     tables += report_selection.console_tables(record)
@@ -296,8 +295,10 @@ def console_parts(record: dict[str, Any]) -> list[Table | str]:
         tables.append(make_table(f"{compared['before']} → {compared['after']}", columns, rows))
     elif (section := _costs(record)) is not None:
         (table,) = section.tables
-        columns = [[column.name, *(row[n].text for row in table.rows)] for n, column in enumerate(table.columns)]
-        tables.append(make_table("Cost", ["Cost", *columns[0][1:]], columns[1:]))
+        (_, *names), *costs = (
+            [head.name, *(row[n].text for row in table.rows)] for n, head in enumerate(table.columns)
+        )
+        tables.append(make_table("Cost", ["Cost", *names], costs))
     if (section := _variants(record)) is not None:
         (table,) = section.tables
         tables.append(table.select("Variant", "Removed", "Top-1, %", "95 % interval", "Agreement, %"))

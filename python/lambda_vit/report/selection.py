@@ -106,13 +106,11 @@ def key_numbers(record: Mapping[str, Any]) -> dict[str, Any] | None:
             verb = "includes" if span[0] <= 0 <= span[1] else "excludes"
             note = f"95 % interval of the difference {format_signed_ends(span, digits)}: it {verb} 0"
         values = [format_percent(each["top1"], digits) for each in (full, step)]
-        rows.append(
-            compare("Top-1 without training", *values, format_points(step["top1"] - full["top1"], digits), note)
-        )
+        rows.append(compare("Top-1 without training", values, format_points(step["top1"] - full["top1"], digits), note))
     if step.get("agreement") is not None:
-        agreement = format_percent(step["agreement"], digits)
+        values = ["100 %", format_percent(step["agreement"], digits)]
         change = format_points(step["agreement"] - 100, digits)
-        rows.append(compare("Same answer as the full model", "100 %", agreement, change))
+        rows.append(compare("Same answer as the full model", values, change))
     rows += compare_costs(full, step, _costs(trajectory.get("throughput_batch")))
     if ends := step.get("speedup_interval"):
         verb = "includes" if _is_chance(step) else "excludes"
@@ -231,7 +229,7 @@ def selection(record: Mapping[str, Any]) -> Section | None:
     if score_plot(record):
         figure, caption = "scores", _scores_caption(chosen, once)
         text, columns = score_text(chosen), ["Score"] if once else [f"Round {n}" for n in range(1, len(rounds) + 1)]
-        grid = [[str(block), *(_score_cell(one, block, text) for one in rounds)] for block in blocks_of(record)]
+        grid = [[block, *(_score_cell(one, block, text) for one in rounds)] for block in blocks_of(record)]
         first = "Block"
         if len(columns) > 8:  # the page is not wide enough for the word in every column
             first, columns = "Block \\ round", [str(n) for n in range(1, len(columns) + 1)]
@@ -290,7 +288,7 @@ def _trace(chosen: Mapping[str, Any]) -> Table:
         best = _best_other(scores, [one["picked"]])
         runner = f"{text(scores[best])} (block {best})" if best is not None else NONE
         picked = Cell(str(one["picked"]), tone="pick")
-        rows.append([str(n), picked, text(scores.get(one["picked"])), runner, format_bits(one.get("entropy"))])
+        rows.append([n, picked, text(scores.get(one["picked"])), runner, format_bits(one.get("entropy"))])
     beam = (chosen.get("beam") or 1) > 1
     names = numeric("Round", "Picked", in_unit(chosen, ", "), "Lowest other" if beam else "Next best", "H after, bits")
     return make_table("Rounds of the winning set" if beam else "Greedy trace", names, rows, sparse=True)
@@ -305,12 +303,12 @@ def _best_other(scores: Mapping[int, float | None], picked: Sequence[int]) -> in
 def _ranking(chosen: Mapping[str, Any], one: Ranking) -> Table:
     """The picks of a single ranking, and the best of what stays."""
     text = score_text(chosen)
-    rows: list[list[Cell | str]] = [
-        [str(n), Cell(str(block), tone="pick"), text(one.scores.get(block))] for n, block in enumerate(one.picked, 1)
+    rows: list[list[object]] = [
+        [n, Cell(str(block), tone="pick"), text(one.scores.get(block))] for n, block in enumerate(one.picked, 1)
     ]
     best = _best_other(one.scores, one.picked)
     if best is not None:
-        rows.append(["not picked", str(best), text(one.scores[best])])
+        rows.append(["not picked", best, text(one.scores[best])])
     return make_table("Ranking", numeric("Pick", "Block", in_unit(chosen, ", ")), rows, sparse=True)
 
 

@@ -287,7 +287,7 @@ def _phases(record: Mapping[str, Any]) -> Table | None:
         scores = [row[k] for row in epochs for k in ("top1", "top1_ema") if row.get(k) is not None]
         first, last = epochs[0]["epoch"], epochs[-1]["epoch"]
         rows.append(
-            [label, f"{first}–{last}" if len(epochs) > 1 else str(first),
+            [label, f"{first}–{last}" if len(epochs) > 1 else first,
              NONE if None in seconds else format_hours(sum(seconds) / 3600), rate,
              format_known(epochs[-1].get("loss"), format_number), format_fixed(max(scores, default=None), digits)]
         )  # fmt: skip
@@ -315,7 +315,7 @@ def _epochs(record: Mapping[str, Any]) -> Table | None:
         ]
         seconds = row.get("seconds")
         rows.append(
-            [str(row["epoch"]), format_known(row.get("step"), "{:,}".format), format_known(row.get("loss"), "{:.3f}".format),
+            [row["epoch"], format_known(row.get("step"), "{:,}".format), format_known(row.get("loss"), "{:.3f}".format),
              *cells, words.get(row.get("attention") or "", ""), format_known(row.get("lambda"), "{:.3f}".format),
              NONE if seconds is None else format_hours(seconds / 3600)]
         )  # fmt: skip

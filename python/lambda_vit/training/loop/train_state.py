@@ -135,7 +135,9 @@ class TrainState:
             losses.append(loss.detach().to(exact))
         found = self._clip(norm)
         skipped = self._update(position)
-        return Outcome(sum(losses) / len(batches), found, sum(len(batch.images) for batch in batches), skipped)
+        return Outcome(
+            sum(losses[1:], losses[0]) / len(batches), found, sum(len(batch.images) for batch in batches), skipped
+        )
 
     def remove(self, images: Tensor | None) -> tuple[float, float]:
         """Delete the faded attention, as `remove_diluted_attention` does; the moving average restarts from the weights."""
