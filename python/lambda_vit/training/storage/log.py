@@ -68,7 +68,7 @@ class RunLog:
         *,
         processes: Processes | None = None,
         tensorboard: str | Path | None = None,
-        log_fn: Callable[[str], object] = lambda line: None,
+        log_fn: Callable[[str], object] | None = None,
         report: Callable[[Path], object] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -111,14 +111,14 @@ class RunLog:
             for name, value in fields.items():
                 if name not in ("step", "epoch") and type(value) in (int, float):
                     self._writer.add_scalar(f"{kind}/{name}", value, fields["step"], now.timestamp())
-        if kind in ("epoch", "notice"):
+        if self._log_fn is not None and kind in ("epoch", "notice"):
             self.announce(fields["text"] if kind == "notice" else _epoch_line(fields))
         if kind == "epoch" and self._report is not None:
             self._write_report(self._report)
 
     def announce(self, line: str) -> None:
         """Pass a line to `log_fn`, on rank 0; the file does not receive it."""
-        if self._processes.is_main:
+        if self._log_fn is not None and self._processes.is_main:
             self._log_fn(line)
 
     def _write_report(self, report: Callable[[Path], object]) -> None:
