@@ -36,10 +36,10 @@ struct CpuTask {
 };
 
 // Value by value: into the results, or first into a table.
-class Direct {
+class ScalarCounter {
  public:
   // `lock` is that of the results.
-  Direct(const Call& call, const CpuTask& task, std::mutex& lock)
+  ScalarCounter(const Call& call, const CpuTask& task, std::mutex& lock)
       : call_(call), task_(task), lock_(lock), bins_(call.bins) {
     const int64_t first = task.source->target + task.target;
     const int64_t counters = bins_ + kOutsideCount;

@@ -12,12 +12,12 @@
 #define LAMBDA_KERNELS_INLINE __forceinline
 #define LAMBDA_KERNELS_NOINLINE __declspec(noinline)
 #define LAMBDA_KERNELS_PREFETCH(address) (void)(address)
-#define LAMBDA_KERNELS_SELDOM(condition) (condition)
+#define LAMBDA_KERNELS_UNLIKELY(condition) (condition)
 #else
 #define LAMBDA_KERNELS_INLINE inline __attribute__((always_inline))
 #define LAMBDA_KERNELS_NOINLINE __attribute__((noinline))
 #define LAMBDA_KERNELS_PREFETCH(address) __builtin_prefetch(address, 0, 2)  // the tables need all of the L1
-#define LAMBDA_KERNELS_SELDOM(condition) __builtin_expect(condition, 0)
+#define LAMBDA_KERNELS_UNLIKELY(condition) __builtin_expect(condition, 0)
 #endif
 
 namespace lambda_kernels {
@@ -136,16 +136,16 @@ class RowCounter {
     const bool finite = V::all_finite(x);
     alignas(64) float values[kLanes];
     if (kBins) {
-      if (LAMBDA_KERNELS_SELDOM(!V::template slots<kExact>(x, grid_, slots) || !finite)) {
+      if (LAMBDA_KERNELS_UNLIKELY(!V::template slots<kExact>(x, grid_, slots) || !finite)) {
         V::store(x, values);
         exact_slots<V>(values, *definition_, slots);
       }
-    } else if (LAMBDA_KERNELS_SELDOM(!finite)) {
+    } else if (LAMBDA_KERNELS_UNLIKELY(!finite)) {
       V::store(x, values);
       count_non_finite(values, *definition_, table_);
     }
     if (kSums) {
-      if (LAMBDA_KERNELS_SELDOM(!finite)) {
+      if (LAMBDA_KERNELS_UNLIKELY(!finite)) {
         V::store(x, values);
         accumulated_.store(*sums_);
         sum_finite(values, *sums_);

@@ -47,9 +47,9 @@ constexpr ElementType type_of(const double*) {
   return ElementType::kDouble;
 }
 
-class Counting {
+class CpuHistogram {
  public:
-  Counting(const Call& call, const Lanes& lanes)
+  CpuHistogram(const Call& call, const Lanes& lanes)
       : call_(call),
         lanes_(lanes),
         codes_(call.bins > 0 && call.grid == nullptr),
@@ -241,7 +241,7 @@ class Counting {
     std::fill(tables.outside_finite.begin(), tables.outside_finite.end(), 0);
   }
 
-  void put_down(const CpuTask& task, const Moments* moments) {
+  void store_moments(const CpuTask& task, const Moments* moments) {
     for (int64_t index = 0; index < task.targets && call_.moments != nullptr; ++index) {
       const int64_t target = task.source->target + task.target + index;
       if (call_.only == nullptr || call_.only[target]) {
@@ -306,7 +306,7 @@ class Counting {
     });
     collect_sums(tables, sum_rows, false);
     collect_tables(task, tables, false);
-    put_down(task, tables.moments.data());
+    store_moments(task, tables.moments.data());
   }
 
   // Lanes take turns with the values of one target.
@@ -375,19 +375,19 @@ class Counting {
     collect_sums(tables, sum_rows, true);
     collect_tables(task, tables, true);
     const Element* const rest = buffer + held / kLanes * kLanes;
-    Direct direct(call_, task, results_lock_);
+    ScalarCounter direct(call_, task, results_lock_);
     for (int64_t i = 0; i < held % kLanes; ++i) {
       direct.take(0, rest[i]);
     }
     direct.collect();
     merge(tables.moments[0], direct.moments(0));
-    put_down(task, tables.moments.data());
+    store_moments(task, tables.moments.data());
   }
 
   template <typename Element>
   void count_directly(const CpuTask& task) {
     const Source& source = *task.source;
-    Direct direct(call_, task, results_lock_);
+    ScalarCounter direct(call_, task, results_lock_);
     if (side_by_side(source)) {
       for_row_blocks<Element>(source, task.begin, task.end, 1, [&](const Element* row, int64_t) {
         for (int64_t index = 0; index < task.targets; ++index) {
@@ -411,7 +411,7 @@ class Counting {
     for (int64_t index = 0; index < task.targets; ++index) {
       moments[index] = direct.moments(index);
     }
-    put_down(task, moments.data());
+    store_moments(task, moments.data());
   }
 
   // Columns are shifted by the mean of their first values, or by the first finite one where there is none among them.
@@ -452,7 +452,7 @@ std::tuple<Tensor, Tensor, Tensor> histogram_cpu(std::vector<Tensor> x, std::opt
   const Lanes* const lanes = lanes_here();
   STD_TORCH_CHECK(lanes != nullptr, "histogram: LAMBDA_KERNELS_CPU_CAPABILITY must be AVX512, AVX2 or plain, and one "
                   "that this processor has; got ", std::getenv("LAMBDA_KERNELS_CPU_CAPABILITY"));
-  Counting counting(call, *lanes);
+  CpuHistogram counting(call, *lanes);
   switch (call.dtype) {
     case ScalarType::Float:
       counting.run<float>();
