@@ -36,21 +36,13 @@ DISK_RESERVE = 1 << 30
 
 @dataclass
 class Batch:
-    """A batch, with its tensors on the model's device.
+    """A batch, with its tensors on the model's device."""
 
-    Attributes:
-        number: From 0, among the batches of this process.
-        start: Where paths start.
-        targets: int64 [N]; None if the loader yields none.
-        full: The full model's logits, once they are computed; they are cached with the rest.
-        images: For messages; None if the batch comes from the cache.
-    """
-
-    number: int
-    start: Tokens
-    targets: Tensor | None
-    full: Tensor | None = None
-    images: Images | None = None
+    number: int  # from 0, among the batches of this process
+    start: Tokens  # where paths start
+    targets: Tensor | None  # int64 [N]; None if the loader yields none
+    full: Tensor | None = None  # the full model's logits, once they are computed; they are cached with the rest
+    images: Images | None = None  # for messages; None if the batch comes from the cache
 
     def __len__(self) -> int:
         return len(self.start.tokens)
@@ -58,9 +50,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is cached between passes: "ram", "disk" or "none", its total size, and the reason."""
+    """What is cached between passes, its total size, and the reason."""
 
-    kind: str
+    kind: str  # "ram", "disk" or "none"
     bytes: int | None
     reason: str
 
@@ -68,24 +60,9 @@ class CachePlan:
 class ActivationCache:
     """Embeds the images of a loader; iterate over its batches any number of times, inside `with`.
 
-    Args:
-        runner: Embeds images.
-        loader: Yields images, with or without class indices; see `data.batches`. Iterated once per pass, or once if its
-            batches are cached.
-        device: The model's device.
-        dtype: The model's dtype.
-        cache: "ram", "disk" or "none"; "auto" is "ram" if it fits into the budget, otherwise "none".
-        budget: Largest size of this process's cache in bytes. None: a quarter of the free memory, or the free disk but 1
-            GiB, divided among the processes of this machine.
-        folder: Folder in which "disk" creates a temporary folder. None: the system's temporary folder.
-        classes: Number of the classifier's outputs, which are cached too.
-
-    Attributes:
-        plan: What is cached; None before the first batch.
-        prefixes: Tokens before later blocks, in what remains of the budget.
-
-    Raises:
-        ValueError: `cache` or `budget` is wrong; while iterating: the requested cache does not fit.
+    The loader is iterated once per pass, or once if its batches are cached. "auto" is "ram" if the cache fits into the
+    budget, otherwise "none". The default budget is a quarter of the free memory, or the free disk but 1 GiB, divided among
+    the processes of this machine.
     """
 
     def __init__(
@@ -95,22 +72,22 @@ class ActivationCache:
         device: torch.device,
         dtype: torch.dtype,
         *,
-        cache: str = "auto",
-        budget: int | None = None,
-        folder: str | Path | None = None,
-        classes: int = 0,
+        cache: str,
+        budget: int | None,  # of this process, in bytes
+        folder: str | Path | None,  # in which "disk" creates a temporary folder; None: the system's
+        classes: int,  # number of the classifier's outputs, which are cached too
     ) -> None:
         if cache not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}; got {cache!r}")
         if budget is not None:
             require_int("cache_budget", budget, 1, more=", a number of bytes", strict=True)
-        self.plan: CachePlan | None = None
+        self.plan: CachePlan | None = None  # None before the first batch
         self._runner, self._loader, self._device, self._dtype = runner, loader, device, dtype
         self._cache, self._budget, self._folder, self._classes = cache, budget, folder, classes
         self._kept: list[Batch | Path] = []
         self._complete = False
         self._stack = contextlib.ExitStack()
-        self.prefixes = PrefixCache(runner.depth)
+        self.prefixes = PrefixCache(runner.depth)  # tokens before later blocks, in what remains of the budget
 
     def __enter__(self) -> ActivationCache:
         return self

@@ -21,17 +21,10 @@ _SPEED_ROUNDS, _SPEED_BATCH = 15, 16
 
 
 class Stop:
-    """A rule that says when to stop.
+    """When to stop removing `candidates` from the full model, at the latest once `most` of them are removed.
 
-    Args:
-        model: The full model.
-        kind: "count", "params", "flops" or "throughput".
-        value: Number of layers, largest remaining share of the parameters or FLOPs, or factor of throughput to reach.
-        candidates: Layers that can be removed.
-        most: Largest number of them that may be removed.
-
-    Raises:
-        ValueError: `value` is wrong, or removing `most` layers does not reach it.
+    `value` is a number of layers, the largest remaining share of the parameters or FLOPs, or the factor of throughput to
+    reach, by `kind`: "count", "params", "flops" or "throughput". ValueError if it is wrong or cannot be reached.
     """
 
     def __init__(self, model: nn.Module, kind: str, value: float, candidates: Sequence[int], most: int) -> None:
@@ -93,8 +86,8 @@ class Stop:
         """Measure the throughput without the attention of `layers`, relative to the full model's."""
         views = {"full": self._model, "without": skip_attention(self._model, sorted(layers))}
         times = time_forwards(views, (_SPEED_BATCH,), rounds=_SPEED_ROUNDS)
-        pairs = zip(times["full"][_SPEED_BATCH], times["without"][_SPEED_BATCH], strict=True)
-        return statistics.median(full / without for full, without in pairs)
+        rounds = zip(*(taken[_SPEED_BATCH] for taken in times.values()), strict=True)
+        return statistics.median(full / without for full, without in rounds)
 
 
 _NAMES = {"params": "parameters", "flops": "FLOPs"}
@@ -142,11 +135,7 @@ DEFAULT_COUNT = 5
 
 @dataclass(frozen=True)
 class Budget:
-    """At most one of: number of layers, remaining share of the parameters or FLOPs, factor of throughput.
-
-    Raises:
-        ValueError: Several were given.
-    """
+    """At most one of: number of layers, remaining share of the parameters or FLOPs, factor of throughput."""
 
     count: int | None = None
     params: float | None = None
@@ -154,11 +143,12 @@ class Budget:
     throughput: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name, value in vars(self).items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"pass one of count, params, flops and throughput; got {', '.join(given)}")
+        if len(self._given()) > 1:
+            raise ValueError(f"pass one of count, params, flops and throughput; got {', '.join(self._given())}")
 
     def resolve(self, default_count: int) -> tuple[str, float]:
         """Return the kind and value of the rule; `default_count` layers if none was given."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return next(iter(given.items()), ("count", default_count))
+        return next(iter(self._given().items()), ("count", default_count))
+
+    def _given(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if value is not None}

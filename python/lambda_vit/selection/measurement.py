@@ -36,26 +36,9 @@ SCORES = ("logits", "pre_logits")
 class Measurement:
     """Measures any number of paths per pass over the data; use it inside `with`, which removes its cache.
 
-    Args:
-        model: A timm vision transformer; in eval mode while measuring, then in its earlier mode again.
-        loader: Yields images, with or without class indices; see `data.batches`. Iterated once per pass. With several
-            processes, this process's share.
-        estimator: "gaussian": Σ log2 σ over the output's channels. "histogram": summed differential entropies.
-        score: The output whose entropy is measured: "logits", or "pre_logits" for the classifier's input.
-        bins: Number of bins of a histogram.
-        cache: Storage of the embedded images between passes: "ram", "disk", "none"; "auto" is "ram" if they fit.
-        cache_budget: Largest size of the cache in bytes; None as for `ActivationCache`.
-        cache_folder: Folder of the cache on disk.
-        processes: The processes that measure together. None: those of the process group, if there is one; all of them
-            must then make a `Measurement` and call the same methods.
-
-    Attributes:
-        seconds: Time of the passes, and of the statistics alone as far as the host can measure it.
-        samples, channels, constant_channels: Of the passes so far; `constant_channels` is the maximum over paths.
-
-    Raises:
-        ValueError: The loader cannot be iterated twice, or an option is wrong.
-        UnsupportedModelError: The model cannot be changed block by block.
+    Arguments are those of `select_layers`. The loader yields this process's share of the images. `processes` measure
+    together, by default those of the process group, if there is one: all of them must make a `Measurement` and call the
+    same methods. The model is in eval mode while measuring, then in its earlier mode again.
     """
 
     def __init__(
@@ -89,10 +72,10 @@ class Measurement:
             classes=int(getattr(model, "num_classes", 0) or 0),
         )
         self.passes = 0
-        self.seconds = {"passes": 0.0, "statistics": 0.0}
+        self.seconds = {"passes": 0.0, "statistics": 0.0}  # the latter as far as the host can measure it
         self.samples = 0
         self.channels = 0
-        self.constant_channels = 0
+        self.constant_channels = 0  # the maximum over paths
 
     def __enter__(self) -> Measurement:
         return self
@@ -110,22 +93,11 @@ class Measurement:
         label: bool = False,
         keep: bool = False,
     ) -> dict[SkippedBlocks, PathResult]:
-        """Measure all `paths` in one pass over the data.
+        """Measure all `paths` in one pass over the data of all processes; returns the same on each.
 
-        Args:
-            paths: Sets of blocks whose attention is skipped.
-            description: Label of the progress bar.
-            compare: Compare with the full model's predictions, which are computed with the paths unless they are cached.
-            label: Compare with the labels.
-            keep: Cache the prefixes of these paths, as the memory allows, for later paths that share them.
-
-        Returns:
-            The results over the data of all processes, the same on each.
-
-        Raises:
-            ValueError: The loader is empty or yields no labels, or the output of a path never changes.
-            NonFiniteActivationError: NaN or infinity; names the first block that produced it, the batch and the dtype.
-            RuntimeError: Another process failed or died (`ProcessLostError`).
+        `compare` compares with the full model's predictions, which are computed with the paths unless they are cached,
+        and `label` with the labels. `keep` caches the prefixes of these paths, as the memory allows, for later paths that
+        share them. Errors on NaN or infinity name the first block that produced it, the batch and the dtype.
         """
         paths = list(dict.fromkeys(paths))
         statistics = PathStatistics(paths, self.estimator, self.score, self.bins, compare=compare, label=label)
@@ -145,12 +117,7 @@ class Measurement:
 
     @torch.inference_mode()
     def cosine_distances(self, description: str = "Measure") -> dict[int, float]:
-        """Measure 1 − cos(x, x + attention(x)) of each block, a mean over all tokens, in one pass (arXiv 2406.15786).
-
-        Raises:
-            ValueError: The loader is empty.
-            NonFiniteActivationError: NaN or infinity; names the block, the batch and the dtype.
-        """
+        """Measure 1 − cos(x, x + attention(x)) of each block, a mean over all tokens, in one pass (arXiv 2406.15786)."""
         depth = self.runner.depth
         sums = torch.zeros(depth + 1, 2, dtype=torch.float64)  # the last row: images
         with self.processes.all_or_none(description):
@@ -211,22 +178,19 @@ class Measurement:
         self.seconds["statistics"] += time.perf_counter() - started
 
     def _culprit(self, batch: Batch, paths: list[SkippedBlocks]) -> str:
-        where = f"batch {batch.number}"
+        where, dtype = f"batch {batch.number}", dtype_name(self.dtype)
         if self.processes.size > 1:
             where += f" of rank {self.processes.rank}"
         if batch.images is not None and not batches.finite(batch.images):
-            return f"{where} of the input holds NaN or infinity ({self._dtype_name()})"
+            return f"{where} of the input holds NaN or infinity ({dtype})"
         if not torch.isfinite(batch.start.tokens).all():
-            return f"the patch embedding gave NaN or infinity in {where} ({self._dtype_name()})"
+            return f"the patch embedding gave NaN or infinity in {where} ({dtype})"
         for path in sorted(paths, key=len):
             block = self.runner.first_bad_block(batch.start, path)
             if block is not None:
                 skipping = f" with the attention of {sorted(path)} skipped" if path else ""
-                return f"block {block} gave NaN or infinity{skipping} in {where} ({self._dtype_name()})"
-        return f"what follows the last block gave NaN or infinity in {where} ({self._dtype_name()})"
-
-    def _dtype_name(self) -> str:
-        return dtype_name(self.dtype)
+                return f"block {block} gave NaN or infinity{skipping} in {where} ({dtype})"
+        return f"what follows the last block gave NaN or infinity in {where} ({dtype})"
 
 
 def constant_note(measurement: Measurement) -> str:

@@ -24,25 +24,16 @@ _CORRECT, _LOSS, _SAME, _DIVERGENCE = range(4)
 
 @dataclass(frozen=True)
 class PathResult:
-    """The statistics of a path over all images of all processes.
-
-    Attributes:
-        images: Number of images.
-        channels: Channels of the tensor whose entropy is measured.
-        constant_channels: Number of them that never change.
-        entropy: Entropy of the output in bits, summed over channels.
-        hits: Correctly classified images, and `loss` the mean cross-entropy in bits; None without labels.
-        same: Images with the full model's prediction, and `kl` the mean KL(full ‖ path) in bits; None without comparison.
-    """
+    """The statistics of a path over all images of all processes; None for what was not measured."""
 
     images: int
-    channels: int
-    constant_channels: int
-    entropy: float
-    hits: int | None = None
-    loss: float | None = None
-    same: int | None = None
-    kl: float | None = None
+    channels: int  # of the tensor whose entropy is measured
+    constant_channels: int  # channels that never change
+    entropy: float  # of the output in bits, summed over channels
+    hits: int | None = None  # correctly classified images
+    loss: float | None = None  # mean cross-entropy in bits
+    same: int | None = None  # images with the full model's prediction
+    kl: float | None = None  # mean KL(full ‖ path) in bits
 
     @property
     def top1(self) -> float | None:
@@ -70,15 +61,9 @@ class PathResult:
 
 
 class PathStatistics:
-    """Accumulates the results of `paths`, batch by batch.
+    """Accumulates the results of `paths`, batch by batch; `score` names the measured output in messages.
 
-    Args:
-        paths: All paths to measure.
-        estimator: Entropy estimator: "gaussian" or "histogram".
-        score: Name of the output whose entropy is measured, for messages.
-        bins: Number of bins of a histogram.
-        compare: Compare with the full model's logits.
-        label: Compare with the labels.
+    With `compare` predictions are compared with the full model's, with `label` with the labels.
     """
 
     def __init__(
@@ -93,12 +78,7 @@ class PathStatistics:
         self._number = {path: n for n, path in enumerate(self._meters)}
 
     def add(self, found: dict[SkippedBlocks, Outputs], full: Tensor | None, targets: Tensor | None) -> None:
-        """Add the outputs of all paths for one batch.
-
-        Raises:
-            NonFiniteActivationError: NaN or infinity; on CUDA at the latest in `check` or `results`.
-            ValueError: A label is not a class of the classifier, or the logits are not one row per image.
-        """
+        """Add the outputs of all paths for one batch. On CUDA, NaN and infinity may go unnoticed until `check` or `results`."""
         update_together([self._meters[path] for path in found], [out.scored for out in found.values()])
         first = next(iter(found.values())).logits
         self._images += len(first)
@@ -135,15 +115,10 @@ class PathStatistics:
             meter.check()
 
     def results(self, processes: Processes) -> dict[SkippedBlocks, PathResult]:
-        """Return the results over all processes, the same on each.
-
-        Raises:
-            ValueError: There are fewer than two images, or no output of a path ever changes.
-        """
+        """Return the results over all processes, the same on each."""
         if self._sums is None:
             self._sums = torch.zeros(len(self._meters), 4, dtype=torch.float64)
-        counts = torch.tensor([float(self._images)], dtype=torch.float64)
-        images = int(processes.sum(counts).item())
+        images = int(processes.sum(torch.tensor([self._images], dtype=torch.float64)))
         if images == 0:
             raise ValueError("loader gave no images: there is nothing to measure")
         sums = processes.sum(self._sums)

@@ -43,26 +43,15 @@ class Outputs(NamedTuple):
 class PathRunner:
     """Runs paths of `model`; the caller puts `modules()` into eval mode.
 
-    Args:
-        model: A timm vision transformer.
-        score: The tensor in `Outputs.scored`: "logits", or "pre_logits" for the classifier's input. Distilled models
-            average their two heads in eval mode, and average-pooled models normalise after pooling; timm's own
-            `forward_head` does both.
-
-    Attributes:
-        model: The model.
-        why_images: Why paths require the images again after the embedding; None if they do not. Known after the first
-            `embed`.
-
-    Raises:
-        UnsupportedModelError: The model cannot be changed block by block; from the first `embed`: its forward does not
-            run the blocks as timm's does.
+    `score` is the tensor in `Outputs.scored`: "logits", or "pre_logits" for the classifier's input. Distilled models
+    average their two heads in eval mode, and average-pooled models normalise after pooling; timm's own `forward_head` does
+    both.
     """
 
     def __init__(self, model: nn.Module, score: str = "logits") -> None:
-        self.structure = inspect_model(model)
-        refuse_merging(self.structure, "measuring paths")
+        refuse_merging(inspect_model(model), "measuring paths")
         self.score = score
+        # Why paths require the images again after the embedding; None if they do not. Known after the first `embed`.
         self.why_images: str | None = None
         self.model = model
         self._blocks = list(model.blocks)
@@ -95,11 +84,7 @@ class PathRunner:
     ) -> Iterator[tuple[SkippedBlocks, Outputs]]:
         """Yield the outputs of every path once, in any order; prefixes that paths share run once.
 
-        Args:
-            start: The result of `embed`.
-            paths: Sets of blocks whose attention is skipped.
-            prefixes: Blocks before a prefix that it holds do not run, and it is offered the prefixes that do.
-            batch: Number of these images in `prefixes`.
+        Blocks before a prefix that `prefixes` holds for this batch do not run, and it is offered the prefixes that do.
         """
         run = _BatchRun(self, self._block_kwargs(start), prefixes, batch)
         first = PrefixNode(run, Prefix(0, FULL), start.tokens)

@@ -29,18 +29,11 @@ class Prefix(NamedTuple):
 
 
 class PrefixCache:
-    """Caches prefixes that the next round will share, as densely as the memory allows.
-
-    Args:
-        depth: Number of blocks.
-
-    Attributes:
-        blocks: The blocks before which tokens were cached when the cache was largest, and `bytes` its size then.
-    """
+    """Caches prefixes that the next round will share, as densely as the memory allows."""
 
     def __init__(self, depth: int) -> None:
-        self.blocks: tuple[int, ...] = ()
-        self.bytes = 0
+        self.blocks: tuple[int, ...] = ()  # the blocks before which tokens were cached when the cache was largest
+        self.bytes = 0  # its size then
         self._depth = depth
         self._prefix_bytes, self._budget = 1, 0
         self._wanted: frozenset[Prefix] = frozenset()

@@ -104,19 +104,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Round:
-    """One step of a search.
+    """One step of a search."""
 
-    Attributes:
-        picked: Index of the block that was picked.
-        scores: The score of every candidate.
-        entropy: Entropy of the output with `skipped` and `picked` skipped; None if no path was run.
-        skipped: The blocks picked before, in order.
-    """
-
-    picked: int
-    scores: dict[int, float]
-    entropy: float | None = None
-    skipped: tuple[int, ...] = ()
+    picked: int  # index of the block that was picked
+    scores: dict[int, float]  # of every candidate
+    entropy: float | None = None  # of the output with `skipped` and `picked` skipped; None if no path was run
+    skipped: tuple[int, ...] = ()  # the blocks picked before, in order
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; block indices that are keys become strings."""

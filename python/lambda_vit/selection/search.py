@@ -121,11 +121,7 @@ def select_layers(
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The options of `select_layers`, checked as far as that is possible without a model.
-
-    Raises:
-        ValueError: An option is wrong, or two of them exclude each other.
-    """
+    """The options of `select_layers`, checked as far as that is possible without a model."""
 
     strategy: str = "nose"
     estimator: str = "gaussian"
@@ -156,15 +152,7 @@ class SearchOptions:
 
 
 class Searcher:
-    """One selection: `before_search` checks and reads earlier progress, `run_search` measures, `after_search` reports.
-
-    Args:
-        model: As for `select_layers`.
-        loader: As for `select_layers`.
-        budget: When to stop.
-        options: What to compare, over which layers.
-        processes: The processes that measure together; None: those of the process group, if there is one.
-    """
+    """One selection: `before_search` checks and reads earlier progress, `run_search` measures, `after_search` reports."""
 
     def __init__(
         self,
@@ -311,14 +299,6 @@ class Searcher:
     def after_search(self, state: SearchState) -> Selection:
         """Return the best set of layers as a selection."""
         best, full, criterion, options = state.branches[0], state.full, self._criterion, self.options
-        measured: dict[str, Any] = {}
-        if full is not None:
-            measured = {
-                "estimator": options.estimator,
-                "score": options.score,
-                "entropy_full": full.entropy,
-                "channels": full.channels,
-            }
         return self._report(
             best.layers,
             state.notes,
@@ -328,7 +308,10 @@ class Searcher:
             signed=options.strategy == "nose-signed",
             samples=state.samples,
             rounds=best.rounds,
-            **measured,
+            estimator=options.estimator if full else None,
+            score=options.score if full else None,
+            entropy_full=full.entropy if full else None,
+            channels=full.channels if full else None,
         )
 
     def _report(self, layers: tuple[int, ...], notes: Sequence[str], **found: Any) -> Selection:
@@ -359,9 +342,7 @@ class Searcher:
 
 
 def _measured_notes(measurement: Measurement) -> tuple[str, ...]:
-    notes = []
-    if measurement.constant_channels:
-        notes.append(constant_note(measurement))
+    notes = [constant_note(measurement)] if measurement.constant_channels else []
     if measurement.channels and measurement.samples < measurement.channels:
         notes.append(
             f"{measurement.samples} images for {measurement.channels} output channels: the entropies are rough. "

@@ -21,24 +21,15 @@ class ProgressMismatchError(ValueError):
 
 
 class Progress:
-    """The file that holds the state of a search.
+    """The file that holds the state of a search, and in `fingerprint` everything on which the scores depend.
 
-    Args:
-        path: Path of the file; None writes nothing.
-        fingerprint: Everything on which the scores depend, by name, as plain JSON types.
-
-    Attributes:
-        found: The last state; None before the first round.
-
-    Raises:
-        ProgressMismatchError: The file holds the progress of another search; lists the differences.
-        ValueError: The file cannot be read.
+    Without a path nothing is written.
     """
 
     def __init__(self, path: Path | None, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        self.found: SearchState | None = None
+        self.found: SearchState | None = None  # None before the first round
         if path is None:
             return
         remove_leftovers(path)
@@ -48,9 +39,12 @@ class Progress:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
-            before, found = record["fingerprint"], record["found"]
-            self._compare(before)
-            self.found = SearchState.from_dict(found)
+            if listed := format_differences(record["fingerprint"], self.fingerprint):
+                raise ProgressMismatchError(
+                    f"{path} holds a selection that was started differently: {listed}. Use its options, model and data, "
+                    "another output folder, or start over with --restart (restart=True)"
+                )
+            self.found = SearchState.from_dict(record["found"])
         except ProgressMismatchError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -65,20 +59,9 @@ class Progress:
         if self.path is not None:
             write_json(self.path, {"format": FORMAT, "fingerprint": self.fingerprint, "found": found.to_dict()})
 
-    def _compare(self, before: dict[str, Any]) -> None:
-        if listed := format_differences(before, self.fingerprint):
-            raise ProgressMismatchError(
-                f"{self.path} holds a selection that was started differently: {listed}. Use its options, model and data, "
-                "another output folder, or start over with --restart (restart=True)"
-            )
-
 
 def refuse_search(path: Path, control: str, restart: bool) -> None:
-    """Refuse a control whose selection would replace that of a search; with `restart`, remove the search's progress.
-
-    Raises:
-        ProgressMismatchError: `path` holds the progress of a search, and `restart` is false.
-    """
+    """Refuse a control whose selection would replace that of a search; with `restart`, remove the search's progress."""
     if restart:
         path.unlink(missing_ok=True)
     elif path.exists():
@@ -107,23 +90,14 @@ class BeamState:
 
 @dataclass(frozen=True)
 class SearchState:
-    """The sets of layers that a search retains after a round, and the full model's result.
+    """The sets of layers that a search retains after a round, and the full model's result."""
 
-    Attributes:
-        branches: The best first; at most as many as the beam is wide.
-        full: The full model's result; None before the first round, or if the criterion runs no path.
-        done: Whether the first branch is the result of the search.
-        samples: Number of images of a pass.
-        constant_channels: The largest number of output channels that never changed on a path.
-        notes: Notes on the measurement, for the selection's warnings.
-    """
-
-    branches: tuple[BeamState, ...] = (BeamState(),)
-    full: PathResult | None = None
-    done: bool = False
-    samples: int | None = None
-    constant_channels: int = 0
-    notes: tuple[str, ...] = ()
+    branches: tuple[BeamState, ...] = (BeamState(),)  # the best first; at most as many as the beam is wide
+    full: PathResult | None = None  # None before the first round, or if the criterion runs no path
+    done: bool = False  # whether the first branch is the result of the search
+    samples: int | None = None  # number of images of a pass
+    constant_channels: int = 0  # the largest number of output channels that never changed on a path
+    notes: tuple[str, ...] = ()  # on the measurement, for the selection's warnings
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

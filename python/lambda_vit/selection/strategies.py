@@ -16,24 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Criterion:
-    """The quantity by which paths are compared; lower is better.
+    """The quantity by which paths are compared; lower is better."""
 
-    Attributes:
-        name: Its name in reports.
-        unit: The unit of the score.
-        about: What the score measures, as the end of "Score: …".
-        score: Computes the score from the path's result and the full model's; the second number breaks ties. None: the
-            criterion compares blocks, not the outputs of paths.
-        compare: Whether it requires the full model's logits.
-        label: Whether it requires labels.
-    """
-
-    name: str
-    unit: str
-    about: str
+    name: str  # in reports
+    unit: str  # of the score
+    about: str  # what the score measures, as the end of "Score: …"
+    # Computes the score from the path's result and the full model's; the second number breaks ties. None: the criterion
+    # compares blocks, not the outputs of paths.
     score: Callable[[PathResult, PathResult], tuple[float, float]] | None
-    compare: bool = False
-    label: bool = False
+    compare: bool = False  # whether it requires the full model's logits
+    label: bool = False  # whether it requires labels
 
     @property
     def needs_classes(self) -> bool:
@@ -43,57 +35,42 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How layers are found, and by which criterion.
+    """How layers are found, and by which criterion."""
 
-    Attributes:
-        how: "greedy": one by one, each measured together with the earlier picks. "ranked": all by one measurement of each
-            layer alone. "control": measures nothing.
-        criterion: The quantity that it minimizes; None for a control.
-        about: One phrase for a list of strategies.
-        report: How a report describes the search.
-    """
-
+    # "greedy": one by one, each measured together with the earlier picks. "ranked": all by one measurement of each layer
+    # alone. "control": measures nothing.
     how: str
-    criterion: Criterion | None
-    about: str
-    report: str
-
-
-def _score_te(result: PathResult, full: PathResult) -> tuple[float, float]:
-    return full.entropy - result.entropy, 0.0
-
-
-def _score_absolute_te(result: PathResult, full: PathResult) -> tuple[float, float]:
-    return abs(full.entropy - result.entropy), 0.0
-
-
-def _score_divergence(result: PathResult, full: PathResult) -> tuple[float, float]:
-    return result.kl, 0.0
-
-
-def _score_lost_accuracy(result: PathResult, full: PathResult) -> tuple[float, float]:
-    # Accuracies of few images are often equal: the loss breaks the tie.
-    return full.top1 - result.top1, result.loss
+    criterion: Criterion | None  # the quantity that it minimizes; None for a control
+    about: str  # one phrase for a list of strategies
+    report: str  # how a report describes the search
 
 
 ABSOLUTE_TE = Criterion(
     "|TE|",
     "bits",
     "the distance of the output's entropy from the full model's without this attention",
-    _score_absolute_te,
+    lambda result, full: (abs(full.entropy - result.entropy), 0.0),
 )
 TE = Criterion(
-    "TE", "bits", "the drop of the output's entropy below the full model's without this attention", _score_te
+    "TE",
+    "bits",
+    "the drop of the output's entropy below the full model's without this attention",
+    lambda result, full: (full.entropy - result.entropy, 0.0),
 )
 DIVERGENCE = Criterion(
     "KL",
     "bits",
     "the mean divergence of the class probabilities from the full model's without this attention",
-    _score_divergence,
+    lambda result, full: (result.kl, 0.0),
     compare=True,
 )
 LOST_ACCURACY = Criterion(
-    "top-1 lost", "points", "the points of top-1 lost without this attention", _score_lost_accuracy, label=True
+    "top-1 lost",
+    "points",
+    "the points of top-1 lost without this attention",
+    # Accuracies of few images are often equal: the loss breaks the tie.
+    lambda result, full: (full.top1 - result.top1, result.loss),
+    label=True,
 )
 COSINE = Criterion(
     "1 − cosine", "", "the change of direction of the tokens that pass this attention; 0 means none", None
@@ -145,11 +122,3 @@ STRATEGIES = {
 CRITERIA = {strategy.criterion.name: strategy.criterion for strategy in STRATEGIES.values() if strategy.criterion}
 
 SEARCHES = {"greedy": "greedy", "ranked": "ranks once", "control": "measures nothing"}
-
-
-def list_strategies() -> list[tuple[str, str, str, str]]:
-    """Name, search, criterion and description of every strategy, as rows of a table."""
-    return [
-        (name, SEARCHES[strategy.how], strategy.criterion.name if strategy.criterion else "–", strategy.about)
-        for name, strategy in STRATEGIES.items()
-    ]

@@ -19,7 +19,7 @@ from lambda_kernels.convert.checks import check_indices
 from ..data.fingerprints import data_fingerprint
 from ..data.loader import ImageLoader
 from ..measure.cost import Cost, cost
-from ..measure.intervals import LEAST, median_interval, wilson_interval
+from ..measure.intervals import LEAST, median_interval, percent_interval
 from ..measure.latency import summarize, time_forwards
 from ..models.properties import one_device, why_no_classes
 from ..models.views import skip_attention
@@ -105,19 +105,12 @@ def _cost(model: nn.Module, image_size: int | tuple[int, int, int] | None, batch
 
 @dataclass(frozen=True)
 class TrialData:
-    """The images on which picks are tried.
+    """The images on which picks are tried."""
 
-    Attributes:
-        loader: This process's share of the images, with labels if `labelled`.
-        labelled: Whether the labels are the model's classes.
-        split: Name of the split, for the record.
-        held_out: Whether no layer was picked on these images.
-    """
-
-    loader: ImageLoader
-    labelled: bool
-    split: str
-    held_out: bool
+    loader: ImageLoader  # this process's share of the images, with labels if `labelled`
+    labelled: bool  # whether the labels are the model's classes
+    split: str  # name of the split, for the record
+    held_out: bool  # whether no layer was picked on these images
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same in all processes."""
@@ -131,31 +124,16 @@ def measure_trajectory(
     selection: Selection,
     *,
     throughput_batch: int | None,
-    seconds: float = 60.0,
-    bins: int = 256,
-    processes: Processes | None = None,
+    bins: int,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Measure entropy, accuracy, agreement and cost of the full model and after each pick.
 
-    Args:
-        model: The full model.
-        trial: The images.
-        selection: The layers, in the order of picking.
-        throughput_batch: Images per forward pass of the timing; None measures no times.
-        seconds: Time budget of the timing.
-        bins: Number of bins of a histogram.
-        processes: The processes that measure together.
-
-    Returns:
-        The "trajectory" of a report's record; the same in all processes.
-
-    Raises:
-        ValueError: The model's outputs are not classes.
-        ValueError, NonFiniteActivationError, RuntimeError: As `Measurement.measure`.
+    `throughput_batch` is the number of images per forward pass of the timing; None measures no times. Returns the
+    "trajectory" of a report's record, the same in all processes.
     """
     if (reason := why_no_classes(model)) is not None:
         raise ValueError(f"the model {reason}: a trajectory has no predictions to compare")
-    processes = Processes() if processes is None else processes
     paths = [frozenset(selection.layers[:count]) for count in range(len(selection.layers) + 1)]
     estimator = selection.estimator or "gaussian"
     score = selection.score or "logits"
@@ -166,14 +144,13 @@ def measure_trajectory(
     trajectory = None
     with processes.all_or_none("Trajectory"):
         if processes.is_main:
-            timing: dict[str, Any] = {"batch_size": 1, "rounds": 1}
             if throughput_batch is not None:
-                timing = {"batch_size": throughput_batch, "seconds": seconds}
-            costs = measure_costs(model, selection.layers, **timing)
-            if throughput_batch is None:
+                costs = measure_costs(model, selection.layers, batch_size=throughput_batch)
+            else:
                 timed = ("images_per_second", "images_per_second_interval", "speedup", "speedup_interval")
-                unmeasured = dict.fromkeys(timed)
-                costs = [row | unmeasured for row in costs]
+                costs = [
+                    row | dict.fromkeys(timed) for row in measure_costs(model, selection.layers, batch_size=1, rounds=1)
+                ]
             rows = enumerate(zip(paths, costs, strict=True))
             steps = [_make_step(selection.layers[:count], found[path], row) for count, (path, row) in rows]
             trajectory = {
@@ -190,15 +167,12 @@ def measure_trajectory(
 
 
 def _make_step(removed: Sequence[int], result: PathResult, costs: dict[str, Any]) -> dict[str, Any]:
-    interval = None
-    if result.hits is not None:
-        interval = [100 * end for end in wilson_interval(result.hits, result.images)]
     return {
         "removed": list(removed),
         "picked": removed[-1] if removed else None,
         "entropy": result.entropy,
         "top1": result.top1,
-        "top1_interval": interval,
+        "top1_interval": None if result.hits is None else percent_interval(result.top1, result.images),
         "agreement": result.agreement,
         "kl": result.kl,
         **costs,

@@ -17,7 +17,7 @@ from lambda_vit.measure.cost import count_flops
 from lambda_vit.selection import budget
 from lambda_vit.selection.measurement import Measurement
 from lambda_vit.selection.result import SelectionWarning
-from lambda_vit.selection.strategies import STRATEGIES, list_strategies
+from lambda_vit.selection.strategies import SEARCHES, STRATEGIES
 
 DEPTH = 5
 
@@ -413,8 +413,9 @@ def test_answers_of_tokens_are_refused():
 
 def test_the_documented_table_lists_the_registered_strategies():
     page = (REPOSITORY / "docs" / "selection.md").read_text(encoding="utf-8")
-    for name, *cells in list_strategies():
-        row = f"| `{name}` | {' | '.join(cells)} |".replace("|TE|", r"\|TE\|")
+    for name, strategy in STRATEGIES.items():
+        criterion = strategy.criterion.name if strategy.criterion else "–"
+        row = f"| `{name}` | {SEARCHES[strategy.how]} | {criterion} | {strategy.about} |".replace("|TE|", r"\|TE\|")
         assert row in page, f"docs/selection.md lacks the row {row}"
     assert page.count("\n| `") >= len(STRATEGIES)
 
