@@ -88,7 +88,7 @@ def save_pretrained(
         raise CheckpointError(
             f"model_args has {', '.join(odd)}, which config.json cannot hold; pass JSON types (a layer by name)"
         )
-    if any(value.is_meta for value in model.state_dict().values()):
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise CheckpointError("the model has no weights to save: some are on the meta device. Load them first")
     cfg = {key: value for key, value in cfg.items() if is_json(value)}
     if "architecture" in cfg:

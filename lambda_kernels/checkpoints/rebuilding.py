@@ -20,7 +20,7 @@ from ..convert.checks import check_indices
 from ..convert.conversion import remove_attention
 from ..convert.settings import ConversionSettings
 from ..errors import CheckpointError
-from .comparison import NO_EFFECT
+from .comparison import NO_EFFECT, find_channels
 from .folder import OWN_ARGS, PREFIX
 from .weights import load_state_dict
 
@@ -157,7 +157,7 @@ def infer_args(model: nn.Module) -> dict[str, Any]:
     embeds = getattr(model, "embeds", model)  # where NaFlexViT stores what others have on the model
     proj = getattr(patch, "proj", None)
     if isinstance(proj, nn.Conv2d):
-        args |= {"in_chans": proj.in_channels, "patch_size": list(proj.kernel_size)}
+        args |= {"in_chans": find_channels(patch), "patch_size": list(proj.kernel_size)}
     elif embeds is not model:
         args |= {"patch_size": list(embeds.patch_size), "pos_embed_grid_size": _sides(embeds.pos_embed_grid_size)}
     if getattr(patch, "img_size", None) is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 
 # Names of the average that training scripts store beside the trained weights: state_dict_ema, model_ema, ema_model …
-_AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
+_AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)", re.IGNORECASE)
 
 # What torch.compile, checkpointing and FSDP insert into keys, wherever they wrap a module.
 _INSERTED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -88,8 +88,7 @@ def find_network(content: object, path: Path, *, use_ema: bool | None = None) ->
     averages = [network for network in found if _AVERAGE.search(network.name)]
     trained = [network for network in found if network not in averages]
     if not found:
-        entries = f": its entries are {', '.join(map(str, content))}" if isinstance(content, dict) else ""
-        raise CheckpointError(f"{path} holds no state dict{entries}")
+        raise CheckpointError(f"{path} holds no state dict{_describe_entries(content)}")
     if len(averages) > 1 or len(trained) > 1:
         raise CheckpointError(
             f"{path} holds several networks: {', '.join(network.name for network in found)}. Save the state dict of the one "
@@ -114,6 +113,17 @@ def find_network(content: object, path: Path, *, use_ema: bool | None = None) ->
             stacklevel=3,
         )
     return chosen
+
+
+def _describe_entries(content: object) -> str:
+    if not isinstance(content, dict):
+        return ""
+    if not content:
+        return ": it is empty"
+    # Those that make it no state dict come first.
+    entries = sorted(content.items(), key=lambda entry: isinstance(entry[1], Tensor))
+    listed = ", ".join(f"{key} ({type(value).__name__})" for key, value in entries[:3])
+    return f", which has only tensors: its entries are {listed}{' …' if len(entries) > 3 else ''}"
 
 
 def _find_states(content: object, entries: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:

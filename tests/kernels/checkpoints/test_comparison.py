@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from small_models import images, small_vit
 from torch import nn
 
 from lambda_kernels import CheckpointError, convert_vit, from_pretrained, save_pretrained
+from lambda_kernels.checkpoints import comparison
 
 pytestmark = pytest.mark.models
 
@@ -144,6 +146,81 @@ def test_a_model_that_cannot_process_an_image_is_saved_with_a_warning(tmp_path):
         save_pretrained(model, tmp_path)
     assert {warning.filename for warning in found} == {__file__}
     assert from_pretrained(tmp_path).blocks[1].mlp.fc1.weight.dtype == torch.float64
+
+
+def test_a_model_that_has_diverged_is_saved(tmp_path):
+    """Its NaN is not equal to that of the rebuilt model, which is the same all the same."""
+    model = convert_vit(small_vit(), (1,))
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    save_pretrained(model, tmp_path)
+    assert from_pretrained(tmp_path).head.bias[0].isnan()
+
+
+def test_nan_of_the_rebuilt_model_alone_is_a_difference():
+    model, rebuilt = (small_vit() for _ in range(2))
+    rebuilt.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        rebuilt.head.bias[0] = float("nan")
+    assert "differ by nan" in comparison.find_output_difference(rebuilt, model)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_hybrids_are_compared_on_images_of_their_backbones_channels(channels, recorded, tmp_path):
+    model = timm.create_model("vit_tiny_r_s16_p8_224", in_chans=channels, img_size=64, depth=2, num_classes=3).eval()
+    if not recorded:
+        vars(model).pop("_model_args", None)
+    save_pretrained(model, tmp_path)
+    x = torch.randn(1, channels, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(x), model(x))
+
+
+def test_saving_does_not_depend_on_the_default_device(tmp_path):
+    model = small_vit()
+    with torch.device("meta"):
+        save_pretrained(model, tmp_path)
+
+
+def test_a_state_dict_of_other_things_than_tensors_is_refused_by_the_module(tmp_path):
+    class Packed(nn.Linear):
+        def get_extra_state(self):
+            return torch.float32
+
+        def set_extra_state(self, state):
+            pass
+
+    model = small_vit()
+    model.head = Packed(model.num_features, model.num_classes)
+    with pytest.raises(CheckpointError, match="head is Packed"):
+        save_pretrained(model, tmp_path / "model")
+
+
+def test_comparisons_in_two_threads_restore_the_modes_and_the_compilers_stance():
+    model, began, ended, compiled = small_vit().train(), threading.Event(), threading.Event(), []
+
+    class Slow(nn.Identity):
+        def forward(self, x):
+            began.set()
+            ended.wait(0.5)
+            return x
+
+    model.fc_norm = Slow()
+    first = threading.Thread(target=comparison.find_output_difference, args=(small_vit(), model))
+    first.start()
+    assert began.wait(10)
+    second = threading.Thread(target=comparison.find_output_difference, args=(small_vit(), model))
+    second.start()
+    first.join()
+    ended.set()
+    second.join()
+    assert all(module.training for module in model.modules())
+    other = small_vit()
+    other.compile(backend=lambda graph, _: compiled.append("graph") or graph.forward)
+    other(images())
+    assert compiled
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

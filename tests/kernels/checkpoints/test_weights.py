@@ -76,6 +76,7 @@ TWO_COPIES = {
     "DeiT": ({"model": state(1), "model_ema": state(), "args": None}, "model", "model_ema"),
     "prefixes": ({"model": {**prefixed("net.", state(1)), **prefixed("ema_net.module.")}}, "model.net", "model.ema_net.module"),
     "beside": ({**state(1), **prefixed("ema.")}, "the file itself", "ema"),
+    "capitals": ({"model": state(1), "model_EMA": state()}, "model", "model_EMA"),
 }  # fmt: skip
 
 
@@ -109,7 +110,11 @@ def test_what_is_ambiguous_or_absent_is_named(tmp_path):
     several = {"teacher": prefixed("backbone."), "student": prefixed("module.backbone.", state(1))}
     refused(several, r"several networks: teacher\.backbone, student\.module\.backbone\. Save the state dict of the one")
     refused({"model_ema": state(), "state_dict_ema": state(1)}, "several networks: model_ema, state_dict_ema")
-    refused({"epoch": 3, "best": 0.5}, "holds no state dict: its entries are epoch, best")
+    refused({"epoch": 3, "best": 0.5}, r"holds no state dict.*: its entries are epoch \(int\), best \(float\)$")
+    refused(
+        {**state(), "epoch": 3}, r"only tensors: its entries are epoch \(int\), cls_token \(Tensor\), \w+ \(Tensor\) …$"
+    )
+    refused({}, "holds no state dict: it is empty")
     refused({"model": state()}, "holds only model, no average; omit use_ema", use_ema=True)
     refused({"model_ema": state()}, "holds only model_ema, an average; omit use_ema", use_ema=False)
 
