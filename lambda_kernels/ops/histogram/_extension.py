@@ -77,9 +77,7 @@ def available() -> bool:
 
 def why_unavailable() -> str | None:
     """Why the extension does not load here, in one line; None if it does."""
-    if _loaded is None and _failure is None and available():
-        return None
-    if _failure is None:
+    if _loaded is not None or (_failure is None and available()):
         return None
     folder = Path(__file__).parents[2]
     if isinstance(_failure, ModuleNotFoundError) and not list(folder.glob("_C.*")):

@@ -1,7 +1,7 @@
 """Batched histograms and moments: of each channel, layer or sample of many tensors in one read.
 
-Counts are integers and the same on every device, whatever backend counts; where the bins are is in `grids.py`. The
-finite values' number, mean, spread and extrema can come from the same read.
+Counts are integers and the same on every device, whatever backend counts; `grids.py` defines the bins. The finite
+values' number, mean, spread and extrema can come from the same read.
 """
 
 from __future__ import annotations

@@ -281,7 +281,8 @@ def regrid(counts: Tensor, old: Grid, new: Grid) -> Tensor:
             f"[{new.channels}, {new.bins}]"
         )
     dyadic = torch.stack([(torch.frexp(g.inv_width)[0] == 0.5) & (g.anchor == 0) for g in (old, new)]).all(0)
-    lost = regrid_unchecked(counts, old, new).sum(1) != counts.sum(1)
+    merged = regrid_unchecked(counts, old, new)
+    lost = merged.sum(1) != counts.sum(1)
     wrong = ~dyadic | (_coarser_by(old, new) < 0) | lost
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
@@ -289,7 +290,7 @@ def regrid(counts: Tensor, old: Grid, new: Grid) -> Tensor:
             f"regrid needs two dyadic grids, the new one no finer and holding every counted bin; row {row} has bin widths "
             f"{old.width[row].item()} and {new.width[row].item()}"
         )
-    return regrid_unchecked(counts, old, new)
+    return merged
 
 
 def regrid_unchecked(counts: Tensor, old: Grid, new: Grid) -> Tensor:

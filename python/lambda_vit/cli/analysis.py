@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import app, make_console
+from .app import app, make_console, write_results
 from .models import check_made_for, read_layers
 from .options import (
     BatchSize,
@@ -61,8 +61,6 @@ def frequency(
     device: Device = "auto",
 ) -> None:
     """Measure the amplitude of features by spatial frequency in every block, before and after removal."""
-    from lambda_kernels.files import write_json
-
     from ..measure.frequency import compare_frequencies, feature_frequencies
     from ..report.figures import frequency as frequency_figures
     from ..report.records.readings import subject
@@ -99,12 +97,7 @@ def frequency(
     for line in frequency_notes(record):
         console.print(line, soft_wrap=True)
     print_bad(console, loader.bad)
-    if out is not None:
-        write_json(out, record)
-    if plot is not None:
-        frequency_figures.save_plot(plot, record)
-    for written in filter(None, (out, plot)):
-        console.print(f"Written: {written}", soft_wrap=True)
+    write_results(console, record, out, plot, frequency_figures.save_plot)
 
 
 def _chosen(selection: Path | None, remove: str, compare: Path | None) -> Selection | tuple[int, ...] | None:
@@ -151,8 +144,6 @@ def profile(
     device: Device = "auto",
 ) -> None:
     """Measure the entropy of every attention and MLP output, block by block."""
-    from lambda_kernels.files import write_json
-
     from ..measure.layer_profile import profile_layers
     from ..report.figures import layers as profile_figures
     from ..report.tables import profile_notes, profile_table
@@ -170,9 +161,4 @@ def profile(
     for line in profile_notes(record):
         console.print(line, soft_wrap=True)
     print_bad(console, loader.bad)
-    if out is not None:
-        write_json(out, record)
-    if plot is not None:
-        profile_figures.save_plot(plot, record)
-    for written in filter(None, (out, plot)):
-        console.print(f"Written: {written}", soft_wrap=True)
+    write_results(console, record, out, plot, profile_figures.save_plot)

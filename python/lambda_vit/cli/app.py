@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
+
+from lambda_kernels.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +52,22 @@ def make_console() -> Console:
 
     # Paths and model names are printed as they are: brackets in them are no markup.
     return Console(highlight=False, markup=False)
+
+
+def write_results(
+    console: Console,
+    record: dict[str, Any],
+    out: Path | None,
+    plot: Path | None = None,
+    save_plot: Callable[[Path, dict[str, Any]], object] | None = None,
+) -> None:
+    """Write a record to `out` and its figure to `plot`, as far as they are named, and print the names."""
+    if out is not None:
+        write_json(out, record)
+    if plot is not None and save_plot is not None:
+        save_plot(plot, record)
+    for written in filter(None, (out, plot)):
+        console.print(f"Written: {written}", soft_wrap=True)
 
 
 def print_next(console: Console, *arguments: object) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app, make_console, print_next
+from .app import app, make_console, print_next, write_results
 from .models import check_made_for, make_weights_options, read_layers
 from .options import (
     BatchSize,
@@ -136,14 +136,8 @@ def convert(
     )
     for line in merging_lines(kernel_paths(network)):
         console.print(line, soft_wrap=True)
-    following = ["validate", "--model", out, "--reference", model]
-    print_next(
-        console,
-        *following,
-        *make_weights_options("--reference-", weights, use_ema, pretrained),
-        "--data",
-        "path/to/images",
-    )
+    own = make_weights_options("--reference-", weights, use_ema, pretrained)
+    print_next(console, "validate", "--model", out, "--reference", model, *own, "--data", "path/to/images")
 
 
 @app.command()
@@ -176,8 +170,6 @@ def validate(
     device: Device = "auto",
 ) -> None:
     """Measure accuracy, agreement with the original model, size, FLOPs, memory and latency."""
-    from lambda_kernels.files import write_json
-
     from ..data.transforms import check_crop, set_crop
     from ..measure.comparison import compare, path_lines
     from ..models.properties import check_classifier
@@ -213,6 +205,4 @@ def validate(
     for line in path_lines(record["kernel_paths"]):
         console.print(line, soft_wrap=True)
     print_bad(console, loader.bad)
-    if out is not None:
-        write_json(out, record)
-        console.print(f"Written: {out}")
+    write_results(console, record, out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import FailureError, app, make_console
+from .app import FailureError, app, make_console, write_results
 from .options import Device, JsonFile, Model, Pretrained, UseEma, Weights, check_outputs
 
 if TYPE_CHECKING:
@@ -61,8 +61,6 @@ def export(
     device: Device = "cpu",
 ) -> None:
     """Write a model as ONNX, torch.export or AOTInductor file, and verify that the file computes the same."""
-    from lambda_kernels.files import write_json
-
     from ..data.labels import read_class_map
     from ..export.check import ExportMismatchError
     from ..export.tracing import trace_model
@@ -106,9 +104,7 @@ def export(
             console.print(line, soft_wrap=True)
     for line in describe_times(times, environment.versions()):
         console.print(line, soft_wrap=True)
-    if out is not None:
-        write_json(out, make_record(model, traced, files, times))
-        console.print(f"Written: {out}", soft_wrap=True)
+    write_results(console, make_record(model, traced, files, times), out)
     for file in files.values():
         console.print(f"Next: {format_next_step(file)}", soft_wrap=True)
 

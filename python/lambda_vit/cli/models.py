@@ -11,7 +11,7 @@ from .options import parse_indices
 # Commands import this module to declare their options, which must not wait for `import torch`.
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..selection.result import Selection
 
@@ -23,7 +23,6 @@ def open_model(
     use_ema: bool | None = None,
     pretrained: bool = False,
     device: str = "cpu",
-    backend: str = "auto",
     option: str = "--model",
 ) -> nn.Module:
     """Build the model `name` and load its weights, in eval mode on `device`.
@@ -35,7 +34,6 @@ def open_model(
         use_ema: Which copy to use of a file with the trained weights and their average; as for `read_weights`.
         pretrained: Download timm's weights from the hub, or use its cache.
         device: Device of the model.
-        backend: Backend of a saved folder whose attention was removed.
         option: The option that gives `name`, for messages.
 
     Raises:
@@ -47,20 +45,20 @@ def open_model(
     from ..runtime.progress import task
 
     with task(f"Load {name}", 1) as advance:
-        model = _open_model(name, weights, use_ema, pretrained, device, backend, option)
+        model = _open_model(name, weights, use_ema, pretrained, device, option)
         advance()
     return model
 
 
 def _open_model(
-    name: str, weights: Path | None, use_ema: bool | None, pretrained: bool, device: str, backend: str, option: str
+    name: str, weights: Path | None, use_ema: bool | None, pretrained: bool, device: str, option: str
 ) -> nn.Module:
     import timm
 
     from lambda_kernels.blocks.structure import inspect_model
     from lambda_kernels.checkpoints.folder import CONFIG, PREFIX
     from lambda_kernels.checkpoints.pretrained import from_pretrained
-    from lambda_kernels.checkpoints.weights import load_state_dict, read_weights
+    from lambda_kernels.checkpoints.weights import find_blocks_without_attention, load_state_dict, read_weights
 
     prefix = "--" if option == "--model" else f"{option}-"
     if Path(name).is_dir():
@@ -68,7 +66,7 @@ def _open_model(
             raise ValueError(
                 f"{option} {name} is a folder with its own weights; omit {prefix}weights and {prefix}pretrained"
             )
-        return from_pretrained(name, device=check_device(device), backend=backend)
+        return from_pretrained(name, device=check_device(device))
     ours = name.startswith(PREFIX)
     if ours:
         import lambda_kernels.timm_models  # noqa: F401 (registers them)
@@ -97,8 +95,8 @@ def _open_model(
     else:
         state = read_weights(weights, use_ema=use_ema)
         args: dict[str, Any] = {"num_classes": state["head.weight"].shape[0]} if "head.weight" in state else {}
-        if ours:
-            args |= _removed_from(state)
+        if ours and (removed := find_blocks_without_attention(state)):  # if none is missing, the default stands
+            args["removed"] = removed
         model = timm.create_model(name, pretrained=False, **args)
         inspect_model(model)
         load_state_dict(model, state, source=str(weights))
@@ -106,14 +104,6 @@ def _open_model(
             # timm fills in the tag of its default weights, but these weights are others.
             model.pretrained_cfg = {**model.pretrained_cfg, "tag": ""}
     return model.to(place).eval()
-
-
-def _removed_from(state: dict[str, Tensor]) -> dict[str, list[int]]:
-    """Return `removed` for a model that these weights fit; nothing if no attention is missing, so that a default stands."""
-    from lambda_kernels.checkpoints.weights import find_blocks_without_attention
-
-    removed = find_blocks_without_attention(state)
-    return {"removed": removed} if removed else {}
 
 
 def _close_names(name: str, names: list[str]) -> list[str]:
@@ -126,11 +116,7 @@ def _close_names(name: str, names: list[str]) -> list[str]:
 
 
 def check_device(device: str) -> torch.device:
-    """Return the device that `device` names; "auto" is the first accelerator, otherwise the CPU.
-
-    Raises:
-        ValueError: This machine has no such device; the message lists those it has.
-    """
+    """Return the device that `device` names; "auto" is the first accelerator, otherwise the CPU."""
     import torch
 
     if device == "auto":
@@ -153,11 +139,7 @@ def make_weights_options(prefix: str, weights: Path | None, use_ema: bool | None
 
 
 def read_layers(selection: Path | None, remove: str) -> Selection | tuple[int, ...]:
-    """Return the layers that --selection FILE or --remove INDICES names: a `Selection`, or unchecked indices.
-
-    Raises:
-        ValueError: Neither or both were given, the file is not a selection, or the indices are not integers.
-    """
+    """Return the layers that --selection FILE or --remove INDICES names: a `Selection`, or unchecked indices."""
     from ..selection.result import Selection
 
     if (selection is None) == (not remove):
@@ -168,17 +150,7 @@ def read_layers(selection: Path | None, remove: str) -> Selection | tuple[int, .
 
 
 def check_made_for(chosen: Selection, path: Path, network: nn.Module, model: str) -> None:
-    """Refuse a selection that was made for another model.
-
-    Args:
-        chosen: The selection in `path`.
-        path: The selection's file, for messages.
-        network: The model to apply it to.
-        model: The value of --model.
-
-    Raises:
-        ValueError: The numbers of blocks, the architectures or the weights differ.
-    """
+    """Refuse the selection in `path` if it was made for another model than `network`, which --model calls `model`."""
     from lambda_kernels.blocks.structure import inspect_model
 
     from ..models.properties import model_name, same_model

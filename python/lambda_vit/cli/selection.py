@@ -86,11 +86,13 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images on which layers are picked, and how images are read."""
+    """The images on which layers are picked and tried, and how images are read."""
 
     data: Path
     split: str
     samples: int
+    trial_split: str
+    trial_samples: int  # the number of images on which the picks are tried; 0: none
     class_map: Path | None
     batch_size: int
     workers: int
@@ -112,14 +114,6 @@ class DataOptions:
             class_map=self.class_map,
             shard=(processes.rank, processes.size),
         )
-
-
-@dataclass(frozen=True)
-class TrialOptions:
-    """The images on which the picks are tried; none if `samples` is 0."""
-
-    split: str
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -236,8 +230,7 @@ def select(
     _select(
         ModelOptions(model, weights, use_ema, pretrained),
         device,
-        DataOptions(data, split, samples, class_map, batch_size, workers, skip_bad),
-        TrialOptions(eval_split, eval_samples),
+        DataOptions(data, split, samples, eval_split, eval_samples, class_map, batch_size, workers, skip_bad),
         budget,
         search,
         ReportOptions(folder, selection_file, tolerance, profile, latency),
@@ -245,13 +238,7 @@ def select(
 
 
 def _select(
-    model: ModelOptions,
-    device: str,
-    images: DataOptions,
-    tried: TrialOptions,
-    budget: Budget,
-    search: SearchOptions,
-    wanted: ReportOptions,
+    model: ModelOptions, device: str, images: DataOptions, budget: Budget, search: SearchOptions, wanted: ReportOptions
 ) -> None:
     from ..data.fingerprints import data_fingerprint
     from ..models.properties import why_no_classes
@@ -275,7 +262,7 @@ def _select(
         criterion = STRATEGIES[search.strategy].criterion
         labelled = criterion is not None and criterion.label
         loader = images.open(network, images.split, images.samples, processes, labelled=labelled)
-        trial, notes = _open_trial(network, images, tried, loader, processes)
+        trial, notes = _open_trial(network, images, loader, processes)
         if processes.size > 1:  # each reads its own disks
             opened = {f"picked on, {name}": value for name, value in data_fingerprint(loader).items()}
             if trial is not None:
@@ -330,13 +317,13 @@ def _select(
 
 
 def _open_trial(
-    network: nn.Module, images: DataOptions, tried: TrialOptions, loader: ImageLoader, processes: Processes
+    network: nn.Module, images: DataOptions, loader: ImageLoader, processes: Processes
 ) -> tuple[TrialData | None, list[str]]:
     """Open the images on which the picks are tried; with notes for the report."""
     from ..models.properties import why_no_classes
     from ..selection.trajectory import TrialData
 
-    if not tried.samples:
+    if not images.trial_samples:
         return None, []
     if (reason := why_no_classes(network)) is not None:
         return None, [f"The picks were not tried: the model {reason}, hence no answers to compare"]
@@ -344,17 +331,17 @@ def _open_trial(
 
     def open_split(split: str) -> tuple[ImageLoader, bool]:
         try:
-            return images.open(network, split, tried.samples, processes, labelled=True), True
+            return images.open(network, split, images.trial_samples, processes, labelled=True), True
         except ValueError as error:
             if images.class_map is not None:
                 raise
             # Without labels of the model's classes, the agreement with the full model remains.
-            found = images.open(network, split, tried.samples, processes, labelled=False)
+            found = images.open(network, split, images.trial_samples, processes, labelled=False)
             notes.append(f"Accuracy was not measured: {error}")
             return found, False
 
     try:
-        found, labelled = open_split(tried.split)
+        found, labelled = open_split(images.trial_split)
     except ValueError as error:
         notes = [f"The picks were tried on the images they were measured on: {error}"]
         found, labelled = open_split(images.split)
@@ -381,7 +368,7 @@ def _next_commands(
     if 0 < step < len(selection.layers):
         chosen = ["--remove", ",".join(map(str, selection.layers[:step]))]
         which = "the recommended layers"
-    small = wanted.folder / "model"
+    small, full = wanted.folder / "model", model.to_flags("--reference-")
     own = [*model.to_flags("--"), *chosen]
     class_map = ["--class-map", images.class_map] if images.class_map is not None else []
     skip_bad = ["--skip-bad", images.skip_bad] if images.skip_bad else []
@@ -393,11 +380,7 @@ def _next_commands(
         (f"Plan a training without {which}", ["plan", *own, *training], True),
         (f"Train, and remove {which}", ["finetune", *own, *training, *run], has_labels),
         (f"Remove {which} without training", ["convert", *own, "--out", small], True),
-        (
-            "Compare with the full model",
-            ["validate", "--model", small, *model.to_flags("--reference-"), *checking],
-            has_labels,
-        ),
+        ("Compare with the full model", ["validate", "--model", small, *full, *checking], has_labels),
     ]
     return [
         {"what": what, "command": f"lambda-vit {shlex.join(map(str, words))}"}

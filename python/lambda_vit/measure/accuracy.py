@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data import batches
@@ -22,19 +21,12 @@ from .runner import ModelRunner
 
 @dataclass(frozen=True)
 class Score:
-    """Correctly classified images, counted over all processes. Percentages run from 0 to 100.
+    """Correctly classified images, counted over all processes. Percentages run from 0 to 100."""
 
-    Attributes:
-        hits: Images whose class has the largest logit.
-        hits5: Images whose class is among the five largest logits; None with five classes or fewer.
-        images: All images.
-        same: Images for which a reference model predicts the same class; None without a reference.
-    """
-
-    hits: int
-    hits5: int | None
+    hits: int  # images whose class has the largest logit
+    hits5: int | None  # images whose class is among the five largest logits; None with five classes or fewer
     images: int
-    same: int | None = None
+    same: int | None = None  # images for which a reference model predicts the same class; None without a reference
 
     @property
     def top1(self) -> float:
@@ -70,17 +62,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Score):
-    """A score, and what else a pass over the data shows.
+    """A score, and what else a pass over the data shows."""
 
-    Attributes:
-        images_per_second: Transfer and forward of this model alone, without the first of several batches.
-        kl: Mean KL(reference ‖ model) of the class probabilities in bits; None without a reference.
-        skipped: Unreadable images that the loader omitted.
-    """
-
-    images_per_second: float
-    kl: float | None = None
-    skipped: int = 0
+    images_per_second: float  # transfer and forward of this model alone, without the first of several batches
+    kl: float | None = None  # mean KL(reference ‖ model) of the class probabilities in bits; None without a reference
+    skipped: int = 0  # unreadable images that the loader omitted
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types, accuracies in percent."""
@@ -93,8 +79,8 @@ def evaluate(
     loader: Iterable[Any],
     *,
     reference: nn.Module | None = None,
-    device: torch.device | str | None = None,
     description: str = "Evaluate",
+    stop_signal: Callable[[], int] = lambda: 0,
 ) -> Evaluation:
     """Measure a classifier's accuracy and, with a reference, how far it differs from that model.
 
@@ -104,20 +90,23 @@ def evaluate(
             distilled model) is averaged.
         loader: Batches of images and class indices [N]; see `data.batches`.
         reference: Another classifier with the same classes, run on the same batches.
-        device: Device of the images if a model has no parameters or buffers. Default: the CPU.
         description: Text of the progress bar.
+        stop_signal: Returns the number of the signal that asked for a stop, or 0; called between batches.
 
     Raises:
+        StoppedError: `stop_signal` did not return 0.
         ValueError: The loader is empty, labels do not fit the outputs, or a model is spread over several devices.
         NonFiniteActivationError: Logits are NaN or infinite; the message names the batch.
     """
-    runners = [ModelRunner(m, device) for m in (model, reference) if m is not None]
+    runners = [ModelRunner(m) for m in (model, reference) if m is not None]
     count = hits = hits5 = same = 0
     divergence, classes, times = 0.0, 0, []
     with contextlib.ExitStack() as stack:
         for runner in runners:
             stack.enter_context(eval_mode(runner.model))
         for batch in batches.read(progress.track(loader, description), model):
+            if stop_signal():
+                raise StoppedError
             images, labels = batch.images, batch.class_indices().cpu()
             started = time.perf_counter()
             logits = runners[0].logits(images, f"batch {batch.number}")
@@ -152,24 +141,8 @@ def evaluate(
     )
 
 
-class _StoppedError(Exception):
-    """A request to stop came while images were read."""
-
-
-class _StoppableLoader:
-    """A loader that raises between batches once a stop was asked for."""
-
-    def __init__(self, loader: Iterable, stop_signal: Callable[[], int]) -> None:
-        self._loader, self._stop_signal = loader, stop_signal
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # the TypeError is meant
-
-    def __iter__(self) -> Iterator:
-        for batch in self._loader:
-            if self._stop_signal():
-                raise _StoppedError
-            yield batch
+class StoppedError(Exception):
+    """Somebody asked for a stop while images were read."""
 
 
 def score(
@@ -181,33 +154,17 @@ def score(
     stop_signal: Callable[[], int] = lambda: 0,
     description: str = "Validate",
 ) -> Score | None:
-    """Count the images that `model` classifies correctly, each process on its own batches.
+    """Count the images that `model` classifies correctly, each of the `processes` on its share; arguments as for `evaluate`.
 
-    Args:
-        model: A classifier, evaluated in its own precision.
-        loader: This process's share of the images: batches of images and class indices.
-        processes: The processes that share the images; all of them must call this function.
-        reference: Another classifier of the same classes, whose predictions are compared.
-        stop_signal: Returns the number of the signal that asked for a stop, or 0; called between batches.
-        description: Text of the progress bar.
-
-    Returns:
-        The same score in all processes; None if one of them was asked to stop.
-
-    Raises:
-        ValueError: There are no images, or labels do not fit the model.
-        NonFiniteActivationError: Logits are NaN or infinite.
-        RuntimeError: Another process failed.
+    Returns the same score in all processes; None if one of them was asked to stop.
     """
     found: tuple[int, int | None, int, int | None] | None = None
     stopped = False
     with processes.all_or_none(description):
         if not isinstance(loader, Sized) or len(loader):  # with few images, a process may have none
             try:
-                own = evaluate(
-                    model, _StoppableLoader(loader, stop_signal), reference=reference, description=description
-                )
-            except _StoppedError:
+                own = evaluate(model, loader, reference=reference, description=description, stop_signal=stop_signal)
+            except StoppedError:
                 stopped = True
             else:
                 found = own.hits, own.hits5, own.images, own.same

@@ -41,24 +41,17 @@ def make_row(
 ) -> dict[str, Any]:
     """One row of a comparison, in plain JSON types: accuracy, agreement with a reference, cost, latency.
 
-    Args:
-        name: Key of the row.
-        label: Name of the row for people.
-        model: The model, converted or not.
-        found: What was counted of it.
-        processes: All of them call this function, and one measures the cost; None: this process alone.
-        cost_batch: Batch size of the peak memory.
-        latency: By batch size, from `compare_latency`; None omits it.
-        trained: Whether the weights were trained as the model now is.
-        note: Shown beside the row.
+    All `processes` call this function, and one measures the cost, with the peak memory of `cost_batch` images. `trained`
+    says whether the weights were trained as the model now is. `note` is shown beside the row.
     """
+    processes = Processes() if processes is None else processes
     costs = None
-    with contextlib.nullcontext() if processes is None else processes.all_or_none(f"Cost of {label}"):
-        if processes is None or processes.is_main:
+    with processes.all_or_none(f"Cost of {label}"):
+        if processes.is_main:
             with task(f"Cost of {label}", 1) as advance:
                 costs = cost(model, batch_size=cost_batch)
                 advance()
-    costs = costs if processes is None else processes.broadcast(costs)
+    costs = processes.broadcast(costs)
     removed, scale = [], 1.0
     with contextlib.suppress(UnsupportedModelError):  # any network can be trained as long as nothing is removed
         structure = inspect_model(model)
@@ -128,15 +121,7 @@ def compare(
 ) -> dict:
     """A report record of `models`, whose predictions are compared with those of the model "reference", if there is one.
 
-    Args:
-        models: By name.
-        labels: The names for people, by the same names.
-        loader: Labelled images, for all models.
-        batch_sizes: Batch sizes of the latencies; empty omits them.
-        cost_batch: Batch size of the peak memory.
-
-    Raises:
-        ValueError: The models expect differently prepared images, so that one loader cannot serve them all.
+    `labels` are the models' names for people. Without `batch_sizes` no latency is measured.
     """
     check_repeatable("loader", loader)
     check_preparation(models, "Validate each alone, or give both one crop_pct where only that differs: --crop-pct")

@@ -45,7 +45,7 @@ def cost(model: nn.Module, image_size: int | tuple[int, int, int] | None = None,
     """
     require_int("batch_size", batch_size, 1, strict=True)
     shape = input_shape(model, image_size)
-    runner = ModelRunner(model, None)
+    runner = ModelRunner(model)
     parameters = sum(p.numel() for p in model.parameters())
     saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():

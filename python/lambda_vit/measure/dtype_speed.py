@@ -45,13 +45,9 @@ def slowdown(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device, remedy: str, *, stacklevel: int) -> None:
-    """Warn if `device` computes `dtype` slower than float32.
+    """Warn if `device` computes `dtype` slower than float32; `remedy` says what to do instead.
 
-    Args:
-        dtype: The dtype in which work is about to start.
-        device: Where the work will run.
-        remedy: What to do instead; ends the message.
-        stacklevel: As for `warnings.warn`; 1 is the caller of this function.
+    `stacklevel` is that of `warnings.warn`, where 1 is the caller of this function.
     """
     factor = slowdown(dtype, device)
     if factor > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lambda_kernels.blocks.attention_free import AttentionFreeBlock
 from lambda_kernels.blocks.structure import inspect_model, refuse_merging
@@ -51,20 +53,16 @@ def check_float16(model: nn.Module, images: Images, remove: object = (), *, resi
         for index, block in enumerate(model.blocks)
     ]
     largest: list[float] = []
-    hooks = [
-        block.register_forward_hook(
-            lambda module, arguments, x: largest.append(float(x.abs().max()) if x.numel() else 0.0)
-        )
-        for block in blocks
-    ]
+
+    def record(module: nn.Module, arguments: object, x: Tensor) -> None:
+        largest.append(float(x.abs().max()) if x.numel() else 0.0)
+
     network = with_blocks(model, blocks) if remove else model
-    try:
-        with eval_mode(model, *blocks):
-            batches.check_images(images, model, "this batch")
-            network(batches.to(images, one_device(model), one_dtype(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    batches.check_images(images, model, "this batch")
+    with eval_mode(model, *blocks), contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.register_forward_hook(record))
+        network(batches.to(images, one_device(model), one_dtype(model)))
     for index, value in enumerate(largest):
         if not value <= torch.finfo(torch.float64).max:
             raise NonFiniteActivationError(

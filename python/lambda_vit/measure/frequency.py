@@ -7,6 +7,8 @@ and after attention layers are removed.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,96 +31,56 @@ _PADDED = "timm.models.naflexvit.NaFlexVit"  # by name: not every timm has it
 
 @dataclass(frozen=True)
 class BlockFrequencies:
-    """The output of one block by radial frequency, with an entry per bin in each tuple.
-
-    Attributes:
-        block: Index of the block.
-        attention: Whether the block has its attention.
-        log_amplitude: Mean over images, channels and the bin's coefficients of ln A; see `radial.RadialSpectra`.
-        amplitude: Mean of A, as arXiv 2404.05657 has it.
-        power: Mean of A².
-        relative: Δ log amplitude: `log_amplitude` minus its first entry. A factor on all features does not change it.
-        relative_error: Its standard error over the images.
-        mean: Mean of `relative` over the bins above zero up to the highest one.
-        mean_error: Its standard error over the images.
-        floored: How many amplitudes of the images were below 2^-24, which replaced them in logarithms.
-    """
+    """The output of one block by radial frequency, with an entry per bin in each tuple; errors are over the images."""
 
     block: int
-    attention: bool
-    log_amplitude: tuple[float, ...]
-    amplitude: tuple[float, ...]
-    power: tuple[float, ...]
+    attention: bool  # whether the block has its attention
+    log_amplitude: tuple[float, ...]  # mean over images, channels and coefficients of ln A; see `radial.RadialSpectra`
+    amplitude: tuple[float, ...]  # mean of A, as arXiv 2404.05657 has it
+    power: tuple[float, ...]  # mean of A²
+    # Δ log amplitude: `log_amplitude` minus its first entry. A factor on all features does not change it.
     relative: tuple[float, ...]
-    relative_error: tuple[float, ...]
-    mean: float
-    mean_error: float
-    floored: int
+    relative_error: tuple[float, ...]  # its standard error
+    mean: float  # of `relative` over the bins above zero up to the highest one
+    mean_error: float  # its standard error
+    floored: int  # how many amplitudes of the images were below 2^-24, which replaced them in logarithms
 
 
 @dataclass(frozen=True)
 class FeatureFrequencies:
-    """The spectra of the features of a model.
+    """The spectra of the features of a model."""
 
-    Attributes:
-        samples: Number of images.
-        grid: Rows and columns of the token map.
-        prefix_tokens: Number of class, distillation and register tokens, which are not part of the map and are omitted.
-        channels: Channels of the features.
-        dtype: Dtype of the features, such as "float32". Spectra are computed in float64.
-        removed: Blocks without attention.
-        residual_scale: Residual scale of those blocks; None if there are none.
-        frequencies: Middle of each bin, in units of π.
-        coefficients: Number of coefficients of a map in each bin.
-        highest: The bin at π, or the next lower bin if the shorter side of the map is odd.
-        blocks: One entry per block, in order.
-    """
-
-    samples: int
-    grid: tuple[int, int]
-    prefix_tokens: int
-    channels: int
-    dtype: str
-    removed: tuple[int, ...]
-    residual_scale: float | None
-    frequencies: tuple[float, ...]
-    coefficients: tuple[int, ...]
-    highest: int
+    samples: int  # number of images
+    grid: tuple[int, int]  # rows and columns of the token map
+    prefix_tokens: int  # class, distillation and register tokens, which are not part of the map and are omitted
+    channels: int  # of the features
+    dtype: str  # of the features, such as "float32"; spectra are computed in float64
+    removed: tuple[int, ...]  # blocks without attention
+    residual_scale: float | None  # of those blocks; None if there are none
+    frequencies: tuple[float, ...]  # middle of each bin, in units of π
+    coefficients: tuple[int, ...]  # number of coefficients of a map in each bin
+    highest: int  # the bin at π, or the next lower bin if the shorter side of the map is odd
     blocks: tuple[BlockFrequencies, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return _plain(asdict(self))
+        return json.loads(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
 class BlockChange:
-    """The features of one block in the second model minus those in the first.
-
-    Attributes:
-        block: Index of the block.
-        relative: Change of Δ log amplitude in each bin.
-        relative_error: Its standard error over the images, each compared with itself.
-        mean: Change of the mean of Δ log amplitude over the bins above zero up to the highest one.
-        mean_error: Its standard error over the images.
-    """
+    """The features of one block in the second model minus those in the first; errors are over images paired with themselves."""
 
     block: int
-    relative: tuple[float, ...]
-    relative_error: tuple[float, ...]
-    mean: float
-    mean_error: float
+    relative: tuple[float, ...]  # change of Δ log amplitude in each bin
+    relative_error: tuple[float, ...]  # its standard error
+    mean: float  # change of the mean of Δ log amplitude over the bins above zero up to the highest one
+    mean_error: float  # its standard error
 
 
 @dataclass(frozen=True)
 class FrequencyComparison:
-    """Two models on the same images.
-
-    Attributes:
-        before: The first one.
-        after: The second one.
-        changes: One entry per block, in order.
-    """
+    """Two models on the same images, and the change of each block."""
 
     before: FeatureFrequencies
     after: FeatureFrequencies
@@ -126,17 +88,7 @@ class FrequencyComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return {
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "changes": [_plain(asdict(change)) for change in self.changes],
-        }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+        return json.loads(json.dumps(asdict(self)))
 
 
 @torch.inference_mode()
@@ -271,15 +223,11 @@ class _Meter:
             found.append((index, bad, means, spectra.floored.sum()))
 
         # Only for this forward: the other model of a comparison may run the same modules.
-        handles = [
-            block.register_forward_hook(lambda module, arguments, output, index=index: hook(index, output))
-            for index, block in enumerate(self._model.blocks)
-        ]
-        try:
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self._model.blocks):
+                handle = block.register_forward_hook(lambda module, args, output, index=index: hook(index, output))
+                stack.enter_context(handle)
             self._model(images.to(self._device, self._dtype, non_blocking=True))
-        finally:
-            for handle in handles:
-                handle.remove()
         indices, bad, means, floored = zip(*found, strict=True) if found else ((), (), (), ())
         if indices != tuple(range(self.depth)):
             raise UnsupportedModelError(

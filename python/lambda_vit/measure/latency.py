@@ -119,15 +119,8 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """Time calls in turn, so that a change of clock or load affects all alike: milliseconds, by round.
 
-    Args:
-        calls: By name.
-        device: The device that they run on.
-        description: Text of the progress bar.
-        rounds: Timed calls of each; the order rotates from one round to the next.
-        warmup: Untimed calls of each before them.
-        seconds: A time budget for all. It cuts the rounds to no fewer than six.
-        warmup_seconds: The part of it that the warm-up may use. It cuts the warm-up to one call of each.
-        watch: Called with the name; returns a context that is entered around each timed call.
+    The order rotates from one round to the next. A budget of `seconds` cuts the rounds to no fewer than six, and
+    `warmup_seconds` of it the warm-up to one untimed call of each. `watch(name)` is a context around each timed call.
     """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -45,21 +46,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class LayerEntropy:
-    """Entropies at the output of one layer.
-
-    Attributes:
-        channels: Number of channels.
-        constant_channels: How many of them never change and count -24 bits (`STD_FLOOR`) instead of -infinity.
-        tokens: Values per channel: all tokens of all images, with prefix tokens and without padding.
-        gaussian: log2 σ of the channels; None if not requested.
-        histogram: Differential entropies of the channels' histograms, corrected by Miller and Madow's term for the bias
-            of few tokens; None if not requested.
-    """
+    """Entropies at the output of one layer; None for an estimator that was not requested."""
 
     channels: int
-    constant_channels: int
-    tokens: int
-    gaussian: Spread | None
+    constant_channels: int  # those that never change and count -24 bits (`STD_FLOOR`) instead of -infinity
+    tokens: int  # values per channel: all tokens of all images, with prefix tokens and without padding
+    gaussian: Spread | None  # log2 σ of the channels
+    # Differential entropies of the channels' histograms, corrected by Miller and Madow's term for the bias of few tokens.
     histogram: Spread | None
 
 
@@ -74,22 +67,13 @@ class BlockEntropy:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """The profile of a model: what the paper's first two figures show.
+    """The profile of a model: what the paper's first two figures show."""
 
-    Attributes:
-        estimators: "gaussian", "histogram" or both, in this order.
-        samples: Number of images.
-        bins: Number of bins of each channel's histogram; None without histograms.
-        dtype: Dtype of the outputs, such as "float32".
-        counted_by: The backend that counted: "extension AVX512", "extension CUDA", "torch" …
-        blocks: One entry per block, in order.
-    """
-
-    estimators: tuple[str, ...]
-    samples: int
-    bins: int | None
-    dtype: str
-    counted_by: str
+    estimators: tuple[str, ...]  # "gaussian", "histogram" or both, in this order
+    samples: int  # number of images
+    bins: int | None  # of each channel's histogram; None without histograms
+    dtype: str  # of the outputs, such as "float32"
+    counted_by: str  # the backend that counted: "extension AVX512", "extension CUDA", "torch" …
     blocks: tuple[BlockEntropy, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,9 +126,8 @@ def profile_layers(
         together_bytes = TOGETHER_BYTES if device.type == "cuda" and not _changes_in_place(model) else 0
     queue = _Queue(together_bytes)
     meters: dict[tuple[int, str], EntropyMeter] = {}
-    hooks = []
     samples = 0
-    try:
+    with eval_mode(model), contextlib.ExitStack() as stack:
         for index, block in enumerate(model.blocks):
             for name in LAYERS[isinstance(block, AttentionFreeBlock) :]:
                 # The meter of a histogram also has the moments, so that one meter serves both estimators.
@@ -152,17 +135,13 @@ def profile_layers(
                 hook = getattr(block, name).register_forward_hook(
                     lambda module, arguments, output, meter=meter: queue.add(meter, output)
                 )
-                hooks.append(hook)
-        with eval_mode(model):
-            for batch in batches.read(track(loader, "Profile"), model):
-                samples += batches.count(batch.images)
-                images = batches.to(batch.images, device, dtype)
-                queue.valid = batches.valid_tokens(model, images)
-                model(images)
-                queue.flush()
-    finally:
-        for hook in hooks:
-            hook.remove()
+                stack.enter_context(hook)
+        for batch in batches.read(track(loader, "Profile"), model):
+            samples += batches.count(batch.images)
+            images = batches.to(batch.images, device, dtype)
+            queue.valid = batches.valid_tokens(model, images)
+            model(images)
+            queue.flush()
     if samples < 2:
         got = "no images" if samples == 0 else "one image"
         raise ValueError(f"loader gave {got}: there is nothing to measure; an entropy needs two or more")

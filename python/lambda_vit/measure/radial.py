@@ -29,24 +29,21 @@ class RadialBins:
     the distance ρ = |ω|: 0 for the mean, π for what alternates from row to row, up to √2·π where it does so both ways.
     With m = min(H, W), bin k is the ring of width 2π/m around 2π·k/m: k = ⌊ρ·m/2π + ½⌋, decided in whole numbers. Bin 0
     holds the frequency zero alone: whatever else lies within half a ring of it (there is some where H ≠ W) is in bin 1.
-
-    Attributes:
-        height: H.
-        width: W.
-        frequencies: 2k/m, the middle of each ring in units of π; the last ones lie above 1, in the corners.
-        coefficients: How many of the H·W coefficients each bin holds.
-        highest: ⌊m/2⌋, the bin at π, or the last one below it where m is odd.
-        indices: Bin of coefficient (i, j) of a transform of real numbers, H rows of ⌊W/2⌋ + 1.
-        multiplicities: How many coefficients of the whole transform coefficient (·, j) of that half stands for, 1 or 2.
     """
 
-    height: int
-    width: int
-    frequencies: tuple[float, ...]
-    coefficients: tuple[int, ...]
-    highest: int
-    indices: tuple[tuple[int, ...], ...]
-    multiplicities: tuple[int, ...]
+    height: int  # H
+    width: int  # W
+    frequencies: tuple[
+        float, ...
+    ]  # 2k/m, the middle of each ring in units of π; the last ones exceed 1, in the corners
+    coefficients: tuple[int, ...]  # how many of the H·W coefficients each bin holds
+    highest: int  # ⌊m/2⌋, the bin at π, or the last one below it where m is odd
+    indices: tuple[
+        tuple[int, ...], ...
+    ]  # bin of coefficient (i, j) of a transform of real numbers, H rows of ⌊W/2⌋ + 1
+    multiplicities: tuple[
+        int, ...
+    ]  # how many of the whole transform's coefficients (·, j) of that half stands for, 1 or 2
 
     def averaging(self, device: torch.device) -> Tensor:
         """float64 [bins, H·(⌊W/2⌋ + 1)]: times values of the half transform it gives their mean in each bin."""
@@ -59,11 +56,7 @@ class RadialBins:
 
 @functools.lru_cache(maxsize=64)
 def radial_bins(height: int, width: int) -> RadialBins:
-    """The bins of a map of `height` × `width` tokens.
-
-    Raises:
-        ValueError: One side is shorter than two: there is no frequency in that direction.
-    """
+    """The bins of a map of `height` × `width` tokens."""
     if min(height, width) < 2:
         raise ValueError(
             f"a token map of {height} × {width} has no radial frequencies: it takes two or more tokens on each side"
@@ -95,25 +88,18 @@ def _rounded_root(numerator: int, denominator: int) -> int:
 class RadialSpectra:
     """Means over the channels and the coefficients of each bin, float64 `[N, bins]` for N maps, in the maps' units.
 
-    Attributes:
-        log_amplitude: Of ln A, where A = |F|/(H·W) and F is the discrete Fourier transform; at zero A is |mean|.
-        amplitude: Of A.
-        power: Of A². By Parseval's theorem the sum over the bins of `coefficients` times it is the mean square of a map.
-        floored: int64 `[N]`: how many of a map's C·H·W amplitudes were below `AMPLITUDE_FLOOR` when ln A was taken.
+    A = |F|/(H·W), where F is the discrete Fourier transform; at zero A is |mean|. By Parseval's theorem the sum over the
+    bins of `coefficients` times `power` is the mean square of a map.
     """
 
-    log_amplitude: Tensor
-    amplitude: Tensor
-    power: Tensor
-    floored: Tensor
+    log_amplitude: Tensor  # of ln A
+    amplitude: Tensor  # of A
+    power: Tensor  # of A²
+    floored: Tensor  # int64 [N]: how many of a map's C·H·W amplitudes were below `AMPLITUDE_FLOOR` when ln A was taken
 
 
 def radial_spectra(maps: Tensor) -> RadialSpectra:
-    """The spectra of `maps`, [N, H, W, C] of any floating-point dtype, in float64 whatever that is.
-
-    Raises:
-        ValueError: `maps` has not four dimensions, no channel, or a side shorter than two.
-    """
+    """The spectra of `maps`, [N, H, W, C] of any floating-point dtype, in float64 whatever that is."""
     if maps.dim() != 4 or maps.shape[-1] == 0:
         raise ValueError(f"maps must be [N, H, W, C] with one or more channels; got shape {tuple(maps.shape)}")
     bins = radial_bins(*maps.shape[1:3])

@@ -22,12 +22,11 @@ class Figures:
 
 
 class ModelRunner:
-    """A model with the device and dtype that its inputs need."""
+    """A model with the device and dtype that its inputs need; `device` is used if it has no parameters or buffers."""
 
-    def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
         self.model = model
-        weightless = not tensors_of(model)
-        self.device = resolve_device(device or "cpu") if weightless else one_device(model)
+        self.device = one_device(model) if tensors_of(model) else resolve_device(device or "cpu")
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         # A model of mixed dtypes casts for itself (autocast, or a cast inside): its images stay float32.
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -12,11 +12,7 @@ from lambda_kernels.ops.checks import as_int, dtype_name
 
 
 def one_device(model: nn.Module) -> torch.device:
-    """The device of all parameters and buffers of `model`; the CPU if it has none.
-
-    Raises:
-        ValueError: They are on several devices; the message lists each with one of its tensors.
-    """
+    """The device of all parameters and buffers of `model`; the CPU if it has none. ValueError if there are several."""
     devices: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         devices.setdefault(tensor.device, name)
@@ -27,11 +23,7 @@ def one_device(model: nn.Module) -> torch.device:
 
 
 def one_dtype(model: nn.Module) -> torch.dtype:
-    """The floating-point dtype of all parameters of `model`; float32 if it has none.
-
-    Raises:
-        ValueError: There are several dtypes and autocast is off; the message lists each.
-    """
+    """The dtype of all floating-point parameters of `model`; float32 if there are none. Only autocast allows several."""
     dtypes: dict[torch.dtype, str] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
@@ -94,9 +86,8 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, int, int] | None 
 def image_channels(model: nn.Module) -> int | None:
     """The channels of a vision transformer's images; None where its patch embedding does not say."""
     embedding = getattr(_unwrapped(model), "patch_embed", None)
-    if not isinstance(embedding, nn.Module):
-        return None
-    return next((module.in_channels for module in embedding.modules() if isinstance(module, nn.Conv2d)), None)
+    modules = embedding.modules() if isinstance(embedding, nn.Module) else ()
+    return next((module.in_channels for module in modules if isinstance(module, nn.Conv2d)), None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -131,7 +122,7 @@ def get_class_names(model: nn.Module) -> tuple[str | None, ...] | None:
 
 
 def set_class_names(model: nn.Module, class_to_idx: Mapping[str, int] | None) -> None:
-    """Store the name of each output with the model, or remove stored names; kept names stay if not every output has one."""
+    """Store the name of each output with the model, or remove stored names; without a name for every output nothing changes."""
     cfg = {**(getattr(model, "pretrained_cfg", None) or {})}
     if class_to_idx is None:
         cfg.pop("label_names", None)
@@ -141,11 +132,7 @@ def set_class_names(model: nn.Module, class_to_idx: Mapping[str, int] | None) ->
 
 
 def check_classifier(models: Mapping[str, nn.Module]) -> None:
-    """Refuse models, by name, whose outputs are not classes, so that they have no accuracy.
-
-    Raises:
-        ValueError: A model has no classifier, as DINOv2, DINOv3 and SigLIP in timm, or one output.
-    """
+    """Refuse models, by name, without an accuracy: with one output, or no classifier, as DINOv2, DINOv3 and SigLIP in timm."""
     for name, model in models.items():
         if (reason := why_no_classes(model)) is not None:
             raise ValueError(

@@ -114,11 +114,8 @@ class PathRunner:
                 x = block(x, *positional, **named)
                 continue
             seen: list[Tensor] = []
-            handle = block.drop_path1.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
-            try:
+            with block.drop_path1.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output)):
                 following = block(x, *positional, **named)
-            finally:
-                handle.remove()
             after = x + seen[0]
             yield (index, x, after) if valid is None else (index, x[valid], after[valid])
             x = following

@@ -87,7 +87,7 @@ def measure_costs(
 
 
 def _speedup(full: Sequence[float], step: Sequence[float]) -> dict[str, Any]:
-    """By the ratios of the same rounds, which what slows the machine for longer than a round leaves as they are."""
+    """Compare times of the same round, so that a load that lasts longer than a round slows both alike."""
     ratios = [before / after for before, after in zip(full, step, strict=True)]
     interval = None if step is full or len(ratios) < LEAST else list(median_interval(ratios)[1:])
     return {"speedup": statistics.median(ratios), "speedup_interval": interval}
