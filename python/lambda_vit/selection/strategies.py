@@ -16,16 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Criterion:
-    """The quantity by which paths are compared; lower is better."""
+    """The quantity by which paths are compared; lower is better.
 
-    name: str  # in reports
-    unit: str  # of the score
-    about: str  # what the score measures, as the end of "Score: …"
-    # Computes the score from the path's result and the full model's; the second number breaks ties. None: the criterion
-    # compares blocks, not the outputs of paths.
+    Attributes:
+        name: Its name in reports.
+        unit: The unit of the score.
+        about: What the score measures, as the end of "Score: …".
+        score: Computes the score from the path's result and the full model's; the second number breaks ties. None: the
+            criterion compares blocks, not the outputs of paths.
+        compare: Whether it requires the full model's logits.
+        label: Whether it requires labels.
+    """
+
+    name: str
+    unit: str
+    about: str
     score: Callable[[PathResult, PathResult], tuple[float, float]] | None
-    compare: bool = False  # whether it requires the full model's logits
-    label: bool = False  # whether it requires labels
+    compare: bool = False
+    label: bool = False
 
     @property
     def needs_classes(self) -> bool:
@@ -35,14 +43,20 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How layers are found, and by which criterion."""
+    """How layers are found, and by which criterion.
 
-    # "greedy": one by one, each measured together with the earlier picks. "ranked": all by one measurement of each layer
-    # alone. "control": measures nothing.
+    Attributes:
+        how: "greedy": one by one, each measured together with the earlier picks. "ranked": all by one measurement of each
+            layer alone. "control": measures nothing.
+        criterion: The quantity that it minimizes; None for a control.
+        about: One phrase for a list of strategies.
+        report: How a report describes the search.
+    """
+
     how: str
-    criterion: Criterion | None  # the quantity that it minimizes; None for a control
-    about: str  # one phrase for a list of strategies
-    report: str  # how a report describes the search
+    criterion: Criterion | None
+    about: str
+    report: str
 
 
 ABSOLUTE_TE = Criterion(
