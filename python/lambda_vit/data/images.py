@@ -120,8 +120,8 @@ def open_images(
 
     Args:
         root: A folder, or a zip that is read in place.
-        split: "train" or "val", for which a single `validation`, `valid` or `test` is used if there is no `val`. These
-            names are accepted too.
+        split: "train" or "val", for which a single other folder of `sources.TRAIN_NAMES` or `VAL_NAMES` is used if there
+            is none of that name. All these names are accepted too, and capitals do not matter.
         transform: Maps a PIL image in RGB to a tensor; see `transforms_for`. Default: float [3, H, W] in 0…1.
         num_classes: Number of outputs of the model. With 1000 outputs and ImageNet synsets as folder names, the labels are
             ImageNet's, however few folders there are; otherwise it must be the number of folders, which are labelled

@@ -113,7 +113,10 @@ def read_class_map(path: str | os.PathLike[str]) -> dict[str, int]:
         OSError: It cannot be read.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the class map {path} is not UTF-8 text ({error}): save it in that encoding") from error
     if path.suffix.lower() == ".txt" and not text.lstrip().startswith("{"):
         names = [line.strip() for line in text.strip().splitlines()]
         if not names or not all(names) or len(set(names)) < len(names):

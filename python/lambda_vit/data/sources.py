@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mimetypes
 import os
 import zipfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from ..runtime.progress import track
 
 TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "validation", "valid", "eval", "evaluation", "test")
+VAL_NAMES = ("val", "validation", "valid", "eval", "evaluation", "test", "testing")
 SPLIT_NAMES = (*TRAIN_NAMES, *VAL_NAMES)
 
 
@@ -30,13 +31,14 @@ class Folder:
         """The images of each class folder in `at`, at any depth; the list of an empty folder is empty.
 
         Raises:
-            ValueError: A class folder is a link to a folder that does not exist.
+            ValueError: A link to something that does not exist may be a class folder.
         """
         for entry in _scan(self.root / at):
-            if entry.is_symlink() and not os.path.exists(entry.path) and not _is_image(entry.name):
+            is_file = _is_image(entry.name) or mimetypes.guess_type(entry.name)[0] is not None
+            if entry.is_symlink() and not os.path.exists(entry.path) and not is_file:
                 raise ValueError(
-                    f"{entry.path} is a link to {os.readlink(entry.path)}, which does not exist: restore that folder, or "
-                    "remove the link"
+                    f"{entry.path} is a link to {os.readlink(entry.path)}, which does not exist: if this is a class folder, "
+                    "its images are missing. Restore what the link refers to, or remove the link"
                 )
         names = track(self.folders(at), "List images")
         return {name: sorted(self._walk(_join(at, name), (), set())) for name in names}
@@ -185,7 +187,11 @@ def find_split(source: Folder | Zip, split: str) -> tuple[str, str, str | None]:
     if aliases:
         return split, present[aliases[0]], train
     listed = ", ".join(path.rpartition("/")[2] for path in present.values())
-    flat = [name for name in source.folders(top) if name.lower() == split and _join(top, name) not in present.values()]
+    flat = [
+        name
+        for name in source.folders(top)
+        if name.lower() in (split, *names) and _join(top, name) not in present.values()
+    ]
     reason = f" (its folder {flat[0]} has no class folders)" if flat else ""
     raise ValueError(f"split={split!r} is not in {source.root}: it has {listed}{reason}")
 
@@ -232,8 +238,8 @@ def _splits_in(source: Folder | Zip, top: str, folders: list[str]) -> dict[str, 
             path = next(iter(found.values()))
             raise ValueError(
                 f"{source.root} has a folder {path!r} with folders in it beside folders with images "
-                f"({', '.join(others[:3])}): it may be a split or a class. Move the classes into train/ and val/, or rename "
-                f"{path!r}"
+                f"({', '.join(others[:3])}): it may be a split or a class. If it is a split, move the other folders "
+                "elsewhere; if it is a class, rename it, or move all classes into train/ and val/"
             )
     return found
 

@@ -352,7 +352,7 @@ def console_tables(record: Mapping[str, Any]) -> list[Table | str]:
         cells.append(format_ends(step.get("speedup_interval"), 2) or _speedup(step))
         table.append([Cell(text, tone="good" if mark else "") for text in cells])
     names = ("Step", "Block", "H,\nbits", "Top-1,\n%", "Agree,\n%", "KL,\nbits", "Par.,\nM", unit,
-             "Speedup,\n95 %")  # fmt: skip
+             "Speedup,\n95 %" if any(step.get("speedup_interval") for step in rows) else "Speedup")  # fmt: skip
     parts: list[Table | str] = [make_table("What every pick does", numeric(*names), table, sparse=True)]
     if found:
         parts += ["Recommendation (→)", *record["trajectory"]["recommended"]["reason"].splitlines()]

@@ -510,7 +510,9 @@ def test_timms_list_of_extensions_can_be_longer(make):
 # Names of splits, archives of other systems, links
 
 
-@pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("TRAIN", "TEST"), ("training", "Evaluation")])
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "Val"), ("TRAIN", "TEST"), ("training", "Evaluation"), ("Training", "Testing")]
+)
 def test_splits_are_found_whatever_their_case(make, train, val):
     files = {path.replace("train", train).replace("val", val): content for path, content in layout().items()}
     root = make(files)
@@ -535,7 +537,8 @@ def test_classes_of_splits_may_be_called_like_splits(make):
 
 def test_a_folder_that_may_be_a_split_or_a_class_is_refused(make):
     with pytest.raises(
-        ValueError, match=r"'train' with folders in it beside folders with images \(car\).*split or a class"
+        ValueError,
+        match=r"'train' with folders in it beside folders with images \(car\).*split or a class. If it is a split, move",
     ):
         open_images(make({"train/steam/0.jpg": picture(), "car/0.jpg": picture()}), "train")
 
@@ -546,6 +549,11 @@ def test_images_that_are_in_no_class_are_no_classes(make):
         open_images(make({"train/0.jpg": picture(), "val/0.jpg": picture()}), "val")
     with pytest.raises(ValueError, match=r"has train \(its folder test has no class folders\)"):
         open_images(make({"train/a/0.jpg": picture(), "test/0.jpg": picture()}), "test")
+
+
+def test_an_unlabelled_split_is_named_also_when_it_would_serve_as_val(make):
+    with pytest.raises(ValueError, match=r"split='val' .*has train \(its folder test has no class folders\)"):
+        open_images(make({"train/a/0.jpg": picture(), "test/0.jpg": picture()}), "val")
 
 
 @pytest.mark.parametrize(
@@ -633,5 +641,12 @@ def test_a_link_that_points_nowhere_is_an_unreadable_image(tmp_path):
 def test_a_class_folder_that_points_nowhere_is_named(tmp_path):
     root = write(tmp_path, layout(), "folder")
     (root / "val/c").symlink_to("/nowhere/c")
-    with pytest.raises(ValueError, match=r"val/c is a link to /nowhere/c, which does not exist"):
+    with pytest.raises(ValueError, match=r"val/c is a link to /nowhere/c, which does not exist: if this is a class"):
         open_images(root, "val")
+
+
+@pytest.mark.parametrize("name", ["README.md", "labels.csv", "files.tar.gz"])
+def test_a_file_that_points_nowhere_is_no_class_folder(tmp_path, name):
+    root = write(tmp_path, layout(), "folder")
+    (root / "val" / name).symlink_to("/nowhere/file")
+    assert len(open_images(root, "val")) == 6

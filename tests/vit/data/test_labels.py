@@ -147,6 +147,14 @@ def test_other_class_maps_are_refused(tmp_path, name, text, words):
         read_class_map(tmp_path / name)
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["map.txt", "map.json"])
+def test_a_class_map_in_another_encoding_is_named(tmp_path, name, encoding):
+    (tmp_path / name).write_text('{"caf\u00e9": 0}', encoding=encoding)
+    with pytest.raises(ValueError, match=rf"the class map .*{name} is not UTF-8 text"):
+        read_class_map(tmp_path / name)
+
+
 def test_a_run_under_another_order_of_classes_is_another_run(tmp_path):
     """What was trained or selected with the labels of plain sorting is not resumed with those of timm's order."""
     folders(tmp_path, NUMBERED)

@@ -152,6 +152,7 @@ def test_a_speedup_that_may_be_chance_is_shown_as_such():
     for step in record["trajectory"]["steps"]:
         del step["speedup_interval"]  # as older versions wrote it
     assert f"{step['speedup']:.2f}×" in printed(record, 80)
+    assert "Speedup," not in printed(record, 80)  # which names an interval
     assert f"{step['speedup']:.2f}×" in plain(record)
 
 
