@@ -64,10 +64,6 @@ class PrefixCache:
         if prefix in self._wanted:
             self._tokens[batch, prefix] = x
 
-    def count(self, batch: int) -> int:
-        """Return the number of cached prefixes of a batch."""
-        return sum(number == batch for number, _ in self._tokens)
-
     def clear(self) -> None:
         """Evict everything."""
         self._tokens.clear()
