@@ -106,7 +106,7 @@ class Zip:
     def _archive(self) -> _Archive:
         if self._opened is None or self._opened.process != os.getpid():
             file = zipfile.ZipFile(self.root)
-            members = {_member_path(info): info for info in file.infolist()}
+            members = dict(zip(_member_paths(file.infolist()), file.infolist(), strict=True))
             folders: dict[str, set[str]] = {"": set()}
             for path in filter(is_visible, members):
                 inside = path.rpartition("/")[0]
@@ -268,17 +268,21 @@ def _contains(folder: str, path: str) -> bool:
     return os.path.commonpath((folder, path)) == folder
 
 
-def _member_path(member: zipfile.ZipInfo) -> str:
-    """The path of a member with forward slashes; one of a folder ends with a slash."""
-    name = member.filename
+def _member_paths(members: list[zipfile.ZipInfo]) -> Iterator[str]:
+    """The paths of all members of an archive with forward slashes; that of a folder ends with a slash."""
     says_utf8 = 0x800
-    if not member.flag_bits & says_utf8:
-        # Archives of macOS hold UTF-8 without saying so, which zipfile reads as the code page of DOS.
-        with contextlib.suppress(UnicodeError):
-            name = name.encode("cp437").decode("utf-8")
-    name = name.replace("\\", "/")
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    return "/".join(parts) + "/" * name.endswith("/")
+    names = [member.filename for member in members]
+    unsaid = [i for i, member in enumerate(members) if not member.flag_bits & says_utf8]
+    # Archives of macOS hold UTF-8 without saying so, which zipfile reads as the code page of DOS. Only if all names are
+    # UTF-8: some names in other code pages look like it, and one folder must not have two names.
+    with contextlib.suppress(UnicodeError):
+        decoded = [names[i].encode("cp437").decode("utf-8") for i in unsaid]
+        for i, name in zip(unsaid, decoded, strict=True):
+            names[i] = name
+    for name in names:
+        slashed = name.replace("\\", "/")
+        parts = [part for part in slashed.split("/") if part not in ("", ".")]
+        yield "/".join(parts) + "/" * slashed.endswith("/")
 
 
 def _is_image(name: str) -> bool:

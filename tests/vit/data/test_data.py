@@ -609,6 +609,19 @@ def test_a_zip_of_macos_has_the_names_of_its_folder(tmp_path):
     assert dataset[0][1] == 0
 
 
+def test_a_folder_of_a_zip_in_another_code_page_is_one_class(tmp_path):
+    """Its name alone would also be UTF-8, and those of its files are not."""
+
+    class Gbk(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self):  # noqa: N802 - overrides it
+            return self.filename.encode("gbk"), 0
+
+    with zipfile.ZipFile(tmp_path / "gbk.zip", "w") as archive:
+        for name in ("1", "\u72d7"):
+            archive.writestr(Gbk(f"val/\u732b/{name}.jpg"), picture())
+    assert len(open_images(tmp_path / "gbk.zip", "val").classes) == 1
+
+
 def test_no_image_is_taken_twice_through_links(tmp_path):
     root = write(tmp_path / "set", layout(), "folder")
     before = open_images(root, "val").samples
