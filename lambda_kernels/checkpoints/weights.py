@@ -96,9 +96,13 @@ def find_network(content: object, path: Path, *, use_ema: bool | None = None) ->
         )
     usable = (averages or trained) if use_ema is None else averages if use_ema else trained
     if not usable:
-        raise CheckpointError(
-            f"{path} holds only {found[0].name}, {'no' if use_ema else 'an'} average; omit use_ema (--use-ema, --no-ema)"
+        kind, remedy = (
+            "not the trained weights",
+            "pass the file as --weights without --no-ema, or read it without use_ema",
         )
+        if use_ema:
+            kind, remedy = "no average", "omit use_ema (--use-ema)"
+        raise CheckpointError(f"{path} holds only {found[0].name}, {kind}; {remedy}")
     chosen = usable[0]
     if averages and trained and use_ema is None:
         warnings.warn(

@@ -182,12 +182,14 @@ def validate(
     labels = {"reference": reference, "model": model}
     models = {}
     with progress.progress_bars():
-        network = open_model(model, weights=weights, use_ema=use_ema, pretrained=pretrained, device=device)
+        # One choice for both files; the model may have none, as a folder does.
+        chosen = use_ema if weights is not None or reference_weights is None else None
+        network = open_model(model, weights=weights, use_ema=chosen, pretrained=pretrained, device=device)
         if reference is not None:
             models["reference"] = open_model(
                 reference,
                 weights=reference_weights,
-                use_ema=use_ema,
+                use_ema=use_ema if reference_weights is not None else None,
                 pretrained=reference_pretrained,
                 device=device,
                 option="--reference",

@@ -61,6 +61,10 @@ def _open_model(
     from lambda_kernels.checkpoints.weights import find_blocks_without_attention, load_state_dict, read_weights
 
     prefix = "--" if option == "--model" else f"{option}-"
+    if use_ema is not None and weights is None:
+        raise ValueError(
+            f"--use-ema and --no-ema choose a copy in the file of {prefix}weights, which is missing; omit them"
+        )
     if Path(name).is_dir():
         if weights is not None or pretrained:
             raise ValueError(

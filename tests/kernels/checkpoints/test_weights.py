@@ -15,7 +15,7 @@ from torch import nn
 
 import lambda_kernels.timm_models  # noqa: F401 (registers the names)
 import lambda_vit.cli.main as cli
-from lambda_kernels import CheckpointError, convert_vit
+from lambda_kernels import CheckpointError, convert_vit, save_pretrained
 from lambda_kernels.checkpoints.weights import read_weights
 from lambda_vit.cli.models import make_weights_options, open_model
 from lambda_vit.report.records.training import _next_commands
@@ -116,7 +116,11 @@ def test_what_is_ambiguous_or_absent_is_named(tmp_path):
     )
     refused({}, "holds no state dict: it is empty")
     refused({"model": state()}, "holds only model, no average; omit use_ema", use_ema=True)
-    refused({"model_ema": state()}, "holds only model_ema, an average; omit use_ema", use_ema=False)
+    refused(
+        {"model_ema": state()},
+        "holds only model_ema, not the trained weights; pass the file as --weights",
+        use_ema=False,
+    )
 
 
 def test_tensors_beside_a_network_are_named(tmp_path):
@@ -179,6 +183,16 @@ def test_both_documented_ways_open_the_same_copy(tmp_path, monkeypatch, capsys):
     assert "average" not in said.err
     assert f"--reference-weights {path} --no-ema" in said.out
     assert is_equal(read_weights(tmp_path / "out" / "model.safetensors"), trained)
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_a_copy_is_not_requested_where_no_file_is_given(use_ema, tmp_path):
+    save_pretrained(small_vit(), tmp_path)
+    for name, pretrained in (("test_vit", True), (str(tmp_path), False)):
+        with pytest.raises(
+            ValueError, match=r"--no-ema choose a copy in the file of --weights, which is missing; omit them"
+        ):
+            open_model(name, pretrained=pretrained, use_ema=use_ema)
 
 
 def test_commands_that_follow_request_the_same_copy(tmp_path):
