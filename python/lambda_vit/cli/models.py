@@ -24,6 +24,7 @@ def open_model(
     pretrained: bool = False,
     device: str = "cpu",
     option: str = "--model",
+    removable: bool = True,
 ) -> nn.Module:
     """Build the model `name` and load its weights, in eval mode on `device`.
 
@@ -35,23 +36,24 @@ def open_model(
         pretrained: Download timm's weights from the hub, or use its cache.
         device: Device of the model.
         option: The option that gives `name`, for messages.
+        removable: Refuse models whose attention layers cannot be removed.
 
     Raises:
         ValueError: Neither or both sources of weights, or an unknown name; the message suggests similar names.
-        UnsupportedModelError: The model's attention layers cannot be removed.
+        UnsupportedModelError: The model's attention layers cannot be removed, and `removable`.
         CheckpointError: The weights do not fit.
         RuntimeError: The hub cannot be reached.
     """
     from ..runtime.progress import task
 
     with task(f"Load {name}", 1) as advance:
-        model = _open_model(name, weights, use_ema, pretrained, device, option)
+        model = _open_model(name, weights, use_ema, pretrained, device, option, removable)
         advance()
     return model
 
 
 def _open_model(
-    name: str, weights: Path | None, use_ema: bool | None, pretrained: bool, device: str, option: str
+    name: str, weights: Path | None, use_ema: bool | None, pretrained: bool, device: str, option: str, removable: bool
 ) -> nn.Module:
     import timm
 
@@ -88,7 +90,8 @@ def _open_model(
         )
     place = check_device(device)
     if pretrained:
-        inspect_model(timm.create_model(name, pretrained=False))  # refused before anything is downloaded
+        if removable:
+            inspect_model(timm.create_model(name, pretrained=False))  # refused before anything is downloaded
         try:
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # the hub client, urllib and timm each raise their own
@@ -102,7 +105,8 @@ def _open_model(
         if ours and (removed := find_blocks_without_attention(state)):  # if none is missing, the default stands
             args["removed"] = removed
         model = timm.create_model(name, pretrained=False, **args)
-        inspect_model(model)
+        if removable:
+            inspect_model(model)
         load_state_dict(model, state, source=str(weights))
         if "." not in name:
             # timm fills in the tag of its default weights, but these weights are others.

@@ -56,6 +56,12 @@ ClassMap = Annotated[
         show_default=False,
     ),
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        help="Teacher of the distillation: a timm model or a saved folder with the same classes.", show_default=False
+    ),
+]
 SkipBad = Annotated[int, typer.Option(min=0, help="Number of unreadable images to skip before the command fails.")]
 Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1 …")]
 

@@ -19,6 +19,7 @@ from .options import (
     Remove,
     SelectionFile,
     SkipBad,
+    Teacher,
     UseEma,
     Weights,
     Workers,
@@ -67,6 +68,7 @@ def plan(
             help="What training steps recompute in fused MLPs instead of saving it.", show_default="the model's own"
         ),
     ] = None,
+    teacher: Teacher = None,
     seconds: Annotated[float, typer.Option(min=0.001, help="Time budget for all measurements, in seconds.")] = 60.0,
     out: JsonFile = None,
     workers: Workers = 0,
@@ -106,6 +108,7 @@ def plan(
             device=where,
             loader=loader,
             recompute=None if recompute is None else recompute.value,
+            teacher=None if teacher is None else _build_teacher(teacher, network),
         )
     console = make_console()
     removed = ", ".join(map(str, result.removed))
@@ -126,7 +129,24 @@ def plan(
     length += [] if recompute is None else ["--recompute", recompute.value]
     if why_no_classes(network) is not None:
         length += ["--num-classes", "N" if loader is None else len(loader.dataset.classes)]
+    if teacher is not None:
+        length += ["--distillation", "soft"]
+    if teacher not in (None, model):
+        length += ["--teacher", teacher, *([] if Path(teacher).is_dir() else ["--teacher-pretrained"])]
     print_next(console, "finetune", *own, "--data", data or "path/to/images", *length, "--out", "runs/finetune")
+
+
+def _build_teacher(name: str, network: nn.Module) -> nn.Module:
+    """The teacher `name` with random weights, which take as long as others."""
+    import timm
+
+    from lambda_kernels import from_pretrained
+
+    if Path(name).is_dir():
+        return from_pretrained(name)
+    if not timm.is_model(name):
+        raise ValueError(f"--teacher {name!r} is neither a saved folder nor a timm model. See timm.list_models()")
+    return timm.create_model(name, pretrained=False, num_classes=network.num_classes).eval()
 
 
 def _training_loader(

@@ -22,6 +22,7 @@ from .options import (
     Remove,
     SelectionFile,
     SkipBad,
+    Teacher,
     UseEma,
     Weights,
     Workers,
@@ -127,6 +128,14 @@ def finetune(
         ),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Train the full model, with all its attention.")] = False,
+    teacher: Teacher = None,
+    teacher_weights: Annotated[
+        Path | None,
+        typer.Option(help="Weights of the teacher: a state dict in .safetensors or .pth.", show_default=False),
+    ] = None,
+    teacher_pretrained: Annotated[
+        bool, typer.Option("--teacher-pretrained", help="Download timm's pretrained weights of the teacher.")
+    ] = False,
     num_classes: Annotated[
         int | None,
         typer.Option(
@@ -165,11 +174,15 @@ def finetune(
         raise ValueError("--full removes nothing: omit --selection and --remove")
     chosen = () if full else read_layers(selection, remove)
     settings = load_recipe(recipe, overrides(flags))
-    if num_classes is not None and settings.distillation != "none":
+    if num_classes is not None and settings.needs_teacher and teacher is None:
         raise ValueError(
-            f"--distillation {settings.distillation} with --num-classes {num_classes}: the teacher would be a model with an "
-            "untrained classifier. Train that model with --full first, and pass the result to --model"
+            f"distillation with --num-classes {num_classes}: the teacher would be a model with an untrained classifier. Train "
+            "that model with --full first, and pass the result to --model or --teacher"
         )
+    if teacher is not None and not settings.needs_teacher:
+        raise ValueError(f"--teacher {teacher} has no part in the loss: add --distillation soft, or omit --teacher")
+    if teacher is None and (teacher_weights is not None or teacher_pretrained):
+        raise ValueError("--teacher-weights and --teacher-pretrained require --teacher NAME")
     if (out / "selection.json").exists():
         raise ValueError(f"--out {out} holds a selection, whose report would be lost: use another folder")
     mapping = None if class_map is None else read_class_map(class_map)
@@ -180,9 +193,20 @@ def finetune(
     with process_group(training=True) as processes, contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(progress.progress_bars())
-        network = open_model(
-            model, weights=weights, use_ema=use_ema, pretrained=pretrained, device=local_device(device)
-        )
+        # One choice for both files; the model may have none, as a folder does.
+        copy = use_ema if weights is not None or teacher_weights is None else None
+        network = open_model(model, weights=weights, use_ema=copy, pretrained=pretrained, device=local_device(device))
+        guide = None
+        if teacher is not None:
+            guide = open_model(
+                teacher,
+                weights=teacher_weights,
+                use_ema=use_ema if teacher_weights is not None else None,
+                pretrained=teacher_pretrained,
+                device=local_device(device),
+                option="--teacher",
+                removable=False,
+            )
         if num_classes is not None:
             replace_classifier(network, num_classes, settings.seed)
         if selection is not None and not isinstance(chosen, tuple):
@@ -195,6 +219,7 @@ def finetune(
             layers=chosen,
             out=out,
             processes=processes,
+            teacher=guide,
             restart=restart,
             keep=keep,
             log_every=log_every,

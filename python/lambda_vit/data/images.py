@@ -111,6 +111,7 @@ def open_images(
     num_classes: int | None = None,
     class_to_idx: Mapping[str, int] | None = None,
     class_names: Sequence[str | None] | None = None,
+    same_classes: bool = True,
     on_bad: str = "raise",
 ) -> ImageDataset:
     """Open one split of an image set laid out as `<split>/<class>/<image>`, in a folder or in a zip.
@@ -129,6 +130,7 @@ def open_images(
         class_to_idx: The label of each class folder, instead of the rule above; it may have further classes.
         class_names: Name of each output, as `models.properties.get_class_names` gives them: folders with these names
             get their labels, instead of the rule above.
+        same_classes: Require the classes of the train split, if there is one, unless `class_to_idx` has them.
         on_bad: The effect of indexing an unreadable image: "raise" raises `CorruptImageError`, "mark" returns a `BadImage`.
             `make_loader` counts unreadable images with either.
 
@@ -155,7 +157,7 @@ def open_images(
             f"no images in {where} (split {name!r}): expected <class>/<image> there, "
             f"with the extensions {' '.join(extensions())}"
         )
-    if class_to_idx is not None or train_at in (None, at):
+    if class_to_idx is not None or train_at in (None, at) or not same_classes:
         _check_classes(images, set(images), where, "the folder itself")
     else:
         _check_classes(images, set(map(normalize_name, source.folders(train_at))), where, "the train split")

@@ -175,7 +175,9 @@ def plan_notes(result: Plan) -> list[str]:
         "Assumptions:",
         f"- {result.images:,} images per epoch, {result.batch_size} per step and device; the last step of an epoch counts "
         "in full.",
-        f"- Steps were timed here on random {result.dtype} images of {shape}: forward, loss, backward, clipping, AdamW.",
+        f"- Steps were timed here on random {result.dtype} images of {shape}: forward, loss, backward, clipping, AdamW."
+        + ("" if result.teacher_bytes is None else " Each step includes a forward of the teacher, and memory its weights "
+           f"({format_size(result.teacher_bytes)})."),
         "- " + ("Loading was timed alone, with timm's random crops and flips." if result.loading else "Image loading is")
         + ("" if result.loading else " omitted; --data measures it.") + " Validation and checkpoints are omitted.",
         f"- Saved for backward: what autograd saves in forward passes of {COUNTED_AT[0]} and {COUNTED_AT[1]} images, each "

@@ -171,7 +171,23 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         parts.append(f"{run['processes']} processes")
     seconds = [row["seconds"] for row in run["history"] if row.get("seconds") is not None]
     parts += [f"{format_hours(sum(seconds) / 3600)} in all" if len(seconds) == done else ""] if seconds else []
-    return [("Training", " · ".join(filter(None, parts)))]
+    found = [("Training", " · ".join(filter(None, parts)))]
+    if run.get("teacher"):
+        found.append(("Teacher", f"{run['teacher']}: {_loss_terms(recipe)}"))
+    return found
+
+
+def _loss_terms(recipe: Mapping[str, Any]) -> str:
+    """The terms of the loss and their weights."""
+    alpha = recipe["distillation_alpha"] if recipe["distillation"] != "none" else 0.0
+    logits = f"its class (hard, {alpha:g})" if recipe["distillation"] == "hard" else f"its logits ({alpha:g})"
+    terms = [
+        (1 - alpha, f"labels ({1 - alpha:g})"),
+        (alpha, logits),
+        (recipe.get("feature_loss"), f"its last tokens ({recipe.get('feature_loss') or 0:g})"),
+        (recipe.get("hidden_loss"), f"its tokens after each block ({recipe.get('hidden_loss') or 0:g})"),
+    ]
+    return "loss from " + ", ".join(text for weight, text in terms if weight)
 
 
 def result(record: Mapping[str, Any]) -> Section:

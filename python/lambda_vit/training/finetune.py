@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,10 @@ def finetune(
     clip_grad: float | None = 1.0,
     seed: int = 0,
     recompute: str | None = None,
+    teacher: nn.Module | None = None,
+    distillation_alpha: float = 1.0,
+    feature_loss: float = 0.0,
+    hidden_loss: float = 0.0,
     description: str = "Train",
     inplace: bool = False,
 ) -> FinetuneResult:
@@ -81,6 +86,11 @@ def finetune(
         seed: For dropout, drop-path and a loader that takes one from `set_epoch`.
         recompute: What a step computes again in the MLP halves of all blocks instead of saving it: "auto", "none", "act" or
             "all", as for `convert_vit`; None leaves the model as it is.
+        teacher: Model whose logits are learned (τ = 1), such as `model` itself. A copy of it, in eval mode, gets the same
+            images, normalised for it. None: learn the labels alone.
+        distillation_alpha: Share of the teacher's logits in the loss; the rest is the labels'. With 1, no labels are used.
+        feature_loss: Weight of the squared error to the teacher's tokens after the last norm, over their variance.
+        hidden_loss: Weight of 1 − cosine to the teacher's tokens after each block, as a share of the other losses.
         description: Of the progress bar.
         inplace: Train `model` itself instead of a deep copy.
 
@@ -89,7 +99,8 @@ def finetune(
         faded attention was deleted.
 
     Raises:
-        ValueError: Options or layers are wrong, the loader is empty, or the loss became NaN or infinite.
+        ValueError: Options or layers are wrong, the teacher does not fit the model, the loader is empty, or the loss became
+            NaN or infinite.
         UnsupportedModelError: Layers are to be diluted and the model cannot be changed block by block.
     """
     from ..models.properties import set_class_names
@@ -97,6 +108,10 @@ def finetune(
     from .loop.trainer import Trainer
     from .recipe import Recipe
 
+    if teacher is None and (feature_loss or hidden_loss):
+        raise ValueError(
+            "feature_loss and hidden_loss compare the tokens of a teacher: pass one, such as teacher=model"
+        )
     indices = unwrap_layers(layers)
     stream = LoaderStream(train_loader, model, soft=label_smoothing == 0)
     steps = stream.steps_per_epoch
@@ -116,16 +131,28 @@ def finetune(
         mixup=0,
         cutmix=0,
         recompute=recompute,
+        distillation="none" if teacher is None else "soft",
+        distillation_alpha=distillation_alpha,
+        feature_loss=feature_loss,
+        hidden_loss=hidden_loss,
         seed=seed,
     )
     trainer = Trainer(
-        model, recipe, stream, layers=layers, val_loader=val_loader, description=description, inplace=inplace
+        model,
+        recipe,
+        stream,
+        layers=layers,
+        val_loader=val_loader,
+        teacher=copy.deepcopy(teacher),
+        description=description,
+        inplace=inplace,
     )
     history, removed = [], not len(indices)
     for row in trainer.train():
         history.append(Epoch(row["epoch"], row["loss"], row["top1"], None if removed else row["lambda"]))
         removed = row["attention"] != "diluting"
-    if labels := getattr(getattr(train_loader, "dataset", None), "class_to_idx", None):
+    labels = getattr(getattr(train_loader, "dataset", None), "class_to_idx", None)
+    if recipe.uses_labels and labels:
         set_class_names(trainer.model, labels)
     difference = None if trainer.attention_removal is None else trainer.attention_removal["difference"]
     return FinetuneResult(trainer.model, tuple(history), difference)

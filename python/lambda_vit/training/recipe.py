@@ -192,9 +192,21 @@ class Recipe:
         None, "Dropout rate before the classifier; by default as the model was built.", _BELOW_ONE
     )
     freeze: tuple[str | int, ...] = _network((), "Stages to freeze, embed and block indices, such as embed,0,1.")
-    distillation: str = _network("none", "Distillation from the original model.", choices=("none", "soft", "hard"))
-    distillation_alpha: float = _network(0.5, "Share of distillation in the loss.", _FRACTION)
+    distillation: str = _network("none", "Distillation from the teacher's logits.", choices=("none", "soft", "hard"))
+    distillation_alpha: float = _network(
+        0.5, "Share of distillation in the loss; with 1, no labels are used.", _FRACTION
+    )
     distillation_tau: float = _network(1.0, "Temperature of soft distillation.", _POSITIVE)
+    feature_loss: float = _network(
+        0.0,
+        "Weight of the squared error to the teacher's tokens after the last norm, over their variance.",
+        _NOT_NEGATIVE,
+    )
+    hidden_loss: float = _network(
+        0.0,
+        "Weight of 1 − cosine to the teacher's tokens after each block, as a share of the other losses.",
+        _NOT_NEGATIVE,
+    )
     amp: str = _network("none", "Precision of automatic mixed precision.", choices=("none", "bf16", "fp16"))
     compile: bool = _network(False, "Compile the model with torch.compile.")
     recompute: str | None = _network(
@@ -238,6 +250,21 @@ class Recipe:
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
         return self.base_lr * self.batch_size / 512 if self.lr is None else self.lr
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether the loss compares tokens with the teacher's."""
+        return self.feature_loss > 0 or self.hidden_loss > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss has terms that require a teacher."""
+        return self.distillation != "none" or self.compares_tokens
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the loss depends on labels."""
+        return self.distillation == "none" or self.distillation_alpha < 1
 
     @property
     def mixes(self) -> bool:

@@ -125,7 +125,8 @@ def run_finetuning(
     check_optimizer(recipe, one_device(model))  # before an earlier run is removed
     recipe = recipe if restart else inherit_micro_batch(recipe, out)
     stream, val_loader = open_data(prepare_model(model, recipe), recipe)
-    if labels := getattr(getattr(stream, "dataset", None), "class_to_idx", None):
+    labels = getattr(getattr(stream, "dataset", None), "class_to_idx", None)
+    if recipe.uses_labels and labels:
         set_class_names(model, labels)
     checkpoints = Checkpoints(out / "checkpoints", keep, processes=processes)
     with contextlib.closing(stream), StopRequest() as stop, contextlib.ExitStack() as lock:

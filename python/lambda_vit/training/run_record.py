@@ -12,6 +12,7 @@ It holds
     model           {"architecture", "blocks", "input", "classes", "parameters": {"before", "after"}}; "after" once finished
     layers          blocks that lose their attention; residual_scale: 2 after dilution, 1 after removal without dilution
     recipe          all fields of `Recipe`
+    teacher         its name, "the model as it was", or null: the loss has no term that requires a teacher
     data            what the stream says of the training images; validation: images
     steps           their total; steps_per_epoch; position: steps done so far
     history         the rows of the epochs, as in the log
@@ -109,6 +110,7 @@ class RunRecord:
             "layers": list(trainer.layers),
             "residual_scale": removal_scale(recipe) if trainer.layers else None,
             "recipe": recipe.to_dict(),
+            "teacher": trainer.teacher,
             "data": stream.describe(),
             "validation": None,
             "steps": recipe.epochs * stream.steps_per_epoch,

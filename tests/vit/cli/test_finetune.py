@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,36 @@ def test_dropping_at_once_and_the_whole_model(finetune, saved, tmp_path):
     assert code == 0, err
 
 
+def test_a_teacher(finetune, saved, folder, tmp_path):
+    loss = ["--distillation", "soft", "--distillation-alpha", 1, "--feature-loss", 0.5]
+    code, _, err = finetune("--remove", "1", *loss, "--teacher", saved)
+    assert (code, err.strip()) == (0, "")
+    assert record_of(tmp_path / "out")["teacher"].startswith("vit_tiny_patch16_224")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Teacher: vit" in report
+    assert ": loss from its logits (1), its last tokens (0.5)" in report
+    code, _, err = finetune("--remove", "1", *loss, out=tmp_path / "other")
+    assert (code, err.strip()) == (0, "")
+    assert record_of(tmp_path / "other")["teacher"] == "the model as it was"
+    both = [from_pretrained(tmp_path / out / "model").state_dict() for out in ("out", "other")]
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())  # it is the same teacher
+
+
+def test_without_labels_the_training_images_may_lie_in_one_folder(finetune, folder, tmp_path):
+    data = tmp_path / "unlabelled"
+    (data / "train" / "all").mkdir(parents=True)
+    for index, path in enumerate(sorted((folder / "train").rglob("*.*"))):
+        shutil.copy(path, data / "train" / "all" / f"{index}{path.suffix}")
+    shutil.copytree(folder / "val", data / "val")
+    loss = ["--distillation", "soft", "--mixup", 0.5]
+    code, _, err = finetune("--remove", "1", *loss, "--distillation-alpha", 1, data=data)
+    assert (code, err.strip()) == (0, "")
+    assert record_of(tmp_path / "out")["result"]["top1"] == pytest.approx(top1_of(tmp_path / "out" / "model", folder))
+    code, _, err = finetune("--remove", "1", *loss, data=data, out=tmp_path / "labels")
+    assert code == 2
+    assert "num_classes" in err
+
+
 def test_a_selection(finetune, saved, tmp_path):
     write_json(tmp_path / "selection.json", {"format": 1, "layers": [3], "depth": 12})
     code, _, err = finetune("--selection", tmp_path)
@@ -306,6 +337,15 @@ ERRORS = {
     "micro-batch": (["--remove", 1, "--micro-batch", 3], "micro_batch=3: expected a divisor of batch_size=10"),
     "too few": (["--remove", 1, "--batch-size", 64], "64"),
     "empty teacher": (["--remove", 1, "--num-classes", 10, "--distillation", "soft"], "an untrained classifier"),
+    "idle teacher": (
+        ["--remove", 1, "--teacher", "deit_tiny_patch16_224"],
+        "add --distillation soft, or omit --teacher",
+    ),
+    "nameless teacher": (["--remove", 1, "--teacher-pretrained"], "require --teacher NAME"),
+    "unknown teacher": (
+        ["--remove", 1, "--distillation", "soft", "--teacher", "vit_gigantic", "--teacher-pretrained"],
+        "--teacher 'vit_gigantic' is neither",
+    ),
     "hub": (["--remove", 1, "--data", "hfds/nobody/nothing"], "hfds/nobody/nothing"),
 }
 

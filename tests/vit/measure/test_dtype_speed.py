@@ -16,16 +16,15 @@ from training_support import plain, trainer
 
 import lambda_vit
 from lambda_vit.measure import dtype_speed
-from lambda_vit.measure.latency import Latency
 from lambda_vit.training.plan.planning import plan_training
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("half", "expected"), [((14, 13, 15), 14.0), ((1.3, 1.2, 1.4), 1.0), ((3, 1, 4), 1.0)])
-def test_only_a_clear_difference_counts(monkeypatch, half, expected):
-    times = {"float32": Latency(1.0, 0.9, 1.1, 7), "half": Latency(*half, 7)}
-    monkeypatch.setattr(dtype_speed, "interleaved_timing", lambda *_: times)
+@pytest.mark.parametrize(("half", "expected"), [([15, 14, 90], 14.0), ([1.5, 1.4, 9.0], 1.0), ([3.0, 1.1, 4.0], 1.0)])
+def test_only_a_clear_difference_of_undisturbed_times_counts(monkeypatch, half, expected):
+    times = {"float32": [40.0, 1.0, 1.1], "half": half}
+    monkeypatch.setattr(dtype_speed, "interleaved_times", lambda *_: times)
     assert dtype_speed.slowdown(torch.bfloat16, CPU) == dtype_speed.slowdown(torch.float16, CPU) == expected
     assert dtype_speed.slowdown(torch.float32, CPU) == dtype_speed.slowdown(torch.float64, CPU) == 1.0
 

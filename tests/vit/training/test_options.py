@@ -22,7 +22,7 @@ from lambda_vit import dilute, finetune
 from lambda_vit.training.dilution import AttentionRemovalError, remove_diluted_attention
 from lambda_vit.training.images.stream import LoaderStream, MicroBatch
 from lambda_vit.training.loop.model_setup import prepare_model, set_training_mode
-from lambda_vit.training.loop.train_state import Objective, label_loss
+from lambda_vit.training.loop.objective import Objective, label_loss
 
 
 def test_losses():
@@ -41,23 +41,23 @@ def test_distillation():
     x, targets = torch.randn(4, 3, 4, dtype=torch.float64), torch.randint(5, (4,))
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     wanted = teacher[1](x.flatten(1)).detach()
-    labels = label_loss(False, 0.0)
-    soft = Objective(labels, "soft", 0.3, 4.0, teacher)(logits, x, targets)
+    own = {"distillation_alpha": 0.3, "distillation_tau": 4.0}
+    soft = Objective(plain(distillation="soft", **own), teacher=teacher)(logits, x, targets)
     p, q = (wanted / 4).softmax(1), (logits / 4).softmax(1)
     distance = 16 * (p * (p / q).log()).sum(1).mean()
     assert float(soft.detach()) == pytest.approx(
         float((0.7 * F.cross_entropy(logits, targets) + 0.3 * distance).detach())
     )
-    hard = Objective(labels, "hard", 0.3, 4.0, teacher)(logits, x, targets)
+    hard = Objective(plain(distillation="hard", **own), teacher=teacher)(logits, x, targets)
     own = F.cross_entropy(logits, wanted.argmax(1))
     assert float(hard.detach()) == pytest.approx(float((0.7 * F.cross_entropy(logits, targets) + 0.3 * own).detach()))
     soft.backward()
     assert logits.grad is not None
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
-    with pytest.raises(ValueError, match="needs a teacher"):
-        Objective(labels, "soft")
+    with pytest.raises(ValueError, match="need a teacher"):
+        Objective(plain(distillation="soft"))
     with pytest.raises(ValueError, match="teacher gives 5 classes, the network 4"):
-        Objective(labels, "soft", teacher=teacher)(logits[:, :4], x, targets % 4)
+        Objective(plain(distillation="soft"), teacher=teacher)(logits[:, :4], x, targets % 4)
 
 
 def test_the_teacher_is_the_model_as_it_was():
@@ -293,12 +293,16 @@ def train_with(**options: object) -> nn.Module:
     return found.model
 
 
-def test_mixing_stops_where_it_is_told_to():
+def test_mixing_stops_where_it_is_told_to(monkeypatch):
     seen = []
     # Of these shares none is 1, and no box is empty, which would leave nothing of the other image.
     found = trainer(recipe(mixup=5.0, cutmix=0.0, mixup_off_epoch=2))
-    objective = found.train_state._objective
-    found.train_state._objective = lambda logits, x, y: (seen.append((found._epoch, x, y)), objective(logits, x, y))[1]
+    compute = Objective.__call__
+    monkeypatch.setattr(
+        Objective,
+        "__call__",
+        lambda own, logits, x, y: (seen.append((found._epoch, x, y)), compute(own, logits, x, y))[1],
+    )
     raw = {number: parts for number, parts in enumerate(itertools.chain(*map(found.stream.steps, range(4))))}
     found.train()
     assert len(seen) == 24

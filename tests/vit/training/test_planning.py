@@ -17,6 +17,7 @@ from lambda_vit import Selection, dilute
 from lambda_vit.measure import latency
 from lambda_vit.measure.cost import cost
 from lambda_vit.measure.latency import Latency
+from lambda_vit.report.tables import plan_notes
 from lambda_vit.runtime import formatting
 from lambda_vit.training.plan import planning, step_timing
 from lambda_vit.training.plan.planning import plan_training, split_epochs
@@ -29,7 +30,7 @@ STEPS = {"diluting": Latency(200.0, 150.0, 300.0, 5), "final": Latency(100.0, 90
 def fake_steps(monkeypatch) -> None:
     """A step takes 200 ms while attention fades and 100 ms without it; nothing is run."""
 
-    def fake(networks, batch_size, seconds):
+    def fake(networks, batch_size, seconds, teacher):
         assert all(module.training for network in networks.values() for module in network.modules())
         return {name: (STEPS[name], None) for name in networks}
 
@@ -202,6 +203,28 @@ def test_budget_of_the_timing(seconds, rounds, forwards, clock):
         assert (step.low_ms, step.median_ms, step.high_ms) == pytest.approx((expected,) * 3)
         assert passing is None
     assert not torch.equal(networks["slow"].head.weight, before)  # the optimizer was at work
+
+
+def test_a_teacher_takes_a_forward_of_each_step_and_the_memory_of_its_weights():
+    model = small_vit()
+    seen = []
+    teacher = small_vit(embed_dim=96)
+    before = plan_training(model, (0,), images=8, batch_size=2, seconds=0.01, dilution_epochs=1, recovery_epochs=1)
+    teacher.register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.requires_grad)))
+    plan = plan_training(
+        model, (0,), images=8, batch_size=2, seconds=0.01, dilution_epochs=1, recovery_epochs=1, teacher=teacher.train()
+    )
+    assert teacher.training
+    assert len(seen) >= plan.networks["final"].step.rounds + plan.networks["diluting"].step.rounds
+    assert set(seen) == {(False, False)}
+    weights = 4 * sum(p.numel() for p in teacher.parameters())
+    assert (before.teacher_bytes, plan.teacher_bytes) == (None, weights)
+    for name in ("full", "diluting", "final"):
+        assert plan.networks[name].step_bytes - before.networks[name].step_bytes == weights
+    assert any("a forward of the teacher" in line for line in plan_notes(plan))
+    assert not any("teacher" in line for line in plan_notes(before))
+    with pytest.raises(ValueError, match="differ in classes: 7 and 10"):
+        plan_training(model, (0,), images=8, teacher=small_vit(num_classes=7))
 
 
 class FakeLoader:

@@ -42,8 +42,9 @@ def several() -> tuple[object, Notes]:
 
 
 def single() -> object:
-    """In float32, one micro-batch in each of two processes."""
-    found = trainer(recipe(clip_grad=0.5, amp="none"))
+    """In float32, one micro-batch in each of two processes; all terms of the loss."""
+    terms = {"distillation": "soft", "feature_loss": 0.3, "hidden_loss": 0.2}
+    found = trainer(recipe(clip_grad=0.5, amp="none", **terms))
     found.train()
     return found
 

@@ -63,6 +63,8 @@ REFUSED = {
     "distillation": (["token"], "one of none, soft, hard"),
     "distillation_alpha": ([1.5], "[0, 1]"),
     "distillation_tau": ([0], "(0, ∞)"),
+    "feature_loss": ([-1], "[0, ∞)"),
+    "hidden_loss": ([-0.5], "[0, ∞)"),
     "freeze": (["head", [-1], [True], [0, 0], [1.0]], "'embed' and block indices, each once"),
     "val_every": ([0], "[1, ∞)"),
     "checkpoint_every": ([0], "[1, ∞), or none"),

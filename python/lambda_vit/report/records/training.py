@@ -63,8 +63,8 @@ def training_record(folder: str | Path) -> dict[str, Any]:
 
 
 _KEPT = (
-    "status", "error", "processes", "device", "starts", "layers", "residual_scale", "recipe", "steps", "steps_per_epoch",
-    "boundary", "best", "result",
+    "status", "error", "processes", "device", "starts", "layers", "residual_scale", "recipe", "teacher", "steps",
+    "steps_per_epoch", "boundary", "best", "result",
 )  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def open_training_data(
 ) -> tuple[TrainingStream, Iterable[tuple[Tensor, Tensor]]]:
     """The images of a fine-tuning: a stream of the train split, and a loader of the val split.
 
-    Labels follow the train split, or `class_map`; a val split with other classes is refused.
+    Labels follow the train split, or `class_map`; a val split with other classes is refused. If the recipe uses no labels,
+    those of the train split are placeholders: its images may be in one folder.
 
     Args:
         data: A folder or a zip with `train/<class>/<image>` and `val/<class>/<image>`; `hfds/NAME`, a data set of the
@@ -68,7 +69,8 @@ def open_training_data(
         "class_to_idx": class_map,
         "class_names": get_class_names(model),
     }
-    opened = _open(data, "train", train, naming)
+    unlabelled = {"num_classes": None, "class_to_idx": None, "class_names": None}  # labels that nothing reads
+    opened = _open(data, "train", train, naming if recipe.uses_labels else unlabelled)
     if hasattr(opened, "stream"):
         stream = opened.stream(recipe, prefetch=prefetch, **loading)
     else:
@@ -79,12 +81,11 @@ def open_training_data(
             "train/<class>/ and val/<class>/, or say where the validation images are (--val-data, val_data in Python)"
         )
     batch = val_batch_size or stream.micro_batch_size
-    labels = getattr(opened, "class_to_idx", None)
-    if val_data is not None or os.fspath(data).startswith(
-        "hfds/"
-    ):  # one folder or zip is compared with itself by open_images
+    labels = getattr(opened, "class_to_idx", None) if recipe.uses_labels else None
+    # One folder or zip is compared with itself by open_images.
+    if val_data is not None or os.fspath(data).startswith("hfds/"):
         naming["class_to_idx"] = class_map if labels is None else labels
-    held_out = _open(data if val_data is None else val_data, "val", val, naming)
+    held_out = _open(data if val_data is None else val_data, "val", val, naming, same_classes=recipe.uses_labels)
     if missing := sorted(set(labels or ()) - set(getattr(held_out, "class_to_idx", labels or ()))):
         raise ValueError(
             f"the classes of the val split must be those of the train split: missing ({len(missing)}): "
@@ -144,7 +145,11 @@ def _posterize(image: Image, bits: int, **options: Any) -> Image:
 
 
 def _open(
-    data: str | os.PathLike[str], split: str, transform: Callable[[Image], Tensor], naming: dict[str, Any]
+    data: str | os.PathLike[str],
+    split: str,
+    transform: Callable[[Image], Tensor],
+    naming: dict[str, Any],
+    same_classes: bool = True,
 ) -> Any:
     """A dataset; or, of shards, what has a `stream` and a `loader`."""
     where = os.fspath(data)
@@ -156,4 +161,4 @@ def _open(
         from .shards import open_shards
 
         return open_shards(where.removeprefix("wds/"), split, transform, naming["num_classes"], naming["class_to_idx"])
-    return open_images(data, split, transform=transform, **naming)
+    return open_images(data, split, transform=transform, same_classes=same_classes, **naming)

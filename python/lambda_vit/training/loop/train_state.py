@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import convert_vit
@@ -21,6 +20,7 @@ from ...runtime.seeding import mixed_seed, preserved
 from ..dilution import diluted_blocks, finish_dilution, forget_removed, prepare, remove_diluted_attention, set_lambda
 from ..recipe import Recipe
 from .model_setup import frozen_parts, set_training_mode
+from .objective import Objective
 from .optimizer import check_optimizer, make_optimizer
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ class TrainState:
         for part in frozen_parts(model, recipe.freeze):
             part.requires_grad_(False)
         self._mixup = _mixup(recipe, model.num_classes) if recipe.mixes else None
-        labels = label_loss(recipe.mixes, recipe.label_smoothing)
-        distillation = recipe.distillation, recipe.distillation_alpha, recipe.distillation_tau
-        self._objective = Objective(labels, *distillation, teacher)
+        self._objective = Objective(recipe, model, teacher)
         self.optimizer = make_optimizer(model, recipe, layer_decay=recipe.layer_decay)
         self._scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -142,7 +140,7 @@ class TrainState:
     def remove(self, images: Tensor | None) -> tuple[float, float]:
         """Delete the faded attention, as `remove_diluted_attention` does; the moving average restarts from the weights."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.processes.all_or_none("Remove the faded attention"):
+        with self.processes.all_or_none("Remove the faded attention"), self._objective.surgery():
             found = remove_diluted_attention(self.model, images)
         self._rebuild()
         return self.processes.broadcast(found)
@@ -168,7 +166,8 @@ class TrainState:
             raise ValueError("this network has lost its attention, and the state has it: make another Trainer for it")
         if state["removed"] and self.is_diluting:
             set_lambda(self.model, 0.0)
-            finish_dilution(self.model)
+            with self._objective.surgery():
+                finish_dilution(self.model)
             self._rebuild()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -224,6 +223,8 @@ class TrainState:
         (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
         images = batch.images.to(self.device, self.dtype, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
+        if not self.recipe.uses_labels:
+            targets = torch.zeros_like(targets)  # a train split without labels numbers its folders
         if self._mixup is not None:
             if len(images) % 2:
                 raise ValueError(
@@ -236,7 +237,9 @@ class TrainState:
                 images, targets = self._mixup(images, targets)
         dtype = AMP.get(self.recipe.amp)
         with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-            return self._objective(self.network(images), images, targets)
+            with self._objective.capture():
+                logits = self.network(images)
+            return self._objective(logits, images, targets)
 
     def _clip(self, wanted: bool) -> Tensor | None:
         if self._scaler is not None and (wanted or self.recipe.clip_grad is not None):
@@ -277,66 +280,3 @@ def _mixup(recipe: Recipe, classes: int) -> Any:
         label_smoothing=recipe.label_smoothing,
         num_classes=classes,
     )
-
-
-def label_loss(mixed: bool, smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of logits [N, classes] against class indices [N], or with `mixed` against probabilities [N, classes].
-
-    Mixed targets are smoothed where they are mixed.
-    """
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
-    if mixed:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
-
-
-class Objective:
-    """The loss of a micro-batch: (1 − α)·labels + α·teacher.
-
-    Args:
-        labels: From `label_loss`.
-        distillation: "none", "soft" or "hard". Soft is τ²·KL(teacher ‖ student) of the classes' probabilities at
-            temperature τ (arXiv 1503.02531), hard the cross entropy with the teacher's class (arXiv 2012.12877, eq. 3).
-        alpha: α.
-        tau: τ.
-        teacher: Gives logits of the same classes; runs in eval mode, without gradients.
-
-    Raises:
-        ValueError: Distillation without a teacher.
-    """
-
-    def __init__(
-        self,
-        labels: Callable[[Tensor, Tensor], Tensor],
-        distillation: str = "none",
-        alpha: float = 0.5,
-        tau: float = 1.0,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        if distillation != "none" and teacher is None:
-            raise ValueError(f"distillation={distillation!r} needs a teacher")
-        self.labels, self.distillation, self.alpha, self.tau = labels, distillation, alpha, tau
-        self.teacher = teacher if distillation != "none" else None
-        if self.teacher is not None:
-            self.teacher.eval().requires_grad_(False)
-
-    def __call__(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean over the images; `images` are what the network saw."""
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if logits.shape[1] == 1:  # also of a classifier that was put there by hand
-            raise ValueError("the model gives one logit per image, whose cross entropy is always 0: train two or more")
-        loss = self.labels(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
-        if self.teacher is None:
-            return loss
-        with torch.no_grad():
-            wanted = self.teacher(images).to(logits.dtype)
-        if wanted.shape != logits.shape:
-            raise ValueError(f"the teacher gives {wanted.shape[1]} classes, the network {logits.shape[1]}")
-        return (1 - self.alpha) * loss + self.alpha * self._distance(logits, wanted)
-
-    def _distance(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        if self.distillation == "hard":
-            return F.cross_entropy(logits, wanted.argmax(1))
-        own, other = ((x / self.tau).log_softmax(1) for x in (logits, wanted))
-        return self.tau**2 * F.kl_div(own, other, reduction="batchmean", log_target=True)

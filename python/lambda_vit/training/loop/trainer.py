@@ -23,7 +23,7 @@ from ...data.batches import check_repeatable
 from ...data.fingerprints import data_fingerprint, model_fingerprint
 from ...measure.accuracy import Score, score
 from ...measure.dtype_speed import warn_if_slow
-from ...models.properties import one_device, one_dtype, why_no_classes
+from ...models.properties import model_name, one_device, one_dtype, why_no_classes
 from ...runtime.formatting import format_differences
 from ...runtime.processes import Processes, ProcessLostError
 from ...runtime.progress import task
@@ -31,6 +31,7 @@ from ..dilution import LambdaSchedule
 from ..recipe import Recipe
 from ..storage.best_model import Best
 from .loss_sync import LossSync, StepResult
+from .objective import check_teacher
 from .train_state import AMP, TrainState
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Trainer:
         processes: Of the run; None: those of the default process group.
         device: Where to train; None: where the model is.
         val_loader: This process's share of the validation images; None: nothing is measured.
-        teacher: For distillation. It is moved to the model's device, put into eval mode and frozen; None: `model` as given.
+        teacher: For the recipe's terms that require one. It is moved to the model's device, put into eval mode and frozen, and
+            sees the same images, normalised for it; None: `model` as given.
         checkpoints: Where to keep the state; None: nowhere.
         log: Where each step and epoch is noted; None: nowhere.
         stop_signal: Gives the number of a signal on which to stop, or 0; read after every step and while validating.
@@ -82,6 +84,7 @@ class Trainer:
         position: Optimizer steps done.
         history: A dict per epoch; see `storage.log` for the fields.
         attention_removal: What the log says of λ = 0, or None before it and where there is none.
+        teacher: Name of the teacher; None if the loss has no term that requires one.
         best: The best epoch so far.
         stopped: Number of the signal that `train` ended on; 0 for none.
 
@@ -128,10 +131,14 @@ class Trainer:
             check_repeatable("val_loader", val_loader)
             found = data_fingerprint(val_loader, labelled=True)
             self.fingerprint |= {f"validation.{name}": value for name, value in found.items()}
-        if recipe.distillation != "none" and teacher is not None:
+        self.teacher = None
+        if recipe.needs_teacher:
+            check_teacher(model if teacher is None else teacher, model, recipe)
+            self.teacher = "the model as it was" if teacher is None else model_name(teacher) or type(teacher).__name__
+        if recipe.needs_teacher and teacher is not None:
             self.fingerprint["teacher"] = model_fingerprint(teacher)
         self.processes.assert_same(self.fingerprint, "Fine-tune")
-        if recipe.distillation != "none" and teacher is None:
+        if recipe.needs_teacher and teacher is None:
             teacher = copy.deepcopy(model)
         model = model if inplace else copy.deepcopy(model)
         if device is not None:
@@ -235,7 +242,9 @@ class Trainer:
             ResumeMismatchError: It belongs to another run; names what differs.
             CheckpointError: The best model it knows of is gone.
         """
-        if listed := format_differences(state["fingerprint"], self.fingerprint):
+        # A run that began before the recipe had some field was trained with its default.
+        defaults = {f"recipe.{name}": value for name, value in Recipe().to_dict().items() if name not in _FREE}
+        if listed := format_differences(defaults | state["fingerprint"], self.fingerprint):
             raise ResumeMismatchError(
                 f"the run that is to go on was started differently: {listed}. Use what it was started with, or start "
                 "another one"

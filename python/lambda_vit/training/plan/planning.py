@@ -29,6 +29,8 @@ from ...runtime.formatting import format_size
 from ...runtime.memory import free_memory
 from ...runtime.progress import task
 from ..dilution import finish_dilution, prepare, set_lambda
+from ..loop.objective import check_teacher
+from ..recipe import Recipe
 from .step_timing import Loading, measure_loading, saved_bytes, time_steps, training_images
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class NetworkPlan:
     saved_bytes_per_image: int
     gradient_bytes: int
     optimizer_bytes: int
-    step_bytes: int  # weights, gradients, optimizer state and what is saved for `batch_size` images
+    step_bytes: int  # weights, also a teacher's, gradients, optimizer state and what is saved for `batch_size` images
     recomputed: tuple[str, ...] = ()  # what the backward recomputes of each block's MLP half: "none", "act" or "all"
     peak_bytes: int | None = None  # the same of a real step on CUDA, by PyTorch's own counter
     step: Latency | None = None
@@ -87,6 +89,7 @@ class Plan:
     networks: dict[str, NetworkPlan]
     phases: dict[str, Phase]
     loading: Loading | None = None
+    teacher_bytes: int | None = None  # weights of the teacher, which each step runs; None without a teacher
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -152,6 +155,7 @@ def plan_training(
     device: torch.device | str | None = None,
     loader: Iterable[Any] | None = None,
     recompute: str | None = None,
+    teacher: nn.Module | None = None,
 ) -> Plan:
     """Measure what `finetune` with these layers will take: memory, step time, hours. Trains copies on random images only.
 
@@ -170,6 +174,7 @@ def plan_training(
         seconds: A budget for all timing, shared evenly; no measurement takes fewer than six steps.
         device: Where to measure; None is where the model is.
         loader: Yields batches (images, …), to measure how fast they can be loaded; None omits that.
+        teacher: Of the distillation, such as `model` itself: steps include its forward, memory its weights; None: no teacher.
         recompute: As for `finetune`, for the two networks that are trained. The full one is looked at as it is.
 
     Returns:
@@ -201,6 +206,10 @@ def plan_training(
     set_lambda(fading, 0.5)
     where = torch.empty(0, device=one_device(model) if device is None else device).device
     warn_if_slow(dtype, where, "cast the model with model.float()", stacklevel=2)
+    if teacher is not None:
+        check_teacher(teacher, model, Recipe(distillation="soft"))
+    weights = None if teacher is None else sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+    guide = None if teacher is None else copy.deepcopy(teacher).eval()
     epochs = {"full": 0, "diluting": dilution_epochs, "final": recovery_epochs}
     timed = [name for name, count in epochs.items() if count]
     share = seconds / (len(timed) + (loader is not None))
@@ -209,13 +218,14 @@ def plan_training(
     networks["final"] = finish_dilution(fading)
     with torch.random.fork_rng([where] if where.type == "cuda" else []):
         torch.manual_seed(0)
-        plans = {name: _count(name, network, where, batch_size) for name, network in networks.items()}
+        plans = {name: _count(name, network, where, batch_size, weights or 0) for name, network in networks.items()}
+        guide = None if guide is None else guide.to(where)
         # A CPU is shared with other programs, so they take turns there. On a GPU each has the memory to itself, as it will
         # have in training, and the full one runs for its peak.
         for group in [timed] if where.type == "cpu" else [[name] for name in epochs]:
             budget = share * len(group) if group != ["full"] else 0.0
             turns = {name: networks.pop(name).to(where).train() for name in group}
-            for name, (step, passing) in _time(turns, plans, batch_size, budget).items():
+            for name, (step, passing) in _time(turns, plans, batch_size, budget, guide).items():
                 images_bytes = batch_size * math.prod(input_shape(model)) * dtype.itemsize
                 peak = None if passing is None else _constant(plans[name]) + images_bytes + passing
                 plans[name] = dataclasses.replace(plans[name], step=step if name in timed else None, peak_bytes=peak)
@@ -239,6 +249,7 @@ def plan_training(
             if epochs[name]
         },
         loading=loading,
+        teacher_bytes=weights,
     )
 
 
@@ -254,7 +265,7 @@ def _phase(step: Latency | None, epochs: int, steps: int, batch_size: int, loadi
     return Phase(epochs, total, median, low, high, with_loading)
 
 
-def _count(name: str, network: nn.Module, device: torch.device, batch_size: int) -> NetworkPlan:
+def _count(name: str, network: nn.Module, device: torch.device, batch_size: int, teacher_bytes: int) -> NetworkPlan:
     """What of a network can be counted; it is back on the CPU afterwards."""
     with task(f"Count what the {name} network takes", 1) as advance:
         counted = cost(network)
@@ -282,13 +293,22 @@ def _count(name: str, network: nn.Module, device: torch.device, batch_size: int)
         saved_bytes_per_image=per_image,
         gradient_bytes=gradients,
         optimizer_bytes=numbers * _MOMENTS,
-        step_bytes=counted.weight_bytes + gradients + numbers * _MOMENTS + fixed + batch_size * per_image,
+        step_bytes=counted.weight_bytes
+        + gradients
+        + numbers * _MOMENTS
+        + fixed
+        + batch_size * per_image
+        + teacher_bytes,
         recomputed=recomputed,
     )
 
 
 def _time(
-    networks: dict[str, nn.Module], plans: dict[str, NetworkPlan], batch_size: int, seconds: float
+    networks: dict[str, nn.Module],
+    plans: dict[str, NetworkPlan],
+    batch_size: int,
+    seconds: float,
+    teacher: nn.Module | None,
 ) -> dict[str, tuple[Latency, int | None]]:
     device = one_device(next(iter(networks.values())))
     largest = max((plans[name] for name in networks), key=lambda plan: plan.step_bytes)
@@ -296,7 +316,7 @@ def _time(
     if there is not None and largest.step_bytes > there:  # no error would come, the system would end the process
         raise ValueError(_does_not_fit(largest, batch_size, device, there))
     with _memory_explained(batch_size, device, largest):
-        return time_steps(networks, batch_size, seconds)
+        return time_steps(networks, batch_size, seconds, teacher)
 
 
 def _constant(plan: NetworkPlan) -> int:

@@ -54,9 +54,10 @@ def saved_bytes(network: nn.Module, images: Tensor) -> int:
 
 
 def time_steps(
-    networks: Mapping[str, nn.Module], batch_size: int, seconds: float
+    networks: Mapping[str, nn.Module], batch_size: int, seconds: float, teacher: nn.Module | None = None
 ) -> dict[str, tuple[Latency, int | None]]:
-    """Train networks, in training mode, on random images in turns: forward, loss, backward, clipping and AdamW.
+    """Train networks, in training mode, on random images in turns: forward, a forward of `teacher` without gradients, loss,
+    backward, clipping and AdamW.
 
     `seconds` is a budget for all; it cuts the warm-up to one step each and the timed ones to no fewer than six.
 
@@ -81,7 +82,10 @@ def time_steps(
 
     with torch.enable_grad():
         times = interleaved_timing(
-            {name: partial(_step, network, images[name], optimizers[name]) for name, network in networks.items()},
+            {
+                name: partial(_step, network, images[name], optimizers[name], teacher)
+                for name, network in networks.items()
+            },
             device,
             f"Time steps of {batch_size} images",
             _ROUNDS,
@@ -117,8 +121,11 @@ def measure_loading(loader: Iterable[Any], seconds: float) -> Loading:
     return Loading(counted / taken, counted, workers)
 
 
-def _step(network: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def _step(network: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer, teacher: nn.Module | None) -> None:
     loss = _loss(network, images)
+    if teacher is not None:
+        with torch.no_grad():
+            teacher(images)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), 1.0)
