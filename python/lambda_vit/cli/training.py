@@ -211,7 +211,13 @@ def finetune(
             replace_classifier(network, num_classes, settings.seed)
         if selection is not None and not isinstance(chosen, tuple):
             check_made_for(chosen, selection, network, model)
-        loading = {"class_map": mapping, "workers": workers, "skip_bad": skip_bad, "processes": processes}
+        loading = {
+            "class_map": mapping,
+            "workers": workers,
+            "skip_bad": skip_bad,
+            "new_classifier": num_classes is not None,
+            "processes": processes,
+        }
         run = run_finetuning(
             network,
             settings,

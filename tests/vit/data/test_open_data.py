@@ -8,6 +8,7 @@ import json
 import sys
 import tarfile
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,20 @@ def test_classes_that_do_not_fit_the_model_are_refused(tmp_path, images):
         open_training_data(images, small_vit(), RECIPE)
     stream, loader = open_training_data(images, small_vit(), RECIPE, class_map={"a": 7, "b": 3})
     assert set(stream.dataset.targets) == set(loader.dataset.targets) == {3, 7}
+
+
+def test_a_new_classifier_learns_whatever_order_the_classes_have(tmp_path):
+    pictures = list(image_set().values())
+    data = write_folder(
+        tmp_path,
+        {f"{split}/{name}/{i}.jpg": pictures[i] for split in ("train", "val") for name in range(11) for i in (0, 1)},
+    )
+    with pytest.warns(UserWarning, match="the labels follow timm's order"):
+        open_training_data(data, small_vit(num_classes=11), RECIPE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream, loader = open_training_data(data, small_vit(num_classes=11), RECIPE, new_classifier=True)
+    assert stream.dataset.class_to_idx == loader.dataset.class_to_idx == {str(name): name for name in range(11)}
 
 
 def test_validation_images_may_lie_elsewhere_and_take_the_labels_of_training(tmp_path, images):

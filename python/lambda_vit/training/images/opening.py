@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ def open_training_data(
     skip_bad: int = 0,
     prefetch: int = 2,
     val_batch_size: int | None = None,
+    new_classifier: bool = False,
     processes: Processes | None = None,
 ) -> tuple[TrainingStream, Iterable[tuple[Tensor, Tensor]]]:
     """The images of a fine-tuning: a stream of the train split, and a loader of the val split.
@@ -52,6 +55,7 @@ def open_training_data(
         skip_bad: How many different unreadable images to leave out before giving up, of each split and in each process.
         prefetch: Micro-batches that every worker has ready.
         val_batch_size: Images per forward of validation; None: as many as in a micro-batch.
+        new_classifier: The model learns the order of the classes in this training, so that no warning about it is needed.
         processes: Those that share the work; None: this one alone. Both results give this process's share.
 
     Raises:
@@ -70,7 +74,9 @@ def open_training_data(
         "class_names": get_class_names(model),
     }
     unlabelled = {"num_classes": None, "class_to_idx": None, "class_names": None}  # labels that nothing reads
-    opened = _open(data, "train", train, naming if recipe.uses_labels else unlabelled)
+    quiet = "the labels follow timm's order" if new_classifier else None
+    with _ignore(quiet):
+        opened = _open(data, "train", train, naming if recipe.uses_labels else unlabelled)
     if hasattr(opened, "stream"):
         stream = opened.stream(recipe, prefetch=prefetch, **loading)
     else:
@@ -85,7 +91,8 @@ def open_training_data(
     # One folder or zip is compared with itself by open_images.
     if val_data is not None or os.fspath(data).startswith("hfds/"):
         naming["class_to_idx"] = class_map if labels is None else labels
-    held_out = _open(data if val_data is None else val_data, "val", val, naming, same_classes=recipe.uses_labels)
+    with _ignore(quiet):
+        held_out = _open(data if val_data is None else val_data, "val", val, naming, same_classes=recipe.uses_labels)
     if missing := sorted(set(labels or ()) - set(getattr(held_out, "class_to_idx", labels or ()))):
         raise ValueError(
             f"the classes of the val split must be those of the train split: missing ({len(missing)}): "
@@ -94,6 +101,14 @@ def open_training_data(
     if hasattr(held_out, "loader"):
         return stream, held_out.loader(batch, **loading)
     return stream, make_loader(held_out, batch, worker_init=spare_worker, **loading)
+
+
+@contextlib.contextmanager
+def _ignore(message: str | None) -> Iterator[None]:
+    with warnings.catch_warnings():
+        if message is not None:
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 def training_transform(model: nn.Module, recipe: Recipe) -> Callable[[Image], Tensor]:
