@@ -96,12 +96,13 @@ class Zip:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._opened: _Archive | None = None
+        self._with_images: set[str] | None = None
         locked = next((i.filename for i in self._archive().members.values() if i.flag_bits & 1), None)
         if locked is not None:
             raise ValueError(f"root={str(root)!r} is an encrypted zip ({locked}): pass one without a password")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_opened": None}
+        return {"root": self.root, "_opened": None, "_with_images": None}
 
     def _archive(self) -> _Archive:
         if self._opened is None or self._opened.process != os.getpid():
@@ -134,7 +135,9 @@ class Zip:
 
     def has_images(self, at: str) -> bool:
         """Whether the folder itself has images."""
-        return any(path.rpartition("/")[0] == at and _is_image(path) for path in self._archive().members)
+        if self._with_images is None:  # one pass for all folders that are asked for
+            self._with_images = {path.rpartition("/")[0] for path in self._archive().members if _is_image(path)}
+        return at in self._with_images
 
     def read(self, path: str) -> bytes:
         archive = self._archive()

@@ -119,7 +119,9 @@ class Objective:
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
             if student is not None:
-                self._view = _change_of_normalization(student, self.teacher)
+                place = next(student.parameters())  # moved here once, not in every step
+                view = _change_of_normalization(student, self.teacher)
+                self._view = None if view is None else (view[0].to(place), view[1].to(place))
             if student is not None and recipe.compares_tokens:
                 self._student, self._teacher = (
                     TokenCapture(model, hidden=recipe.hidden_loss > 0) for model in (student, self.teacher)
@@ -169,7 +171,7 @@ class Objective:
         """The same view of the images, normalised as the teacher expects."""
         if self._view is None:
             return images
-        factor, offset = (value.to(images) for value in self._view)
+        factor, offset = self._view
         return images * factor + offset
 
     def _distance(self, logits: Tensor, wanted: Tensor) -> Tensor:
