@@ -123,11 +123,15 @@ def search(measurement: PoolMeasurement, strategy: str, count: int, beam: int = 
     """Run a strategy, and tell its picks and scores."""
     how, found = STRATEGIES[strategy], SearchState()
     candidates = range(measurement.pool.runner.depth)
+
+    def others(layers: Collection[int]) -> list[int]:
+        return [layer for layer in candidates if layer not in layers]
+
     if how.how == "ranked":
         found = rank_layers(measurement, how.criterion, candidates, count, strategy)
     else:
         for _ in range(count):
-            found = search_round(measurement, how.criterion, found, candidates, beam, strategy)
+            found = search_round(measurement, how.criterion, found, others, beam, strategy)
     best = found.branches[0]
     return {"layers": list(best.layers[:count]), "rounds": [r.to_dict() for r in best.rounds]}
 

@@ -169,6 +169,9 @@ def select(
         str, typer.Option(help="Ordered block indices for --strategy explicit: 1,5,4.", show_default=False)
     ] = "",
     beam: Annotated[int, typer.Option(min=1, help="Number of sets that a greedy search retains per round.")] = 1,
+    min_gap: Annotated[
+        int, typer.Option(min=1, help="Smallest distance between two blocks of a greedy search; 2 forbids neighbours.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Random seed of --strategy random.")] = 0,
     split: Split = "train",
     samples: Samples = 1024,
@@ -218,6 +221,7 @@ def select(
         exclude=excluded,
         layers=given or None,
         beam=beam,
+        min_gap=min_gap,
         seed=seed,
         cache=cache.value,
         cache_budget=parse_bytes(cache_budget, "--cache-budget"),

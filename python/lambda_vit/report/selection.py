@@ -267,6 +267,8 @@ def _settings(chosen: Mapping[str, Any]) -> Table:
     if (chosen.get("beam") or 1) > 1:
         retained = f"each round retains the {chosen['beam']} best sets of layers"
         rows.append(("Beam", f"{retained}; the report shows the rounds that led to the winning set"))
+    if (gap := chosen.get("min_gap") or 1) > 1:
+        rows.append(("Spacing", f"two picked blocks are at least {gap} apart; hatched blocks were no candidates"))
     if known is None or known.criterion is not None:
         unit = score_unit(chosen)
         meaning = _describe_criterion(name)

@@ -1,9 +1,9 @@
-"""Decides when enough attention layers are picked: after a number of them, or once the model is small or fast enough."""
+"""Decides when enough attention layers are picked, and which may be next so that the budget can still be reached."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +24,23 @@ class Stop:
     """When to stop removing `candidates` from the full model, at the latest once `most` of them are removed.
 
     `value` is a number of layers, the largest remaining share of the parameters or FLOPs, or the factor of throughput to
-    reach, by `kind`: "count", "params", "flops" or "throughput". ValueError if it is wrong or cannot be reached.
+    reach, by `kind`: "count", "params", "flops" or "throughput". Two removed blocks are at least `min_gap` apart.
+    ValueError if the value is wrong or cannot be reached.
     """
 
-    def __init__(self, model: nn.Module, kind: str, value: float, candidates: Sequence[int], most: int) -> None:
+    def __init__(
+        self, model: nn.Module, kind: str, value: float, candidates: Sequence[int], most: int, min_gap: int = 1
+    ) -> None:
         self.kind, self.value = kind, value
+        self._candidates, self._min_gap = tuple(candidates), min_gap
         self.last: float | None = None  # the last result of `met`: layers, remaining share, or throughput
         self._model = model
+        spaced = f" with min_gap={min_gap}" if min_gap > 1 else ""
         if kind == "count":
             self.value = value = require_int("count", value)
             if not 1 <= value <= most:
-                raise ValueError(f"count must be from 1 to {most} for {len(model.blocks)} blocks; got {value}")
+                raise ValueError(f"count must be from 1 to {most} for {len(model.blocks)} blocks{spaced}; got {value}")
+            self._parts = dict.fromkeys(self._candidates, 1)
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{kind} must be a number; got {value!r}")
@@ -50,11 +56,14 @@ class Stop:
             )
         measure = attention_parameters if kind == "params" else attention_flops
         self._total, self._parts = measure(model)
-        gone = sum(sorted((self._parts[i] for i in candidates), reverse=True)[:most])
+        if min_gap > 1:
+            gone = spaced_maximum({i: self._parts[i] for i in candidates}, min_gap)
+        else:
+            gone = sum(sorted((self._parts[i] for i in candidates), reverse=True)[:most])
         least = (self._total - gone) / self._total
         if least > value:
             raise ValueError(
-                f"{kind}={value:g} cannot be reached: without the attention of all {most} blocks that may lose it, "
+                f"{kind}={value:g} cannot be reached: without the attention of all {most} blocks that may lose it{spaced}, "
                 f"{least:.3f} of the {_NAMES[kind]} remain"
             )
 
@@ -77,6 +86,21 @@ class Stop:
             return self.last <= self.value
         return self.last >= self.value
 
+    def next_candidates(self, layers: Collection[int]) -> list[int]:
+        """Return the blocks that may be picked after `layers`: far enough from each, and the rule can still be met."""
+        return [i for i in self._spaced(layers) if self._can_be_met((*layers, i))]
+
+    def _spaced(self, layers: Collection[int]) -> list[int]:
+        return [i for i in self._candidates if all(abs(i - picked) >= self._min_gap for picked in layers)]
+
+    def _can_be_met(self, layers: Collection[int]) -> bool:
+        """Whether `layers` can be extended until the rule is met; nobody knows in advance for a throughput."""
+        if self._min_gap == 1 or self.kind == "throughput":
+            return True
+        left = {i: self._parts[i] for i in self._spaced(layers)}
+        gone = sum(self._parts[i] for i in layers) + spaced_maximum(left, self._min_gap)
+        return gone >= self.value if self.kind == "count" else (self._total - gone) / self._total <= self.value
+
     def shortfall(self, layers: Collection[int]) -> str:
         """Return the note for `layers` that do not meet the rule, although no more can be removed; call `met` before."""
         found = f"{self.last:.2f} × was measured" if self.kind == "throughput" else f"{self.last:.3f} remain"
@@ -88,6 +112,14 @@ class Stop:
         times = time_forwards(views, (_SPEED_BATCH,), rounds=_SPEED_ROUNDS)
         rounds = zip(*(taken[_SPEED_BATCH] for taken in times.values()), strict=True)
         return statistics.median(full / without for full, without in rounds)
+
+
+def spaced_maximum(worth: Mapping[int, int], min_gap: int) -> int:
+    """Return the largest sum of `worth` over blocks of which any two are at least `min_gap` apart."""
+    best = [0]  # best[n]: among the blocks below n
+    for block in range(max(worth, default=-1) + 1):
+        best.append(max(best[-1], worth.get(block, 0) + best[max(0, block + 1 - min_gap)]))
+    return best[-1]
 
 
 _NAMES = {"params": "parameters", "flops": "FLOPs"}

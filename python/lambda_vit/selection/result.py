@@ -26,6 +26,7 @@ class Selection:
         criterion: Name of the criterion, and `unit` of its scores; None for a control.
         stop: The budget, in words.
         beam: Number of sets of layers that the search retained per round.
+        min_gap: Smallest distance that the search allowed between two picked blocks; 1 allows neighbours.
         estimator: Entropy estimator, and `score` the output whose entropy was measured; None if no path was run.
         signed: Whether the sign of TE counted.
         model: timm's name of the model, which has `depth` blocks; None if it is not known.
@@ -42,6 +43,7 @@ class Selection:
     unit: str | None = None
     stop: str | None = None
     beam: int = 1
+    min_gap: int = 1
     estimator: str | None = None
     signed: bool = False
     score: str | None = None

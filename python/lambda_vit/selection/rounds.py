@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from .budget import Stop
 from .measurement import Measurement
@@ -36,16 +36,18 @@ def search_round(
     measurement: Measurement,
     criterion: Criterion,
     state: SearchState,
-    candidates: Sequence[int],
+    next_candidates: Callable[[Collection[int]], Collection[int]],
     beam: int,
     description: str,
 ) -> SearchState:
-    """Measure every beam state with one more layer skipped, in one pass, and keep the best `beam`."""
+    """Measure every beam state with one more layer skipped, in one pass, and keep the best `beam`.
+
+    `next_candidates` returns the layers that may be picked after those of a state; at least one state has some.
+    """
     children: dict[SkippedBlocks, list[tuple[BeamState, int]]] = {}
     for branch in state.branches:
-        for layer in candidates:
-            if layer not in branch.layers:
-                children.setdefault(frozenset((*branch.layers, layer)), []).append((branch, layer))
+        for layer in next_candidates(branch.layers):
+            children.setdefault(frozenset((*branch.layers, layer)), []).append((branch, layer))
     paths = [*([FULL] if state.full is None else []), *children]
     results = measurement.measure(paths, description, compare=criterion.compare, label=criterion.label, keep=True)
     full = results[FULL] if state.full is None else state.full
@@ -55,9 +57,7 @@ def search_round(
     for path in best:
         # If several states lead to one set, the best one counts: states are sorted by score.
         branch, layer = children[path][0]
-        siblings = {
-            other: scores[frozenset((*branch.layers, other))][0] for other in candidates if other not in branch.layers
-        }
+        siblings = {other: scores[frozenset((*branch.layers, other))][0] for other in next_candidates(branch.layers)}
         step = Round(layer, siblings, results[path].entropy, branch.layers)
         kept.append(BeamState((*branch.layers, layer), (*branch.rounds, step)))
     return SearchState(tuple(kept), full)

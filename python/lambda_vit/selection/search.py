@@ -20,7 +20,7 @@ from ..models.properties import model_name, why_no_classes
 from ..runtime.capture import capture_warnings
 from ..runtime.processes import Processes
 from ..runtime.progress import task
-from .budget import DEFAULT_COUNT, Budget, Stop
+from .budget import DEFAULT_COUNT, Budget, Stop, spaced_maximum
 from .measurement import Measurement, constant_note
 from .result import Selection, SelectionWarning
 from .rounds import order_control, rank_layers, search_round, shorten_to_budget
@@ -44,6 +44,7 @@ def select_layers(
     flops: float | None = None,
     throughput: float | None = None,
     beam: int = 1,
+    min_gap: int = 1,
     seed: int = 0,
     cache: str = "auto",
     cache_budget: int | None = None,
@@ -77,6 +78,8 @@ def select_layers(
         flops: Instead of `count`: stop once at most this share of the FLOPs per image remains.
         throughput: Instead of `count`: stop once the measured throughput reaches this factor, such as 1.2.
         beam: Number of sets of layers that a greedy search retains per round.
+        min_gap: Smallest distance between two blocks that a greedy search picks; 2 forbids neighbours. A search picks no
+            block after which `count`, `params` or `flops` could not be reached any more.
         seed: Random seed of "random".
         cache: Storage of embedded images between rounds: "ram", "disk", "none"; "auto" is "ram" if they fit.
         cache_budget: Largest size of the cache in bytes; None: a quarter of the free memory, or the free disk but 1 GiB.
@@ -104,6 +107,7 @@ def select_layers(
         exclude=exclude,
         layers=layers,
         beam=beam,
+        min_gap=min_gap,
         seed=seed,
         cache=cache,
         cache_budget=cache_budget,
@@ -131,6 +135,7 @@ class SearchOptions:
     exclude: Sequence[int] = ()
     layers: Sequence[int] | None = None
     beam: int = 1
+    min_gap: int = 1
     seed: int = 0
     cache: str = "auto"
     cache_budget: int | None = None
@@ -144,9 +149,10 @@ class SearchOptions:
         check_choice("strategy", self.strategy, tuple(STRATEGIES))
         if self.signed and self.strategy != "nose-signed":
             raise ValueError(f"signed=True belongs to strategy 'nose'; got {self.strategy!r}")
-        require_int("beam", self.beam, 1, strict=True)
-        if self.beam > 1 and STRATEGIES[self.strategy].how != "greedy":
-            raise ValueError(f"beam={self.beam} requires a greedy strategy; {self.strategy!r} does not search")
+        for name in ("beam", "min_gap"):
+            value = require_int(name, getattr(self, name), 1, strict=True)
+            if value > 1 and STRATEGIES[self.strategy].how != "greedy":
+                raise ValueError(f"{name}={value} requires a greedy strategy; {self.strategy!r} does not search")
         if (self.layers is None) == (self.strategy == "explicit"):
             raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
 
@@ -180,13 +186,17 @@ class Searcher:
             raise ValueError(
                 f"exclude={list(options.exclude)} leaves no attention layer of {structure.depth} blocks to remove"
             )
+        if options.min_gap > 1:
+            self._most = spaced_maximum(dict.fromkeys(self._candidates, 1), options.min_gap)
         self._layers: tuple[int, ...] | None = None
         default = min(DEFAULT_COUNT, self._most)
         if options.layers is not None:
             self._layers = _check_layers(options.layers, self._candidates, self._most, structure)
             default = self._most = len(self._layers)
         removable = self._candidates if self._layers is None else self._layers
-        self._stop = Stop(model, *budget.resolve(default), candidates=removable, most=self._most)
+        self._stop = Stop(
+            model, *budget.resolve(default), candidates=removable, most=self._most, min_gap=options.min_gap
+        )
 
     def run(self) -> tuple[Selection, dict[str, Any] | None]:
         """Return the selection, and how the work was done (`Measurement.engine`); None for a control."""
@@ -274,7 +284,9 @@ class Searcher:
                     state = rank_layers(measurement, criterion, self._candidates, self._most, "Rank")
                 else:
                     name = f"Round {len(state.branches[0].layers) + 1}" + (f" of {rounds}" if rounds else "")
-                    state = search_round(measurement, criterion, state, self._candidates, self.options.beam, name)
+                    state = search_round(
+                        measurement, criterion, state, self._stop.next_candidates, self.options.beam, name
+                    )
                 with self.processes.all_or_none("Select"):
                     if progress is not None:
                         state = self._end_round(measurement, state)
@@ -291,7 +303,9 @@ class Searcher:
             state = replace(state, branches=(replace(best, layers=layers), *state.branches[1:]))
             notes = (*short, *notes)
         elif not self._stop.met(best.layers):
-            done = len(best.layers) == self._most
+            # With a gap, picks can block all others before the largest number of layers is reached.
+            left = [self._stop.next_candidates(branch.layers) for branch in state.branches]
+            done = len(best.layers) == self._most or not any(left)
             notes = (self._stop.shortfall(best.layers), *notes) if done else notes
         constant = measurement.constant_channels
         return replace(state, done=done, samples=measurement.samples, constant_channels=constant, notes=notes)
@@ -305,6 +319,7 @@ class Searcher:
             criterion=criterion.name,
             unit=criterion.unit,
             beam=options.beam,
+            min_gap=options.min_gap,
             signed=options.strategy == "nose-signed",
             samples=state.samples,
             rounds=best.rounds,
@@ -337,6 +352,7 @@ class Searcher:
             "bins": options.bins,
             "exclude": sorted(set(range(self._structure.depth)) - set(self._candidates)),
             "beam": options.beam,
+            "min_gap": options.min_gap,
         }
         return found | ({"layers": self._layers, "seed": options.seed} if self.is_control else {})
 

@@ -15,6 +15,9 @@ from .result import Round
 
 FORMAT = 1
 
+# What fingerprints of older versions lack, with the value that these versions meant.
+_ADDED = {"min_gap": 1}
+
 
 class ProgressMismatchError(ValueError):
     """The progress file belongs to another model, other data or other options."""
@@ -39,7 +42,7 @@ class Progress:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
-            if listed := format_differences(record["fingerprint"], self.fingerprint):
+            if listed := format_differences({**_ADDED, **record["fingerprint"]}, self.fingerprint):
                 raise ProgressMismatchError(
                     f"{path} holds a selection that was started differently: {listed}. Use its options, model and data, "
                     "another output folder, or start over with --restart (restart=True)"

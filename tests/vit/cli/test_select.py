@@ -73,6 +73,7 @@ OPTIONS = {
     "pre_logits": (["--count", 1, "--score", "pre_logits"], {"score": "pre_logits", "channels": 48}),
     "exclude": (["--count", 1, "--exclude", "0,1,3"], {"layers": [2]}),
     "beam": (["--count", 2, "--beam", 3, "--strategy", "kl"], {"beam": 3, "criterion": "KL"}),
+    "min_gap": (["--count", 2, "--min-gap", 3, "--strategy", "kl", "--beam", 2], {"min_gap": 3}),
     "samples": (["--count", 1, "--samples", 20, "--batch-size", 7, "--split", "val"], {"samples": 20}),
     "first": (["--count", 3, "--strategy", "first"], {"layers": [0, 1, 2]}),
 }
@@ -108,6 +109,8 @@ ERRORS = {
     "layers without explicit": (["--layers", "1,2"], "'explicit' and layers belong together"),
     "explicit without layers": (["--strategy", "explicit"], "'explicit' and layers belong together"),
     "a beam that is not one": (["--beam", 2, "--strategy", "one-shot", "--count", 1], "'one-shot' does not search"),
+    "a gap in a ranking": (["--min-gap", 2, "--strategy", "cosine", "--count", 1], "'cosine' does not search"),
+    "a gap too wide": (["--count", 2, "--min-gap", 4], "count must be from 1 to 1 for 4 blocks with min_gap=4; got 2"),
     "signed what": (["--signed", "--strategy", "kl", "--count", 1], "signed=True belongs to strategy 'nose'; got 'kl'"),
     "no size": (["--cache-budget", "x"], "--cache-budget expects a size such as 8G"),
     "a small cache": (["--count", 1, "--cache", "ram", "--cache-budget", "1K"], "does not fit: 30 images take"),
@@ -326,7 +329,7 @@ def test_bad_combinations_are_found_before_anything_is_loaded(run, folder, saved
 
     monkeypatch.setattr("lambda_vit.cli.models.open_model", lambda *a, **k: pytest.fail("work began"))
     early = ("two budgets", "no size", "layers without explicit", "explicit without layers", "signed what")
-    for case in (*early, "a beam that is not one"):
+    for case in (*early, "a beam that is not one", "a gap in a ranking"):
         options, words = ERRORS[case]
         code, _, err = run("select", "--model", saved, "--data", folder, "--out", tmp_path / "out", *options)
         assert (code, words in err) == (2, True)

@@ -230,6 +230,15 @@ def test_beam_does_not_claim_the_lowest():
     assert "picked: the lowest of its round" in [text.get_text() for text in drawn_texts(greedy)]
 
 
+def test_a_gap_between_picks_is_shown():
+    record = selection_record("kl", picks=3)
+    assert "Spacing" not in markdown(record)  # nor where an older record has no such entry
+    record["selection"]["min_gap"] = 1
+    assert "Spacing" not in markdown(record)
+    record["selection"]["min_gap"] = 3
+    assert "two picked blocks are at least 3 apart" in markdown(record)
+
+
 def drawn_texts(record: dict) -> list:
     """All texts of the figure of the scores."""
     from matplotlib.text import Text

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.Sel
 RUNS = {
     "nose": {"count": 3},
     "beam": {"count": 3, "strategy": "kl", "beam": 3},
+    "gap": {"count": 3, "strategy": "kl", "beam": 2, "min_gap": 2},
     "accuracy": {"count": 3, "strategy": "accuracy", "exclude": (1,)},
     "params": {"params": 0.845},
     "histogram": {"count": 3, "estimator": "histogram"},
@@ -184,6 +185,7 @@ CHANGES = {
     "bins": ({"bins": 64}, "bins was 256, is 64"),
     "exclude": ({"exclude": (2,)}, r"exclude was \[\], is \[2\]"),
     "beam": ({"beam": 2}, "beam was 1, is 2"),
+    "min_gap": ({"min_gap": 2}, "min_gap was 1, is 2"),
     "weights": ({"model": other_weights()}, r"weights was '\w{64}', is '\w{64}'"),
     "dtype": ({"model": network().double()}, r"dtype was 'torch\.float32', is 'torch\.float64'"),
     "images": ({"loader": of_dataset(X + 1, Y)}, r"data was '\w{64}', is '\w{64}'"),
@@ -205,6 +207,18 @@ def test_what_was_found_otherwise_is_not_continued(name, tmp_path):
     expected = select_layers(**{**usual, **change, "progress_file": None})
     assert select_layers(**{**usual, **change}, restart=True) == expected
     assert select_layers(**{**usual, **change}) == expected
+
+
+def test_progress_of_versions_without_a_gap_is_resumed(tmp_path):
+    path, data = tmp_path / "p.json", CountingLoader(labelled())
+    expected = select_layers(network(), data, 2, progress_file=path)
+    record = json.loads(path.read_text())
+    del record["fingerprint"]["min_gap"]
+    path.write_text(json.dumps(record))
+    assert select_layers(network(), data, 2, progress_file=path) == expected
+    assert data.passes == 1
+    with pytest.raises(ProgressMismatchError, match="min_gap was 1, is 2"):
+        select_layers(network(), data, 2, progress_file=path, min_gap=2)
 
 
 def test_batches_in_memory_and_labels_count_too(tmp_path):

@@ -196,6 +196,83 @@ def test_beams_can_differ_from_greedy():
     assert any(found)
 
 
+def is_spaced(layers, gap: int) -> bool:
+    return all(abs(one - other) >= gap for one, other in itertools.combinations(layers, 2))
+
+
+def spaced_sets(gap: int, count: int, exclude: tuple[int, ...] = ()) -> list[set[int]]:
+    """All sets of `count` blocks with this gap, by trying each."""
+    left = [i for i in range(DEPTH) if i not in exclude]
+    return [set(found) for found in itertools.combinations(left, count) if is_spaced(found, gap)]
+
+
+@pytest.mark.parametrize("strategy", ["nose", "kl", "accuracy"])
+@pytest.mark.parametrize(("gap", "count", "exclude"), [(2, 2, ()), (2, 3, ()), (3, 2, ()), (4, 2, ()), (2, 2, (0, 2))])
+def test_min_gap_picks_the_best_that_is_far_enough_and_leads_to_the_count(strategy, gap, count, exclude, model, plain):
+    selection = select_layers(model, DATA, count, strategy=strategy, min_gap=gap, exclude=exclude)
+    allowed, picked = spaced_sets(gap, count, exclude), []
+    for step in selection.rounds:
+        left = [i for i in range(DEPTH) if i not in picked and any({*picked, i} <= complete for complete in allowed)]
+        scores = {i: score_of(strategy, plain(*picked, i), plain()) for i in left}
+        assert step.scores == pytest.approx({i: score for i, (score, _) in scores.items()}, rel=1e-9, abs=1e-12)
+        picked.append(min(left, key=scores.get))
+        assert step.picked == picked[-1]
+    assert selection.layers == tuple(picked)
+    assert set(picked) in allowed
+    assert selection.min_gap == gap
+
+
+def test_min_gap_changes_picks(model):
+    """Or the other tests could not tell that it is used."""
+    assert not is_spaced(select_layers(model, DATA, 3, strategy="kl").layers, 2)
+    assert set(select_layers(model, DATA, 2, strategy="kl").layers) != {0, 4}
+    assert set(select_layers(model, DATA, 2, strategy="kl", min_gap=4).layers) == {0, 4}
+
+
+@pytest.mark.parametrize("gap", [2, 3])
+def test_a_wide_beam_with_a_gap_finds_what_brute_force_finds(gap, model, plain):
+    sets = spaced_sets(gap, 2)
+    best = min(sets, key=lambda s: (score_of("kl", plain(*sorted(s)), plain()), sorted(s)))
+    assert set(select_layers(model, DATA, 2, strategy="kl", min_gap=gap, beam=100).layers) == best
+    assert select_layers(model, DATA, 2, strategy="kl", min_gap=gap, beam=2).min_gap == gap
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("kind", ["params", "flops"])
+def test_a_share_with_a_gap_is_reached_whatever_is_picked_first(kind, beam):
+    """Only blocks 0, 2 and 4 reach the share of three, and the best first pick alone would often be another."""
+    for seed in range(3):
+        model = with_strong_attention(seed).float()
+        share = left_of(model, (0, 2, 4), kind)
+        found = select_layers(model, DATA[:2], strategy="kl", min_gap=2, beam=beam, **{kind: share})
+        assert sorted(found.layers) == [0, 2, 4]
+        with pytest.raises(
+            ValueError, match=rf"{kind}=.* cannot be reached: .* all 3 blocks .* with min_gap=2, 0\.[0-9]+ of"
+        ):
+            select_layers(model, DATA[:2], strategy="kl", min_gap=2, beam=beam, **{kind: share - 1e-6})
+
+
+def test_a_throughput_with_a_gap_stops_where_no_block_is_left(model, monkeypatch):
+    monkeypatch.setattr(budget.Stop, "speedup", lambda self, layers: 1 + 0.1 * len(layers))
+    for beam in (1, 4):
+        found = select_layers(model, DATA, throughput=3.0, strategy="kl", min_gap=3, beam=beam)
+        assert is_spaced(found.layers, 3)
+        words = f"throughput=3 was not reached: without the attention of {len(found.layers)} blocks"
+        assert any(note.startswith(words) for note in found.warnings)
+        left = set(range(DEPTH)) - set(found.layers)
+        assert not any(is_spaced((*found.layers, i), 3) for i in left)
+    assert len(select_layers(model, DATA, throughput=1.15, strategy="kl", min_gap=2).layers) == 2
+
+
+def test_the_largest_spaced_sum_is_that_of_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    for gap in (1, 2, 3, 9):
+        worth = {i: int(torch.randint(1, 20, (), generator=generator)) for i in range(8) if i != 3}
+        every = itertools.chain.from_iterable(itertools.combinations(worth, n) for n in range(9))
+        assert budget.spaced_maximum(worth, gap) == max(sum(worth[i] for i in s) for s in every if is_spaced(s, gap))
+    assert budget.spaced_maximum({}, 2) == 0
+
+
 def left_of(model: torch.nn.Module, layers: tuple[int, ...], kind: str) -> float:
     """What a converted model has of what the full one has."""
 
@@ -273,6 +350,12 @@ def test_throughput_is_measured_with_the_attention_gone(model):
         ({"count": 5}, "1 to 4 for 5 blocks; got 5"),
         ({"count": 1, "beam": 0}, "beam must be an integer of at least 1"),
         ({"count": 1, "beam": 2, "strategy": "one-shot"}, "'one-shot' does not search"),
+        ({"count": 1, "min_gap": 0}, "min_gap must be an integer of at least 1"),
+        ({"count": 1, "min_gap": 2, "strategy": "first"}, "min_gap=2 requires a greedy strategy; 'first' does not"),
+        ({"count": 1, "min_gap": 2, "strategy": "cosine"}, "min_gap=2 requires a greedy strategy; 'cosine' does not"),
+        ({"count": 4, "min_gap": 2, "beam": 3}, "count must be from 1 to 3 for 5 blocks with min_gap=2; got 4"),
+        ({"count": 2, "min_gap": 5}, "count must be from 1 to 1 for 5 blocks with min_gap=5; got 2"),
+        ({"count": 3, "min_gap": 2, "exclude": (4,)}, "count must be from 1 to 2 for 5 blocks with min_gap=2; got 3"),
         ({"count": 1, "signed": True, "strategy": "kl"}, "belongs to strategy 'nose'; got 'kl'"),
         ({"layers": (1,)}, "'explicit' and layers belong together"),
         ({"strategy": "explicit"}, "'explicit' and layers belong together"),
