@@ -16,6 +16,22 @@ from torch_setup import interpreter_obstacle
 sys.path.append(str(REPOSITORY))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-tile", action="store_true", help="Also execute the PTX of every tile that ships (half an hour)."
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of every tile run where they are asked for."""
+    if config.getoption("--every-tile"):
+        return
+    left = [item for item in items if item.get_closest_marker("every_tile")]
+    if left:
+        items[:] = [item for item in items if not item.get_closest_marker("every_tile")]
+        config.hook.pytest_deselected(items=left)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Say what is wrong once, before more than two hundred tests do."""
     if torch.cuda.is_available():
