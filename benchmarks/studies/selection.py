@@ -31,6 +31,7 @@ from lambda_vit.runtime.processes import Processes
 from lambda_vit.selection.path_statistics import PathResult, PathStatistics
 from lambda_vit.selection.paths import Outputs, PathRunner, Tokens
 from lambda_vit.selection.prefix_cache import FULL, SkippedBlocks
+from lambda_vit.selection.repair import ImagePool, repair_blocks
 from lambda_vit.selection.rounds import rank_layers, search_round
 from lambda_vit.selection.search_state import SearchState
 from lambda_vit.selection.strategies import STRATEGIES
@@ -42,12 +43,15 @@ class Pool:
     """Images embedded once, and the logits of all paths that were ever asked for."""
 
     def __init__(self, model: nn.Module, dataset: object) -> None:
+        self._model, self._chosen = model, ImagePool(0)
         self.runner = PathRunner(model)
         self.classes = model.num_classes
         self.dtype = next(model.parameters()).dtype
         tokens, targets = [], []
-        for images, labels in make_loader(dataset, BATCH):
-            tokens.append(self.runner.embed(images.to(self.dtype)).tokens)
+        for number, (images, labels) in enumerate(make_loader(dataset, BATCH)):
+            images = images.to(self.dtype)
+            self._chosen.add(number, images)
+            tokens.append(self.runner.embed(images).tokens)
             if self.runner.why_images is not None:
                 raise SystemExit(f"this model cannot be studied: {self.runner.why_images}")
             targets.append(labels)
@@ -57,6 +61,15 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def repaired(self) -> Pool:
+        """The same images, with repaired MLPs where attention is skipped."""
+        found = copy.copy(self)
+        found._logits, found.runner = {}, PathRunner(self._model)
+        chosen = self._chosen.merge(Processes())
+        halves = repair_blocks(found.runner, chosen, range(self.runner.depth), Processes(), self.tokens.device)
+        found.runner.use_halves({index: repaired.half for index, repaired in halves.items()})
+        return found
 
     def logits(self, paths: Collection[SkippedBlocks], indices: np.ndarray) -> dict[SkippedBlocks, Tensor]:
         """Of these images; what is missing is computed, all that is missing of an image in one walk."""
@@ -230,7 +243,12 @@ def compare_strategies(study: Study, model: nn.Module, dataset: object, options:
     found = {}
     searched = [name for name, how in STRATEGIES.items() if how.how != "control"]
     for name in searched:
-        found[name] = study.run(name, lambda n=name: search(PoolMeasurement(pool, indices), n, options.count))
+
+        def searching(name: str = name) -> dict:
+            own = pool.repaired() if STRATEGIES[name].repair else pool
+            return search(PoolMeasurement(own, indices), name, options.count)
+
+        found[name] = study.run(name, searching)
     histogram = PoolMeasurement(pool, indices, "histogram")
     found["nose, histogram"] = study.run("nose, histogram", lambda: search(histogram, "nose", options.count))
     measurement = PoolMeasurement(pool, indices)

@@ -60,7 +60,7 @@ class Strategy(str, enum.Enum):
 DEFAULT_STRATEGY = Strategy("nose")
 
 STRATEGY_HELP = (
-    "How layers are picked. "
+    "How to pick layers. "
     + "; ".join(
         f"{how}: {', '.join(name for name in STRATEGIES if STRATEGIES[name].how == key)}"
         for key, how in SEARCHES.items()
@@ -172,7 +172,9 @@ def select(
     min_gap: Annotated[
         int, typer.Option(min=1, help="Smallest distance between two blocks of a greedy search; 2 forbids neighbours.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Random seed of --strategy random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of --strategy random, and of the images for the repair of recoverability.")
+    ] = 0,
     split: Split = "train",
     samples: Samples = 1024,
     class_map: ClassMap = None,

@@ -28,6 +28,7 @@ from .activation_cache import ActivationCache, Batch
 from .path_statistics import PathResult, PathStatistics
 from .paths import Outputs, PathRunner
 from .prefix_cache import FULL, SkippedBlocks
+from .repair import SETTINGS, ImagePool, repair_blocks
 
 ESTIMATORS = ("gaussian", "histogram")
 SCORES = ("logits", "pre_logits")
@@ -76,6 +77,7 @@ class Measurement:
         self.samples = 0
         self.channels = 0
         self.constant_channels = 0  # the maximum over paths
+        self._repair: dict[str, Any] | None = None  # what was repaired, for a report
 
     def __enter__(self) -> Measurement:
         return self
@@ -115,6 +117,37 @@ class Measurement:
         self.constant_channels = max(self.constant_channels, *(r.constant_channels for r in results.values()))
         return results
 
+    def repair(self, blocks: Collection[int], seed: int = 0, description: str = "Repair") -> None:
+        """Repair the MLP halves of `blocks`; paths then run them where the attention of these blocks is skipped.
+
+        The images of the repair are chosen by their pixels and `seed`, in a pass that has to be the first. The model is
+        not changed.
+        """
+        pool = ImagePool(seed, self.processes.rank)
+        with self.processes.all_or_none(description), torch.inference_mode():
+            for batch in self._batches(f"{description}: images"):
+                assert batch.images is not None, "the first pass reads the images"
+                if not torch.isfinite(batch.start.tokens).all():
+                    raise NonFiniteActivationError(self._culprit(batch, []))
+                pool.add(batch.number, batch.images)
+                if self.activations.plan is not None and self.activations.plan.kind != "none":
+                    # A search that repairs compares with the full model, whose logits are only cached in the first pass.
+                    batch.full = dict(self.runner.outputs(batch.start, [FULL]))[FULL].logits
+        images = pool.merge(self.processes)
+        if not images:
+            raise ValueError("loader gave no images: there is nothing to measure")
+        started = time.perf_counter()
+        with eval_mode(*self.runner.modules()):
+            found = repair_blocks(self.runner, images, blocks, self.processes, self.device, description=description)
+        self.runner.use_halves({index: repaired.half for index, repaired in found.items()})
+        self.activations.prefixes.clear()
+        self._repair = {
+            "images": len(images),
+            "passes": SETTINGS.passes,
+            "seconds": round(time.perf_counter() - started, 3),
+            "errors": {str(index): [repaired.before, repaired.after] for index, repaired in sorted(found.items())},
+        }
+
     @torch.inference_mode()
     def cosine_distances(self, description: str = "Measure") -> dict[int, float]:
         """Measure 1 − cos(x, x + attention(x)) of each block, a mean over all tokens, in one pass (arXiv 2406.15786)."""
@@ -147,6 +180,7 @@ class Measurement:
             "shared": "the embedding and the blocks before a path's first skipped attention"
             if self.runner.why_images is None
             else f"the blocks, not the embedding: {self.runner.why_images}",
+            "repair": self._repair,
             "kept": {"before_blocks": list(prefixes.blocks), "bytes": prefixes.bytes} if prefixes.bytes else None,
         }
 

@@ -7,7 +7,7 @@ after the last block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,17 @@ class PathRunner:
 
     def modules(self) -> list[nn.Module]:
         """Return the modules that must be in eval mode while paths run."""
-        return [self.model, *(self._without(i) for i in range(self.depth))]
+        return [self.model, *(self.half(i) for i in range(self.depth))]
+
+    def half(self, index: int) -> nn.Module:
+        """Return the block that runs where attention is skipped; it shares the model's MLP half, or `use_halves` set it."""
+        if index not in self._free:
+            self._free[index] = view_without_attention(self._blocks[index])
+        return self._free[index]
+
+    def use_halves(self, halves: Mapping[int, nn.Module]) -> None:
+        """Run these modules from now on where the attention of a block is skipped; cached prefixes no longer hold."""
+        self._free |= halves
 
     def embed(self, images: Images) -> Tokens:
         """Run what precedes the first block."""
@@ -86,7 +96,7 @@ class PathRunner:
 
         Blocks before a prefix that `prefixes` holds for this batch do not run, and it is offered the prefixes that do.
         """
-        run = _BatchRun(self, self._block_kwargs(start), prefixes, batch)
+        run = _BatchRun(self, self.block_kwargs(start), prefixes, batch)
         first = PrefixNode(run, Prefix(0, FULL), start.tokens)
         for at, group in self._walk(first, list(dict.fromkeys(paths))):
             found = self._finish(at.tokens(), start.images)
@@ -96,7 +106,7 @@ class PathRunner:
     def first_bad_block(self, start: Tokens, path: SkippedBlocks) -> int | None:
         """Return the first block of a path whose output holds NaN or infinity; None if every block's is finite."""
         x = start.tokens
-        for index, kwargs in enumerate(self._block_kwargs(start)):
+        for index, kwargs in enumerate(self.block_kwargs(start)):
             x = self.run(index, index in path, x, kwargs)
             if not torch.isfinite(x).all():
                 return index
@@ -108,7 +118,7 @@ class PathRunner:
         The branch is what the block adds, after LayerScale. If batches hold padding, both tensors are [M, C] and omit it.
         """
         x, valid = start.tokens, batches.valid_tokens(self.model, start.images)
-        kwargs = self._block_kwargs(start)
+        kwargs = self.block_kwargs(start)
         for index, (block, (positional, named)) in enumerate(zip(self._blocks, kwargs, strict=True)):
             if isinstance(block, AttentionFreeBlock):
                 x = block(x, *positional, **named)
@@ -120,15 +130,10 @@ class PathRunner:
             yield (index, x, after) if valid is None else (index, x[valid], after[valid])
             x = following
 
-    def _without(self, index: int) -> nn.Module:
-        if index not in self._free:
-            self._free[index] = view_without_attention(self._blocks[index])
-        return self._free[index]
-
     def run(self, index: int, skipped: bool, x: Tensor, kwargs: BlockKwargs) -> Tensor:
         """Run a block, with its attention or without."""
         positional, named = kwargs
-        return (self._without(index) if skipped else self._blocks[index])(x, *positional, **named)
+        return (self.half(index) if skipped else self._blocks[index])(x, *positional, **named)
 
     def _walk(self, node: PrefixNode, group: list[SkippedBlocks]) -> Iterator[tuple[PrefixNode, list[SkippedBlocks]]]:
         # Depth first: only the tokens at which other paths branch off stay alive.
@@ -142,7 +147,7 @@ class PathRunner:
         if group:
             yield node, group
 
-    def _block_kwargs(self, start: Tokens) -> list[BlockKwargs]:
+    def block_kwargs(self, start: Tokens) -> list[BlockKwargs]:
         """Return the arguments of each block besides its tokens, for this batch."""
         if start.images is None or not any(positional or named for positional, named in self._kwargs):
             return self._kwargs

@@ -33,7 +33,7 @@ class Selection:
         entropy_full: Entropy of the full model's output, in bits.
         samples: Number of images, and `channels` that of the output's channels.
         rounds: The rounds of the search, in order; a ranking has one, from which all layers come.
-        seed: Random seed of strategy "random".
+        seed: Random seed of strategy "random", or of the images of a repair.
         warnings: Doubts about the selection.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..runtime.processes import Processes
 from ..runtime.progress import task
 from .budget import DEFAULT_COUNT, Budget, Stop, spaced_maximum
 from .measurement import Measurement, constant_note
+from .repair import SETTINGS
 from .result import Selection, SelectionWarning
 from .rounds import order_control, rank_layers, search_round, shorten_to_budget
 from .search_state import Progress, SearchState, refuse_search
@@ -80,7 +81,7 @@ def select_layers(
         beam: Number of sets of layers that a greedy search retains per round.
         min_gap: Smallest distance between two blocks that a greedy search picks; 2 forbids neighbours. A search picks no
             block after which `count`, `params` or `flops` could not be reached any more.
-        seed: Random seed of "random".
+        seed: Random seed of "random", and of the images on which "recoverability" repairs.
         cache: Storage of embedded images between rounds: "ram", "disk", "none"; "auto" is "ram" if they fit.
         cache_budget: Largest size of the cache in bytes; None: a quarter of the free memory, or the free disk but 1 GiB.
         cache_folder: Folder in which "disk" stores them temporarily.
@@ -153,6 +154,7 @@ class SearchOptions:
             value = require_int(name, getattr(self, name), 1, strict=True)
             if value > 1 and STRATEGIES[self.strategy].how != "greedy":
                 raise ValueError(f"{name}={value} requires a greedy strategy; {self.strategy!r} does not search")
+        object.__setattr__(self, "seed", require_int("seed", self.seed))
         if (self.layers is None) == (self.strategy == "explicit"):
             raise ValueError("strategy 'explicit' and layers belong together: pass both or neither")
 
@@ -208,6 +210,8 @@ class Searcher:
                 cast = "cast the model with model.float()"
                 warn_if_slow(measurement.dtype, measurement.device, cast, stacklevel=3)
             state, progress = self.before_search(measurement)
+            if self.strategy.repair and not state.done:  # again if resumed: the same images give the same MLPs
+                measurement.repair(self._candidates, self.options.seed)
             state = self.run_search(measurement, state, progress)
             engine = measurement.engine()
         return self.after_search(state), engine
@@ -321,6 +325,7 @@ class Searcher:
             beam=options.beam,
             min_gap=options.min_gap,
             signed=options.strategy == "nose-signed",
+            seed=options.seed if self.strategy.repair else None,
             samples=state.samples,
             rounds=best.rounds,
             estimator=options.estimator if full else None,
@@ -354,6 +359,8 @@ class Searcher:
             "beam": options.beam,
             "min_gap": options.min_gap,
         }
+        if self.strategy.repair:
+            found |= {"seed": options.seed, "repair": asdict(SETTINGS)}
         return found | ({"layers": self._layers, "seed": options.seed} if self.is_control else {})
 
 

@@ -51,12 +51,14 @@ class Strategy:
         criterion: The quantity that it minimizes; None for a control.
         about: One phrase for a list of strategies.
         report: How a report describes the search.
+        repair: Whether MLP halves without attention are repaired before the search (`Measurement.repair`).
     """
 
     how: str
     criterion: Criterion | None
     about: str
     report: str
+    repair: bool = False
 
 
 ABSOLUTE_TE = Criterion(
@@ -75,6 +77,13 @@ DIVERGENCE = Criterion(
     "KL",
     "bits",
     "the mean divergence of the class probabilities from the full model's without this attention",
+    lambda result, full: (result.kl, 0.0),
+    compare=True,
+)
+REPAIRED_DIVERGENCE = Criterion(
+    "KL after repair",
+    "bits",
+    "the mean divergence of the class probabilities from the full model's without this attention, with repaired MLPs",
     lambda result, full: (result.kl, 0.0),
     compare=True,
 )
@@ -115,6 +124,15 @@ STRATEGIES = {
         DIVERGENCE,
         "smallest divergence of the class probabilities from the full model's",
         "greedy: each round picks the layer whose removal changes the class probabilities least",
+    ),
+    "recoverability": Strategy(
+        "greedy",
+        REPAIRED_DIVERGENCE,
+        "as kl, after a short repair of the MLP of each block (arXiv 2202.07861)",
+        "greedy: before the search, copies of the MLPs learn to give their block's output without its attention (arXiv "
+        "2411.19146); each round picks the layer whose removal then changes the class probabilities least. What this report "
+        "shows after each pick is without this repair",
+        repair=True,
     ),
     "accuracy": Strategy(
         "greedy",

@@ -186,6 +186,22 @@ def test_selecting_measures_what_plain_forwards_give(name, cache, tmp_path):
     assert PathRunner(model).embed(batches[0][0]).images is None  # tokens go on without the images
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_mlps_of_every_family_are_repaired(name):
+    model = build(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with Measurement(model, data(model)) as measurement:
+        measurement.repair(range(4))
+        errors = measurement.engine()["repair"]["errors"]
+        scale = find_family(model.blocks[1]).scales[1]
+        trained = getattr(measurement.runner.half(1), scale)
+        if trained is not None and before.get(f"blocks.1.{scale}") is not None:
+            assert not torch.equal(trained, before[f"blocks.1.{scale}"])
+    assert all(after < before for before, after in errors.values())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert len(select_layers(model, data(model), 2, strategy="recoverability").layers) == 2
+
+
 @torch.no_grad()
 def test_images_of_two_sizes_keep_their_own_rotary_embedding():
     model = build("eva02", dynamic_img_size=True).double()

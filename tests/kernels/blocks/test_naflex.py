@@ -124,6 +124,21 @@ def test_selecting_with_every_cache(cache, tmp_path):
     assert len(by_labels.layers) == 1
 
 
+def test_repairs_leave_padding_out(tmp_path):
+    errors = []
+    for padding in (0.0, 50.0):
+        with Measurement(build(), padded(padding)) as measurement:
+            measurement.repair(range(4))
+            errors.append([end for ends in measurement.engine()["repair"]["errors"].values() for end in ends])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert all(after < before for before, after in zip(errors[0][::2], errors[0][1::2], strict=True))
+    found = [
+        select_layers(build(), padded(), 2, strategy="recoverability", cache=cache, cache_folder=tmp_path)
+        for cache in ("ram", "disk", "none")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
 @torch.no_grad()
 def test_dilution_with_padding():
     model = build()

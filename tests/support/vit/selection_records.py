@@ -8,11 +8,19 @@ from typing import Any
 from lambda_vit.measure.intervals import wilson_interval
 from lambda_vit.report.records.recommendation import recommend
 
-UNITS = {"|TE|": "bits", "TE": "bits", "KL": "bits", "top-1 lost": "points", "1 − cosine": ""}
+UNITS = {
+    "|TE|": "bits",
+    "TE": "bits",
+    "KL": "bits",
+    "top-1 lost": "points",
+    "1 − cosine": "",
+    "KL after repair": "bits",
+}
 CRITERIA = {
     "nose": "|TE|", "one-shot": "|TE|", "nose-signed": "TE", "kl": "KL", "accuracy": "top-1 lost", "cosine": "1 − cosine",
+    "recoverability": "KL after repair",
 }  # fmt: skip
-SCALES = {"|TE|": 1.0, "TE": 1.0, "KL": 0.0061, "top-1 lost": 0.31, "1 − cosine": 0.0093}
+SCALES = {"|TE|": 1.0, "TE": 1.0, "KL": 0.0061, "top-1 lost": 0.31, "1 − cosine": 0.0093, "KL after repair": 0.004}
 MODELS = {12: ("deit_small_patch16_224.fb_in1k", 22_050_664, 9.2e9), 32: ("vit_huge_patch14_224", 632_045_800, 334e9)}
 
 

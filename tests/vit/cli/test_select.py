@@ -66,6 +66,10 @@ OPTIONS = {
     "nose-signed": (["--count", 1, "--signed"], {"strategy": "nose-signed", "criterion": "TE", "signed": True}),
     "one-shot": (["--count", 2, "--strategy", "one-shot"], {"strategy": "one-shot"}),
     "accuracy": (["--count", 1, "--strategy", "accuracy"], {"criterion": "top-1 lost", "unit": "points"}),
+    "recoverability": (
+        ["--count", 2, "--strategy", "recoverability", "--seed", 3],
+        {"criterion": "KL after repair", "seed": 3},
+    ),
     "cosine": (["--count", 1, "--strategy", "cosine"], {"criterion": "1 − cosine", "entropy_full": None}),
     "random": (["--count", 2, "--strategy", "random", "--seed", 7], {"seed": 7, "criterion": None}),
     "explicit": (["--strategy", "explicit", "--layers", "2,0"], {"layers": [2, 0], "stop": "2 layers"}),
@@ -87,6 +91,18 @@ def test_options_reach_the_selection(name, select, tmp_path):
     found = Selection.from_json(tmp_path / "out" / "selection.json").to_dict()
     assert {key: found[key] for key in wanted} == wanted
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_repair_is_reported(select, tmp_path):
+    code, _, err = select("--count", 1, "--strategy", "recoverability", *QUICK)
+    assert code == 0, err
+    record = record_of(tmp_path / "out")
+    assert record["environment"]["repaired MLPs"].startswith("4 on 30 images in ")
+    assert record["engine"]["repair"]["passes"] == 4
+    assert "is without this repair" in (tmp_path / "out" / "report.md").read_text()
+    code, _, err = select("--count", 1, "--strategy", "kl", *QUICK, out=tmp_path / "kl")
+    assert code == 0, err
+    assert "repaired MLPs" not in record_of(tmp_path / "kl")["environment"]
 
 
 def test_throughput(select, tmp_path, monkeypatch):

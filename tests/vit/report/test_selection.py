@@ -26,6 +26,7 @@ CASES = {
     "one-shot": {"strategy": "one-shot"},
     "cosine": {"strategy": "cosine", "depth": 32, "picks": 8},
     "accuracy": {"strategy": "accuracy", "picks": 1},
+    "recoverability": {"strategy": "recoverability", "picks": 3},
 }
 
 

@@ -169,7 +169,9 @@ def test_measuring_once_keeps_nothing_and_uses_what_is_there():
             handle.remove()
 
 
-@pytest.mark.parametrize("options", [{"beam": 3}, {"strategy": "kl"}, {"strategy": "accuracy"}])
+@pytest.mark.parametrize(
+    "options", [{"beam": 3}, {"strategy": "kl"}, {"strategy": "accuracy"}, {"strategy": "recoverability"}]
+)
 def test_searches_run_fewer_blocks_for_the_same_selection(options):
     found, runs = {}, {}
     for cache in ("ram", "disk"):

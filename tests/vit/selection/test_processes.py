@@ -32,6 +32,7 @@ RUNS = {
     "histogram": {"estimator": "histogram"},
     "kl": {"strategy": "kl", "beam": 2},
     "accuracy": {"strategy": "accuracy", "cache": "disk"},
+    "recoverability": {"strategy": "recoverability", "seed": 3},
     "cosine": {"strategy": "cosine"},
     "first": {"strategy": "first"},
 }

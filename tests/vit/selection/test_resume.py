@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lambda_kernels.files
 from lambda_vit import select_layers
 from lambda_vit.data.loader import make_loader
-from lambda_vit.selection import budget
+from lambda_vit.selection import budget, repair, search
 from lambda_vit.selection.path_statistics import PathResult
 from lambda_vit.selection.search_state import Progress, ProgressMismatchError
 
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lambda_vit.selection.result.Sel
 RUNS = {
     "nose": {"count": 3},
     "beam": {"count": 3, "strategy": "kl", "beam": 3},
+    "recoverability": {"count": 3, "strategy": "recoverability"},
     "gap": {"count": 3, "strategy": "kl", "beam": 2, "min_gap": 2},
     "accuracy": {"count": 3, "strategy": "accuracy", "exclude": (1,)},
     "params": {"params": 0.845},
@@ -104,11 +105,12 @@ def test_killed_and_started_again(name, kill, rounds, tmp_path):
     assert len(json.loads(path.read_text())["found"]["branches"][0]["rounds"]) == rounds
     assert len(list(tmp_path.iterdir())) == (2 if kill is kill_inside_write else 1)
     assert select_layers(network(), data, **options, cache="none", progress_file=path) == expected
-    assert data.passes == 3 - rounds
+    passes = 3 - rounds + (name == "recoverability")  # which repairs the MLPs again, in a pass of its own
+    assert data.passes == passes
     assert [place.name for place in tmp_path.iterdir()] == ["progress.json"]
     # finished: returned as it is
     assert select_layers(network(), data, **options, cache="none", progress_file=path) == expected
-    assert data.passes == 3 - rounds
+    assert data.passes == passes
 
 
 def test_what_earlier_rounds_saw_is_not_forgotten(tmp_path, monkeypatch):
@@ -219,6 +221,16 @@ def test_progress_of_versions_without_a_gap_is_resumed(tmp_path):
     assert data.passes == 1
     with pytest.raises(ProgressMismatchError, match="min_gap was 1, is 2"):
         select_layers(network(), data, 2, progress_file=path, min_gap=2)
+
+
+def test_a_repair_counts_too(tmp_path, monkeypatch):
+    options = {"count": 1, "strategy": "recoverability", "progress_file": tmp_path / "p.json"}
+    select_layers(network(), labelled(), **options)
+    with pytest.raises(ProgressMismatchError, match="seed was 0, is 1"):
+        select_layers(network(), labelled(), **options, seed=1)
+    monkeypatch.setattr(search, "SETTINGS", repair.RepairSettings(passes=5))
+    with pytest.raises(ProgressMismatchError, match=r"repair was .*'passes': 4.*, is .*'passes': 5"):
+        select_layers(network(), labelled(), **options)
 
 
 def test_batches_in_memory_and_labels_count_too(tmp_path):

@@ -409,7 +409,7 @@ def test_what_deserves_a_second_look_is_warned_about_and_kept(model):
     assert "8 images for 10 output channels" in selection.warnings[1]
 
 
-@pytest.mark.parametrize("strategy", ["nose", "kl", "cosine", "one-shot"])
+@pytest.mark.parametrize("strategy", ["nose", "kl", "cosine", "one-shot", "recoverability"])
 def test_not_a_number_is_traced(strategy):
     data = labelled()
     model = small_vit().bfloat16()
@@ -457,7 +457,7 @@ def test_labels_are_needed_where_answers_are_right_or_wrong():
 def test_models_whose_outputs_are_no_classes(outputs, what):
     model = small_vit(num_classes=outputs)
     words = f"compares predicted classes, and the model has {what} .*: nose, nose-signed, one-shot, cosine$"
-    for strategy in ("kl", "accuracy"):
+    for strategy in ("kl", "accuracy", "recoverability"):
         with pytest.raises(ValueError, match=f"'{strategy}' {words}"):
             select_layers(model, DATA, 1, strategy=strategy)
     for strategy in ("nose", "nose-signed", "one-shot", "cosine"):

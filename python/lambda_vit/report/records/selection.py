@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,12 @@ def selection_record(
         where["shared by all paths"] = engine["shared"]
         if cache is not None:
             where["embedded images"] = f"{cache['kind']}: {cache['reason']}"
+        if repair := engine.get("repair"):
+            before, after = (statistics.fmean(end) for end in zip(*repair["errors"].values(), strict=True))
+            where["repaired MLPs"] = (
+                f"{len(repair['errors'])} on {repair['images']} images in {repair['seconds']:.0f} s; relative error of their "
+                f"blocks' outputs {before:.3f}, then {after:.3f}"
+            )
         if engine.get("kept"):
             blocks = ", ".join(map(str, engine["kept"]["before_blocks"]))
             where["kept between rounds"] = f"tokens before blocks {blocks}, {format_size(engine['kept']['bytes'])}"
