@@ -50,15 +50,19 @@ class Worker:
         self.cache.cleanup()
 
 
+def _case(name: str) -> Any:
+    from ptx_cases import default_cases, every_case
+
+    return {str(case): case for case in (*default_cases(), *every_case())}[name]
+
+
 def execute(case: str) -> list[dict[str, Any]]:
     """Errors over tolerances of a case in every order of its asynchronous parts; races are looked for in the first."""
     import executor
     import ptx_launches
-    from ptx_cases import default_cases, every_case
     from ptx_problems import problem
 
-    known = {str(c): c for c in (*default_cases(), *every_case())}
-    chosen = known[case]
+    chosen = _case(case)
     made = problem(chosen)
     found: list[dict[str, Any]] = []
     for order in executor.ORDERS:
@@ -68,7 +72,21 @@ def execute(case: str) -> list[dict[str, Any]]:
     return found
 
 
-REQUESTS = {"execute": execute}
+def plant(case: str, kind: str, place: int) -> list[str]:
+    """What every order shows of a kernel with a fault: see `ptx_faults`."""
+    import ptx_faults
+
+    return ptx_faults.outcomes(_case(case), kind, place)
+
+
+def places(case: str, kind: str) -> int:
+    """In how many places it can be planted."""
+    import ptx_faults
+
+    return ptx_faults.count(_case(case), kind)
+
+
+REQUESTS = {"execute": execute, "plant": plant, "places": places}
 
 
 def main(arguments: list[str]) -> None:
