@@ -105,7 +105,8 @@ class AttentionFreeBlock(MlpBlockBase):
 
         They are those of timm's block of the family: of `rope`, `attn_mask`, `is_causal` and `shared_rel_pos_bias`.
         """
-        FAMILIES[self.family].for_attention(arguments, named)  # raises as timm's block does
+        if arguments or named:
+            FAMILIES[self.family].for_attention(arguments, named)  # raises as timm's block does
         return self._mlp_half(x)
 
     def extra_repr(self) -> str:

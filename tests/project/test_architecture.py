@@ -44,7 +44,7 @@ ROOMS = [
 # Likewise inside rooms that have rooms of their own: what stands before the others, and what uses them.
 INNER = {
     "lambda_kernels.ops": ["checks", "token_merging", "histogram", "ln_mlp"],
-    "lambda_kernels.ops.ln_mlp.fused": ["kernels", "tuning", "launch", "stages"],
+    "lambda_kernels.ops.ln_mlp.fused": ["kernels", "tuning", "launch", "steps", "stages", "autograd"],
     "lambda_vit.training": ["dilution", "recipe", "images", "storage", "loop", "plan", "finetune", "run_record", "run"],
     "lambda_vit.report": ["records", "figures", "parts", "tables", "selection", "training", "sections", "page"],
 }

@@ -26,6 +26,19 @@ class Parameters(NamedTuple):
     branch_scale: Tensor | None  # a factor of each token's branch; float32 [M] in the kernels
 
 
+def flatten_tokens(x: Tensor) -> Tensor:
+    """x [..., C] as the kernels read it: [M, C] with unit inner stride, a view of x where that is possible."""
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if tokens.stride(1) != 1 or tokens.stride(0) < tokens.shape[1]:  # a transposed or expanded view
+        return tokens.contiguous()
+    return tokens
+
+
+def make_contiguous(p: Parameters) -> Parameters:
+    """The parameters as the kernels read them, each as it is where that is possible."""
+    return Parameters(*(t if t is None or t.is_contiguous() else t.contiguous() for t in p))
+
+
 class Options(NamedTuple):
     """The numbers of a call and the form of its GELU, in the order of the operator's schema."""
 

@@ -44,11 +44,15 @@ def in_interpreter() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@functools.lru_cache  # outside: dynamo looks through it, and would look through what is inside of it
 @torch.compiler.assume_constant_result
 def _capability(index: int | None) -> tuple[int, int] | None:
-    # None without a CUDA device, as when a model for one is traced without data.
-    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+    # None without a CUDA device, as when a model for one is traced without data; that may change.
+    return _known_capability(index) if torch.cuda.is_available() else None
+
+
+@functools.lru_cache
+def _known_capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _device_obstacles(device: torch.device) -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import checks
-from . import dispatch, onednn, reference, registration
+from . import dispatch, onednn, plans, reference, registration
 from . import recompute as recomputed
-from .arguments import SAVE_NOTHING, Options, Parameters
+from .arguments import SAVE_NOTHING, Options, Parameters, flatten_tokens, make_contiguous
 
 # At this width and below, products are cheaper than the memory traffic of saved activations.
 RECOMPUTE_ALL_BELOW = 256
@@ -73,8 +76,39 @@ def ln_mlp(
         BackendUnavailableError: `backend="triton"` or `"onednn"` cannot run here.
     """
     p = Parameters(ln_weight, ln_bias, w1, b1, w2, b2, layer_scale, branch_scale)
-    if branch_scale is not None:
-        _check_branch_scale(branch_scale, x)
+    # What is being compiled is traced through the way without plans.
+    key = plan = None
+    if not torch.compiler.is_compiling():
+        key = plans.make_key(x, p, eps, residual_scale, approximate, recompute, backend)
+        plan = None if key is None else plans.find(key)
+    if plan is None:
+        plan = _settle(x, p, eps, residual_scale, approximate, recompute, backend)
+        if key is not None:
+            plans.remember(key, plan)
+    if plan.backend == "torch":
+        if plan.level != "none":
+            return recomputed.ln_mlp(x, p, plan.options, recompute=plan.level, compute=plan.compute)
+        return reference.ln_mlp(x, *p[:6], **plan.options._asdict(), layer_scale=layer_scale, branch_scale=branch_scale)
+    if plan.backend == "onednn":
+        return onednn.ln_mlp(x, p, plan.options)
+    if key is None:
+        return _by_operator(x, p, plan)
+    return _kernels()(x, p, plan)
+
+
+@functools.lru_cache
+def _kernels() -> Callable[[Tensor, Parameters, plans.Plan], Tensor]:
+    from .fused import autograd  # triton is imported with the first call of a kernel
+
+    return autograd.ln_mlp
+
+
+def _settle(
+    x: Tensor, p: Parameters, eps: float, residual_scale: float, approximate: str, recompute: str, backend: str
+) -> plans.Plan:
+    """Check the arguments of a call, and choose how it is computed."""
+    if p.branch_scale is not None:
+        _check_branch_scale(p.branch_scale, x)
     if not _fits(x, p):
         _check_tensors(x, p)
     checks.check_choice("approximate", approximate, APPROXIMATIONS)
@@ -87,8 +121,8 @@ def ln_mlp(
     if not abs(residual_scale) < float("inf"):
         raise ValueError(f"residual_scale must be finite; got {residual_scale}")
 
-    hidden, channels = w1.shape
-    compute = compute_dtype(x, w1)
+    hidden, channels = p.w1.shape
+    compute = compute_dtype(x, p.w1)
     o = Options(eps, residual_scale, "tanh" if approximate == "tanh" else "none")
     is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *p))
     is_subclass = backend == "onednn" and any(type(t) not in _PLAIN for t in (x, *p) if t is not None)
@@ -96,23 +130,25 @@ def ln_mlp(
     # Of no tokens nothing is computed: the reference gives shape, dtype and zero gradients.
     if x.numel() == 0 or hidden == 0:
         chosen, recompute = "torch", "none"
-    if chosen == "onednn":
-        return onednn.ln_mlp(x, p, o)
     level = resolve_recompute(recompute, channels, chosen)
-    if chosen == "torch":
-        if level != "none" and is_recorded and not recomputed.obstacles():
-            return recomputed.ln_mlp(x, p, o, recompute=level, compute=compute)
-        return reference.ln_mlp(x, **p._asdict(), **o._asdict())
-    tokens = x.reshape(-1, channels)
-    if tokens.stride(1) != 1 or tokens.stride(0) < channels:  # a transposed or expanded view
-        tokens = tokens.contiguous()
+    if chosen == "torch" and (not is_recorded or recomputed.obstacles()):
+        level = "none"
+    is_usual = (
+        p.branch_scale is None
+        and p.w1.dtype == p.w2.dtype == compute
+        and all(t is None or t.is_contiguous() for t in (x, *p))
+    )
+    return plans.Plan(chosen, o, compute, level, level if is_recorded else SAVE_NOTHING, is_usual)
+
+
+def _by_operator(x: Tensor, p: Parameters, plan: plans.Plan) -> Tensor:
+    """By the kernels, as an operator of PyTorch, which compilers and modes see."""
+    branch_scale = p.branch_scale
     if branch_scale is not None:
         branch_scale = branch_scale.expand(x.shape[:-1]).reshape(-1).to(torch.float32)
     # As autocast would, only the operands of the products are cast; tokens and residual stay what they are.
-    p = Parameters(ln_weight, ln_bias, w1.to(compute), b1, w2.to(compute), b2, layer_scale, branch_scale)
-    save = level if is_recorded else SAVE_NOTHING
-    contiguous = (t if t is None else t.contiguous() for t in p)
-    out, *_ = registration.ln_mlp(tokens, *contiguous, *o, save)
+    p = p._replace(w1=p.w1.to(plan.compute), w2=p.w2.to(plan.compute), branch_scale=branch_scale)
+    out, *_ = registration.ln_mlp(flatten_tokens(x), *make_contiguous(p), *plan.options, plan.save)
     return out.reshape(x.shape)
 
 

@@ -100,7 +100,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    return weight.detach().reshape(-1).index_select(0, _diagonal(*weight.shape))
+    return torch.take(weight.detach(), _diagonal(*weight.shape))
 
 
 @functools.lru_cache

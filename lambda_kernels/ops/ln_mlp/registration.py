@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .arguments import SAVE, SAVE_NOTHING, Needs, Options, Parameters, Saved
+from .arguments import SAVE, SAVE_NOTHING, Needs, Options, Parameters, Saved, flatten_tokens, make_contiguous
 
 # A fragment, since the compiled extension registers operators under the same name.
 _library = torch.library.Library("lambda_kernels", "FRAGMENT")
@@ -48,7 +48,7 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from .fused import stages
 
     parameters, options, (save,) = _split(rest)
-    out, saved = stages.forward(x, parameters, options, save)
+    out, saved = stages.forward(flatten_tokens(x), make_contiguous(parameters), options, save)
     return out, *(x.new_empty(0) if t is None else t for t in saved)
 
 
@@ -56,7 +56,9 @@ def _backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from .fused import stages
 
     parameters, options, (*saved, needs) = _split(rest)
-    gradients = stages.backward(grad.contiguous(), x, parameters, options, Saved(*saved), Needs(*needs))
+    kept = Saved(*(t if t is None else t.contiguous() for t in saved))
+    p = make_contiguous(parameters)
+    gradients = stages.backward(grad.contiguous(), flatten_tokens(x), p, options, kept, Needs(*needs))
     return tuple(grad.new_empty(0) if g is None else g for g in gradients)
 
 

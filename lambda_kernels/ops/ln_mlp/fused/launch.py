@@ -7,6 +7,7 @@ runs. This module needs triton.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ class Launch:
         key = self._specialization()
         compiled = _compiled.get(key)
         if compiled is None:
+            if len(_compiled) >= _MOST_COMPILED:
+                _compiled.clear()  # Triton remembers them too
             _compiled[key] = self._run_anew()
         else:
             compiled[self.grid](*self.args.values(), *self.constants.values())
@@ -93,6 +96,44 @@ class Launch:
 
 # Compiled kernels by specialization: Triton's own way to one costs more host time than all else here together.
 _compiled: dict[tuple[object, ...], Any] = {}
+_MOST_COMPILED = 4096
+
+
+class Repeated:
+    """A launch that ran, made again with other tensors of the same shapes, strides, dtypes and alignments.
+
+    It holds no tensor. All that `Launch` computes from them is kept, so that only they are put into their places.
+    """
+
+    __slots__ = ("_places", "_run", "_values", "detail", "name")
+
+    def __init__(self, made: Launch, detail: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+        """`tensors` are those of `made` in the order in which `run` will get them, `names` their kernel arguments."""
+        self.name, self.detail = made.name, detail
+        self._run = made.compiled()[made.grid]
+        given = dict(zip(names, tensors, strict=True))
+        self._values = [*made.args.values(), *made.constants.values()]
+        self._places: list[tuple[int, int, dict[str, Any] | None]] = []
+        for place, (name, value) in enumerate(made.args.items()):
+            is_described = isinstance(value, TensorDescriptor)
+            tensor = value.base if is_described else value
+            if isinstance(tensor, Tensor):
+                assert tensor is given[name], f"{name} of {made.name} is another tensor"
+                layout = {k: v for k, v in vars(value).items() if k != "base"} if is_described else None
+                self._places.append((place, list(names).index(name), layout))
+                self._values[place] = None
+
+    def run(self, tensors: Sequence[Tensor | None]) -> None:
+        """Launch on the current stream of the current device, the one that it ran on before."""
+        values = self._values.copy()
+        for place, which, layout in self._places:
+            if layout is None:
+                values[place] = tensors[which]
+            else:
+                values[place] = described = object.__new__(TensorDescriptor)
+                described.__dict__.update(layout, base=tensors[which])
+        self._run(*values)
+
 
 _LARGEST_INT32 = 2**31 - 1
 

@@ -1,7 +1,7 @@
 """`ln_mlp` forward and backward as sequences of kernels and library products, on flat tokens [M, C].
 
 Each stage has several ways to be computed, of which the library's is always one; `tuning.choose` picks. What ran is
-recorded by `trace`. Needs triton.
+recorded by `tracing`. With the `Steps` of an earlier call of the same kind, nothing is chosen or made anew. Needs triton.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 from ...checks import dtype_name
 from .. import tracing
 from ..arguments import SAVE, Needs, Options, Parameters, Saved
-from . import launch, tuning
+from . import launch
 from .kernels import configs
-from .tuning import Candidate, Problem
+from .steps import Steps
+from .tuning import Candidate, Problem, bucket
 
 LIBRARY = Candidate("library")
 STAGED = Candidate("staged")
@@ -33,6 +34,11 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
         return 90, 2
     properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def _at_once(device: torch.device) -> int:
+    """How many programs occupy a device; one in the interpreter, where they follow one another."""
+    return _device_facts(device)[1] if device.type == "cuda" else 1
 
 
 _Result = TypeVar("_Result")
@@ -54,11 +60,6 @@ def _in_settled_context(function: Callable[..., _Result]) -> Callable[..., _Resu
             return function(tokens, *args)
 
     return call
-
-
-def _run(made: launch.Launch, config: object = None) -> None:
-    tracing.note(made.name, str(config) if config is not None else "")
-    made.run()
 
 
 def _library(name: str) -> None:
@@ -98,61 +99,112 @@ def _problem(stage: str, x: Tensor, p: Parameters, o: Options, tma: bool, *flags
 _NAMES = {dtype: dtype_name(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=4096)
 def _shipped(
-    kernel: str, methods: tuple[str, ...], arch: int, dtype: torch.dtype, channels: int, tma: bool
+    kernel: str,
+    methods: tuple[str, ...],
+    arch: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    at_once: int,
+    tma: bool,
 ) -> tuple[Candidate, ...]:
-    tiles = configs.shipped(kernel, arch, dtype, channels, tma)
+    rows, channels, columns = sizes
+    tiles = configs.fullest_first(configs.shipped(kernel, arch, dtype, channels, tma), rows, columns, at_once)
     return tuple(Candidate(method, config) for method in methods for config in tiles)
 
 
 def _tiles(kernel: str, *methods: str, x: Tensor, p: Parameters, tma: bool) -> tuple[Candidate, ...]:
-    """Every tile that ships for this case, by each method."""
-    return _shipped(kernel, methods, _device_facts(x.device)[0], p.w1.dtype, x.shape[1], tma)
+    """Every tile that ships for this case, by each method; the default first."""
+    (tokens, channels), hidden = x.shape, p.w1.shape[0]
+    # Each program of one pass computes all columns.
+    columns = {"one_pass": 1, "fc2": channels}.get(kernel, hidden)
+    sizes, arch = (bucket(tokens), channels, columns), _device_facts(x.device)[0]
+    return _shipped(kernel, methods, arch, p.w1.dtype, sizes, _at_once(x.device), tma)
 
 
 # Forward
 
 
 @_in_settled_context
-def forward(x: Tensor, p: Parameters, o: Options, save: str) -> tuple[Tensor, Saved]:
+def forward(x: Tensor, p: Parameters, o: Options, save: str, steps: Steps | None = None) -> tuple[Tensor, Saved]:
     """out [M, C] and what `save` names; matrices are of the compute dtype."""
-    kept, tma = SAVE[save], _tma(p, x)
+    steps = Steps() if steps is None else steps
+    if steps.tma is None:
+        steps.tma = _tma(p, x)
+    kept, tma = SAVE[save], steps.tma
     if "pre" in kept:
-        return _staged(x, p, o, kept, tma)
+        return _staged(x, p, o, kept, tma, steps)
 
-    def run(candidate: Candidate) -> tuple[Tensor, Saved]:
-        return _staged(x, p, o, kept, tma) if candidate == STAGED else _one_pass(x, p, o, kept, candidate, tma)
+    def run(candidate: Candidate, steps: Steps) -> tuple[Tensor, Saved]:
+        if candidate is STAGED:
+            return _staged(x, p, o, kept, tma, steps)
+        return _one_pass(x, p, o, kept, candidate, tma, steps)
 
-    # In device-memory terms one pass has an edge below a width of about 256.
-    tiles = _tiles("one_pass", "one_pass", x=x, p=p, tma=tma)
-    offered = (*tiles, STAGED) if x.shape[1] <= 256 else (STAGED, *tiles)
-    return run(tuning.choose(_problem("forward", x, p, o, tma, f"save={save}"), offered, run, x.device))
+    candidate = steps.chosen("forward")
+    if candidate is None:
+        tiles = _tiles("one_pass", "one_pass", x=x, p=p, tma=tma)
+        offered = _order_forward(tiles, x.shape[0], x.shape[1], _at_once(x.device))
+        candidate = steps.choose(_problem("forward", x, p, o, tma, f"save={save}"), offered, run, x.device)
+    return run(candidate, steps)
 
 
-def _output_dtype(x: Tensor, p: Parameters) -> torch.dtype:
+def _output_dtype(x: Tensor, p: Parameters, steps: Steps) -> torch.dtype:
     """That of `x + layer_scale·branch`, as PyTorch promotes."""
-    branch = p.w1.dtype if p.layer_scale is None else torch.promote_types(p.w1.dtype, p.layer_scale.dtype)
-    return torch.promote_types(x.dtype, branch)
+    if steps.dtype is None:
+        branch = p.w1.dtype if p.layer_scale is None else torch.promote_types(p.w1.dtype, p.layer_scale.dtype)
+        steps.dtype = torch.promote_types(x.dtype, branch)
+    return steps.dtype
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _one_pass(x, p, o, kept, candidate, tma) -> tuple[Tensor, Saved]:
-    out = torch.empty(x.shape, dtype=_output_dtype(x, p), device=x.device)
+def _order_forward(tiles: tuple[Candidate, ...], tokens: int, channels: int, at_once: int) -> tuple[Candidate, ...]:
+    """The candidates of a forward, the default first; `at_once` is how many programs it takes to occupy the device."""
+    # In device-memory terms one pass has an edge below a width of about 256, if its programs are enough for the device: each of
+    # them computes whole rows of tokens.
+    fills = tiles and launch.ceil_div(bucket(tokens), tiles[0].config.bm) >= at_once
+    return (*tiles, STAGED) if channels <= 256 and fills else (STAGED, *tiles)
+
+
+_ONE_PASS = ("x", *Parameters._fields, "out", "mean", "rstd")
+
+
+def _one_pass(x, p, o, kept, candidate, tma, steps) -> tuple[Tensor, Saved]:
+    out = torch.empty(x.shape, dtype=_output_dtype(x, p, steps), device=x.device)
     mean, rstd = _statistics(x) if kept else (None, None)
-    _run(launch.one_pass(x, p, o, out, mean, rstd, config=candidate.config, tma=tma), candidate.config)
+    config = candidate.config
+
+    def make() -> launch.Launch:
+        return launch.one_pass(x, p, o, out, mean, rstd, config=config, tma=tma)
+
+    steps.launch("one_pass", config, make, _ONE_PASS, (x, *p, out, mean, rstd))
     return out, Saved(mean, rstd)
 
 
-def _staged(x, p, o, kept, tma) -> tuple[Tensor, Saved]:
+def _staged(x, p, o, kept, tma, steps) -> tuple[Tensor, Saved]:
     keep_pre = "pre" in kept
-    flags = ["pre"] if keep_pre else []
+    candidate = steps.chosen("fc1")
+    if candidate is None:
+        candidate = _choose_fc1(x, p, o, keep_pre, tma, steps)
+    act, pre, mean, rstd = _hidden(x, p, o, candidate, keep_pre, tma, steps)
+    candidate = steps.chosen("fc2")
+    if candidate is None:
+        offered = (*_tiles("fc2", "fused", x=x, p=p, tma=tma), LIBRARY)
 
-    def first(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        return _hidden(x, p, o, candidate, keep_pre, tma)
+        def second(candidate: Candidate, steps: Steps) -> Tensor:
+            return _output(act, x, p, o, candidate, tma, steps)
+
+        candidate = steps.choose(_problem("fc2", x, p, o, tma), offered, second, x.device)
+    out = _output(act, x, p, o, candidate, tma, steps)
+    return out, Saved(mean, rstd, pre, act if "act" in kept else None) if kept else Saved()
+
+
+def _choose_fc1(x, p, o, keep_pre, tma, steps) -> Candidate:
+    def first(candidate: Candidate, steps: Steps) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return _hidden(x, p, o, candidate, keep_pre, tma, steps)
 
     # On raw tokens LayerNorm is a correction of the product: the mean cancels there, at float32's accuracy, so that p is off
     # by about 2^-24·√C·|mean|/σ. That stays below the dtype's own rounding up to |mean|/σ of some hundreds. Tokens wider
@@ -160,47 +212,65 @@ def _staged(x, p, o, kept, tma) -> tuple[Tensor, Saved]:
     raw = x.dtype == p.w1.dtype and x.dtype != torch.float32
     methods = ("normalized", "corrected") if raw else ("normalized",)
     offered = (*_tiles("fc1", *methods, x=x, p=p, tma=tma), LIBRARY)
-    act, pre, mean, rstd = first(tuning.choose(_problem("fc1", x, p, o, tma, *flags), offered, first, x.device))
-
-    def second(candidate: Candidate) -> Tensor:
-        return _output(act, x, p, o, candidate, tma)
-
-    offered = (*_tiles("fc2", "fused", x=x, p=p, tma=tma), LIBRARY)
-    out = second(tuning.choose(_problem("fc2", x, p, o, tma), offered, second, x.device))
-    return out, Saved(mean, rstd, pre, act if "act" in kept else None) if kept else Saved()
+    flags = ["pre"] if keep_pre else []
+    return steps.choose(_problem("fc1", x, p, o, tma, *flags), offered, first, x.device)
 
 
-def _normalize(x, p, o, mean, rstd, *, given: bool) -> Tensor:
+_LAYER_NORM = ("x", "ln_weight", "ln_bias", "out", "mean", "rstd")
+
+
+def _normalize(x, p, o, mean, rstd, steps, *, given: bool) -> Tensor:
     normed = torch.empty(x.shape, dtype=p.w1.dtype, device=x.device)
-    _run(launch.layer_norm(x, p, o, normed, mean, rstd, given=given))
+
+    def make() -> launch.Launch:
+        return launch.layer_norm(x, p, o, normed, mean, rstd, given=given)
+
+    steps.launch("layer_norm", None, make, _LAYER_NORM, (x, p.ln_weight, p.ln_bias, normed, mean, rstd))
     return normed
 
 
-def _hidden(x, p, o, candidate, keep_pre, tma) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+_FOLDING = ("x", "mean", "rstd", "ln_weight", "ln_bias", "w1", "b1", "w1_folded", "w1_sum", "b1_folded")
+_FC1 = ("x", "w1", "b1", "mean", "rstd", "w1_sum", "act", "pre")
+
+
+def _hidden(x, p, o, candidate, keep_pre, tma, steps) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """act, pre [M, H] and the row statistics."""
     (tokens, _), hidden = x.shape, p.w1.shape[0]
     mean, rstd = _statistics(x)
     if candidate.method == "corrected":
         w1_sum, b1 = (x.new_empty(hidden, dtype=torch.float32) for _ in range(2))
-        source, weights, statistics = x, p._replace(w1=torch.empty_like(p.w1), b1=b1), (mean, rstd, w1_sum)
-        _run(launch.row_statistics(x, p, o, mean, rstd, weights, w1_sum))
+        source, w1, statistics = x, torch.empty_like(p.w1), (mean, rstd, w1_sum)
+
+        def fold() -> launch.Launch:
+            return launch.row_statistics(x, p, o, mean, rstd, p._replace(w1=w1, b1=b1), w1_sum)
+
+        tensors = (x, mean, rstd, p.ln_weight, p.ln_bias, p.w1, p.b1, w1, w1_sum, b1)
+        steps.launch("row_statistics", None, fold, _FOLDING, tensors)
     else:
-        source, weights, statistics = _normalize(x, p, o, mean, rstd, given=False), p, None
-        if candidate == LIBRARY:
+        source, w1, b1, statistics = _normalize(x, p, o, mean, rstd, steps, given=False), p.w1, p.b1, None
+        if candidate is LIBRARY:
             pre = _linear(source, p.w1, p.b1)
             _library("fc1")
             return F.gelu(pre, approximate=o.approximate), pre if keep_pre else None, mean, rstd
     act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=x.device)
     pre = torch.empty_like(act) if keep_pre else None
-    made = launch.fc1(source, weights, o, act, pre, statistics, config=candidate.config, tma=tma)
-    _run(made, candidate.config)
+    config = candidate.config
+
+    def make() -> launch.Launch:
+        return launch.fc1(source, p._replace(w1=w1, b1=b1), o, act, pre, statistics, config=config, tma=tma)
+
+    tensors = (source, w1, b1, *(statistics or (None, None, None)), act, pre)
+    steps.launch(f"fc1 {candidate.method}", config, make, _FC1, tensors)
     return act, pre, mean, rstd
 
 
-def _output(act, x, p, o, candidate, tma) -> Tensor:
+_FC2 = ("act", "w2", "b2", "layer_scale", "branch_scale", "x", "out")
+
+
+def _output(act, x, p, o, candidate, tma, steps) -> Tensor:
     """out [M, C]."""
-    dtype = _output_dtype(x, p)
-    if candidate == LIBRARY:
+    dtype = _output_dtype(x, p, steps)
+    if candidate is LIBRARY:
         branch = _linear(act, p.w2, p.b2)
         _library("fc2")
         if p.layer_scale is not None:
@@ -209,24 +279,31 @@ def _output(act, x, p, o, candidate, tma) -> Tensor:
             branch = branch * p.branch_scale[:, None].to(branch.dtype)
         return torch.add(branch, x, alpha=o.residual_scale).to(dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _run(launch.fc2(act, x, p, o, out, config=candidate.config, tma=tma), candidate.config)
+    config = candidate.config
+
+    def make() -> launch.Launch:
+        return launch.fc2(act, x, p, o, out, config=config, tma=tma)
+
+    steps.launch("fc2", config, make, _FC2, (act, p.w2, p.b2, p.layer_scale, p.branch_scale, x, out))
     return out
 
 
 @_in_settled_context
-def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, needs: Needs) -> list[Tensor | None]:
+def backward(
+    grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, needs: Needs, steps: Steps | None = None
+) -> list[Tensor | None]:
     """Gradients in the order of `Needs`, None where not wanted. Nothing is computed that none of them needs."""
-    dtype = p.w1.dtype
+    steps, dtype = Steps() if steps is None else steps, p.w1.dtype
     level = _level(p)
     narrow = _branch_gradient(grad, p, level)
     normed = None
     if needs.w1 or (saved.pre is None and (needs.through_gelu or (needs.act and saved.act is None))):
-        normed = _normalize(x, p, o, saved.mean, saved.rstd, given=True)
+        normed = _normalize(x, p, o, saved.mean, saved.rstd, steps, given=True)
 
     act, grad_pre, grad_b1 = saved.act, None, None
     if needs.through_gelu:
         grad_pre, computed, grad_b1 = _hidden_gradient(
-            narrow, x, p, o, saved, normed, level, needs.act and act is None, needs.b1
+            narrow, x, p, o, saved, normed, level, needs.act and act is None, needs.b1, steps
         )
         act = act if act is not None else computed
     elif needs.act and act is None:
@@ -238,7 +315,7 @@ def backward(grad: Tensor, x: Tensor, p: Parameters, o: Options, saved: Saved, n
     if needs.through_norm:
         grad_ln = _product(grad_pre, p.w1, "grad_ln")
         grad_x, grad_ln_weight, grad_ln_bias, sum_grad = _layer_norm_input(
-            grad_ln, grad, x, p, o, saved, needs, column_sums
+            grad_ln, grad, x, p, o, saved, needs, column_sums, steps
         )
     elif column_sums:
         sum_grad = (
@@ -307,37 +384,59 @@ def _activation(normed, p, o, saved) -> Tensor:
     return F.gelu(_linear(normed, p.w1, p.b1), approximate=o.approximate)
 
 
+_ELEMENTWISE = ("pre", "grad_act", "grad_pre", "act", "sums")
+_HIDDEN_GRADIENT = ("normed", "w1", "b1", "pre", "grad", "w2", "grad_pre", "act", "sums")
+
+
 def _hidden_gradient(
-    grad, x, p, o, saved, normed, level, want_act, want_b1
+    grad, x, p, o, saved, normed, level, want_act, want_b1, steps
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dP, GELU(p) if wanted [M, H], and b1's gradient."""
     tokens, hidden = grad.shape[0], p.w1.shape[0]
     pre = saved.pre
     scaled = p if p.layer_scale is None else p._replace(w2=(p.w2 * _scale_within(p, level)[:, None]).to(p.w2.dtype))
 
-    def run(candidate: Candidate) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    kernel = "hidden_gradient" if pre is None else "saved_gradient"
+    if steps.tma is None:
+        steps.tma = _tma(p, grad, pre)
+    tma = steps.tma
+
+    def run(candidate: Candidate, steps: Steps) -> tuple[Tensor, Tensor | None, Tensor | None]:
         config = candidate.config or configs.ELEMENTWISE
         act = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=grad.device) if want_act else None
         sums = grad.new_empty(launch.ceil_div(tokens, config.bm), hidden, dtype=torch.float32) if want_b1 else None
-        if candidate == LIBRARY:
+        if candidate is LIBRARY:
             before = pre if pre is not None else _linear(normed, p.w1, p.b1)
             grad_pre = torch.mm(grad, scaled.w2)
             _library("hidden_gradient")
-            _run(launch.elementwise(before, o, grad_pre, grad_pre, act, sums, config=config), config)
+
+            def make() -> launch.Launch:
+                return launch.elementwise(before, o, grad_pre, grad_pre, act, sums, config=config)
+
+            steps.launch("elementwise", config, make, _ELEMENTWISE, (before, grad_pre, grad_pre, act, sums))
         else:
             grad_pre = torch.empty(tokens, hidden, dtype=p.w1.dtype, device=grad.device)
-            made = launch.hidden_gradient(normed, scaled, o, pre, grad, grad_pre, act, sums, config=config, tma=tma)
-            _run(made, config)
+
+            def make() -> launch.Launch:
+                return launch.hidden_gradient(normed, scaled, o, pre, grad, grad_pre, act, sums, config=config, tma=tma)
+
+            before = (normed, p.w1, p.b1, None) if pre is None else (None, None, None, pre)
+            steps.launch(kernel, config, make, _HIDDEN_GRADIENT, (*before, grad, scaled.w2, grad_pre, act, sums))
         return grad_pre, act, sums.sum(0).to(p.b1.dtype) if want_b1 else None
 
-    kernel = "hidden_gradient" if pre is None else "saved_gradient"
-    tma = _tma(p, grad, pre)
-    offered = (*_tiles(kernel, "fused", x=x, p=p, tma=tma), LIBRARY)
-    flags = [name for name, on in (("act", want_act), ("b1", want_b1)) if on]
-    return run(tuning.choose(_problem(kernel, x, p, o, tma, *flags), offered, run, x.device))
+    candidate = steps.chosen(kernel)
+    if candidate is None:
+        offered = (*_tiles(kernel, "fused", x=x, p=p, tma=tma), LIBRARY)
+        flags = [name for name, on in (("act", want_act), ("b1", want_b1)) if on]
+        candidate = steps.choose(_problem(kernel, x, p, o, tma, *flags), offered, run, x.device)
+    return run(candidate, steps)
 
 
-def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums) -> tuple[Tensor | None, ...]:
+_SUMS = ("sum_ln_weight", "sum_ln_bias", "sum_grad")
+_LAYER_NORM_INPUT = ("grad_ln", "x", "grad", "ln_weight", "mean", "rstd", "branch_scale", "grad_x", *_SUMS)
+
+
+def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums, steps) -> tuple[Tensor | None, ...]:
     """dx, and the gradients of γ, of β and of a bias added to the output (float32), each where wanted."""
     tokens, channels = x.shape
     _, rows, _ = launch.gradient_rows(channels)
@@ -348,7 +447,12 @@ def _layer_norm_input(grad_ln, grad, x, p, o, saved, needs, column_sums) -> tupl
 
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs.x else None
     sums = [partial(needs.ln_weight), partial(needs.ln_bias), partial(column_sums)]
-    _run(launch.layer_norm_input(grad_ln, x, grad, p, o, saved, grad_x, sums, programs=programs))
+
+    def make() -> launch.Launch:
+        return launch.layer_norm_input(grad_ln, x, grad, p, o, saved, grad_x, sums, programs=programs)
+
+    tensors = (grad_ln, x, grad, p.ln_weight, saved.mean, saved.rstd, p.branch_scale, grad_x, *sums)
+    steps.launch("layer_norm_input", None, make, _LAYER_NORM_INPUT, tensors)
     grad_ln_weight, grad_ln_bias, sum_grad = (None if s is None else s.sum(0) for s in sums)
     return (
         grad_x,

@@ -48,6 +48,10 @@ _CACHE = "LAMBDA_KERNELS_CACHE"
 
 _FORMAT = 1
 _TOLERANCE = 1.02
+
+# For how long a choice holds.
+ALWAYS, WHILE_OFF, ONCE = "always", "while tuning is off", "once"
+
 _LOCK_SECONDS = 10.0
 _CAPTURING = "the stream is being captured"
 
@@ -70,6 +74,11 @@ class Candidate:
         return self.method if self.config is None else f"{self.method} {self.config}"
 
 
+def bucket(tokens: int) -> int:
+    """The next power of two from `tokens`, 16 at least: token counts of one bucket share a choice."""
+    return 1 << max(4, (tokens - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a choice depends on besides the machine. `details` holds further flags, in words."""
@@ -83,8 +92,8 @@ class Problem:
 
     @property
     def bucket(self) -> int:
-        """The next power of two from `tokens`, 16 at least: token counts of one bucket share a choice."""
-        return 1 << max(4, (self.tokens - 1).bit_length())
+        """As `bucket(tokens)`."""
+        return bucket(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,8 @@ class _State:
     # One memory per set of forced stages: a composite that was timed on forced parts says nothing about free ones.
     worlds: dict[frozenset, _Memory] = field(default_factory=dict)
     decided: _Memory = field(init=False)
+    # Another object as soon as what was chosen may be chosen otherwise.
+    generation: object = field(init=False)
 
     def __post_init__(self) -> None:
         self.force(self.forces)
@@ -123,6 +134,7 @@ class _State:
     def force(self, forces: dict[str, Candidate | str]) -> None:
         """From now on these stages are forced, and no other."""
         self.forces = forces
+        self.generation = object()
         self.decided = self.worlds.setdefault(frozenset(forces.items()), {})
 
     def recall(self, key: _Key, candidates: _Offer) -> Candidate | None:
@@ -170,9 +182,29 @@ def choose(
         Exception: What the last candidate raised, if none could be measured.
     """
     candidates = tuple(candidates)
-    sizes = (problem.bucket, problem.channels, problem.hidden)
-    key = (device, problem.stage, sizes, problem.dtype, problem.details)
+    key = _key(problem, device)
     return _state.recall(key, candidates) or _decide(key, problem, candidates, run, device)
+
+
+def decide(
+    problem: Problem, candidates: Sequence[Candidate], run: Callable[[Candidate], object], device: torch.device
+) -> tuple[Candidate, str]:
+    """As `choose`, and for how long that holds: `ALWAYS` is within one `generation()`."""
+    candidate = choose(problem, candidates, run, device)
+    known = _state.decided.get(_key(problem, device), ())
+    if any(offered == tuple(candidates) for offered, _ in known):
+        return candidate, ALWAYS
+    return candidate, WHILE_OFF if is_off() else ONCE
+
+
+def generation() -> object:
+    """An object that is replaced when choices are forced, freed or forgotten."""
+    return _state.generation
+
+
+def _key(problem: Problem, device: torch.device) -> _Key:
+    sizes = (problem.bucket, problem.channels, problem.hidden)
+    return (device, problem.stage, sizes, problem.dtype, problem.details)
 
 
 def _decide(key: _Key, problem: Problem, candidates: _Offer, run: Callable, device: torch.device) -> Candidate:
@@ -227,6 +259,11 @@ def _obstacle(candidates: _Offer, device: torch.device) -> str:
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     return _CAPTURING if torch.cuda.is_current_stream_capturing() else ""
+
+
+def is_off() -> bool:
+    """Whether `LAMBDA_KERNELS_TUNING` switches measuring off."""
+    return _switch() == "off"
 
 
 def _switch() -> str:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lambda_kernels import audit
+from lambda_kernels import audit, ln_mlp
 from lambda_kernels.ops.ln_mlp import arguments as fused_arguments
+from lambda_kernels.ops.ln_mlp import dispatch, plans
 from lambda_kernels.ops.ln_mlp.fused import launch, stages, tuning
 
 noted: list[tuple[object, tuple]] = []  # (what was compiled, the arguments handed to the launcher)
@@ -38,6 +41,9 @@ class Utilities:
 
     def load_binary(self, *arguments: object) -> tuple[int, ...]:
         return 1, 2, 32, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
 
 
 class Driver:
@@ -165,6 +171,169 @@ def check_what_makes_another_kernel_and_what_does_not() -> None:
         count(torch.randn(70, 24, dtype=torch.bfloat16)[:, :16], p, o) == 6
     )  # rows of 48 bytes: no multiple of 16 values
     assert count(torch.randn(70, 32, dtype=torch.bfloat16)[:, :16], p, o) == 6  # of 64, as those of 32
+
+
+class Call:
+    """A call of the public function with its backward, and what is handed to the launcher."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, tokens: int = 70, recompute: str = "all") -> None:
+        vector = torch.randn(64, dtype=dtype)
+        draw = torch.randn
+        self.tensors: dict[str, torch.Tensor] = {
+            "x": draw(tokens, 64, dtype=dtype), "ln_weight": vector, "ln_bias": vector, "w1": draw(64, 64, dtype=dtype),
+            "b1": vector, "w2": draw(64, 64, dtype=dtype), "b2": vector,
+        }  # fmt: skip
+        self.grad = draw(tokens, 64, dtype=dtype)
+        self.options: dict[str, object] = {"eps": 1e-6, "recompute": recompute}
+        self.autocast = self.saved_elsewhere = False
+        self.frozen: tuple[str, ...] = ()
+        self.absent: tuple[str, ...] = ()
+
+    def handed(self) -> list[object]:
+        """What was compiled and which arguments it got: tensors that were given by name, others as "fresh"."""
+        leaves = {
+            n: None if n in self.absent else t.detach().requires_grad_(n not in self.frozen)
+            for n, t in self.tensors.items()
+        }
+        noted.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t, elsewhere if self.saved_elsewhere else lambda t: t
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast), hooks:
+            out = ln_mlp(**leaves, **self.options, backend="triton")
+        torch.autograd.grad(
+            out, [t for t in leaves.values() if t is not None and t.requires_grad], self.grad.to(out.dtype)
+        )
+        # By the first name of tensors that are given twice.
+        names = {t.data_ptr(): n for n, t in reversed([*self.tensors.items(), ("grad", self.grad)])}
+        return [(source, [self.named(v, names) for v in plain(arguments)]) for source, arguments in noted]
+
+    def named(self, value: object, names: dict[int, str]) -> object:
+        if isinstance(value, dict):
+            return value | {"base": names.get(value["base"], "fresh")}
+        return names.get(value, "fresh") if isinstance(value, int) and value > 1 << 32 else value
+
+
+def elsewhere(t: torch.Tensor) -> torch.Tensor:
+    """The same values from an address that is no multiple of 16."""
+    held = torch.empty(t.numel() + 1, dtype=t.dtype)
+    held[1:] = t.reshape(-1)
+    return held[1:].view(t.shape)
+
+
+def change(**tensors: Callable[[torch.Tensor | None], torch.Tensor]) -> Callable[[Call], None]:
+    def apply(call: Call) -> None:
+        for name, made in tensors.items():
+            call.tensors[name] = made(call.tensors.get(name))
+
+    return apply
+
+
+# What differs from a call that was made before.
+DIFFERENCES: dict[str, Callable[[Call], object]] = {
+    "nothing": lambda call: None,
+    "no tensor twice": change(ln_bias=torch.clone, b1=torch.randn_like, b2=torch.clone),
+    "misaligned tokens": change(x=elsewhere),
+    "misaligned vector": change(b2=elsewhere),
+    "misaligned matrix": change(w1=elsewhere),
+    "rows apart": change(x=lambda x: torch.randn(70, 128, dtype=x.dtype)[:, :64]),
+    "columns apart": change(x=lambda x: torch.randn(64, 70, dtype=x.dtype).T),
+    "three dimensions": lambda call: (
+        call.tensors.update(x=torch.randn(2, 35, 64, dtype=call.grad.dtype)),
+        setattr(call, "grad", call.grad.view(2, 35, 64)),
+    ),
+    "matrix the other way": change(w1=lambda w: w.T),
+    "fewer tokens": lambda call: (call.tensors.update(x=call.tensors["x"][:33]), setattr(call, "grad", call.grad[:33])),
+    "eps": lambda call: call.options.update(eps=1e-3),
+    "residual scale": lambda call: call.options.update(residual_scale=2.0),
+    "tanh": lambda call: call.options.update(approximate="tanh"),
+    "a scale": change(layer_scale=lambda _: torch.ones(64, dtype=torch.bfloat16)),
+    "a factor": lambda call: call.options.update(branch_scale=torch.ones(70)),
+    "no bias": lambda call: setattr(call, "absent", ("b1",)),
+    "misaligned gradient": lambda call: setattr(call, "grad", elsewhere(call.grad)),
+    "gradient the other way": lambda call: setattr(call, "grad", torch.randn(64, 70, dtype=call.grad.dtype).T),
+    "fewer gradients": lambda call: setattr(call, "frozen", ("w1", "b1")),
+    "saved elsewhere": lambda call: setattr(call, "saved_elsewhere", True),
+    "autocast": lambda call: setattr(call, "autocast", True),
+}
+
+
+def assert_the_same(first: list, second: list, what: str) -> None:
+    assert [source for source, _ in first] == [source for source, _ in second], what
+    for (source, one), (_, other) in zip(first, second, strict=True):
+        assert one == other, (what, source.fn, one, other)
+
+
+def check_plans_hand_over_what_calls_without_them_do() -> None:
+    dispatch.triton_obstacles = lambda device, dtype: []
+    made: list[launch.Launch] = []
+    genuine = launch.Launch.run
+    launch.Launch.run = lambda self: made.append(self) or genuine(self)
+    one, staged = {"forward": "one_pass"}, {"forward": "staged", "fc1": "corrected", "fc2": "fused"}
+    try:
+        for recompute, forced, dtype in (
+            ("all", one, torch.bfloat16), ("act", staged, torch.bfloat16), ("all", one, torch.float32),
+        ):  # fmt: skip
+            # Of float32 the launches alone are others, and they take no descriptors.
+            chosen = ("nothing", "misaligned tokens", "eps") if dtype == torch.float32 else DIFFERENCES
+            for what in chosen:
+                with tuning.forced(**forced, hidden_gradient="fused", saved_gradient="fused"):
+                    plans.clear()
+                    for _ in range(2):
+                        Call(dtype, recompute=recompute).handed()
+                    call = Call(dtype, recompute=recompute)
+                    DIFFERENCES[what](call)
+                    first = call.handed()
+                    made.clear()
+                    again = call.handed()
+                    assert not made, (what, made)  # nothing is made anew the second time
+                    plans.clear()
+                    anew = call.handed()
+                    assert len(made) == len(anew) >= 4
+                assert_the_same(first, anew, what)
+                assert_the_same(again, anew, what)
+    finally:
+        launch.Launch.run = genuine
+
+
+def check_threads_share_plans_and_no_tensors() -> None:
+    dispatch.triton_obstacles = lambda device, dtype: []
+    plans.clear()
+    noted.clear()
+    calls = [{n: t.clone() for n, t in Call().tensors.items()} for _ in range(3)]
+    done: list[int] = []
+    together = threading.Barrier(3)
+
+    def work(number: int) -> None:
+        together.wait(60)
+        with torch.no_grad():
+            for _ in range(30):
+                ln_mlp(**calls[number], eps=1e-6, backend="triton")
+        done.append(number)
+
+    with tuning.forced(forward="one_pass"):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(done) == [0, 1, 2]
+    assert len(noted) == 90
+    owners = {t.data_ptr(): number for number, tensors in enumerate(calls) for t in tensors.values()}
+    for _, arguments in noted:
+        addresses = [v["base"] if isinstance(v, dict) else v for v in plain(arguments)]
+        assert len({owners[a] for a in addresses if a in owners}) == 1
+
+
+def check_plans_follow_settings_of_the_process() -> None:
+    dispatch.triton_obstacles = lambda device, dtype: []
+    call = Call(torch.float32)
+    with tuning.forced(forward="one_pass"):
+        for precision in ("ieee", "tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            for _ in range(3):
+                (source, _), *_ = call.handed()
+                assert source.constants[(source.fn.arg_names.index("PRECISION"),)] == precision
 
 
 def main() -> None:

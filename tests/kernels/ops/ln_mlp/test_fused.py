@@ -12,7 +12,9 @@ from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, 
 
 from lambda_kernels import ln_mlp
 from lambda_kernels.ops.ln_mlp import reference, tracing
-from lambda_kernels.ops.ln_mlp.fused import launch, tuning
+from lambda_kernels.ops.ln_mlp.fused import launch, stages, tuning
+from lambda_kernels.ops.ln_mlp.fused.kernels import configs
+from lambda_kernels.ops.ln_mlp.fused.kernels.configs import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -237,6 +239,27 @@ def test_saved_memory(recompute):
         ln_mlp(**args, eps=1e-5, recompute=recompute, backend="triton")
     unit, statistics = tokens * channels * 2, 2 * tokens * 4
     assert saved == {"all": 1, "act": 5, "none": 9}[recompute] * unit + statistics
+
+
+def test_the_default_occupies_the_device():
+    """On 132 multiprocessors: one pass with many tokens alone, and small tiles where large ones are too few."""
+    bf16, hopper = torch.bfloat16, 90
+    one_pass = stages._shipped("one_pass", ("one_pass",), hopper, bf16, (65536, 192, 1), 132, True)
+    for tokens, channels, method in (
+        (50432, 192, "one_pass"), (8448, 192, "one_pass"), (4096, 192, "staged"), (197, 192, "staged"),
+        (50432, 384, "staged"),
+    ):  # fmt: skip
+        assert stages._order_forward(one_pass, tokens, channels, 132)[0].method == method
+    assert stages._order_forward((), 50432, 192, 132) == (stages.STAGED,)
+    for tokens, channels, columns, expected in (
+        (50432, 768, 3072, Config(128, 256, 64, 8, 3)),
+        (197, 768, 3072, Config(64, 64, 64, 4, 4)),
+        (1576, 192, 768, Config(64, 128, 64, 4, 4)),
+    ):
+        sizes = (tuning.bucket(tokens), channels, columns)
+        (first, *rest) = stages._shipped("fc1", ("normalized",), hopper, bf16, sizes, 132, True)
+        assert first.config == expected
+        assert {first.config, *(c.config for c in rest)} == set(configs.shipped("fc1", hopper, bf16, channels, True))
 
 
 def test_auto_recompute_follows_the_width():

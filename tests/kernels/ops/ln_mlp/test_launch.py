@@ -20,6 +20,9 @@ CHECKS = (
     "check_what_runs_is_what_the_audit_compiles",
     "check_the_short_way_hands_over_the_same",
     "check_what_makes_another_kernel_and_what_does_not",
+    "check_plans_hand_over_what_calls_without_them_do",
+    "check_plans_follow_settings_of_the_process",
+    "check_threads_share_plans_and_no_tensors",
 )
 
 

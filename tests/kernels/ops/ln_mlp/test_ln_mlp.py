@@ -220,6 +220,16 @@ def test_every_obstacle_is_named(no_interpreter, monkeypatch):
     assert "triton is not installed" in dispatch.choose(cuda, torch.bfloat16).reason
 
 
+def test_a_device_that_appears_later_is_asked(monkeypatch):
+    dispatch._known_capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch._capability(0) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert dispatch._capability(0) == (7, 5)
+    dispatch._known_capability.cache_clear()
+
+
 def test_the_interpreter_is_never_taken_unasked():
     """Slow as it is. Tests run with it switched on."""
     choice = dispatch.choose(torch.device("cpu"), torch.float32)

@@ -64,6 +64,26 @@ def test_shapes_without_data_are_those_with_data(save, dtypes):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
+@pytest.mark.parametrize("save", ["all", "none"])
+def test_the_registered_operators_take_any_strides(save):
+    """The public function hands over what kernels can read; others may call the operators as well."""
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in forward_arguments(save)]
+    strided = [t.T.contiguous().T if isinstance(t, torch.Tensor) and t.dim() == 2 else t for t in args]
+    assert not strided[0].is_contiguous()
+    expected, got = (torch.ops.lambda_kernels.ln_mlp(*given) for given in (args, strided))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    _, mean, rstd, pre, act = expected
+    saved = (mean, rstd, pre if pre.numel() else None, act if act.numel() else None)
+    grad = torch.randn(20, 48, device=DEVICE)
+    results = [
+        torch.ops.lambda_kernels.ln_mlp_backward(g, *given[:-1], *saved, [True] * 7 + [False])
+        for g, given in ((grad, args), (grad.T.contiguous().T, strided))
+    ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("recompute", ["all", "act"])
 def test_compiled_as_one_graph(backend, recompute):

@@ -442,3 +442,47 @@ def test_describe_tells_details_only_where_lines_would_be_alike() -> None:
 def test_importing_needs_neither_triton_nor_timm() -> None:
     code = "import sys; sys.modules['triton'] = sys.modules['timm'] = None; from lambda_kernels.ops.ln_mlp.fused import tuning"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# What steps remember of it
+
+
+@pytest.fixture
+def new_steps() -> Callable[[], object]:
+    return pytest.importorskip("lambda_kernels.ops.ln_mlp.fused.steps").Steps  # needs triton
+
+
+def steps_choose(ways: Ways, steps: object) -> tuple[Candidate, Candidate | None]:
+    """What was chosen now, and what would be without asking."""
+    chosen = steps.choose(FC1, list(ways.times), lambda candidate, own: ways.run(candidate), CUDA)
+    return chosen, steps.chosen("fc1")
+
+
+def test_steps_remember_what_was_measured_until_it_is_forgotten(new_steps):
+    steps = new_steps()
+    assert steps_choose(usual(), steps) == (LIBRARY, LIBRARY)
+    assert steps.is_current()
+    with tuning.forced(fc1="corrected"):
+        assert not steps.is_current()
+        assert steps_choose(usual(), new_steps()) == (CORRECTED, CORRECTED)
+    assert not new_steps().chosen("fc1")
+    steps = new_steps()
+    tuning.clear()
+    assert not steps.is_current()
+
+
+def test_steps_remember_the_default_as_long_as_tuning_is_off(monkeypatch, new_steps):
+    monkeypatch.setenv(tuning.SWITCH, "off")
+    steps = new_steps()
+    assert steps_choose(usual(), steps) == (CORRECTED, CORRECTED)
+    assert steps.is_current()
+    monkeypatch.setenv(tuning.SWITCH, "on")
+    assert not steps.is_current()
+
+
+def test_steps_do_not_remember_the_default_of_a_capture(monkeypatch, new_steps):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    steps = new_steps()
+    assert steps_choose(usual(), steps) == (CORRECTED, None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert steps_choose(usual(), steps) == (LIBRARY, LIBRARY)

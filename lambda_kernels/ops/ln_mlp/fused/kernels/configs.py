@@ -6,6 +6,7 @@ shape is tuned, and the library's product is always one more candidate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +122,22 @@ _ONE_PASS_HALF: dict[tuple[str, bool], tuple[tuple[int, Config], ...]] = {
     ("ampere", False): ((192, Config(32, 64, 0, 4, 2)), (192, Config(32, 32, 0, 4, 2)), (384, Config(32, 32, 0, 8, 1))),
 }
 _ONE_PASS_SINGLE = ((192, Config(32, 32, 0, 8, 1)), (384, Config(16, 32, 0, 8, 1)))
+
+
+def fullest_first(tiles: Sequence[Config], rows: int, columns: int, at_once: int) -> list[Config]:
+    """The tiles in their order, but those whose programs are too few for the device behind those that have more.
+
+    Args:
+        tiles: The default first.
+        rows, columns: Of the result; 1 column for programs that each take all of them.
+        at_once: How many programs it takes to occupy the device, one on each multiprocessor.
+    """
+
+    def programs(config: Config) -> int:
+        across = 1 if columns == 1 else -(-columns // config.bn)
+        return min(at_once, -(-rows // config.bm) * across)
+
+    return sorted(tiles, key=programs, reverse=True)
 
 
 def shipped(kernel: str, arch: int, dtype: torch.dtype, channels: int, tma: bool) -> list[Config]:
