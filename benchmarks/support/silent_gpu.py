@@ -1,0 +1,90 @@
+"""A GPU that computes nothing: Triton compiles and launches for an sm_90, and the launch returns at once.
+
+What remains is host time: everything between a call in Python and the driver, Triton's own launcher and its tensor maps
+included. Tensors are on the CPU, where what `torch.empty` returns serves as the kernels' results: no value means anything, so
+that nothing can be verified with it, and library products between kernels compute on the processor. Sizes have to be tiny.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+
+from lambda_kernels.ops.ln_mlp import dispatch
+
+
+def _launch_nothing(*arguments: object) -> None:
+    pass
+
+
+class _Launcher:
+    """Triton's handling of arguments around a launch that does nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        signature = dict(enumerate(source.signature.values()))
+        described = getattr(metadata, "tensordesc_meta", None)
+        self.launch = nvidia.wrap_handle_tensordesc(_launch_nothing, signature, described)
+        self.launch_cooperative_grid = False
+        # Before Triton 3.7, kernel arguments are the last ones of the launch; since then they are one tuple.
+        self.is_flat = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+    def __call__(self, *arguments: Any) -> None:
+        grid, (stream, function, packed, launched, enter, leave) = arguments[:3], arguments[3:9]
+        if self.is_flat:
+            self.launch(
+                *grid, stream, function, False, False, packed, launched, enter, leave, None, None, *arguments[9:]
+            )
+        else:
+            self.launch(
+                *grid, stream, function, False, False, packed, launched, enter, leave, None, None, None, None,
+                arguments[9:],
+            )  # fmt: skip
+
+
+class _Utilities:
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+    def load_binary(self, *arguments: object) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+    def fill_tma_descriptor(self, *arguments: object) -> int:
+        return 0
+
+    def fill_tma_descriptor_tiled(self, *arguments: object) -> int:
+        return 0
+
+
+class _Driver:
+    launcher_cls = _Launcher
+    utils = _Utilities()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextlib.contextmanager
+def silent_gpu() -> Iterator[None]:
+    """Inside, kernels requested by name run on CPU tensors, which is to say that they are launched and compute nothing."""
+    genuine = dispatch.triton_obstacles
+    triton.runtime.driver.set_active(_Driver())
+    dispatch.triton_obstacles = lambda device, dtype: []  # the CPU is the device
+    try:
+        yield
+    finally:
+        dispatch.triton_obstacles = genuine
+        triton.runtime.driver._active = None
