@@ -163,6 +163,21 @@ def test_registers_that_were_never_written():
     run(kernel(fine, 0), threads=64)
 
 
+def test_unset_registers_may_be_copied_where_that_is_allowed():
+    memory = executor.GlobalMemory(4096)
+    place = memory.add(np.zeros(256, np.uint8), writable=True).to_bytes(8, "little")
+    copied = "setp.lt.u32 %p1, %r0, 10; @%p1 mov.u32 %r7, 1; add.s32 %r1, %r7, 1; "
+    for use, wrong in (("", False), ("@%p1 st.global.u32 [%d0], %r1;", False), (STORE, True)):
+        program = kernel(copied + use, 1)
+        if wrong:
+            with pytest.raises(
+                executor.ProgramError, match=r"register %r1 is read before it was written \(54 threads\)"
+            ):
+                executor.launch(program, memory, [place], grid=(1, 1, 1), threads=64, strict=False)
+        else:
+            executor.launch(program, memory, [place], grid=(1, 1, 1), threads=64, strict=False)
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import arithmetic, conversions, movement  # noqa: F401  (they register their instructions)
+from . import arithmetic, conversions, matrices, movement  # noqa: F401  (they register their instructions)
 from .copies import Tensors
 from .faults import ProgramError, UnsupportedInstructionError
 from .memory import Flags, GlobalMemory
@@ -24,6 +24,8 @@ from .syntax import Instruction, Kernel
 from .warpgroup import Products
 
 _NAME = re.compile(r"[%$A-Za-z_][\w$@]*")
+# Modules of instructions that only make registers of registers.
+_PURE = (arithmetic.__name__, conversions.__name__)
 _CONTROL = ("bra", "ret", "exit", "bar", "barrier", "trap")
 _MOST_STEPS = 5_000_000
 # Threads that execute together at the most: more blocks than this go one after the other.
@@ -42,6 +44,7 @@ class _Step:
     writes: list[tuple[int, int]]
     warp_wide: bool
     target: int = -1
+    passes_on: bool = False  # what was never written, without an error
     settled: bool = False  # its registers need no more checks
     count: int = 0
 
@@ -73,6 +76,7 @@ def launch(
     shared: int = 0,
     order: Order = EARLY,
     watch: bool = True,
+    strict: bool = True,
 ) -> Launched:
     """Execute every block of a grid.
 
@@ -82,6 +86,8 @@ def launch(
         shared: Bytes of dynamic shared memory of a block.
         order: When asynchronous work is done.
         watch: Whether races in shared memory are looked for.
+        strict: Every use of a register that was never written is an error. Otherwise it may be copied and computed with, as
+            nvcc does with members of a structure that are unset, but not decide a branch, be an address, or be stored.
 
     Raises:
         ProgramError: The program did what a GPU does not define, or waits for what never comes.
@@ -105,13 +111,13 @@ def launch(
     for first in range(0, len(blocks), together):
         some = blocks[first : first + together]
         state = State(kernel, memory, bytes(data), maps, grid, some, threads, shared, order, watch)
-        _Machine(state).run(done)
+        _Machine(state, strict).run(done)
     return done
 
 
 class _Machine:
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def __init__(self, state: State, strict: bool) -> None:
+        self.state, self.strict = state, strict
         self.steps = [self._decode(at, instruction) for at, instruction in enumerate(state.kernel.instructions)]
 
     # Decoding
@@ -135,6 +141,7 @@ class _Machine:
                 raise UnsupportedInstructionError("no such instruction here")
             action = DECODERS[base](state, i)
         step = _Step(at, i, action, guard, reads, writes, warp_wide)
+        step.passes_on = not self.strict and base in DECODERS and DECODERS[base].__module__ in _PURE
         if base == "bra":
             step.target = state.kernel.labels[i.operands[0]]
         blocking = base in ("bar", "barrier") and action is None
@@ -241,7 +248,7 @@ class _Machine:
                     at, start = party.at, -1
                     continue
                 if not step.settled:
-                    step.settled = state.check(step.reads, step.writes, active)
+                    step.settled = state.check(step.reads, step.writes, active, step.passes_on)
                 if step.warp_wide and active is not None and self._lanes_wait(party, at, step, active):
                     if party not in self.parties:
                         self._merge()

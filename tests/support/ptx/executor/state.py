@@ -172,22 +172,37 @@ class State:
                 raise UnsupportedInstructionError(f"{name} is not a 32-bit register")
         return np.array([self.place[name][1] for name in names])
 
-    def check(self, reads: list[tuple[int, int]], writes: list[tuple[int, int]], mask: Mask) -> bool:
+    def check(
+        self, reads: list[tuple[int, int]], writes: list[tuple[int, int]], mask: Mask, passes_on: bool = False
+    ) -> bool:
         """Raise where an executing thread reads what it never wrote; note what is written.
+
+        With `passes_on` nothing is raised: what is made of a register that was never written counts as never written.
 
         Returns whether nothing of this needs to be looked at again, however often the instruction executes.
         """
         done = True
+        unknown = None
         for size, row in reads:
             if self.settled[size][row]:
                 continue
             defined = self.defined[size][row]
             missing = ~defined if mask is None else mask & ~defined
             if missing.any():
+                if passes_on:
+                    unknown = missing if unknown is None else unknown | missing
+                    done = False
+                    continue
                 raise ProgramError(
                     f"register {self._name(size, row)} is read before it was written ({missing.sum()} threads)"
                 )
             done = False
+        if unknown is not None:
+            for size, row in writes:
+                if self.settled[size][row]:
+                    self.settled[size][row], self.defined[size][row] = False, True
+                self.defined[size][row] = (self.defined[size][row] | (True if mask is None else mask)) & ~unknown
+            return False
         for size, row in writes:
             if self.settled[size][row]:
                 continue
