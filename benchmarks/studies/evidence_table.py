@@ -6,15 +6,19 @@ python benchmarks/studies/evidence_table.py R.json --plot docs/evidence.png
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lambda_kernels.files import atomic_write, write_json
 from lambda_vit.measure.intervals import wilson_interval
-from lambda_vit.report.figures.style import GRID, MUTED, PICK, SERIES, new_figure
+from lambda_vit.report.figures.style import MUTED, PICK, SERIES, new_figure
 
 _Z = 1.959964
 
@@ -23,14 +27,27 @@ def write_results(folder: Path, names: Sequence[str], path: Path) -> None:
     """Gather what the arms of a study left, in this order; arms that are not finished are listed as missing."""
     found = {name: folder / f"{name}.json" for name in names}
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in found.values() if file.exists()]
+    predictors = folder / "predictors.json"
     record = {
         "options": json.loads((folder / "options.json").read_text(encoding="utf-8")),
         "picks": json.loads((folder / "picks.json").read_text(encoding="utf-8")),
-        "base": json.loads((folder / "base" / "run.json").read_text(encoding="utf-8"))["result"],
+        "predictors": json.loads(predictors.read_text(encoding="utf-8")) if predictors.exists() else {},
+        "base": json.loads((folder / "base.json").read_text(encoding="utf-8")),
         "missing": [name for name, file in found.items() if not file.exists()],
         "arms": rows,
     }
     write_json(path, record)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `write_results` wrote, also in its first form, where arms differed in picks, count and dilution alone."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record.setdefault("predictors", {})
+    for row in record["arms"]:
+        if "way" not in row:
+            row |= {"way": "labels, diluted" if row["diluted"] else "labels", "recipe": {}, "seed": 0,
+                    "epochs": record["options"]["epochs"]}  # fmt: skip
+    return record
 
 
 def difference(ours: str, theirs: str) -> tuple[float, float, float]:
@@ -52,85 +69,158 @@ def top1(hits: str) -> float:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row per arm, as Markdown."""
-    full = next((row for row in record["arms"] if row["arm"] == "full"), None)
+    """A row per arm, as Markdown: the shortest trainings first, and the full network before the others."""
     lines = [
-        "| picks | without attention | | parameters | untrained | trained, top-1 (95 %) | against the full model (95 %) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| epochs | picks | without attention | trained by | untrained | trained, top-1 (95 %) | against the network before "
+        "(95 %) | against the full one, trained as long (95 %) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    order = sorted(
-        record["arms"], key=lambda row: (row["count"], row["picks"] != "nose", row["picks"], not row["diluted"])
-    )
-    for row in order:
+    base = record["base"]["hits"] if isinstance(record["base"].get("hits"), str) else None
+    for row in sorted(record["arms"], key=lambda row: (row["epochs"], row["count"] > 0, -top1(row["hits"]))):
         low, high = wilson_interval(row["hits"].count("1"), len(row["hits"]))
-        how = "" if not row["count"] else "diluted" if row["diluted"] else "dropped"
-        against = "–"
-        if full is not None and row is not full:
-            middle, below, above = difference(row["hits"], full["hits"])
-            against = f"{middle:+.1f} ({below:+.1f} to {above:+.1f})"
+        full = next((other["hits"] for other in record["arms"] if _is_full_for(other, row)), None)
         lines.append(
-            f"| {row['picks'] if row['count'] else 'full model'} | {', '.join(map(str, row['layers'])) or 'none'} | {how} | "
-            f"{row['parameters'] / 1e6:.2f} M | {top1(row['hits_untrained']):.1f} | {top1(row['hits']):.1f} "
-            f"({100 * low:.1f}–{100 * high:.1f}) | {against} |"
+            f"| {row['epochs']} | {row['picks'] if row['count'] else 'full network'} | "
+            f"{', '.join(map(str, row['layers'])) or 'none'} | {row['way']}{_seed(row)} | "
+            f"{top1(row['hits_untrained']):.1f} | {top1(row['hits']):.1f} ({100 * low:.1f}–{100 * high:.1f}) | "
+            f"{_against(row['hits'], base)} | {_against(row['hits'], full if row['count'] else None)} |"
         )
     if record["missing"]:
         lines.append(f"\nNot trained: {', '.join(record['missing'])}.")
     return "\n".join(lines)
 
 
+def _seed(row: dict[str, Any]) -> str:
+    return f", seed {row['seed']}" if row["seed"] else ""
+
+
+def _is_full_for(other: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether `other` is the full network trained as long as `row`, by the same losses."""
+    losses = [
+        {k: v for k, v in r["recipe"].items() if k not in ("removal", "dilution", "local_epochs")} for r in (other, row)
+    ]
+    return (
+        not other["count"]
+        and (other["epochs"], other["seed"]) == (row["epochs"], row["seed"])
+        and losses[0] == losses[1]
+    )
+
+
+def _against(ours: str, theirs: str | None) -> str:
+    if theirs is None:
+        return "–"
+    middle, below, above = difference(ours, theirs)
+    return f"{middle:+.1f} ({below:+.1f} to {above:+.1f})"
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's: Pearson's of the ranks, where equal values share the mean of theirs."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        return np.array([sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values])
+
+    return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
+
+
+def correlations(record: dict[str, Any], samples: int = 2000) -> str:
+    """How well what is known of a set of layers before training predicts its accuracy after one epoch, as Markdown.
+
+    The interval is of the sets and of the validation images: both are drawn anew, with replacement.
+    """
+    rows = [row for row in record["arms"] if row["epochs"] == 1 and row["picks"] in record["predictors"]]
+    rng = np.random.default_rng(0)
+    hits = np.array([[hit == "1" for hit in row["hits"]] for row in rows])
+    known = {"untrained": [-top1(row["hits_untrained"]) for row in rows]}
+    for name in record["predictors"][rows[0]["picks"]]:
+        known[name] = [record["predictors"][row["picks"]][name] for row in rows]
+    lines = [f"| of {len(rows)} sets of five | rank correlation with the accuracy lost (95 %) |", "| --- | --- |"]
+    for name, values in known.items():
+        found = []
+        for _ in range(samples):
+            sets, images = (rng.integers(n, size=n) for n in hits.shape)
+            with np.errstate(invalid="ignore"):  # a sample of equal values has none
+                found.append(rank_correlation([values[i] for i in sets], -hits[sets][:, images].mean(1)))
+        low, high = np.nanpercentile(found, [2.5, 97.5])
+        own = rank_correlation(values, -hits.mean(1))
+        lines.append(f"| {PREDICTORS[name]} | {own:+.2f} ({low:+.2f} to {high:+.2f}) |")
+    return "\n".join(lines)
+
+
+PREDICTORS = {
+    "untrained": "accuracy lost without training",
+    "kl": "divergence of the class probabilities (`kl`)",
+    "te": "change of the output's entropy (`nose`)",
+    "cosine": "turned tokens, summed (`cosine`)",
+    "neighbours": "pairs of neighbours",
+    "first": "layers among the first four",
+}
+
+
+def extrapolate(record: dict[str, Any], way: str, epochs: int, samples: int = 2000) -> tuple[float, float, float]:
+    """The points below the network before that the power law a·E^−b through the budgets E of a way promises at `epochs`.
+
+    Returns:
+        The value and its 95 % interval, which covers the sampling of validation images alone: not another law, and not another
+        seed.
+    """
+    wanted = {"way": way, "picks": "kl", "count": 5, "seed": 0}
+    rows = [row for row in record["arms"] if all(row[key] == value for key, value in wanted.items())]
+    if len(rows) < 2:
+        raise ValueError(f"{way} was trained with {len(rows)} budget(s): a law requires two or more")
+    base = np.array([hit == "1" for hit in record["base"]["hits"]])
+    hits = np.array([[hit == "1" for hit in row["hits"]] for row in rows])
+    rng = np.random.default_rng(0)
+    found = []
+    for sample in range(samples + 1):
+        images = rng.integers(len(base), size=len(base)) if sample else np.arange(len(base))
+        gaps = np.maximum(100 * (base[images].mean() - hits[:, images].mean(1)), 0.05)  # one image
+        slope, offset = np.polyfit(np.log([row["epochs"] for row in rows]), np.log(gaps), 1)
+        found.append(math.exp(offset + slope * math.log(epochs)))
+    low, high = np.percentile(found[1:], [2.5, 97.5])
+    return found[0], float(low), float(high)
+
+
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Top-1 against the number of layers removed: NOSE's picks as lines, all others as points."""
+    """Left: accuracy after each epoch of the longer arms. Right: sets of five after one epoch, against KL before it."""
+    base = top1(record["base"]["hits"])
     with new_figure(4.4) as figure:
-        axes = figure.subplots()
-        for row in record["arms"]:
-            if not row["count"]:
-                low, high = wilson_interval(row["hits"].count("1"), len(row["hits"]))
-                axes.axhspan(100 * low, 100 * high, color=GRID, zorder=0, linewidth=0)
-                axes.axhline(top1(row["hits"]), color=MUTED, label="full model, trained as long (95 %)")
-        for diluted, colour, line in ((True, PICK, "-"), (False, SERIES[0], "--")):
-            word, shift = ("diluted", -0.06) if diluted else ("dropped at once", 0.06)
-            rows = sorted(
-                (r for r in record["arms"] if r["count"] and r["diluted"] == diluted), key=lambda r: r["count"]
+        left, right = figure.subplots(1, 2)
+        longer = [row for row in record["arms"] if row["epochs"] > 1]
+        for row, colour in zip(longer, itertools.cycle(SERIES)):
+            label = f"{row['picks'] if row['count'] else 'full network'}, {row['way']}, {row['epochs']} epochs"
+            left.plot(
+                range(len(row["curve"]) + 1), [top1(row["hits_untrained"]), *row["curve"]], color=colour, label=label
             )
-            _points(axes, [r for r in rows if r["picks"] == "nose"], shift, colour, "o", line, f"NOSE, {word}")
-            for picks, marker in (("kl", "D"), ("random", "x"), ("first", "v")):
-                own = [r for r in rows if r["picks"].split()[0] == picks]
-                name = {"kl": "KL", "random": "random", "first": "the first blocks"}[picks]
-                _points(axes, own, shift * 3, colour, marker, "", f"{name}, {word}")
-        axes.set_xlabel("attention layers removed")
-        axes.set_ylabel("top-1, %")
-        counts = sorted({row["count"] for row in record["arms"] if row["count"]})
-        if counts:
-            axes.set_xticks(counts)
-            axes.set_xlim(counts[0] - 0.5, counts[-1] + 0.5)
+        left.axhline(base, color=MUTED, linestyle="--", label="the network before")
+        left.set_xlabel("epoch")
+        left.set_ylabel("top-1, %")
+        sets = [row for row in record["arms"] if row["epochs"] == 1 and row["picks"] in record["predictors"]]
+        for row in sets:
+            x, y = record["predictors"][row["picks"]]["kl"], top1(row["hits"])
+            right.plot(x, y, "o", color=PICK if row["picks"] == "kl" else SERIES[0], markersize=5)
+            right.annotate(row["picks"], (x, y), (4, 3), textcoords="offset points", fontsize=7, color=MUTED)
+        right.set_xlabel("KL before training, bits")
+        right.set_ylabel("top-1 after one epoch, %")
+        right.margins(0.15)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=160, facecolor="white")
 
 
-def _points(
-    axes: Any, rows: list[dict[str, Any]], shift: float, colour: str, marker: str, line: str, label: str
-) -> None:
-    if not rows:
-        return
-    values = [top1(row["hits"]) for row in rows]
-    ends = [wilson_interval(row["hits"].count("1"), len(row["hits"])) for row in rows]
-    bars = [[v - 100 * low for v, (low, _) in zip(values, ends, strict=True)],
-            [100 * high - v for v, (_, high) in zip(values, ends, strict=True)]]  # fmt: skip
-    axes.errorbar(
-        [row["count"] + shift for row in rows], values, yerr=bars, color=colour, marker=marker, linestyle=line or "none",
-        linewidth=1.4, elinewidth=0.7, markersize=5, label=label,
-    )  # fmt: skip
-
-
 def main() -> None:
-    """Print the table, draw the plot."""
+    """Print the tables and what the curve promises, draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    record = json.loads(options.results.read_text(encoding="utf-8"))
+    record = read_results(options.results)
     print(table(record))
+    if any(row["epochs"] == 1 and row["picks"] in record["predictors"] for row in record["arms"]):
+        print(f"\n{correlations(record)}")
+    for epochs in (60, 120, 240):
+        with contextlib.suppress(ValueError):
+            middle, low, high = extrapolate(record, "features", epochs)
+            print(f"\n{epochs} epochs: {middle:.1f} points below the network before ({low:.1f} to {high:.1f})")
     if options.plot is not None:
         plot(record, options.plot)
 

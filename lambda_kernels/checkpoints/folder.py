@@ -41,6 +41,7 @@ _KINDS: _Kinds = {
 _OPTIONAL: _Kinds = {
     "lambda_kernels.versions": dict,
     "lambda_kernels.selection": dict,
+    "lambda_kernels.training": dict,
     "lambda_kernels.tome_r": (int, list),
     "lambda_kernels.tome_start": int,
 }

@@ -37,11 +37,13 @@ class Provenance:
         architecture: timm's name of the model that attention was removed from.
         versions: Versions of "torch", "timm" and "lambda_kernels" at saving; empty if the folder does not record them.
         selection: How the removed layers were chosen, with all scores, as from `Selection.to_dict`; None if unknown.
+        training: How the attention was removed and the weights were trained; None if unknown.
     """
 
     architecture: str
     versions: dict[str, str] = field(default_factory=dict)
     selection: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
 
 
 def save_pretrained(
@@ -51,6 +53,7 @@ def save_pretrained(
     architecture: str | None = None,
     model_args: dict[str, Any] | None = None,
     selection: object = None,
+    training: dict[str, Any] | None = None,
 ) -> Path:
     """Write `folder/config.json` and `folder/model.safetensors`.
 
@@ -64,6 +67,8 @@ def save_pretrained(
             built with; sizes, classes, pooling, rates and most options of rotary embeddings are also read from its modules.
         selection: How the removed layers were chosen: a `Selection`, or a dict from its `to_dict`. The config stores it
             with all its scores. None retains the one that the model was loaded with.
+        training: How the attention was removed and the weights were trained, as plain JSON types: "removal", "layers" and more
+            from `lambda-vit finetune`. The config stores it. None retains the one that the model was loaded with.
 
     Returns:
         The folder.
@@ -94,6 +99,7 @@ def save_pretrained(
     if "architecture" in cfg:
         cfg["architecture"] = cfg["architecture"].removeprefix(PREFIX)
     chosen = _selection_record(model, selection, structure.removed)
+    trained = _training_record(model, training, structure.removed)
     model_args = find_model_args(model, architecture, cfg, dict(model_args or {}))
     info: Any = getattr(model, "lambda_kernels_info", None)
     config = {
@@ -109,6 +115,7 @@ def save_pretrained(
             "fuse": info.fuse if info else "removed",
             "versions": _versions(),
             "selection": chosen,
+            **({} if trained is None else {"training": trained}),
         },
     }
     _check_rebuilding(model, config)
@@ -183,6 +190,16 @@ def _selection_record(model: nn.Module, selection: object, removed: tuple[int, .
     return record
 
 
+def _training_record(model: nn.Module, training: object, removed: tuple[int, ...]) -> dict[str, Any] | None:
+    """`training` as it was passed, or else as the model was loaded with it, if no other layers are gone by now."""
+    if training is None:
+        known = getattr(getattr(model, "lambda_kernels_provenance", None), "training", None)
+        return known if known is not None and sorted(known.get("layers", removed)) == list(removed) else None
+    if not isinstance(training, dict) or not is_json(training):
+        raise CheckpointError(f"training must be a dict of plain JSON types; got {training!r}")
+    return training
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -247,7 +264,7 @@ def from_pretrained(
     # Only on its final device does it show whether a backend is available, and which one runs.
     model = remove_attention(model, info.removed, replace(info.settings, **running))
     model.lambda_kernels_provenance = Provenance(  # type: ignore[assignment]  # a record, which PyTorch does not foresee
-        config["architecture"], ours.get("versions") or {}, ours.get("selection")
+        config["architecture"], ours.get("versions") or {}, ours.get("selection"), ours.get("training")
     )
     return model
 

@@ -327,8 +327,8 @@ def next_commands(folder: Path) -> list[dict[str, str]]:
     commands = {
         "Select on your own images, a folder or zip with train/<class>/* and val/<class>/*": f"lambda-vit select {model} "
         f"--data {images} --count 4 --out runs/select",
-        "Train while the selected attention fades out, remove it, and save the model": f"lambda-vit finetune {model} "
-        f"--selection runs/select --recipe short --data {images} --out runs/finetune",
+        "Remove the selected attention, and train what remains to do what the full model did": f"lambda-vit finetune {model} "
+        f"--selection runs/select --recipe recover --data {images} --out runs/finetune",
         "Or remove it at once, without training": f"lambda-vit convert {model} --selection runs/select --out smaller/",
         "Compare accuracy, size and speed with the full model": "lambda-vit validate --model runs/finetune/model "
         f"--reference deit_small_patch16_224 --reference-pretrained --data {images}",

@@ -45,7 +45,7 @@ ROOMS = [
 INNER = {
     "lambda_kernels.ops": ["checks", "token_merging", "histogram", "ln_mlp"],
     "lambda_kernels.ops.ln_mlp.fused": ["kernels", "tuning", "launch", "steps", "stages", "autograd"],
-    "lambda_vit.training": ["dilution", "recipe", "images", "storage", "loop", "plan", "finetune", "run_record", "run"],
+    "lambda_vit.training": ["recipe", "dilution", "images", "storage", "loop", "plan", "finetune", "run_record", "run"],
     "lambda_vit.report": ["records", "figures", "parts", "tables", "selection", "training", "sections", "page"],
 }
 MOST_ENTRIES = 13

@@ -55,7 +55,7 @@ def plan(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Total training epochs.", show_default="400")] = None,
     dilution_epochs: Annotated[
-        int | None, typer.Option(min=0, help="Epochs over which the attention fades.", show_default="three quarters")
+        int | None, typer.Option(min=0, help="Epochs over which the attention fades.", show_default="none of --epochs")
     ] = None,
     recovery_epochs: Annotated[
         int | None, typer.Option(min=0, help="Epochs after the attention is removed.", show_default="the rest")
@@ -125,7 +125,8 @@ def plan(
         console.print(f"Written: {out}", soft_wrap=True)
     layers = ["--remove", remove] if selection is None else ["--selection", selection]
     own = ["--model", model, *make_weights_options("--", weights, use_ema, pretrained), *layers]
-    length = ["--epochs", dilution + recovery, "--dilution-epochs", dilution, "--batch-size", batch_size * devices]
+    length = ["--epochs", dilution + recovery, *(["--dilution-epochs", dilution] if dilution else [])]
+    length += ["--batch-size", batch_size * devices]
     length += [] if recompute is None else ["--recompute", recompute.value]
     if why_no_classes(network) is not None:
         length += ["--num-classes", "N" if loader is None else len(loader.dataset.classes)]

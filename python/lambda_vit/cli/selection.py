@@ -380,7 +380,7 @@ def _next_commands(
     skip_bad = ["--skip-bad", images.skip_bad] if images.skip_bad else []
     training = ["--data", images.data, *skip_bad]
     at = ["--split", split] if split not in ("val", "all") else []
-    run = [*class_map, "--recipe", "short", "--out", wanted.folder / "finetune"]
+    run = [*class_map, "--recipe", "recover", "--out", wanted.folder / "finetune"]
     checking = ["--data", images.data, *at, *class_map, *skip_bad]
     entries = [
         (f"Plan a training without {which}", ["plan", *own, *training], True),

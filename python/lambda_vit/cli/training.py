@@ -155,7 +155,7 @@ def finetune(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write a TensorBoard log.")] = False,
     **flags: Any,
 ) -> None:
-    """Train a model while its selected attention fades out and is removed, and save the evaluated smaller model.
+    """Remove the selected attention of a model, at once or while it trains, and save the evaluated smaller model.
 
     If the run is interrupted, run the same command again to resume. Under torchrun the processes share the steps.
     """
@@ -270,8 +270,9 @@ def _print_outcome(console: Console, run: FinetuningRun, restart: bool) -> None:
         return
     result, best, sizes = record["result"], record["best"], record["model"]["parameters"]
     if (removal := record["boundary"]) is not None:
+        end = "The last attention was removed" if record["recipe"]["removal"] == "progressive" else "λ reached 0"
         console.print(
-            f"λ reached 0 after {removal['step']:,} steps: removing the attention changed no logit by more than "
+            f"{end} after {removal['step']:,} steps: removing the attention changed no logit by more than "
             f"{removal['difference']:.1e} (bound {removal['bound']:.1e})",
             soft_wrap=True,
         )

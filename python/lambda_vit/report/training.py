@@ -73,8 +73,22 @@ def _removed(record: Mapping[str, Any]) -> str:
     which += f" ({len(layers)} of {blocks})" if blocks else ""
     boundary = run.get("boundary")
     if boundary is None:
-        return f"{which} was removed before the first step, and the model was trained without it."
-    return f"{which} was faded out and removed: λ reached 0 {_place(run, boundary['step'])}."
+        local = run["recipe"].get("local_epochs")
+        first = f" These blocks alone were trained for the first {_epochs_of(local)}." if local else ""
+        return f"{which} was removed before the first step, and the model was trained without it.{first}"
+    if _way(run) == "progressive":
+        return f"{which} was removed one block after another, the last one {_place(run, boundary['step'])}."
+    into = " into the identity" if _way(run) == "dilute" else ""
+    return f"{which} was faded{into or ' out'} and removed: λ reached 0 {_place(run, boundary['step'])}."
+
+
+def _way(run: Mapping[str, Any]) -> str:
+    """How attention was removed."""
+    return run["recipe"]["removal"]
+
+
+def _epochs_of(count: float) -> str:
+    return "epoch" if count == 1 else f"{count:g} epochs"
 
 
 def _sizes(record: Mapping[str, Any]) -> str:
@@ -128,8 +142,11 @@ def _interim(record: Mapping[str, Any]) -> str:
     """How far the attention has gone, and the last accuracy."""
     run, digits = _run(record), digits_of(record)
     text = ""
-    fading = run.get("layers") and run.get("boundary") is None and run["recipe"].get("dilution") != "none"
-    if fading:
+    fading = run.get("layers") and run.get("boundary") is None and _way(run) != "drop"
+    if fading and _way(run) == "progressive":
+        count = sum(event["kind"] == "boundary" for event in run["events"])
+        text = f"The attention of {count} of {len(run['layers'])} blocks is removed so far."
+    elif fading:
         lambdas = [row["lambda"] for row in (*run["history"], *run["course"]) if row.get("lambda") is not None]
         which = f"he attention of block{'s' * (len(run['layers']) > 1)} {format_ranges(run['layers'])} is still there"
         text = f"λ is {min(lambdas):.2f}: t{which} in part." if lambdas else f"T{which}."
@@ -210,9 +227,10 @@ def result(record: Mapping[str, Any]) -> Section:
     if boundary := run.get("boundary"):
         bound = f" (allowed: {format_scientific(boundary['bound'])})" if boundary.get("bound") is not None else ""
         moved = f"by more than {format_scientific(boundary['difference'])}" if boundary["difference"] else "at all"
-        text.append(
-            f"λ reached 0 {_place(run, boundary['step'])}. Removing the attention there changed no logit {moved}{bound}."
-        )
+        where = f"λ reached 0 {_place(run, boundary['step'])}. Removing the attention there"
+        if _way(run) == "progressive":
+            where = f"The last attention was removed {_place(run, boundary['step'])}. Deleting what was switched off"
+        text.append(f"{where} changed no logit {moved}{bound}.")
     return Section("result", "Result", text, commands=list(record.get("next_commands") or ()))
 
 
@@ -270,7 +288,7 @@ def loss_curve(record: Mapping[str, Any]) -> Section:
     if any(row.get("attention") == "diluting" and row.get("top1") is not None for row in run["history"]):
         text.append(
             "Accuracies with λ above 0 (hollow) belong to a network that still has part of its attention: they show how "
-            "dilution proceeds, not how good the smaller model is."
+            "the removal proceeds, not how good the smaller model is."
         )
     if not any(row.get("top1") is not None for row in run["history"]):
         over = run.get("status") == "finished"
@@ -288,7 +306,8 @@ def loss_curve(record: Mapping[str, Any]) -> Section:
 
 def _phases(record: Mapping[str, Any]) -> Table | None:
     run, digits = _run(record), digits_of(record)
-    names = {"diluting": "Attention fading", "removed": "Attention removed", "full": "Training"}
+    under_way = "Attention removed layer by layer" if _way(run) == "progressive" else "Attention fading"
+    names = {"diluting": under_way, "removed": "Attention removed", "full": "Training"}
     rows = []
     for key, label in names.items():
         epochs = [row for row in run["history"] if (row.get("attention") or "full") == key]
@@ -320,7 +339,11 @@ _MOST_EPOCHS = 50
 def _epochs(record: Mapping[str, Any]) -> Table | None:
     run, digits = _run(record), digits_of(record)
     best = run.get("best") or {}
-    words = {"diluting": "fading", "removed": "removed", "full": "complete"}
+    words = {
+        "diluting": "in part" if _way(run) == "progressive" else "fading",
+        "removed": "removed",
+        "full": "complete",
+    }
     rows = []
     every = -(-len(run["history"]) // _MOST_EPOCHS)
     for row in _some(run, every):

@@ -1,33 +1,36 @@
-"""Dilution: fade selected attention layers into the identity while training, then delete them.
+"""Removal while training: fade selected attention layers out, together or one after another, then delete them.
 
-With λ going from 1 to 0 a diluted block computes
+With λ going from 1 to 0 a block under dilution computes, for a final residual scale s,
 
-    x ← (2 − λ)·x + λ·drop_path1(ls1(attn(norm1(x))))
+    x ← (s + (1 − s)·λ)·x + λ·drop_path1(ls1(attn(norm1(x))))
     x ← x + drop_path2(ls2(mlp(norm2(x))))
 
-so that as attention fades its identity twin takes its place (arXiv 2404.05657, eq. 5–6).
+With s = 2, as attention fades its identity twin takes its place (arXiv 2404.05657, eq. 5–6); with s = 1, attention only fades.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lambda_kernels.blocks.attention_free import AttentionFreeBlock
 from lambda_kernels.blocks.mlp_block import MlpBlockBase, find_family
 from lambda_kernels.blocks.structure import inspect_model, refuse_merging
 from lambda_kernels.convert.checks import check_indices, check_removal, unwrap_layers
 from lambda_kernels.convert.conversion import convert_vit, remove_attention
 from lambda_kernels.convert.settings import ConversionSettings
 from lambda_kernels.ops.checks import check_choice, dtype_name
+from lambda_kernels.ops.ln_mlp.reference import scale_residual
 
 from ..data.batches import random_images
 from ..models.properties import eval_mode, input_shape, one_device, one_dtype
+from .recipe import RESIDUAL_SCALES
 
 if TYPE_CHECKING:
     from ..selection.result import Selection
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 SHAPES = ("linear", "cosine", "step")
 
 # What (2 − λ) is at λ = 0: the factor on the residual of a block whose attention was diluted away.
-DILUTED_SCALE = 2.0
+DILUTED_SCALE = RESIDUAL_SCALES["dilute"]
 
 
 class DilutedBlock(MlpBlockBase):
@@ -51,7 +54,7 @@ class DilutedBlock(MlpBlockBase):
 
     lam: Tensor
 
-    def __init__(self, block: nn.Module, lam: float = 1.0) -> None:
+    def __init__(self, block: nn.Module, lam: float = 1.0, final_scale: float = DILUTED_SCALE) -> None:
         family = find_family(block)
         assert family is not None, "the model was inspected"
         defaults = {"fuse": True, "backend": "auto", "recompute": "auto"}
@@ -64,6 +67,7 @@ class DilutedBlock(MlpBlockBase):
         reference = block.norm2.weight if getattr(block.norm2, "weight", None) is not None else torch.empty(0)
         self.register_buffer("lam", torch.ones((), device=reference.device), persistent=False)
         self.attention_on = True
+        self.final_scale = float(final_scale)  # of the residual, at λ = 0
         self.set_lambda(lam)
         self.training = block.training  # of this block alone: its parts keep the mode they have
 
@@ -77,18 +81,23 @@ class DilutedBlock(MlpBlockBase):
         self.attention_on = lam > 0
 
     def forward(self, x: Tensor, *arguments: object, **named: object) -> Tensor:
-        if self.attention_on:
-            x = (2 - self.lam) * x + self.lam * self._attention_branch(x, arguments, named)
-        else:
-            x = 2 * x
-        return self._mlp_half(x)
+        scale = self.final_scale
+        if not self.attention_on:
+            return self._mlp_half(scale_residual(x, scale))
+        own = x if scale == 1 else (scale + (1 - scale) * self.lam) * x
+        return self._mlp_half(own + self.lam * self._attention_branch(x, arguments, named))
 
     def extra_repr(self) -> str:
-        return f"lam={float(self.lam):.4g}"
+        return f"lam={float(self.lam):.4g}, final_scale={self.final_scale:g}"
 
 
 def dilute(
-    model: nn.Module, layers: Sequence[int] | Selection, *, lam: float = 1.0, inplace: bool = False
+    model: nn.Module,
+    layers: Sequence[int] | Selection,
+    *,
+    lam: float = 1.0,
+    residual_scale: float = DILUTED_SCALE,
+    inplace: bool = False,
 ) -> nn.Module:
     """Put the blocks `layers` of a timm vision transformer under dilution.
 
@@ -100,20 +109,24 @@ def dilute(
         model: A timm vision transformer with all its attention.
         layers: Block indices, or a `Selection`.
         lam: λ to start from.
+        residual_scale: Factor on the residual of these blocks at λ = 0: 2 in the paper, where the identity takes the place of
+            attention; 1 lets attention fade alone, so that tokens keep their size.
         inplace: Change `model` itself instead of a deep copy.
 
     Returns:
         The model under dilution, in the mode that `model` is in: a copy unless `inplace`.
 
     Raises:
-        ValueError: Wrong indices, or a class token would be cut off from the image.
+        ValueError: Wrong indices or scale, or a class token would be cut off from the image.
         UnsupportedModelError: The model cannot be changed block by block.
     """
-    layers = _dilutable(model, layers)
-    return _put_under_dilution(model if inplace else copy.deepcopy(model), layers, lam)
+    if not (math.isfinite(residual_scale) and residual_scale > 0):
+        raise ValueError(f"residual_scale must be a positive number; got {residual_scale!r}")
+    layers = _dilutable(model, layers, residual_scale)
+    return _put_under_dilution(model if inplace else copy.deepcopy(model), layers, lam, residual_scale)
 
 
-def _dilutable(model: nn.Module, layers: Sequence[int] | Selection) -> tuple[int, ...]:
+def _dilutable(model: nn.Module, layers: Sequence[int] | Selection, residual_scale: float) -> tuple[int, ...]:
     """The indices of `layers`, checked."""
     structure = inspect_model(model)
     layers = check_indices(layers, structure.depth, "layers")
@@ -122,28 +135,34 @@ def _dilutable(model: nn.Module, layers: Sequence[int] | Selection) -> tuple[int
         raise ValueError(
             f"the model has lost the attention of {list(structure.removed)} already; dilute the full model"
         )
-    check_removal(model, layers, structure, DILUTED_SCALE, stacklevel=4)
+    check_removal(model, layers, structure, residual_scale, stacklevel=4)
     return layers
 
 
 def _put_under_dilution(
-    model: nn.Module, layers: tuple[int, ...], lam: float, recompute: str | None = None
+    model: nn.Module, layers: tuple[int, ...], lam: float, residual_scale: float, recompute: str | None = None
 ) -> nn.Module:
     for index in layers:
-        block = DilutedBlock(model.blocks[index], lam)
+        block = DilutedBlock(model.blocks[index], lam, residual_scale)
         block.recompute = block.recompute if recompute is None else recompute
         model.blocks[index] = block
     return model
 
 
 def prepare(
-    model: nn.Module, layers: Sequence[int] | Selection = (), *, recompute: str | None = None, inplace: bool = False
+    model: nn.Module,
+    layers: Sequence[int] | Selection = (),
+    *,
+    residual_scale: float = DILUTED_SCALE,
+    recompute: str | None = None,
+    inplace: bool = False,
 ) -> nn.Module:
     """The model as its training begins: `layers` under dilution at λ = 1, its MLP halves recomputing as `recompute` says.
 
     Args:
         model: A timm vision transformer, converted or not.
         layers: Blocks to dilute, or a `Selection`; empty dilutes none.
+        residual_scale: As for `dilute`.
         recompute: As for `convert_vit`, which is applied with `fuse="all"`, so that it reaches all blocks; None leaves the
             model as it is.
         inplace: Change `model` itself instead of a deep copy.
@@ -153,13 +172,13 @@ def prepare(
         UnsupportedModelError: The model cannot be changed block by block.
     """
     indices = unwrap_layers(layers)
-    chosen = _dilutable(model, indices) if len(indices) else ()
+    chosen = _dilutable(model, indices, residual_scale) if len(indices) else ()
     model = model if inplace else copy.deepcopy(model)
     if recompute is not None:
         structure, info = inspect_model(model), getattr(model, "lambda_kernels_info", None)
         scale, backend = structure.residual_scale, "auto" if info is None else info.backend
         convert_vit(model, structure.removed, residual_scale=scale, backend=backend, recompute=recompute, inplace=True)
-    return _put_under_dilution(model, chosen, 1.0, recompute)
+    return _put_under_dilution(model, chosen, 1.0, residual_scale, recompute)
 
 
 def diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
@@ -167,18 +186,23 @@ def diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
     return {i: block for i, block in enumerate(model.blocks) if isinstance(block, DilutedBlock)}
 
 
-def set_lambda(model: nn.Module, lam: float) -> None:
-    """Set λ of every block under dilution.
+def set_lambda(model: nn.Module, lam: float | Mapping[int, float]) -> None:
+    """Set λ of the blocks under dilution.
 
     Args:
         model: Under dilution.
-        lam: λ, from 1 (the block as it was) to 0 (attention has no part in it).
+        lam: λ, from 1 (the block as it was) to 0 (attention has no part in it): one number for all blocks under dilution, or
+            one for each block of a dict.
 
     Raises:
-        ValueError: λ lies outside [0, 1], or no block is under dilution.
+        ValueError: λ lies outside [0, 1], no block is under dilution, or a block of the dict is not.
     """
-    for block in _require_diluted_blocks(model).values():
-        block.set_lambda(lam)
+    blocks = _require_diluted_blocks(model)
+    given = lam if isinstance(lam, Mapping) else dict.fromkeys(blocks, lam)
+    if strangers := sorted(set(given) - set(blocks)):
+        raise ValueError(f"lam names blocks {strangers}, which are not under dilution; those are {sorted(blocks)}")
+    for index, value in given.items():
+        blocks[index].set_lambda(value)
 
 
 def _require_diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
@@ -190,7 +214,7 @@ def _require_diluted_blocks(model: nn.Module) -> dict[int, DilutedBlock]:
 def finish_dilution(
     model: nn.Module, *, fuse: str = "all", backend: str = "auto", recompute: str | None = None
 ) -> nn.Module:
-    """Delete the attention of every diluted block, in place: the model becomes what `convert_vit` gives with scale 2.
+    """Delete the attention of every diluted block, in place: the model becomes what `convert_vit` gives.
 
     Args:
         model: Under dilution, at λ = 0.
@@ -209,12 +233,21 @@ def finish_dilution(
     fading = {i: float(block.lam) for i, block in blocks.items() if block.attention_on}
     if fading:
         raise ValueError(f"λ must reach 0 before attention is deleted; blocks at {fading}. Call set_lambda(model, 0)")
+    return delete_attention(model, tuple(blocks), fuse=fuse, backend=backend, recompute=recompute)
+
+
+def delete_attention(
+    model: nn.Module, layers: Sequence[int], *, fuse: str = "all", backend: str = "auto", recompute: str | None = None
+) -> nn.Module:
+    """Delete the attention of the diluted blocks `layers`, at λ = 0, in place. Others remain under dilution."""
+    info = getattr(model, "lambda_kernels_info", None)
     if recompute is None:
-        info = getattr(model, "lambda_kernels_info", None)
         recompute = "auto" if info is None else info.recompute
-    options = {"residual_scale": DILUTED_SCALE, "fuse": fuse, "backend": backend, "recompute": recompute}
+    scale = diluted_blocks(model)[layers[0]].final_scale
+    options = {"residual_scale": scale, "fuse": fuse, "backend": backend, "recompute": recompute}
     settings = ConversionSettings.resolve(model, tome_r=None, tome_start=None, **options)
-    return remove_attention(model, tuple(blocks), settings)
+    gone = [index for index, block in enumerate(model.blocks) if isinstance(block, AttentionFreeBlock)]
+    return remove_attention(model, tuple(sorted({*gone, *layers})), settings)
 
 
 @dataclass(frozen=True)
@@ -241,6 +274,26 @@ class LambdaSchedule:
         return 1 - done
 
 
+@dataclass(frozen=True)
+class RemovalSchedule:
+    """λ of every layer as a function of the optimizer step, by a way to remove attention.
+
+    Layers fade together by a `LambdaSchedule`, except with "progressive": there the i-th of k layers is removed at once at step
+    i·steps/k, the first one before the first step.
+    """
+
+    removal: str
+    layers: tuple[int, ...]  # in the order of their removal
+    fading: LambdaSchedule
+
+    def __call__(self, step: int) -> dict[int, float]:
+        """λ of every layer at `step`."""
+        if self.removal != "progressive":
+            return dict.fromkeys(self.layers, self.fading(step))
+        count, steps = len(self.layers), self.fading.steps
+        return {layer: float(step < place * steps / count) for place, layer in enumerate(self.layers)}
+
+
 # By how much deleting the attention may move a logit, as a share of the largest one. The block computes the same at
 # λ = 0 with the attention and without; a fused kernel only adds up in another order.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -255,8 +308,10 @@ class AttentionRemovalError(RuntimeError):
 
 
 @torch.no_grad()
-def remove_diluted_attention(model: nn.Module, images: Tensor | None = None) -> tuple[float, float]:
-    """Delete the attention of all blocks under dilution, in place, with λ at 0.
+def remove_diluted_attention(
+    model: nn.Module, images: Tensor | None = None, layers: Sequence[int] | None = None
+) -> tuple[float, float]:
+    """Delete the attention of the blocks `layers`, by default of all blocks under dilution, in place, with λ at 0.
 
     Returns:
         The largest |difference| of a logit before and after, on images [N, C, H, W] or else seeded noise, and the largest
@@ -266,11 +321,11 @@ def remove_diluted_attention(model: nn.Module, images: Tensor | None = None) -> 
     if images is None:
         images = random_images((COMPARED, *input_shape(model)), device, dtype)
     images = images[:COMPARED].to(device, dtype)
-    set_lambda(model, 0.0)
-    layers = tuple(diluted_blocks(model))
+    layers = tuple(diluted_blocks(model)) if layers is None else tuple(layers)
+    set_lambda(model, dict.fromkeys(layers, 0.0))
     with eval_mode(model):
         before = model(images)
-    finish_dilution(model)
+    delete_attention(model, layers)
     with eval_mode(model):
         after = model(images)
     difference = float((after - before).abs().max())

@@ -48,8 +48,10 @@ def finetune(
     *,
     layers: Sequence[int] | Selection = (),
     epochs: int = 20,
+    removal: str | None = None,
     dilution_epochs: int | None = None,
-    schedule: str = "linear",
+    schedule: str | None = None,
+    local_epochs: float = 0.0,
     val_loader: Iterable[Any] | None = None,
     lr: float = 1e-3,
     weight_decay: float = 0.05,
@@ -65,7 +67,7 @@ def finetune(
     description: str = "Train",
     inplace: bool = False,
 ) -> FinetuneResult:
-    """Train `model`, fading the attention of `layers` out on the way; it is deleted as soon as λ reaches 0.
+    """Train `model` while the attention of `layers` is removed, at once or on the way.
 
     The weights returned are those of the last epoch: nothing is chosen while attention is still there.
 
@@ -73,10 +75,16 @@ def finetune(
         model: A timm vision transformer, on the device to train on.
         train_loader: Yields images and class indices, or without label smoothing the probabilities of the classes; see
             `data.batches`. Iterated once per epoch; needs a length.
-        layers: Blocks to dilute, or a `Selection`; empty trains the model as it is.
+        layers: Blocks that lose their attention, or a `Selection`; empty trains the model as it is.
         epochs: In all.
-        dilution_epochs: Epochs over which λ goes from 1 to 0; None is three quarters of `epochs`, as in the paper.
-        schedule: Shape of λ: "linear", "cosine" or "step".
+        removal: "drop" deletes the attention before the first step. "fade" computes x + λ·attention(x) with λ from 1 to 0, and
+            "dilute" (2 − λ)·x + λ·attention(x), as in the paper (arXiv 2404.05657); attention is deleted as soon as λ is 0.
+            "progressive" deletes one layer after another, in the order of `layers`. None is "dilute" if `dilution_epochs` or
+            `schedule` is given, else "drop".
+        dilution_epochs: Epochs over which attention is faded or removed; None is three quarters of `epochs`, as in the paper.
+        schedule: Shape of λ with "fade" and "dilute": "linear" (the default), "cosine" or "step".
+        local_epochs: With "drop", the first epochs, in which each block without attention learns to compute what the teacher's
+            block does from the teacher's input, alone (arXiv 2411.19146); part of `epochs`.
         val_loader: Measured after every epoch; during dilution that is the accuracy at the λ of the moment.
         lr: Peak of the cosine schedule (AdamW).
         weight_decay: Of AdamW; norms and biases have none.
@@ -101,26 +109,30 @@ def finetune(
     Raises:
         ValueError: Options or layers are wrong, the teacher does not fit the model, the loader is empty, or the loss became
             NaN or infinite.
-        UnsupportedModelError: Layers are to be diluted and the model cannot be changed block by block.
+        UnsupportedModelError: Attention is to be removed and the model cannot be changed block by block.
     """
     from ..models.properties import set_class_names
     from .images.stream import LoaderStream
     from .loop.trainer import Trainer
     from .recipe import Recipe
 
-    if teacher is None and (feature_loss or hidden_loss):
+    if teacher is None and (feature_loss or hidden_loss or local_epochs):
         raise ValueError(
-            "feature_loss and hidden_loss compare the tokens of a teacher: pass one, such as teacher=model"
+            "feature_loss, hidden_loss and local_epochs compare tokens with a teacher's: pass one, such as teacher=model"
         )
     indices = unwrap_layers(layers)
     stream = LoaderStream(train_loader, model, soft=label_smoothing == 0)
     steps = stream.steps_per_epoch
-    if dilution_epochs is None:
+    if removal is None:
+        removal = "drop" if dilution_epochs is None and schedule in (None, "none") else "dilute"
+    if removal != "drop" and dilution_epochs is None:
         dilution_epochs = round(0.75 * epochs)
     recipe = Recipe(
         epochs=epochs,
+        removal=removal,
         dilution=schedule,
-        dilution_epochs=dilution_epochs if len(indices) else 0,
+        dilution_epochs=dilution_epochs,
+        local_epochs=local_epochs,
         lr=lr,
         min_lr=lr / 100,
         weight_decay=weight_decay,

@@ -17,6 +17,10 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 _SCALED = ("min_lr", "warmup_lr")  # rates that a batch size changes together with the peak
 
 
+# The factor on the residual of a block whose attention is gone, by the way in which it was removed.
+RESIDUAL_SCALES = {"drop": 1.0, "fade": 1.0, "dilute": 2.0, "progressive": 1.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """An interval of numbers; a round bracket excludes the bound beside it."""
@@ -61,8 +65,8 @@ def _field(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_dilution, _steps, _optimizer, _images, _network = (
-    functools.partial(_field, panel) for panel in ("Dilution", "Steps", "Optimizer", "Images", "Network")
+_removal, _steps, _optimizer, _images, _network, _teacher = (
+    functools.partial(_field, panel) for panel in ("Removal", "Steps", "Optimizer", "Images", "Network", "Teacher")
 )
 
 
@@ -76,19 +80,29 @@ class Recipe:
         ValueError: Names the field, its value and what is expected.
     """
 
-    epochs: int = _dilution(30, "Total training epochs.", _COUNT)
-    dilution_epochs: float | None = _dilution(
-        None, "Epochs over which λ falls from 1 to 0; by default three quarters of all epochs.", _NOT_NEGATIVE
+    epochs: int = _removal(30, "Total training epochs.", _COUNT)
+    removal: str | None = _removal(
+        None,
+        "How attention is removed: at once, faded, faded into the identity, or layer by layer; drop unless --dilution is set.",
+        choices=("drop", "fade", "dilute", "progressive"),
     )
-    dilution: str = _dilution(
-        "linear",
-        "Shape of λ over the dilution; none removes the attention at once.",
+    dilution: str | None = _removal(
+        None,
+        "Shape of λ with fade and dilute, by default linear; setting it selects dilute, none selects drop.",
         choices=("linear", "cosine", "step", "none"),
     )
-    dilution_per: str = _dilution(
+    dilution_epochs: float | None = _removal(
+        None, "Epochs over which attention is faded or removed; by default three quarters of all epochs.", _NOT_NEGATIVE
+    )
+    dilution_per: str = _removal(
         "step",
         "Whether λ changes with every optimizer step or, as in the paper, with every epoch.",
         choices=("step", "epoch"),
+    )
+    local_epochs: float = _removal(
+        0.0,
+        "First epochs, in which each block without attention learns the teacher's block alone; requires --removal drop.",
+        _NOT_NEGATIVE,
     )
 
     batch_size: int = _steps(512, "Images per optimizer step, over all processes.", _COUNT)
@@ -192,21 +206,6 @@ class Recipe:
         None, "Dropout rate before the classifier; by default as the model was built.", _BELOW_ONE
     )
     freeze: tuple[str | int, ...] = _network((), "Stages to freeze, embed and block indices, such as embed,0,1.")
-    distillation: str = _network("none", "Distillation from the teacher's logits.", choices=("none", "soft", "hard"))
-    distillation_alpha: float = _network(
-        0.5, "Share of distillation in the loss; with 1, no labels are used.", _FRACTION
-    )
-    distillation_tau: float = _network(1.0, "Temperature of soft distillation.", _POSITIVE)
-    feature_loss: float = _network(
-        0.0,
-        "Weight of the squared error to the teacher's tokens after the last norm, over their variance.",
-        _NOT_NEGATIVE,
-    )
-    hidden_loss: float = _network(
-        0.0,
-        "Weight of 1 − cosine to the teacher's tokens after each block, as a share of the other losses.",
-        _NOT_NEGATIVE,
-    )
     amp: str = _network("none", "Precision of automatic mixed precision.", choices=("none", "bf16", "fp16"))
     compile: bool = _network(False, "Compile the model with torch.compile.")
     recompute: str | None = _network(
@@ -215,12 +214,27 @@ class Recipe:
         choices=("auto", "none", "act", "all"),
     )
 
+    distillation: str = _teacher("none", "Distillation from the teacher's logits.", choices=("none", "soft", "hard"))
+    distillation_alpha: float = _teacher(
+        0.5, "Share of distillation in the loss; with 1, no labels are used.", _FRACTION
+    )
+    distillation_tau: float = _teacher(1.0, "Temperature of soft distillation.", _POSITIVE)
+    feature_loss: float = _teacher(
+        0.0,
+        "Weight of the squared error to the teacher's tokens after the last norm, over their variance.",
+        _NOT_NEGATIVE,
+    )
+    hidden_loss: float = _teacher(
+        0.0,
+        "Weight of 1 − cosine to the teacher's tokens after each block, as a share of the other losses.",
+        _NOT_NEGATIVE,
+    )
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        if self.dilution == "none" and self.dilution_epochs:
-            _refuse("dilution_epochs", self.dilution_epochs, "None or 0 with dilution='none'")
-        for name in ("dilution_epochs", "warmup_epochs"):
+        self._resolve_removal()
+        for name in ("dilution_epochs", "local_epochs", "warmup_epochs"):
             if (getattr(self, name) or 0) > self.epochs:
                 _refuse(name, getattr(self, name), f"at most epochs={self.epochs}")
         for name in ("min_lr", *(["warmup_lr"] if self.warmup_length else [])):
@@ -234,10 +248,51 @@ class Recipe:
             self.check_micro_batch(self.micro_batch)
         _check_names(self.opt, self.aa)
 
+    def _resolve_removal(self) -> None:
+        """Settle `removal` and `dilution`, each of which may follow from the other."""
+        if self.removal is None:
+            given = self.dilution_epochs is not None
+            dilutes = given if self.dilution is None else self.dilution != "none"
+            object.__setattr__(self, "removal", "dilute" if dilutes else "drop")
+        shape = self.dilution
+        if self.removal in ("fade", "dilute"):
+            if shape == "none":
+                _refuse(
+                    "dilution", shape, f"linear, cosine or step with removal={self.removal!r}; or use removal='drop'"
+                )
+            object.__setattr__(self, "dilution", shape or "linear")
+        else:
+            if shape not in (None, "none"):
+                _refuse("dilution", shape, f"none with removal={self.removal!r}; or use removal='fade' or 'dilute'")
+            object.__setattr__(self, "dilution", "none")
+        if self.removal == "drop" and self.dilution_epochs:
+            _refuse(
+                "dilution_epochs",
+                self.dilution_epochs,
+                "None or 0 where attention is removed at once; or set removal to fade, dilute or progressive",
+            )
+        if self.removal == "progressive" and self.dilution_epochs == 0:
+            _refuse(
+                "dilution_epochs", self.dilution_epochs, "more than 0 with removal='progressive'; or use removal='drop'"
+            )
+        if self.removal != "drop" and self.local_epochs:
+            _refuse("local_epochs", self.local_epochs, f"0 with removal={self.removal!r}; or use removal='drop'")
+        if self.local_epochs and self.local_epochs >= self.epochs:
+            _refuse(
+                "local_epochs",
+                self.local_epochs,
+                f"less than epochs={self.epochs}, so that the whole network is trained",
+            )
+
+    @property
+    def residual_scale(self) -> float:
+        """The factor on the residual of blocks that lose their attention by this recipe."""
+        return RESIDUAL_SCALES[str(self.removal)]
+
     @property
     def dilution_length(self) -> float:
-        """Epochs over which λ falls from 1 to 0."""
-        if self.dilution == "none":
+        """Epochs until no attention is left to fade or to remove."""
+        if self.removal == "drop":
             return 0.0
         return 0.75 * self.epochs if self.dilution_epochs is None else self.dilution_epochs
 
@@ -258,8 +313,8 @@ class Recipe:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the loss has terms that require a teacher."""
-        return self.distillation != "none" or self.compares_tokens
+        """Whether the training has parts that require a teacher."""
+        return self.distillation != "none" or self.compares_tokens or self.local_epochs > 0
 
     @property
     def uses_labels(self) -> bool:
@@ -283,6 +338,19 @@ class Recipe:
             _refuse("micro_batch", micro_batch, "an even number, since mixup and cutmix pair images; or set both to 0")
         return self.batch_size // micro_batch
 
+    def check_layers(self, count: int) -> None:
+        """Refuse a way to remove that makes no sense for `count` layers.
+
+        Raises:
+            ValueError: One layer cannot be removed after another.
+        """
+        if self.removal == "progressive" and count == 1:
+            _refuse(
+                "removal",
+                self.removal,
+                "drop, fade or dilute for one layer: progressive removes layers one after another",
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -302,9 +370,9 @@ def load_recipe(
 
     Args:
         name_or_path: A name that `list_recipes` lists, or a YAML file of fields of `Recipe`; None: the defaults.
-        overrides: Fields that replace those of the file. `base_lr` also replaces the file's `lr`, and a `dilution` of "none"
-            its `dilution_epochs`. `batch_size` also scales the file's `min_lr` and `warmup_lr` where it scales the peak
-            learning rate, and replaces a `micro_batch` that is larger.
+        overrides: Fields that replace those of the file. `base_lr` also replaces the file's `lr`; `removal` and `dilution`
+            replace each other, and "drop" and "none" also `dilution_epochs`. `batch_size` also scales the file's `min_lr` and
+            `warmup_lr` where it scales the peak learning rate, and replaces a `micro_batch` that is larger.
 
     Raises:
         ValueError: No such recipe, a file that is not a recipe, unknown fields (the nearest name is suggested), or
@@ -323,8 +391,11 @@ def load_recipe(
     micro, batch = values.get("micro_batch"), overrides.get("batch_size")
     if "micro_batch" not in overrides and isinstance(micro, int) and isinstance(batch, int) and micro > batch:
         values.pop("micro_batch")
-    if overrides.get("dilution") == "none" and "dilution_epochs" not in overrides:
-        values.pop("dilution_epochs", None)
+    if {"removal", "dilution"} & set(overrides):  # what the file says of them may contradict
+        for name in {"removal", "dilution"} - set(overrides):
+            values.pop(name, None)
+        if overrides.get("removal") == "drop" or overrides.get("dilution") == "none":
+            values.pop("dilution_epochs", None)
     try:
         return Recipe(**{**values, **_scale_rates(values, overrides), **overrides})
     except ValueError as error:
@@ -397,11 +468,12 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """`value` as its field holds it."""
     name, kind = field.name, str(field.type)
     optional = kind.endswith(" | None")
-    if optional and value in (None, "none"):  # a command line has only the word
+    bounds, choices = field.metadata["bounds"], field.metadata["choices"]
+    # A command line has only the word. What follows from another field is not left open by it.
+    if optional and (value is None or (value == "none" and name not in ("removal", "dilution"))):
         return None
     kind = kind.removesuffix(" | None")
     tail = ", or none" if optional else ""
-    bounds, choices = field.metadata["bounds"], field.metadata["choices"]
     if name == "freeze":
         return _frozen_stages(value)
     if choices is not None:

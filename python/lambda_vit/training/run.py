@@ -25,6 +25,7 @@ from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
 from lambda_kernels.checkpoints.folder import CONFIG, WEIGHTS
+from lambda_kernels.convert.checks import unwrap_layers
 from lambda_kernels.files import atomic_writes, check_writable, exclusive_lock
 
 from ..measure.accuracy import score
@@ -33,10 +34,11 @@ from ..runtime.processes import Processes
 from ..runtime.signals import StopRequest
 from ..selection.result import Selection
 from .loop.model_setup import prepare_model
+from .loop.objective import name_teacher
 from .loop.optimizer import check_optimizer
 from .loop.trainer import Trainer
 from .recipe import Recipe, load_recipe
-from .run_record import RunRecord, removal_scale
+from .run_record import RunRecord
 from .storage.checkpoints import Checkpoints, LoadedCheckpoint
 from .storage.log import RunLog
 
@@ -122,7 +124,11 @@ def run_finetuning(
     out, processes, save_kwargs = Path(out), processes or Processes(), dict(save_kwargs or {})
     if isinstance(layers, Selection):
         save_kwargs.setdefault("selection", layers)
+    if len(indices := unwrap_layers(layers)):
+        guide = name_teacher(teacher) if recipe.needs_teacher else None
+        save_kwargs.setdefault("training", _describe_training(recipe, indices, guide))
     check_optimizer(recipe, one_device(model))  # before an earlier run is removed
+    recipe.check_layers(len(unwrap_layers(layers)))
     recipe = recipe if restart else inherit_micro_batch(recipe, out)
     stream, val_loader = open_data(prepare_model(model, recipe), recipe)
     labels = getattr(getattr(stream, "dataset", None), "class_to_idx", None)
@@ -219,16 +225,30 @@ def _dry_run_save(
     model: nn.Module, recipe: Recipe, layers: Sequence[int] | Selection, out: Path, save_kwargs: dict[str, Any]
 ) -> None:
     """Save the untrained smaller model, so that a model which cannot be saved is refused before it is trained for days."""
-    indices = layers.layers if isinstance(layers, Selection) else layers
+    indices = unwrap_layers(layers)
     folder = out / ".dry-run"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            smaller = convert_vit(model, indices, residual_scale=removal_scale(recipe)) if len(indices) else model
+            smaller = convert_vit(model, indices, residual_scale=recipe.residual_scale) if len(indices) else model
             save_pretrained(smaller, folder, **save_kwargs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _describe_training(recipe: Recipe, layers: Sequence[int], teacher: str | None) -> dict[str, Any]:
+    """What the saved model says of its origin."""
+    terms = ("distillation", "distillation_alpha", "distillation_tau", "feature_loss", "hidden_loss")
+    return {
+        "removal": recipe.removal,
+        "layers": [int(layer) for layer in layers],
+        "epochs": recipe.epochs,
+        "dilution_epochs": recipe.dilution_length,
+        "local_epochs": recipe.local_epochs,
+        "teacher": teacher,
+        **({} if teacher is None else {name: getattr(recipe, name) for name in terms}),
+    }
 
 
 def _lock(folder: Path) -> contextlib.AbstractContextManager[None]:

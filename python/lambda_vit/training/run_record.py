@@ -10,13 +10,14 @@ It holds
     processes       their number; device: where they ran
     starts          one entry per start of the run: {"time", "step", "processes"}
     model           {"architecture", "blocks", "input", "classes", "parameters": {"before", "after"}}; "after" once finished
-    layers          blocks that lose their attention; residual_scale: 2 after dilution, 1 after removal without dilution
+    layers          blocks that lose their attention; residual_scale: 2 after dilution, 1 after any other removal
     recipe          all fields of `Recipe`
     teacher         its name, "the model as it was", or null: the loss has no term that requires a teacher
     data            what the stream says of the training images; validation: images
     steps           their total; steps_per_epoch; position: steps done so far
     history         the rows of the epochs, as in the log
-    boundary        {"step", "difference", "bound", "removed"} or null: how the removal of the diluted attention changed logits
+    removals        [{"step", "difference", "bound", "removed"}]: how each removal during the training changed logits
+    boundary        the last of them, with all layers and the largest difference; null while attention is under dilution
     best            {"epoch", "step", "weights", "top1", "top1_interval", "top5", "images"} or null; accuracies in percent
     unreadable      paths of unreadable images: training replaced them by others, validation omitted them
     result          with "finished": top1, top1_interval, top5, images of model/, loaded back and measured; "same" says
@@ -47,9 +48,7 @@ from ..measure.comparison import kernel_paths, make_row
 from ..models.properties import input_shape, one_device
 from ..runtime import environment
 from ..runtime.processes import Processes
-from .dilution import DILUTED_SCALE
 from .loop.trainer import Trainer
-from .recipe import Recipe
 
 FORMAT = 1
 FILES = {
@@ -63,11 +62,6 @@ FILES = {
     "report.md": "the same as text",
     "report.png": "its figures",
 }
-
-
-def removal_scale(recipe: Recipe) -> float:
-    """The residual scale of blocks that lose their attention by this recipe."""
-    return 1.0 if recipe.dilution == "none" else DILUTED_SCALE
 
 
 class RunRecord:
@@ -108,7 +102,7 @@ class RunRecord:
                 "parameters": {"before": _parameters(model), "after": None},
             },
             "layers": list(trainer.layers),
-            "residual_scale": removal_scale(recipe) if trainer.layers else None,
+            "residual_scale": recipe.residual_scale if trainer.layers else None,
             "recipe": recipe.to_dict(),
             "teacher": trainer.teacher,
             "data": stream.describe(),
@@ -152,6 +146,7 @@ class RunRecord:
             "status": status,
             "position": trainer.position,
             "history": trainer.history,
+            "removals": trainer.removals,
             "boundary": trainer.attention_removal,
             "best": trainer.best.to_dict(),
             "unreadable": self._unreadable(),

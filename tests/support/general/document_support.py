@@ -40,7 +40,7 @@ WEIGHTS = ("deit_tiny.safetensors", "deit_tiny_patch16_224.safetensors")
 SMALLER = {
     "select": "--samples 20 --eval-samples 10 --batch-size 10 --device cpu",
     "plan": "--batch-size 2 --seconds 0.01 --workers 0 --device cpu",
-    "finetune": "--epochs 2 --dilution-epochs 1 --warmup-epochs 0 --batch-size 10 --micro-batch 10 --workers 0 --device cpu",
+    "finetune": "--epochs 2 --warmup-epochs 0 --batch-size 10 --micro-batch 10 --workers 0 --device cpu",
     "validate": "--batch-size 4 --no-latency --device cpu",
     "export": "--no-latency",
     "profile": "--samples 8 --batch-size 4 --device cpu",

@@ -53,6 +53,7 @@ def write_run(
     images: int = 50_000, seed: int = 0, **fields: Any,
 ) -> Path:  # fmt: skip
     """run.json and log.jsonl of a fine-tuning of which `done` epochs were made; `fields` are those of its recipe."""
+    fields = fields if "removal" in fields else {"dilution": "linear", **fields}
     recipe = Recipe(**{"epochs": 30, "batch_size": 2048, "micro_batch": 256, "ema": 0.9999, "seed": seed, **fields})
     layers = LAYERS if layers is None else layers
     epochs, fading = recipe.epochs, recipe.dilution_length if layers else 0.0

@@ -114,13 +114,22 @@ def test_the_help_of_a_field_names_all_its_choices_and_stands_alone():
 
 def test_the_flags_of_a_panel_stand_together():
     panels = [field.metadata["panel"] for field in dataclasses.fields(Recipe)]
-    assert [panel for panel, _ in itertools.groupby(panels)] == ["Dilution", "Steps", "Optimizer", "Images", "Network"]
+    assert [panel for panel, _ in itertools.groupby(panels)] == [
+        "Removal",
+        "Steps",
+        "Optimizer",
+        "Images",
+        "Network",
+        "Teacher",
+    ]
 
 
 FLAGS = {
     "--epochs 7": {"epochs": 7},
     "--dilution-epochs 2.5": {"dilution_epochs": 2.5},
     "--dilution none": {"dilution": "none"},
+    "--removal fade --dilution cosine": {"removal": "fade", "dilution": "cosine"},
+    "--local-epochs 0.5": {"local_epochs": 0.5},
     "--lr 3e-4": {"lr": 3e-4},
     "--betas 0.8,0.95": {"betas": (0.8, 0.95)},
     "--scale 0.5,1": {"scale": (0.5, 1.0)},
@@ -164,7 +173,7 @@ def test_text_of_flags():
 
 def test_the_recipe_is_kept(finetune, tmp_path):
     out = tmp_path / "out"
-    code, _, err = finetune("--remove", 1, "--recipe", "short", "--drop-path", 0.05)
+    code, _, err = finetune("--remove", 1, "--recipe", "short", "--dilution-epochs", "none", "--drop-path", 0.05)
     assert code == 0, err
     kept = load_recipe(out / "config.yaml")
     assert (kept.drop_path, kept.lr, kept.base_lr, kept.epochs, kept.aa) == (0.05, 1e-3, 1e-4, 4, None)
@@ -176,7 +185,7 @@ def test_listing_recipes(run):
     assert code == 0
     assert "deit-base" in out
     assert "short" in out
-    assert len(out.splitlines()) == 6
+    assert len(out.splitlines()) == 7
 
 
 def test_dropping_at_once_and_the_whole_model(finetune, saved, tmp_path):
@@ -191,6 +200,59 @@ def test_dropping_at_once_and_the_whole_model(finetune, saved, tmp_path):
     # and that one can lose its attention afterwards
     code, _, err = finetune("--remove", 3, model=tmp_path / "full" / "model", out=tmp_path / "more")
     assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "said"),
+    [
+        ("fade", [], "was faded out and removed: λ reached 0 after epoch 2"),
+        ("dilute", [], "was faded into the identity and removed: λ reached 0 after epoch 2"),
+        ("progressive", [], "was removed one block after another, the last one after epoch 1 (step 3)"),
+        (
+            "drop",
+            ["--dilution-epochs", "none", "--local-epochs", 1, "--distillation", "soft"],
+            "was removed before the first step, and the model was trained without it. These blocks alone were trained for the "
+            "first epoch",
+        ),
+    ],
+    ids=["fade", "dilute", "progressive", "local"],
+)
+def test_ways_to_remove(way, options, said, finetune, tmp_path):
+    """The report says how the attention was removed, and the saved model which way it was."""
+    code, out, err = finetune("--remove", "2,1", "--removal", way, *options)
+    assert (code, err.strip()) == (0, "")
+    network = from_pretrained(tmp_path / "out" / "model")
+    assert network.lambda_kernels_info.removed == (1, 2)
+    assert network.lambda_kernels_info.residual_scale == (2.0 if way == "dilute" else 1.0)
+    origin = network.lambda_kernels_provenance.training
+    assert (origin["removal"], origin["layers"], origin["epochs"]) == (way, [2, 1], 4)
+    assert origin["teacher"] == ("the model as it was" if way == "drop" else None)
+    assert said in (tmp_path / "out" / "report.md").read_text()
+    assert ("The last attention was removed after 3 steps" in out) is (way == "progressive")
+    save_pretrained(network, tmp_path / "again")
+    assert from_pretrained(tmp_path / "again").lambda_kernels_provenance.training == origin
+
+
+def test_ways_that_do_not_fit_are_refused(finetune, tmp_path):
+    for options, message in (
+        (
+            ["--remove", 1, "--removal", "progressive"],
+            "removal='progressive': expected drop, fade or dilute for one layer",
+        ),
+        (
+            ["--remove", "1,2", "--removal", "drop"],
+            "dilution_epochs=2.0: expected None or 0 where attention is removed at once",
+        ),
+        (
+            ["--remove", "1,2", "--removal", "fade", "--local-epochs", 1],
+            "local_epochs=1.0: expected 0 with removal='fade'",
+        ),
+        (["--remove", "1,2", "--removal", "skip"], "removal='skip': expected one of drop, fade, dilute, progressive"),
+    ):
+        code, _, err = finetune(*options)
+        assert code == 2
+        assert message in err
+        assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
 def test_a_teacher(finetune, saved, folder, tmp_path):

@@ -88,7 +88,7 @@ def test_a_finished_run_says_what_was_removed_and_how_good_it_is(tmp_path):
     run = record["finetuning"]
     low, high = run["result"]["top1_interval"]
     for words in (
-        "attention of blocks 3, 5–7 (4 of 12) was faded out and removed",
+        "attention of blocks 3, 5–7 (4 of 12) was faded into the identity and removed",
         "λ reached 0 in epoch 23, after step 14,063",
         "Parameters 22.1 M → 19.7 M (−10.7 %), FLOPs per image 9.20 GFLOP → 7.90 GFLOP (−14.1 %)",
         f"Top-1 is {run['result']['top1']:.2f} % ({low:.2f}–{high:.2f}) on 50,000 images",
@@ -149,8 +149,8 @@ def test_accuracy_with_attention_left_is_drawn_apart(tmp_path):
         assert early.get_markerfacecolor() != late.get_markerfacecolor()
         marks = [axes.get_lines()[-1].get_xdata()[0] for axes in figure.axes]
     assert marks == [pytest.approx(14_063 / 625)] * 4
-    for name in ("top-1 while diluting: attention still there", "top-1, attention gone", "the best: what was kept",
-                 "averaged weights, while diluting", "averaged weights, attention gone"):  # fmt: skip
+    for name in ("top-1 while attention is still there", "top-1, attention gone", "the best: what was kept",
+                 "averaged weights, while attention is still there", "averaged weights, attention gone"):  # fmt: skip
         assert name in names
 
 
@@ -262,9 +262,10 @@ def test_resumes_notices_and_skipped_images_are_told(tmp_path):
 
 def test_the_recipe_is_whole_and_shows_what_is_not_the_default(tmp_path):
     whole = plain(record_of(tmp_path, steps_per_epoch=20, lr=3e-4, freeze=("embed", 2)))
-    assert (
-        "Changed from the defaults: batch_size 2048, micro_batch 256, lr 0.0003, ema 0.9999, freeze embed, 2." in whole
+    changed = (
+        "removal dilute, dilution linear, batch_size 2048, micro_batch 256, lr 0.0003, ema 0.9999, freeze embed, 2."
     )
+    assert f"Changed from the defaults: {changed}" in whole
     for name in Recipe().to_dict():
         assert f"| {name} |" in whole
 

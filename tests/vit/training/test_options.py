@@ -331,13 +331,13 @@ def test_the_boundary_finds_a_network_that_computes_something_else(monkeypatch):
     model = dilute(small_vit(), (1, 2), lam=0.4)
     difference, bound = remove_diluted_attention(copy.deepcopy(model))
     assert difference <= bound < 1e-2
-    wrong = dilution.finish_dilution
+    wrong = dilution.delete_attention
 
-    def broken(network):
-        wrong(network)
+    def broken(network, layers):
+        wrong(network, layers)
         network.blocks[1].residual_scale = 1.9
 
-    monkeypatch.setattr(dilution, "finish_dilution", broken)
+    monkeypatch.setattr(dilution, "delete_attention", broken)
     with pytest.raises(AttentionRemovalError, match=r"attention of blocks \[1, 2\] moved a logit by .* in float32"):
         remove_diluted_attention(copy.deepcopy(model), images())
     monkeypatch.undo()
@@ -400,7 +400,9 @@ def test_the_batch_that_the_boundary_is_checked_on(monkeypatch):
 
     seen = []
     whole = train_state.remove_diluted_attention
-    monkeypatch.setattr(train_state, "remove_diluted_attention", lambda model, x: (seen.append(x), whole(model, x))[1])
+    monkeypatch.setattr(
+        train_state, "remove_diluted_attention", lambda model, x, gone: (seen.append(x), whole(model, x, gone))[1]
+    )
     found = trainer(recipe())
     found.train()
     last = list(found.stream.steps(1))[2]

@@ -278,8 +278,8 @@ def test_loading_counts_the_images_of_patches_and_not_their_keys(clock):
     ("given", "expected"),
     [
         ((), (300, 100)),
-        ((20,), (15, 5)),
-        ((1,), (1, 0)),
+        ((20,), (0, 20)),
+        ((1,), (0, 1)),
         ((20, 5), (5, 15)),
         ((20, None, 5), (15, 5)),
         ((20, 15, 5), (15, 5)),

@@ -49,6 +49,20 @@ def single() -> object:
     return found
 
 
+def repaired() -> object:
+    """Likewise: single blocks first, then the whole network, with nothing diluted."""
+    found = trainer(recipe(removal="drop", dilution_epochs=None, local_epochs=1.5, distillation="soft"), layers=(0, 1))
+    found.train()
+    return found
+
+
+def progressive() -> object:
+    """Likewise: one layer after another."""
+    found = trainer(recipe(removal="progressive"), layers=(2, 0))
+    found.train()
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """What two processes leave that train together, are refused, asked to stop, and the last of which then dies."""
@@ -77,10 +91,11 @@ def test_two_processes_train_what_one_trains(folder):
         assert [row.get(name) for name in same] == [wanted.get(name) for name in same]
 
 
-def test_with_as_many_micro_batches_as_processes_not_a_bit_differs(folder):
-    found = single()
+@pytest.mark.parametrize("train", [single, repaired, progressive], ids=lambda train: train.__name__)
+def test_with_as_many_micro_batches_as_processes_not_a_bit_differs(train, folder):
+    found = train()
     other = copy.deepcopy(found.model)
-    other.load_state_dict(torch.load(folder / "single.pt"))
+    other.load_state_dict(torch.load(folder / f"{train.__name__}.pt"))
     assert same_weights(other, found.model)
 
 
@@ -139,11 +154,12 @@ def work(folder: Path, rank: int) -> None:
     if rank == 0:
         weights = [found.model.state_dict(), found.train_state.ema.module.state_dict()]
         torch.save({"weights": weights, "history": found.history, "rows": notes.kept}, folder / "several.pt")
-    found = single()
-    if rank == 0:
-        torch.save(found.model.state_dict(), folder / "single.pt")
-    everyone = Processes().gather([value.sum().item() for value in found.model.state_dict().values()])
-    assert everyone[0] == everyone[1]
+    for train in (single, repaired, progressive):
+        found = train()
+        if rank == 0:
+            torch.save(found.model.state_dict(), folder / f"{train.__name__}.pt")
+        everyone = Processes().gather([value.sum().item() for value in found.model.state_dict().values()])
+        assert everyone[0] == everyone[1]
     print("trained", flush=True)
     for options, words in (
         ({"own": recipe(lr=1e-3 * (1 + rank))}, "recipe.lr: 0.001 and 0.002"),

@@ -18,7 +18,9 @@ FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 REFUSED = {
     "epochs": ([0, 2.5, "30", True, None], "whole number in [1, ∞)"),
     "dilution_epochs": ([-1, "long", float("inf"), 31.0], "[0, ∞), or none|at most epochs=30"),
-    "dilution": (["quadratic", None], "one of linear, cosine, step, none"),
+    "removal": (["delete", "none"], "one of drop, fade, dilute, progressive"),
+    "dilution": (["quadratic"], "one of linear, cosine, step, none"),
+    "local_epochs": ([-1, None, 30.0], "[0, ∞)|less than epochs=30"),
     "dilution_per": (["image"], "one of step, epoch"),
     "batch_size": ([0, 1.5], "whole number in [1, ∞)"),
     "micro_batch": ([0, -2, 3, 100, 1024], "whole number in [1, ∞), or none|a divisor of batch_size=512"),
@@ -89,7 +91,27 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_is_expected(name, value
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"dilution": "none", "dilution_epochs": 3}, "dilution_epochs=3.0: expected None or 0 with dilution='none'"),
+        (
+            {"dilution": "none", "dilution_epochs": 3},
+            "dilution_epochs=3.0: expected None or 0 where attention is removed",
+        ),
+        (
+            {"removal": "drop", "dilution_epochs": 3},
+            "dilution_epochs=3.0: expected None or 0 where attention is removed",
+        ),
+        ({"removal": "drop", "dilution": "step"}, "dilution='step': expected none with removal='drop'"),
+        (
+            {"removal": "progressive", "dilution": "linear"},
+            "dilution='linear': expected none with removal='progressive'",
+        ),
+        ({"removal": "progressive", "dilution_epochs": 0}, "dilution_epochs=0.0: expected more than 0"),
+        (
+            {"removal": "fade", "dilution": "none"},
+            "dilution='none': expected linear, cosine or step with removal='fade'",
+        ),
+        ({"removal": "fade", "local_epochs": 1}, "local_epochs=1.0: expected 0 with removal='fade'"),
+        ({"dilution": "linear", "local_epochs": 1}, "local_epochs=1.0: expected 0 with removal='dilute'"),
+        ({"epochs": 5, "local_epochs": 5}, "local_epochs=5.0: expected less than epochs=5"),
         ({"epochs": 5, "dilution_epochs": 6}, "dilution_epochs=6.0: expected at most epochs=5"),
         ({"lr": 1e-6, "warmup_epochs": 0}, "min_lr=1e-05: .*, lr=1e-06"),
         ({"batch_size": 8, "min_lr": 0, "warmup_lr": 1e-5}, "warmup_lr=1e-05: .*, base_lr·batch_size/512=7.8125e-06"),
@@ -133,7 +155,10 @@ def test_what_only_matters_together_is_let_be():
 
 
 def test_what_is_left_open_follows_from_the_rest():
-    assert (Recipe().dilution_length, Recipe(epochs=8).dilution_length) == (22.5, 6)
+    lengths = [
+        Recipe(epochs=n, removal=way).dilution_length for n in (30, 8) for way in ("fade", "progressive", "drop")
+    ]
+    assert lengths == [22.5, 22.5, 0, 6, 6, 0]
     assert [Recipe(epochs=n).warmup_length for n in (3, 30, 300)] == [0.5, 5, 5]
     assert Recipe(warmup_epochs=0).warmup_length == 0
     assert Recipe(batch_size=2048).peak_lr == 2e-3
@@ -178,7 +203,7 @@ def test_a_base_rate_given_as_an_option_wins_over_a_rate_of_the_file(tmp_path):
     ("text", "message"),
     [
         ("weight_decy: 0.1", r"unknown field 'weight_decy' \(in .*mine.yaml\). Did you mean weight_decay\?"),
-        ("xyzzy: 1", r"unknown field 'xyzzy' .* Available: epochs, dilution_epochs"),
+        ("xyzzy: 1", r"unknown field 'xyzzy' .* Available: epochs, removal"),
         ("mixup: 1\nmixup: 2", "cannot read the recipe .*mine.yaml: 'mixup' is given twice"),
         ("mixup: [", "cannot read the recipe .*mine.yaml"),
         ("just words", "expected 'field: value' lines, got str"),
@@ -199,7 +224,9 @@ def test_unknown_options_and_recipes_are_refused_with_the_nearest_name():
         load_recipe("short", {"lable_smoothing": 0.1})
     with pytest.raises(ValueError, match=r"'deit-tny' is neither a file nor .* Did you mean deit-tiny\?"):
         load_recipe("deit-tny")
-    with pytest.raises(ValueError, match="Available: deit-base, deit-small, deit-tiny, digits, short, transfer"):
+    with pytest.raises(
+        ValueError, match="Available: deit-base, deit-small, deit-tiny, digits, recover, short, transfer"
+    ):
         load_recipe("xyzzy")
     with pytest.raises(ValueError, match=r"recipe deit-tiny, with epochs=10: dilution_epochs=299\.0"):
         load_recipe("deit-tiny", {"epochs": 10})
@@ -225,7 +252,7 @@ def test_equal_numbers_are_kept_alike():
 
 
 def test_the_shipped_recipes_load_and_are_listed():
-    assert set(list_recipes()) == {"deit-tiny", "deit-small", "deit-base", "short", "transfer", "digits"}
+    assert set(list_recipes()) == {"deit-tiny", "deit-small", "deit-base", "recover", "short", "transfer", "digits"}
     for name, description in list_recipes().items():
         assert len(description) > 20
         assert load_recipe(name) == load_recipe(FOLDER / f"{name}.yaml")
@@ -258,5 +285,37 @@ def test_the_papers_recipes_hold_its_figures(name):
 
 def test_dropping_at_once_forgets_how_long_a_recipe_fades():
     assert load_recipe("deit-tiny", {"dilution": "none"}).dilution_length == 0
-    with pytest.raises(ValueError, match=r"dilution_epochs=3\.0: expected None or 0 with dilution='none'"):
+    assert load_recipe("deit-tiny", {"removal": "drop"}).dilution_length == 0
+    with pytest.raises(
+        ValueError, match=r"dilution_epochs=3\.0: expected None or 0 where attention is removed at once"
+    ):
         load_recipe("deit-tiny", {"dilution": "none", "dilution_epochs": 3})
+
+
+@pytest.mark.parametrize(
+    ("given", "removal", "dilution", "scale"),
+    [
+        ({}, "drop", "none", 1.0),
+        ({"dilution": "none"}, "drop", "none", 1.0),
+        ({"dilution": "cosine"}, "dilute", "cosine", 2.0),
+        ({"dilution_epochs": 3}, "dilute", "linear", 2.0),
+        ({"dilution_epochs": 0}, "dilute", "linear", 2.0),
+        ({"removal": "drop", "dilution_epochs": 0}, "drop", "none", 1.0),
+        ({"removal": "dilute"}, "dilute", "linear", 2.0),
+        ({"removal": "fade", "dilution": "step"}, "fade", "step", 1.0),
+        ({"removal": "progressive", "dilution_epochs": 3}, "progressive", "none", 1.0),
+    ],
+)
+def test_the_way_to_remove_and_the_shape_of_lambda_follow_from_each_other(given, removal, dilution, scale):
+    """A recipe from before there was `removal` means what it meant."""
+    found = Recipe(**given)
+    assert (found.removal, found.dilution, found.residual_scale) == (removal, dilution, scale)
+    assert dataclasses.replace(found, seed=1) == Recipe(**given, seed=1)
+    assert Recipe(**json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_one_way_to_remove_replaces_that_of_a_recipe():
+    assert load_recipe("deit-tiny").removal == "dilute"
+    assert load_recipe("deit-tiny", {"removal": "fade"}).dilution_length == 299
+    faded = load_recipe("deit-tiny", {"removal": "progressive"})
+    assert (faded.removal, faded.dilution, faded.dilution_length) == ("progressive", "none", 299)

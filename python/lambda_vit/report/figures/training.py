@@ -100,8 +100,8 @@ def _draw_accuracy(axes: Any, run: dict[str, Any], full: dict[str, Any]) -> list
             label += ", 95 %"
         handles.append(axes.axhline(full["top1"], label=label, **look))
     names = {
-        ("top1", True): "top-1 while diluting: attention still there",
-        ("top1_ema", True): "averaged weights, while diluting",
+        ("top1", True): "top-1 while attention is still there",
+        ("top1_ema", True): "averaged weights, while attention is still there",
         ("top1", False): "top-1, attention gone" if layers else "top-1",
         ("top1_ema", False): "averaged weights" + ", attention gone" * bool(layers),
     }
@@ -161,7 +161,8 @@ def _draw_lambda(axes: Any, run: dict[str, Any], per_epoch: int) -> None:
         x = boundary["step"] / per_epoch
         found = [(at, value) for at, value in found if at <= x]
         if found and x > found[-1][0]:
-            found.append((x, found[-1][1] if run["recipe"].get("dilution") == "step" else 0.0))
+            stairs = run["recipe"].get("dilution") == "step" or run["recipe"].get("removal") == "progressive"
+            found.append((x, found[-1][1] if stairs else 0.0))
         found += [(x, 0.0), ((run.get("position") or 0) / per_epoch, 0.0)]
     axes.plot(*zip(*found, strict=True), color=PICK, linewidth=1.6)
     axes.set_ylim(-0.1, 1.1)
@@ -173,8 +174,12 @@ def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: floa
     handles = []
     if boundary := run.get("boundary"):
         x = boundary["step"] / per_epoch
+        steps = {e["step"] for e in run.get("events") or () if e["kind"] == "boundary"} | {boundary["step"]}
         for axes in stack:
-            axes.axvline(x, color=PICK, linewidth=1.1, alpha=0.8)
+            for step in steps:
+                axes.axvline(
+                    step / per_epoch, color=PICK, linewidth=1.1, alpha=0.8 if step == boundary["step"] else 0.35
+                )
         align = "left" if x < 0.2 * shown else "right" if x > 0.8 * shown else "center"
         stack[0].annotate("λ = 0: attention deleted", (x, 1), (0, 3), xycoords=stack[0].get_xaxis_transform(),
                           textcoords="offset points", color=PICK, fontweight="bold", ha=align, va="bottom")  # fmt: skip

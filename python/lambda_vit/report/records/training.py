@@ -31,8 +31,11 @@ def training_record(folder: str | Path) -> dict[str, Any]:
     history = _history(run, rows)
     finished = run.get("status") == "finished"
     variants, files = _variants(run), run.get("files") or {}
+    recipe = run["recipe"]
+    if "removal" not in recipe:  # of a run that could only drop or dilute
+        run["recipe"] = {**recipe, "removal": "drop" if recipe.get("dilution") == "none" else "dilute"}
     # run.json is written when a run starts and ends; in between, the log knows more.
-    run["boundary"] = run.get("boundary") or _boundary(rows)
+    run["boundary"] = run.get("boundary") or _boundary(rows, run.get("layers") or ())
     run["best"] = _best(run, history, variants)
     record = {
         "title": _title(run),
@@ -91,9 +94,13 @@ def _history(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[
     return [found[epoch] for epoch in sorted(found)]
 
 
-def _boundary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _boundary(rows: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> dict[str, Any] | None:
+    """The removal after which no attention of `layers` was left; None before it. Layers may go one by one."""
     found = [row for row in rows if row["kind"] == "boundary"]
-    return {key: found[-1].get(key) for key in ("step", "difference", "bound", "removed")} if found else None
+    if not found or set(layers) - {layer for row in found for layer in row["removed"]}:
+        return None
+    largest = max(found, key=lambda row: row["difference"])
+    return {"step": found[-1]["step"], **{key: largest.get(key) for key in ("difference", "bound")}, "removed": layers}
 
 
 def _best(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.transforms import data_config
-from ...models.properties import check_classifier, get_class_names, input_shape
+from ...models.properties import check_classifier, get_class_names, input_shape, model_name
 from ..recipe import Recipe
 
 
@@ -150,9 +150,9 @@ class Objective:
         if self.alpha < 1:
             known = targets.to(logits.dtype) if targets.is_floating_point() else targets
             terms.append((1 - self.alpha) * self.labels(logits, known))
-        if self.teacher is not None:
+        if self.teacher is not None and (self.alpha > 0 or self._student is not None):
             with torch.no_grad(), contextlib.nullcontext() if self._student is None else self._teacher:
-                wanted = self.teacher(self._seen_by_teacher(images)).to(logits.dtype)
+                wanted = self.teacher(self.seen_by_teacher(images)).to(logits.dtype)
             if self.alpha > 0:
                 if wanted.shape != logits.shape:
                     raise ValueError(f"the teacher gives {wanted.shape[1]} classes, the network {logits.shape[1]}")
@@ -167,7 +167,7 @@ class Objective:
                     terms.append(self.hidden_loss * scale * distance)
         return sum(terms[1:], terms[0])
 
-    def _seen_by_teacher(self, images: Tensor) -> Tensor:
+    def seen_by_teacher(self, images: Tensor) -> Tensor:
         """The same view of the images, normalised as the teacher expects."""
         if self._view is None:
             return images
@@ -211,22 +211,27 @@ def check_teacher(teacher: nn.Module, student: nn.Module, recipe: Recipe) -> Non
     names = [get_class_names(model) for model in (teacher, student)]
     if None not in names:
         _compare("the order of their classes", names, "Use a teacher with the same classes in the same order")
-    if not recipe.compares_tokens:
+    local = recipe.local_epochs > 0
+    if not recipe.compares_tokens and not local:
         return
-    remedy = "Set feature_loss and hidden_loss to 0, or use a teacher of the same architecture"
+    asked = [name for name in ("feature_loss", "hidden_loss", "local_epochs") if getattr(recipe, name)]
+    remedy = f"Set {' and '.join(asked)} to 0, or use a teacher of the same architecture"
     for model, name in ((teacher, "teacher"), (student, "model")):
         if not isinstance(getattr(model, "norm", None), nn.Module) or not hasattr(model, "blocks"):
-            raise ValueError(
-                f"feature_loss and hidden_loss compare tokens, but the {name} is no vision transformer. {remedy}"
-            )
+            raise ValueError(f"{' and '.join(asked)} compare tokens, but the {name} is no vision transformer. {remedy}")
     _compare("width", [getattr(model, "embed_dim", None) for model in (teacher, student)], remedy)
     patches = (getattr(getattr(model, "patch_embed", None), "grid_size", None) for model in (teacher, student))
     _compare("grid of patches", patches, remedy)
     prefixes = (getattr(model, "num_prefix_tokens", 0) for model in (teacher, student))
     _compare("number of prefix tokens", prefixes, remedy)
-    if recipe.hidden_loss:
+    if recipe.hidden_loss or local:
         blocks = (len(model.blocks) for model in (teacher, student))
         _compare("number of blocks", blocks, remedy)
+
+
+def name_teacher(teacher: nn.Module | None) -> str:
+    """What a report calls the teacher; None stands for the model itself."""
+    return "the model as it was" if teacher is None else model_name(teacher) or type(teacher).__name__
 
 
 def _compare(what: str, values: Iterable[Any], remedy: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from lambda_kernels import convert_vit
 from ...models.properties import one_device, one_dtype
 from ...runtime.processes import Processes
 from ...runtime.seeding import mixed_seed, preserved
-from ..dilution import diluted_blocks, finish_dilution, forget_removed, prepare, remove_diluted_attention, set_lambda
+from ..dilution import delete_attention, diluted_blocks, forget_removed, prepare, remove_diluted_attention, set_lambda
 from ..recipe import Recipe
+from .local_repair import LocalRepair
 from .model_setup import frozen_parts, set_training_mode
 from .objective import Objective
 from .optimizer import check_optimizer, make_optimizer
@@ -50,7 +51,8 @@ class Outcome:
 class TrainState:
     """Trains a network by one optimizer step after the other.
 
-    `model` is the full network on its device, and is changed in place; `processes` share the micro-batches of each step.
+    `model` is the full network on its device, and is changed in place; `processes` share the micro-batches of each step. With
+    `recipe.local_epochs` it begins with the repair of single blocks (`is_local`), until `finish_local`.
 
     Raises:
         ValueError: Options that do not fit the model.
@@ -66,37 +68,29 @@ class TrainState:
         processes: Processes,
         teacher: nn.Module | None = None,
     ) -> None:
-        from timm.scheduler import create_scheduler_v2
-
         if getattr(model, "distilled_training", False):
             raise ValueError(
                 "the model gives the logits of its two heads apart while it trains. Call set_distilled_training(False): "
                 "their mean is trained, which is what the model predicts"
             )
         self.recipe, self.layers, self.processes = recipe, layers, processes
+        self._steps_per_epoch = steps_per_epoch
         self.device, self.dtype = one_device(model), one_dtype(model)
         check_optimizer(recipe, self.device)
-        if layers and recipe.dilution == "none":
+        if layers and recipe.removal == "drop":
             model = convert_vit(model, layers, recompute=recipe.recompute or "auto", inplace=True)
         else:
-            model = prepare(model, layers, recompute=recipe.recompute, inplace=True)
+            scale = recipe.residual_scale
+            model = prepare(model, layers, residual_scale=scale, recompute=recipe.recompute, inplace=True)
         self.model = model
         for part in frozen_parts(model, recipe.freeze):
             part.requires_grad_(False)
         self._mixup = _mixup(recipe, model.num_classes) if recipe.mixes else None
         self._objective = Objective(recipe, model, teacher)
-        self.optimizer = make_optimizer(model, recipe, layer_decay=recipe.layer_decay)
-        self._scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            recipe.sched,
-            num_epochs=recipe.epochs,
-            min_lr=recipe.min_lr,
-            warmup_lr=recipe.warmup_lr,
-            warmup_epochs=recipe.warmup_length,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-            decay_rate=1.0,  # the power of "poly": a straight line, where timm's 0.1 would stay high to the last steps
-        )
+        self._local_repair = None
+        if layers and recipe.local_epochs:
+            self._local_repair = LocalRepair(model, teacher, layers)
+        self._make_optimizer()
         self._scaler = torch.amp.GradScaler(self.device.type) if recipe.amp == "fp16" else None
         self.ema: nn.Module | None = None
         self._ema_steps = 0
@@ -105,15 +99,25 @@ class TrainState:
     @property
     def is_diluting(self) -> bool:
         """Whether attention is under dilution."""
-        return bool(diluted_blocks(self.model))
+        return bool(self.diluted)
+
+    @property
+    def diluted(self) -> tuple[int, ...]:
+        """The blocks whose attention is under dilution."""
+        return tuple(diluted_blocks(self.model))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether steps repair single blocks: the loss is that of `LocalRepair`."""
+        return self._local_repair is not None
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step, of the parameters that have the highest."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def set_lambda(self, lam: float) -> None:
-        """λ of the network and of its average."""
+    def set_lambda(self, lam: Mapping[int, float]) -> None:
+        """λ of the network's blocks and of their average."""
         set_lambda(self.model, lam)
         if self.ema is not None:
             set_lambda(self.ema.module, lam)
@@ -137,13 +141,25 @@ class TrainState:
             sum(losses[1:], losses[0]) / len(batches), found, sum(len(batch.images) for batch in batches), skipped
         )
 
-    def remove(self, images: Tensor | None) -> tuple[float, float]:
-        """Delete the faded attention, as `remove_diluted_attention` does; the moving average restarts from the weights."""
+    def remove(self, images: Tensor | None, layers: Sequence[int]) -> tuple[float, float]:
+        """Delete the faded attention of `layers`, as `remove_diluted_attention` does; the average restarts from the weights."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.processes.all_or_none("Remove the faded attention"), self._objective.surgery():
-            found = remove_diluted_attention(self.model, images)
+            found = remove_diluted_attention(self.model, images, layers)
         self._rebuild()
         return self.processes.broadcast(found)
+
+    def finish_local(self, position: int) -> None:
+        """End the repair of single blocks before step `position`: the whole network is trained from here on.
+
+        The optimizer starts anew, since its moments are those of another loss, and the average restarts from the weights.
+        """
+        self._local_repair = None
+        self.optimizer.zero_grad(set_to_none=True)
+        self._make_optimizer()
+        self._scheduler.step_update(position)
+        self._ema_steps = 0
+        self._wrap()
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as tensors and plain types. The tensors are those in use: copy them before training on.
@@ -151,7 +167,8 @@ class TrainState:
         There is no random state, which follows from the step; the learning rate is the optimizer's.
         """
         return {
-            "removed": not self.is_diluting,
+            "removed": sorted(set(self.layers) - set(self.diluted)),
+            "local": self.is_local,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -162,13 +179,18 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; ValueError if it has attention that is gone here."""
-        if self.layers and not self.is_diluting and not state["removed"]:
+        removed = state["removed"]
+        if isinstance(removed, bool):  # as runs wrote it that could only remove all layers together
+            removed = list(self.layers) if removed else []
+        if set(self.layers) - set(self.diluted) - set(removed):
             raise ValueError("this network has lost its attention, and the state has it: make another Trainer for it")
-        if state["removed"] and self.is_diluting:
-            set_lambda(self.model, 0.0)
+        if gone := [layer for layer in self.diluted if layer in removed]:
+            set_lambda(self.model, dict.fromkeys(gone, 0.0))
             with self._objective.surgery():
-                finish_dilution(self.model)
+                delete_attention(self.model, gone)
             self._rebuild()
+        if self.is_local and not state.get("local", False):
+            self.finish_local(0)  # the learning rate is the optimizer's, which follows
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -186,6 +208,24 @@ class TrainState:
             off = self.recipe.mixup_off_epoch
             self._mixup.mixup_enabled = not off or epoch < off
 
+    def _make_optimizer(self) -> None:
+        """The optimizer and the schedule of its learning rate, as before the first step."""
+        from timm.scheduler import create_scheduler_v2
+
+        recipe = self.recipe
+        self.optimizer = make_optimizer(self.model, recipe, layer_decay=recipe.layer_decay)
+        self._scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            recipe.sched,
+            num_epochs=recipe.epochs,
+            min_lr=recipe.min_lr,
+            warmup_lr=recipe.warmup_lr,
+            warmup_epochs=recipe.warmup_length,
+            step_on_epochs=False,
+            updates_per_epoch=self._steps_per_epoch,
+            decay_rate=1.0,  # the power of "poly": a straight line, where timm's 0.1 would stay high to the last steps
+        )
+
     def _rebuild(self) -> None:
         """After a removal: update what refers to the network as it was before."""
         forget_removed(self.optimizer, self.model)
@@ -198,7 +238,8 @@ class TrainState:
 
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         set_training_mode(self.model, self.recipe.freeze)
-        self._local = torch.compile(self.model) if self.recipe.compile else self.model
+        trained = self.model if self._local_repair is None else self._local_repair.blocks
+        self._local = torch.compile(trained) if self.recipe.compile else trained
         self.network: Any = self._local
         if self.processes.size > 1:
             self.network = _DDP(
@@ -237,6 +278,8 @@ class TrainState:
                 images, targets = self._mixup(images, targets)
         dtype = AMP.get(self.recipe.amp)
         with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            if self._local_repair is not None:
+                return self._local_repair(self.network, self._objective.seen_by_teacher(images))
             with self._objective.capture():
                 logits = self.network(images)
             return self._objective(logits, images, targets)

@@ -1,4 +1,4 @@
-"""The training loop: dilution, the boundary at λ = 0, what comes after, and a resume that nothing shows.
+"""The training loop: repair of single blocks, removal of attention, what comes after, and a resume that nothing shows.
 
 There is one loop in the library. `finetune` runs it on a loader, `run_finetuning` in a folder, with everything kept.
 """
@@ -23,15 +23,15 @@ from ...data.batches import check_repeatable
 from ...data.fingerprints import data_fingerprint, model_fingerprint
 from ...measure.accuracy import Score, score
 from ...measure.dtype_speed import warn_if_slow
-from ...models.properties import model_name, one_device, one_dtype, why_no_classes
+from ...models.properties import one_device, one_dtype, why_no_classes
 from ...runtime.formatting import format_differences
 from ...runtime.processes import Processes, ProcessLostError
 from ...runtime.progress import task
-from ..dilution import LambdaSchedule
+from ..dilution import LambdaSchedule, RemovalSchedule
 from ..recipe import Recipe
 from ..storage.best_model import Best
 from .loss_sync import LossSync, StepResult
-from .objective import check_teacher
+from .objective import check_teacher, name_teacher
 from .train_state import AMP, TrainState
 
 if TYPE_CHECKING:
@@ -52,18 +52,19 @@ class ResumeMismatchError(ValueError):
 
 
 class Trainer:
-    """Trains a model by a recipe, fading the attention of `layers` out on the way.
+    """Trains a model by a recipe, removing the attention of `layers` before the first step or on the way.
 
-    λ goes from 1 to 0 over `recipe.dilution_length` epochs. As soon as the next step would run at λ = 0, the attention is
-    deleted: from the network, from the optimizer, and the average of the weights starts anew. Accuracy measured before
-    that never counts for the best.
+    On the way, λ goes from 1 to 0 over `recipe.dilution_length` epochs, of all layers together or of one after another. As
+    soon as the next step would run at λ = 0, the attention is deleted: from the network, from the optimizer, and the average
+    of the weights starts anew. Accuracy measured while attention is under dilution never counts for the best.
 
     Args:
         model: A timm vision transformer with its attention, or without some of it and no `layers`. It is trained itself
             with `inplace`, else a copy.
         recipe: How to train.
         stream: Where each step's micro-batches come from.
-        layers: Blocks whose attention goes, or a `Selection`; empty trains the model as it is.
+        layers: Blocks whose attention goes, or a `Selection`; "progressive" removes them in this order. Empty trains the model
+            as it is.
         processes: Of the run; None: those of the default process group.
         device: Where to train; None: where the model is.
         val_loader: This process's share of the validation images; None: nothing is measured.
@@ -83,7 +84,7 @@ class Trainer:
         train_state: The model, with optimizer and average.
         position: Optimizer steps done.
         history: A dict per epoch; see `storage.log` for the fields.
-        attention_removal: What the log says of λ = 0, or None before it and where there is none.
+        removals: What the log says of each removal during the training: of all layers together, or one per layer.
         teacher: Name of the teacher; None if the loss has no term that requires one.
         best: The best epoch so far.
         stopped: Number of the signal that `train` ended on; 0 for none.
@@ -121,9 +122,11 @@ class Trainer:
             )
         indices = unwrap_layers(layers)
         self.layers = check_indices(indices, len(model.blocks), "layers") if len(indices) else ()
+        recipe.check_layers(len(self.layers))
+        order = tuple(int(index) for index in indices) if recipe.removal == "progressive" else self.layers
         self.fingerprint = {
             "model": model_fingerprint(model),
-            "layers": list(self.layers),
+            "layers": list(order),
             **{f"recipe.{k}": v for k, v in recipe.to_dict().items() if k not in _FREE},
             **{f"data.{k}": v for k, v in stream.fingerprint().items()},
         }
@@ -134,7 +137,7 @@ class Trainer:
         self.teacher = None
         if recipe.needs_teacher:
             check_teacher(model if teacher is None else teacher, model, recipe)
-            self.teacher = "the model as it was" if teacher is None else model_name(teacher) or type(teacher).__name__
+            self.teacher = name_teacher(teacher)
         if recipe.needs_teacher and teacher is not None:
             self.fingerprint["teacher"] = model_fingerprint(teacher)
         self.processes.assert_same(self.fingerprint, "Fine-tune")
@@ -155,21 +158,22 @@ class Trainer:
         self._per_epoch = per_epoch
         in_steps = recipe.dilution_per == "step"
         length = round(recipe.dilution_length * per_epoch) if in_steps else recipe.dilution_length
-        shape = "linear" if recipe.dilution == "none" else recipe.dilution
-        self._schedule, self._unit = LambdaSchedule(length, shape), 1 if in_steps else per_epoch
+        fading = LambdaSchedule(length, "linear" if recipe.dilution == "none" else recipe.dilution)
+        self._schedule, self._unit = RemovalSchedule(recipe.removal, order, fading), 1 if in_steps else per_epoch
+        self._local_steps = round(recipe.local_epochs * per_epoch)
         self._val_loader, self._checkpoints, self._log, self._stop_signal = val_loader, checkpoints, log, stop_signal
         self._log_every, self._description = log_every, description
         self._loss_sync: LossSync = LossSync(self.processes, self.train_state.device)
         self.best = Best(best, self.processes, save_kwargs or {})
         self.history: list[dict[str, Any]] = []
-        self.attention_removal: dict[str, Any] | None = None
+        self.removals: list[dict[str, Any]] = []
         self.stopped = 0
         self._epoch, self._done = 0, 0  # epochs finished, and steps of the present one
         self._loss, self._seen = 0.0, 0  # sum over the images of the epoch, and how many
         self._skips = 0  # in a row
         self._lam: float | None = None
         self._images: torch.Tensor | None = None  # of the last step, to compare on at the boundary
-        self._saved: tuple[int, int, bool] | None = None
+        self._saved: tuple[int, int, int] | None = None
         self._began = self._clock = time.perf_counter()
         self._timed = 0  # images since the clock was read
         self._advance: Callable[..., None] = lambda *_, **__: None
@@ -183,6 +187,15 @@ class Trainer:
     def attention(self) -> str:
         """What became of the attention of `layers`: "full" (there are none), "diluting" or "removed"."""
         return "diluting" if self.train_state.is_diluting else "removed" if self.layers else "full"
+
+    @property
+    def attention_removal(self) -> dict[str, Any] | None:
+        """The last of `removals`, with all their layers and the largest of their differences; None while attention is left."""
+        if self.train_state.is_diluting or not self.removals:
+            return None
+        largest = max(self.removals, key=lambda row: row["difference"])
+        removed = sorted(layer for row in self.removals for layer in row["removed"])
+        return {**self.removals[-1], "difference": largest["difference"], "bound": largest["bound"], "removed": removed}
 
     def train(self, until: int | None = None) -> list[dict[str, Any]]:
         """Train to the end of the recipe, a signal, or `until` steps are done; a further call goes on from there.
@@ -210,6 +223,7 @@ class Trainer:
             advance(self.position)
             with _lost_processes_named(self.processes):
                 self._remove_diluted_attention(self.position)
+                self._finish_local(self.position)
                 while self._epoch < self.recipe.epochs and not self.stopped:
                     if not (self._train_epoch(until) and self._finish_epoch()):
                         break
@@ -226,7 +240,7 @@ class Trainer:
             "skips": self._skips,
             "lambda": self._lam,
             "history": copy.deepcopy(self.history),
-            "boundary": self.attention_removal,
+            "removals": copy.deepcopy(self.removals),
             "best": self.best.state(),
             "fingerprint": self.fingerprint,
             "world": self.processes.size,
@@ -242,8 +256,10 @@ class Trainer:
             ResumeMismatchError: It belongs to another run; names what differs.
             CheckpointError: The best model it knows of is gone.
         """
-        # A run that began before the recipe had some field was trained with its default.
+        # A run that began before the recipe had some field was trained with its default; then, all but "none" diluted.
         defaults = {f"recipe.{name}": value for name, value in Recipe().to_dict().items() if name not in _FREE}
+        dropped = state["fingerprint"].get("recipe.dilution") == "none"
+        defaults["recipe.removal"] = "drop" if dropped else "dilute"
         if listed := format_differences(defaults | state["fingerprint"], self.fingerprint):
             raise ResumeMismatchError(
                 f"the run that is to go on was started differently: {listed}. Use what it was started with, or start "
@@ -252,13 +268,16 @@ class Trainer:
         self._epoch, self._done = state["epoch"], state["done"]
         self._loss, self._seen, self._skips = state["loss"], state["seen"], state["skips"]
         self.stream.add_bad(state["bad"])
-        self._lam, self.attention_removal = state["lambda"], state["boundary"]
+        self._lam = state["lambda"]
+        known = state["removals"] if "removals" in state else [state["boundary"]]  # of a run that could only have one
+        self.removals = [dict(row) for row in known if row is not None]
         self.history = copy.deepcopy(state["history"])
         self.best.load(state["best"])
         self.train_state.load_state_dict(state["learner"])
         if self.train_state.is_diluting and self._lam is not None:
-            self.train_state.set_lambda(self._lam)  # validation may come before the next step does
-        self._saved = (self._epoch, self._done, self.train_state.is_diluting)
+            self._set_lambda(max(0, self.position - 1))  # validation may come before the next step does
+            self._lam = state["lambda"]
+        self._saved = self._place
 
     def _train_epoch(self, until: int | None) -> bool:
         """The rest of the present epoch's steps; whether all were made."""
@@ -271,8 +290,7 @@ class Trainer:
         first = epoch * self._per_epoch
         for position, batches in enumerate(self.stream.steps(epoch, start), first + start):
             if self.train_state.is_diluting:
-                self._lam = self._schedule(position // self._unit)
-                self.train_state.set_lambda(self._lam)
+                self._set_lambda(position)
             lr = self.train_state.lr
             noted = (position + 1) % self._log_every == 0
             outcome = self.train_state.step(position, batches, norm=noted and self._log is not None)
@@ -288,6 +306,7 @@ class Trainer:
             for result in self._loss_sync.push(item, outcome.loss, outcome.norm, self._stop_signal()):
                 self._take(result)
             self._remove_diluted_attention(position + 1)
+            self._finish_local(position + 1)
             every = self.recipe.checkpoint_every
             if self.stopped or (until is not None and position + 1 >= until):
                 self._drain()
@@ -304,7 +323,20 @@ class Trainer:
             )
         self._done = self._per_epoch
         self._remove_diluted_attention(self.position)
+        self._finish_local(self.position)
         return True
+
+    def _set_lambda(self, position: int) -> None:
+        """λ of step `position`, of the blocks that are still under dilution; the log has the mean over all layers."""
+        lam = self._schedule(position // self._unit)
+        self._lam = sum(lam.values()) / len(lam)
+        self.train_state.set_lambda({layer: lam[layer] for layer in self.train_state.diluted})
+
+    def _finish_local(self, position: int) -> None:
+        """End the repair of single blocks if the step after `position` steps trains the whole network."""
+        if self.train_state.is_local and position >= self._local_steps:
+            self._drain()
+            self.train_state.finish_local(position)
 
     def _take(self, result: StepResult) -> None:
         """What a finished step says, once it is known."""
@@ -354,19 +386,17 @@ class Trainer:
             self._take(result)
 
     def _remove_diluted_attention(self, position: int) -> None:
-        """Delete the attention if the step after `position` steps would run at λ = 0."""
-        if not self.train_state.is_diluting or self._schedule(position // self._unit) > 0:
+        """Delete the attention of the layers that the step after `position` steps would run at λ = 0."""
+        lam = self._schedule(position // self._unit)
+        gone = [layer for layer in self.train_state.diluted if lam[layer] == 0]
+        if not gone:
             return
         self._drain()
-        difference, bound = self.train_state.remove(self._images)
-        self._lam, self._images = 0.0, None
-        self.attention_removal = {
-            "step": position,
-            "difference": difference,
-            "bound": bound,
-            "removed": list(self.layers),
-        }
-        self._write("boundary", **self.attention_removal)
+        difference, bound = self.train_state.remove(self._images, gone)
+        self._lam = sum(lam.values()) / len(lam)
+        self._images = self._images if self.train_state.is_diluting else None
+        self.removals.append({"step": position, "difference": difference, "bound": bound, "removed": gone})
+        self._write("boundary", **self.removals[-1])
         self._save()
 
     def _finish_epoch(self) -> bool:
@@ -423,11 +453,15 @@ class Trainer:
             better |= self.best.offer(network, found, name, self._epoch + 1, self.position)
         return better
 
+    @property
+    def _place(self) -> tuple[int, int, int]:
+        """What one checkpoint is told by from the next: two of the same step differ in the attention that is left."""
+        return self._epoch, self._done, len(self.train_state.diluted)
+
     def _save(self) -> None:
-        place = (self._epoch, self._done, self.train_state.is_diluting)
-        if self._checkpoints is not None and place != self._saved:
+        if self._checkpoints is not None and self._place != self._saved:
             self._checkpoints.save(self.position, self.state())
-            self._saved = place
+            self._saved = self._place
         self.best.commit()  # not before the checkpoint that knows of it
 
     def _gather_bad(self) -> list[list[str]]:

@@ -116,7 +116,7 @@ def split_epochs(
 ) -> tuple[int, int]:
     """Epochs of dilution and of recovery.
 
-    Of `epochs` alone three quarters are dilution, as in the paper and in `finetune`; with one part the rest is the other.
+    Of `epochs` alone none is dilution, as in `finetune`, which removes attention at once; with one part the rest is the other.
     Without `epochs`, a part that is not given is the paper's (300 and 100).
 
     Raises:
@@ -133,7 +133,7 @@ def split_epochs(
             raise ValueError("dilution_epochs=0 and recovery_epochs=0 leave nothing to train: pass at least one epoch")
         return dilution, recovery
     if dilution_epochs is None:
-        dilution_epochs = round(0.75 * epochs) if recovery_epochs is None else epochs - recovery_epochs
+        dilution_epochs = 0 if recovery_epochs is None else epochs - recovery_epochs
     if recovery_epochs is None:
         recovery_epochs = epochs - dilution_epochs
     if min(dilution_epochs, recovery_epochs) < 0 or dilution_epochs + recovery_epochs != epochs:
