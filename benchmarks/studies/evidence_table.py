@@ -181,10 +181,11 @@ def extrapolate(record: dict[str, Any], way: str, epochs: int, samples: int = 20
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Left: accuracy after each epoch of the longer arms. Right: sets of five after one epoch, against KL before it."""
+    """Left: accuracy after each epoch of the longer arms. Right, if there are any: sets of five after one epoch."""
     base = top1(record["base"]["hits"])
+    sets = [row for row in record["arms"] if row["epochs"] == 1 and row["picks"] in record["predictors"]]
     with new_figure(4.4) as figure:
-        left, right = figure.subplots(1, 2)
+        left, *others = figure.subplots(1, 1 + bool(sets), squeeze=False)[0]
         longer = [row for row in record["arms"] if row["epochs"] > 1]
         for row, colour in zip(longer, itertools.cycle(SERIES)):
             label = f"{row['picks'] if row['count'] else 'full network'}, {row['way']}, {row['epochs']} epochs"
@@ -194,14 +195,14 @@ def plot(record: dict[str, Any], path: Path) -> None:
         left.axhline(base, color=MUTED, linestyle="--", label="the network before")
         left.set_xlabel("epoch")
         left.set_ylabel("top-1, %")
-        sets = [row for row in record["arms"] if row["epochs"] == 1 and row["picks"] in record["predictors"]]
-        for row in sets:
+        for right, row in ((axes, row) for axes in others for row in sets):
             x, y = record["predictors"][row["picks"]]["kl"], top1(row["hits"])
             right.plot(x, y, "o", color=PICK if row["picks"] == "kl" else SERIES[0], markersize=5)
             right.annotate(row["picks"], (x, y), (4, 3), textcoords="offset points", fontsize=7, color=MUTED)
-        right.set_xlabel("KL before training, bits")
-        right.set_ylabel("top-1 after one epoch, %")
-        right.margins(0.15)
+        for right in others:
+            right.set_xlabel("KL before training, bits")
+            right.set_ylabel("top-1 after one epoch, %")
+            right.margins(0.15)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=160, facecolor="white")
