@@ -117,6 +117,7 @@ GROUPS = {
     "long": [
         Arm("features", "full", 0, 30, FEATURES),
         Arm("features", "kl", 5, 30, FEATURES),
+        Arm("labels", "full", 0, 30),
         Arm("mixup", "kl", 5, 30, MIXUP),
         Arm("features", "random0", 5, 30, FEATURES),
         Arm("features", "kl", 3, 30, FEATURES),
@@ -320,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     evidence = Evidence(options)
     known = [arm for group in GROUPS.values() for arm in group]
+    if strangers := set(options.arms) - set(GROUPS) - {arm.name for arm in known}:
+        parser.error(f"no such arms: {', '.join(sorted(strangers))}. Groups: {', '.join(GROUPS)}")
     chosen = [arm for name in options.arms for arm in GROUPS.get(name, [a for a in known if a.name == name])]
     with progress.progress_bars():
         base = evidence.base()

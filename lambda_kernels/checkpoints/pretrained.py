@@ -194,9 +194,14 @@ def _training_record(model: nn.Module, training: object, removed: tuple[int, ...
     """`training` as it was passed, or else as the model was loaded with it, if no other layers are gone by now."""
     if training is None:
         known = getattr(getattr(model, "lambda_kernels_provenance", None), "training", None)
-        return known if known is not None and sorted(known.get("layers", removed)) == list(removed) else None
+        return known if known is not None and sorted(known.get("layers") or removed) == list(removed) else None
     if not isinstance(training, dict) or not is_json(training):
         raise CheckpointError(f"training must be a dict of plain JSON types; got {training!r}")
+    layers = training.get("layers", list(removed))
+    if not isinstance(layers, list) or sorted(layers) != list(removed):
+        raise CheckpointError(
+            f"training has layers {layers!r}, but the model has lost the attention of {list(removed)}"
+        )
     return training
 
 

@@ -32,7 +32,7 @@ def right(count: int, total: int = 100) -> str:
 def test_every_arm_of_the_study_has_a_name_of_its_own():
     found = [arm for group in evidence.GROUPS.values() for arm in group]
     assert len({arm.name for arm in found}) == len(found)
-    assert Counter(arm.epochs for arm in found) == {6: 12, 30: 9, 1: 15}
+    assert Counter(arm.epochs for arm in found) == {6: 12, 30: 10, 1: 15}
     assert [arm.name for arm in evidence.GROUPS["long"]][:2] == ["full-features-30", "kl-5-features-30"]
     sets = [arm for arm in evidence.GROUPS["picks"] if arm.count]
     assert len({arm.picks for arm in sets}) >= 12
@@ -88,7 +88,7 @@ def test_a_predictor_that_orders_the_sets_is_seen():
     rows = [
         arm(f"random{n}", "".join(rng.choice(["0", "1"], 400, p=[0.2 + 0.05 * n, 0.8 - 0.05 * n]))) for n in range(12)
     ]
-    values = {f"random{n}": {name: float(n if name == "kl" else n % 3) for name in table.PREDICTORS if name != "untrained"}
+    values = {f"random{n}": {name: float(n if name == "kl" else n % 3) for name in table.PREDICTORS}
               for n in range(12)}  # fmt: skip
     lines = table.correlations(
         {"arms": [*rows, arm("full", right(300, 400))], "predictors": values}, samples=50
@@ -108,6 +108,9 @@ def test_a_power_law_through_the_budgets_is_extrapolated():
     assert low < middle < high
     with pytest.raises(ValueError, match=r"mixup was trained with 0 budget\(s\)"):
         table.extrapolate(record, "mixup", 60)
+    record["arms"][2] = arm("kl", right(8010, 10_000), epochs=64)
+    with pytest.raises(ValueError, match="reaches the network before"):
+        table.extrapolate(record, "features", 512, samples=5)
 
 
 @pytest.mark.slow
@@ -156,6 +159,8 @@ def test_a_study_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     assert len({row["step"] for row in logs if row["kind"] == "epoch" and row["epoch"] == 2}) == 1
     table.plot(record, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        evidence.main([*map(str, options), "--arms", "kl-2-lokal-2"])
     with pytest.raises(SystemExit, match="begun with other options"):
         evidence.main([*map(str, options), "--calibration", "16"])
 

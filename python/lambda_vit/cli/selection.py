@@ -383,7 +383,7 @@ def _next_commands(
     run = [*class_map, "--recipe", "recover", "--out", wanted.folder / "finetune"]
     checking = ["--data", images.data, *at, *class_map, *skip_bad]
     entries = [
-        (f"Plan a training without {which}", ["plan", *own, *training], True),
+        (f"Plan a training without {which}", ["plan", *own, *training, "--epochs", 30, "--teacher", model.name], True),
         (f"Train, and remove {which}", ["finetune", *own, *training, *run], has_labels),
         (f"Remove {which} without training", ["convert", *own, "--out", small], True),
         ("Compare with the full model", ["validate", "--model", small, *full, *checking], has_labels),

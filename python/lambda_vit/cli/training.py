@@ -270,10 +270,12 @@ def _print_outcome(console: Console, run: FinetuningRun, restart: bool) -> None:
         return
     result, best, sizes = record["result"], record["best"], record["model"]["parameters"]
     if (removal := record["boundary"]) is not None:
-        end = "The last attention was removed" if record["recipe"]["removal"] == "progressive" else "λ reached 0"
+        end = "λ reached 0 after {:,} steps: removing the attention"
+        if record["recipe"]["removal"] == "progressive":
+            end = "The last attention was switched off after {:,} steps: deleting it"
         console.print(
-            f"{end} after {removal['step']:,} steps: removing the attention changed no logit by more than "
-            f"{removal['difference']:.1e} (bound {removal['bound']:.1e})",
+            f"{end.format(removal['step'])} changed no logit by more than {removal['difference']:.1e} (bound "
+            f"{removal['bound']:.1e})",
             soft_wrap=True,
         )
     low, high = result["top1_interval"]

@@ -74,7 +74,9 @@ def _removed(record: Mapping[str, Any]) -> str:
     boundary = run.get("boundary")
     if boundary is None:
         local = run["recipe"].get("local_epochs")
-        first = f" These blocks alone were trained for the first {_epochs_of(local)}." if local else ""
+        over = local and run["position"] >= round(local * run["steps_per_epoch"])
+        begun = "were trained for" if over else "are trained in"
+        first = f" These blocks alone {begun} the first {_epochs_of(local)}." if local else ""
         return f"{which} was removed before the first step, and the model was trained without it.{first}"
     if _way(run) == "progressive":
         return f"{which} was removed one block after another, the last one {_place(run, boundary['step'])}."
@@ -144,7 +146,7 @@ def _interim(record: Mapping[str, Any]) -> str:
     text = ""
     fading = run.get("layers") and run.get("boundary") is None and _way(run) != "drop"
     if fading and _way(run) == "progressive":
-        count = sum(event["kind"] == "boundary" for event in run["events"])
+        count = sum(len(event.get("removed") or ()) for event in run["events"])
         text = f"The attention of {count} of {len(run['layers'])} blocks is removed so far."
     elif fading:
         lambdas = [row["lambda"] for row in (*run["history"], *run["course"]) if row.get("lambda") is not None]
@@ -204,7 +206,9 @@ def _loss_terms(recipe: Mapping[str, Any]) -> str:
         (recipe.get("feature_loss"), f"its last tokens ({recipe.get('feature_loss') or 0:g})"),
         (recipe.get("hidden_loss"), f"its tokens after each block ({recipe.get('hidden_loss') or 0:g})"),
     ]
-    return "loss from " + ", ".join(text for weight, text in terms if weight)
+    local = recipe.get("local_epochs")
+    repair = f"single blocks in the first {_epochs_of(local)}, then " if local else ""
+    return f"{repair}loss from " + ", ".join(text for weight, text in terms if weight)
 
 
 def result(record: Mapping[str, Any]) -> Section:
@@ -301,6 +305,10 @@ def loss_curve(record: Mapping[str, Any]) -> Section:
         caption += " Each point of the loss is the mean of several logged steps; the band spans their range."
     if run.get("recipe", {}).get("mixup") or run.get("recipe", {}).get("cutmix"):
         caption += " The loss includes mixed images, so it stays high even for a good model."
+    if run.get("layers") and run.get("recipe", {}).get("local_epochs"):
+        caption += (
+            " In the first epochs the loss is that of single blocks, which cannot be compared with the later one."
+        )
     return Section("training", "Training", text, tables, "course", caption)
 
 

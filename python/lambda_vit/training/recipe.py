@@ -83,7 +83,7 @@ class Recipe:
     epochs: int = _removal(30, "Total training epochs.", _COUNT)
     removal: str | None = _removal(
         None,
-        "How attention is removed: at once, faded, faded into the identity, or layer by layer; drop unless --dilution is set.",
+        "How attention is removed; by default drop, or dilute if --dilution or --dilution-epochs is set.",
         choices=("drop", "fade", "dilute", "progressive"),
     )
     dilution: str | None = _removal(
@@ -92,7 +92,9 @@ class Recipe:
         choices=("linear", "cosine", "step", "none"),
     )
     dilution_epochs: float | None = _removal(
-        None, "Epochs over which attention is faded or removed; by default three quarters of all epochs.", _NOT_NEGATIVE
+        None,
+        "Epochs over which attention is faded or removed; by default three quarters of all. Not for drop.",
+        _NOT_NEGATIVE,
     )
     dilution_per: str = _removal(
         "step",
@@ -149,7 +151,7 @@ class Recipe:
         None, "Largest gradient norm; a larger gradient is scaled down to it.", _POSITIVE
     )
     ema: float | None = _optimizer(
-        None, "Decay of a moving average of the weights, which restarts when λ reaches 0.", Bounds(0, 1, "()")
+        None, "Decay of a moving average of the weights, which restarts when attention is removed.", Bounds(0, 1, "()")
     )
     ema_warmup: bool = _optimizer(False, "Use a smaller decay in the first steps of the moving average.")
 
@@ -371,7 +373,7 @@ def load_recipe(
     Args:
         name_or_path: A name that `list_recipes` lists, or a YAML file of fields of `Recipe`; None: the defaults.
         overrides: Fields that replace those of the file. `base_lr` also replaces the file's `lr`; `removal` and `dilution`
-            replace each other, and "drop" and "none" also `dilution_epochs`. `batch_size` also scales the file's `min_lr` and
+            replace what contradicts them, such as "drop" `dilution_epochs`. `batch_size` also scales the file's `min_lr` and
             `warmup_lr` where it scales the peak learning rate, and replaces a `micro_batch` that is larger.
 
     Raises:
@@ -391,16 +393,23 @@ def load_recipe(
     micro, batch = values.get("micro_batch"), overrides.get("batch_size")
     if "micro_batch" not in overrides and isinstance(micro, int) and isinstance(batch, int) and micro > batch:
         values.pop("micro_batch")
-    if {"removal", "dilution"} & set(overrides):  # what the file says of them may contradict
-        for name in {"removal", "dilution"} - set(overrides):
-            values.pop(name, None)
-        if overrides.get("removal") == "drop" or overrides.get("dilution") == "none":
-            values.pop("dilution_epochs", None)
+    _drop_contradictions(values, overrides)
     try:
         return Recipe(**{**values, **_scale_rates(values, overrides), **overrides})
     except ValueError as error:
         given = f", with {', '.join(f'{k}={v!r}' for k, v in overrides.items())}" if overrides else ""
         raise ValueError(f"recipe {os.fspath(name_or_path)}{given}: {error}") from error
+
+
+def _drop_contradictions(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Remove what a file says of the way to remove attention, where `overrides` say otherwise."""
+    way, shape = overrides.get("removal"), overrides.get("dilution")
+    if way in ("drop", "progressive") or (way in ("fade", "dilute") and values.get("dilution") == "none"):
+        values.pop("dilution", None)
+    if shape == "none" or (shape is not None and values.get("removal") in ("drop", "progressive")):
+        values.pop("removal", None)
+    if way == "drop" or shape == "none":
+        values.pop("dilution_epochs", None)
 
 
 def _scale_rates(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

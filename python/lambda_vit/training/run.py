@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lambda_kernels import convert_vit, from_pretrained, save_pretrained
+from lambda_kernels.blocks.structure import inspect_model
 from lambda_kernels.checkpoints.folder import CONFIG, WEIGHTS
 from lambda_kernels.convert.checks import unwrap_layers
 from lambda_kernels.files import atomic_writes, check_writable, exclusive_lock
@@ -124,9 +125,10 @@ def run_finetuning(
     out, processes, save_kwargs = Path(out), processes or Processes(), dict(save_kwargs or {})
     if isinstance(layers, Selection):
         save_kwargs.setdefault("selection", layers)
-    if len(indices := unwrap_layers(layers)):
+    indices, gone = unwrap_layers(layers), inspect_model(model).removed
+    if len(indices) or gone:
         guide = name_teacher(teacher) if recipe.needs_teacher else None
-        save_kwargs.setdefault("training", _describe_training(recipe, indices, guide))
+        save_kwargs.setdefault("training", _describe_training(recipe, model, indices or gone, guide))
     check_optimizer(recipe, one_device(model))  # before an earlier run is removed
     recipe.check_layers(len(unwrap_layers(layers)))
     recipe = recipe if restart else inherit_micro_batch(recipe, out)
@@ -237,11 +239,13 @@ def _dry_run_save(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _describe_training(recipe: Recipe, layers: Sequence[int], teacher: str | None) -> dict[str, Any]:
-    """What the saved model says of its origin."""
+def _describe_training(recipe: Recipe, model: nn.Module, layers: Sequence[int], teacher: str | None) -> dict[str, Any]:
+    """What the saved model says of its origin; "removal" is None where `model` had lost these layers before."""
     terms = ("distillation", "distillation_alpha", "distillation_tau", "feature_loss", "hidden_loss")
+    before = getattr(getattr(model, "lambda_kernels_provenance", None), "training", None)
     return {
-        "removal": recipe.removal,
+        "removal": None if inspect_model(model).removed else recipe.removal,
+        **({} if before is None else {"before": before}),
         "layers": [int(layer) for layer in layers],
         "epochs": recipe.epochs,
         "dilution_epochs": recipe.dilution_length,

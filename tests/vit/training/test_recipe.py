@@ -314,8 +314,22 @@ def test_the_way_to_remove_and_the_shape_of_lambda_follow_from_each_other(given,
     assert Recipe(**json.loads(json.dumps(found.to_dict()))) == found
 
 
-def test_one_way_to_remove_replaces_that_of_a_recipe():
+def test_one_way_to_remove_replaces_that_of_a_recipe(tmp_path):
     assert load_recipe("deit-tiny").removal == "dilute"
     assert load_recipe("deit-tiny", {"removal": "fade"}).dilution_length == 299
+    assert load_recipe("deit-tiny", {"dilution": "cosine"}).removal == "dilute"
+    (tmp_path / "fade.yaml").write_text("removal: fade\ndilution: cosine\n")
+    kept = {
+        ("removal", "fade"): ("fade", "cosine"),
+        ("removal", "dilute"): ("dilute", "cosine"),
+        ("removal", "progressive"): ("progressive", "none"),
+        ("removal", "drop"): ("drop", "none"),
+        ("dilution", "step"): ("fade", "step"),
+        ("dilution", "none"): ("drop", "none"),
+    }
+    for (name, value), wanted in kept.items():
+        found = load_recipe(tmp_path / "fade.yaml", {name: value})
+        assert (found.removal, found.dilution) == wanted
+    assert load_recipe("recover", {"dilution": "step"}).removal == "dilute"
     faded = load_recipe("deit-tiny", {"removal": "progressive"})
     assert (faded.removal, faded.dilution, faded.dilution_length) == ("progressive", "none", 299)

@@ -274,14 +274,49 @@ def test_a_compiled_network_is_repaired_too(monkeypatch):
 
 
 def test_the_full_model_by_the_same_recipe_has_nothing_to_repair():
-    found = trainer(plain(**LOCAL), layers=())
+    """It is its own teacher, of which a warning says that it has nothing to learn; a run from before `removal` resumes."""
+    with pytest.warns(UserWarning, match="the model is its own teacher, and nothing is removed"):
+        found = trainer(plain(**LOCAL), layers=())
     assert not found.train_state.is_local
+    old = trainer(plain(dilution="linear"), layers=())
+    old.train(until=3)
+    state = copy.deepcopy(old.state())
+    state["fingerprint"] |= {"recipe.dilution": "linear", "recipe.dilution_epochs": None, "recipe.dilution_per": "step"}
+    again = trainer(plain(**DROP), layers=())
+    again.restore(state)
+    again.train()
+    whole = trainer(plain(dilution="linear"), layers=())
+    whole.train()
+    assert same_weights(again.model, whole.model)
+
+
+def test_a_network_past_the_repair_does_not_take_a_state_from_inside_it():
+    found = trainer(plain(**LOCAL), layers=(0, 1))
     found.train(until=2)
+    state = copy.deepcopy(found.state())
+    found.train(until=6)
+    with pytest.raises(ValueError, match="this network is past the repair of single blocks"):
+        found.restore(state)
+
+
+@pytest.mark.parametrize(("length", "epochs"), [(0.1, 4), (0.9, 1)])
+def test_a_repair_of_no_step_or_of_all_is_refused(length, epochs):
+    with pytest.raises(ValueError, match=rf"local_epochs={length:g} is [03] of {3 * epochs} steps"):
+        trainer(plain(**LOCAL | {"local_epochs": length, "epochs": epochs, "warmup_epochs": 0}), layers=(0, 1))
+
+
+def test_progressive_removal_needs_a_step_per_layer():
+    with pytest.raises(ValueError, match=r"has 1 steps \(dilution_epochs\) to remove 2 layers one after another"):
+        trainer(plain(removal="progressive", dilution_epochs=0.3), layers=(0, 1))
+    with pytest.raises(ValueError, match=r"has 1 epochs \(dilution_epochs\) to remove 2 layers"):
+        trainer(plain(removal="progressive", dilution_epochs=1, dilution_per="epoch"), layers=(0, 1))
 
 
 def test_what_cannot_be_repaired_is_refused_before_training():
     with pytest.raises(ValueError, match="all of these are frozen: omit some from freeze, or set local_epochs to 0"):
         trainer(plain(**LOCAL, freeze=(1,)), layers=(1,))
+    with pytest.raises(ValueError, match=r"the teacher has no attention in blocks \[1\] either"):
+        trainer(plain(**LOCAL), layers=(1,), teacher=convert_vit(tiny_vit(), (1,)))
     with pytest.raises(ValueError, match=r"differ in number of blocks: 2 and 3\. Set local_epochs to 0"):
         trainer(plain(**LOCAL), layers=(1,), teacher=tiny_vit(depth=2))
     with pytest.raises(ValueError, match=r"differ in width: 48 and 24\. Set feature_loss and local_epochs to 0"):

@@ -263,7 +263,8 @@ def _event(row: Mapping[str, Any]) -> dict[str, Any]:
     else:
         known = ("kind", "step", "epoch", "time", "text")
         text = row.get("text") or ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
-    return {"kind": row["kind"], "step": row.get("step"), "time": row.get("time"), "text": text}
+    event = {"kind": row["kind"], "step": row.get("step"), "time": row.get("time"), "text": text}
+    return {**event, "removed": list(row["removed"])} if row["kind"] == "boundary" else event
 
 
 def _warnings(run: Mapping[str, Any], rows: Sequence[Any], damaged: int, folder: Path) -> list[str]:

@@ -43,6 +43,11 @@ class LocalRepair:
                 "local_epochs repairs the blocks without attention, and all of these are frozen: omit some from freeze, or set "
                 "local_epochs to 0"
             )
+        if poor := [layer for layer in layers if not hasattr(teacher.blocks[layer], "attn")]:
+            raise ValueError(
+                f"the teacher has no attention in blocks {poor} either, so local_epochs has nothing to repair them by: use a "
+                "teacher with that attention, or set local_epochs to 0"
+            )
         self._teacher, self._layers = teacher, layers
 
     def __call__(self, network: nn.Module, images: Tensor) -> Tensor:

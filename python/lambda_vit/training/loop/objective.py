@@ -108,7 +108,7 @@ class Objective:
 
     def __init__(self, recipe: Recipe, student: nn.Module | None = None, teacher: nn.Module | None = None) -> None:
         if recipe.needs_teacher and teacher is None:
-            raise ValueError("distillation, feature_loss and hidden_loss need a teacher")
+            raise ValueError("distillation, feature_loss, hidden_loss and local_epochs need a teacher")
         self.labels = label_loss(recipe.mixes, recipe.label_smoothing)
         self.distillation, self.tau = recipe.distillation, recipe.distillation_tau
         self.alpha = recipe.distillation_alpha if recipe.distillation != "none" else 0.0

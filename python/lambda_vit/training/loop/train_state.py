@@ -189,6 +189,10 @@ class TrainState:
             with self._objective.surgery():
                 delete_attention(self.model, gone)
             self._rebuild()
+        if state.get("local", False) and not self.is_local:
+            raise ValueError(
+                "this network is past the repair of single blocks, and the state is not: make another Trainer for it"
+            )
         if self.is_local and not state.get("local", False):
             self.finish_local(0)  # the learning rate is the optimizer's, which follows
         self.model.load_state_dict(state["model"])

@@ -10,6 +10,7 @@ import copy
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ MOST_SKIPPED = 25
 
 # Recipe fields that a run may change when it goes on: the one changes nothing it ends with, the data tell of the other.
 _FREE = ("checkpoint_every", "micro_batch")
+# Those that change nothing where no attention is removed.
+_OF_REMOVAL = ("removal", "dilution", "dilution_epochs", "dilution_per", "local_epochs")
 
 
 class ResumeMismatchError(ValueError):
@@ -123,11 +126,12 @@ class Trainer:
         indices = unwrap_layers(layers)
         self.layers = check_indices(indices, len(model.blocks), "layers") if len(indices) else ()
         recipe.check_layers(len(self.layers))
+        self._free = _FREE if self.layers else (*_FREE, *_OF_REMOVAL)
         order = tuple(int(index) for index in indices) if recipe.removal == "progressive" else self.layers
         self.fingerprint = {
             "model": model_fingerprint(model),
             "layers": list(order),
-            **{f"recipe.{k}": v for k, v in recipe.to_dict().items() if k not in _FREE},
+            **{f"recipe.{k}": v for k, v in recipe.to_dict().items() if k not in self._free},
             **{f"data.{k}": v for k, v in stream.fingerprint().items()},
         }
         if val_loader is not None:
@@ -148,6 +152,12 @@ class Trainer:
             model = model.to(device)
         if teacher is not None:
             teacher = teacher.to(one_device(model))
+        if self.processes.is_main and not (self.layers or recipe.uses_labels) and self.teacher == name_teacher(None):
+            warnings.warn(
+                "the model is its own teacher, and nothing is removed: the loss starts at 0, and training changes the weights "
+                "by rounding errors alone. Use labels (distillation_alpha below 1), or another teacher",
+                stacklevel=3,
+            )
         if self.processes.is_main:
             asked = recipe.amp != "none"
             remedy = "omit --amp (amp='none' in Python)" if asked else "cast the model with model.float()"
@@ -161,6 +171,7 @@ class Trainer:
         fading = LambdaSchedule(length, "linear" if recipe.dilution == "none" else recipe.dilution)
         self._schedule, self._unit = RemovalSchedule(recipe.removal, order, fading), 1 if in_steps else per_epoch
         self._local_steps = round(recipe.local_epochs * per_epoch)
+        _check_lengths(recipe, len(order), per_epoch, self._local_steps, length)
         self._val_loader, self._checkpoints, self._log, self._stop_signal = val_loader, checkpoints, log, stop_signal
         self._log_every, self._description = log_every, description
         self._loss_sync: LossSync = LossSync(self.processes, self.train_state.device)
@@ -257,10 +268,11 @@ class Trainer:
             CheckpointError: The best model it knows of is gone.
         """
         # A run that began before the recipe had some field was trained with its default; then, all but "none" diluted.
-        defaults = {f"recipe.{name}": value for name, value in Recipe().to_dict().items() if name not in _FREE}
-        dropped = state["fingerprint"].get("recipe.dilution") == "none"
-        defaults["recipe.removal"] = "drop" if dropped else "dilute"
-        if listed := format_differences(defaults | state["fingerprint"], self.fingerprint):
+        defaults = {f"recipe.{name}": value for name, value in Recipe().to_dict().items() if name not in self._free}
+        before = {k: v for k, v in state["fingerprint"].items() if k.removeprefix("recipe.") not in self._free}
+        if self.layers:
+            defaults["recipe.removal"] = "drop" if before.get("recipe.dilution") == "none" else "dilute"
+        if listed := format_differences(defaults | before, self.fingerprint):
             raise ResumeMismatchError(
                 f"the run that is to go on was started differently: {listed}. Use what it was started with, or start "
                 "another one"
@@ -474,6 +486,21 @@ class Trainer:
     def _write(self, kind: str, **fields: Any) -> None:
         if self._log is not None:
             self._log.write(kind, **fields)
+
+
+def _check_lengths(recipe: Recipe, layers: int, per_epoch: int, local_steps: int, length: float) -> None:
+    """Refuse parts of a training that are too short, or too long, for what they are."""
+    if layers and recipe.local_epochs and not 0 < local_steps < recipe.epochs * per_epoch:
+        raise ValueError(
+            f"local_epochs={recipe.local_epochs:g} is {local_steps} of {recipe.epochs * per_epoch} steps: single blocks need "
+            "one or more, and so does the whole network after them"
+        )
+    if recipe.removal == "progressive" and length < layers > 0:
+        unit = "steps" if recipe.dilution_per == "step" else "epochs"
+        raise ValueError(
+            f"removal='progressive' has {length:g} {unit} (dilution_epochs) to remove {layers} layers one after another: raise "
+            "dilution_epochs, or use removal='drop'"
+        )
 
 
 def _lam_text(lam: float | None) -> str:

@@ -30,7 +30,7 @@ from ...runtime.memory import free_memory
 from ...runtime.progress import task
 from ..dilution import finish_dilution, prepare, set_lambda
 from ..loop.objective import check_teacher
-from ..recipe import Recipe
+from ..recipe import RESIDUAL_SCALES, Recipe
 from .step_timing import Loading, measure_loading, saved_bytes, time_steps, training_images
 
 if TYPE_CHECKING:
@@ -202,7 +202,10 @@ def plan_training(
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("every parameter of the model is frozen: set requires_grad on those that are to be trained")
-    fading = prepare(model, chosen, recompute=recompute)  # refuses what cannot be removed, before anything is measured
+    scale = RESIDUAL_SCALES["dilute" if dilution_epochs else "drop"]
+    fading = prepare(
+        model, chosen, residual_scale=scale, recompute=recompute
+    )  # refuses what cannot be removed, before anything is measured
     set_lambda(fading, 0.5)
     where = torch.empty(0, device=one_device(model) if device is None else device).device
     warn_if_slow(dtype, where, "cast the model with model.float()", stacklevel=2)
