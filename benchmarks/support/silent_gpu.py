@@ -15,7 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
-from lambda_kernels.ops.ln_mlp import dispatch
+from lambda_kernels.ops.ln_mlp import dispatch, plans
+from lambda_kernels.ops.ln_mlp.fused import launch
+from lambda_kernels.ops.ln_mlp.fused.kernels import backward, forward
 
 
 def _launch_nothing(*arguments: object) -> None:
@@ -81,6 +83,7 @@ class _Driver:
 def silent_gpu() -> Iterator[None]:
     """Inside, kernels requested by name run on CPU tensors, which is to say that they are launched and compute nothing."""
     genuine = dispatch.triton_obstacles
+    _forget_kernels()
     triton.runtime.driver.set_active(_Driver())
     dispatch.triton_obstacles = lambda device, dtype: []  # the CPU is the device
     try:
@@ -88,3 +91,14 @@ def silent_gpu() -> Iterator[None]:
     finally:
         dispatch.triton_obstacles = genuine
         triton.runtime.driver._active = None
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    """So that neither these launches find kernels of a real device, nor later ones those that compute nothing."""
+    plans.clear()
+    launch._compiled.clear()
+    for module in (forward, backward):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()

@@ -287,7 +287,7 @@ def find_plain_half(block: MlpBlockBase) -> tuple[Any, ...] | None:
     Nothing is remembered: modules, hooks, modes and parameters are looked up at each call, and a block that passes has no
     obstacle. In order: γ, β, W1, b1, W2, b2, LayerScale, eps, the form of GELU, the module of stochastic depth.
     """
-    if not block.fuse or has_global_hooks():
+    if not block.fuse or has_global_hooks() or type(block).fusion_obstacles is not MlpBlockBase.fusion_obstacles:
         return None
     modules = block._modules
     name = FAMILIES[block.family].scales[1]
@@ -308,6 +308,17 @@ def find_plain_half(block: MlpBlockBase) -> tuple[Any, ...] | None:
             or type(drop_path2) not in _DROP_PATHS
             or norm2.__dict__.get("_fast_norm")
         ):
+            return None
+        # An attribute beside a registered part or parameter hides it.
+        if "fusion_obstacles" in block.__dict__ or any(
+            name in module.__dict__
+            for module, names in ((block, ("norm2", "mlp")), (mlp, ("fc1", "act", "fc2")))
+            for name in names
+        ):
+            return None
+        if any("weight" in module.__dict__ or "bias" in module.__dict__ for module in (norm2, fc1, fc2)):
+            return None
+        if ls2 is not None and "gamma" in ls2.__dict__:
             return None
         form = find_gelu_form(act)
         if form is None or any_altered(norm2, mlp, ls2, drop_path2, *parts):

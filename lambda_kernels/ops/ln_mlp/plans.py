@@ -95,7 +95,7 @@ def _describe(x: Tensor, p: Parameters, *options: Any) -> tuple[object, ...] | N
         if t is None:
             key.append(None)
             continue
-        if type(t) not in _PLAIN or t.device != device:
+        if type(t) not in _PLAIN or t.device != device or t.layout is not torch.strided:
             return None
         is_recorded = is_recorded or (is_recording and t.requires_grad)
         key += (t.dtype, t.shape, t.is_contiguous())
@@ -103,7 +103,12 @@ def _describe(x: Tensor, p: Parameters, *options: Any) -> tuple[object, ...] | N
     if branch_scale is not None and branch_scale.requires_grad:
         return None
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    key += (is_recorded, autocast, *options)
+    key += (
+        is_recorded,
+        autocast,
+        *options,
+        *map(type, options[:2]),
+    )  # 2 and 2.0 are equal, and not the same to a kernel
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         # Kernels read memory: that which holds other values than the tensor's is the dispatcher's.
         for t in (x, *p):

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lambda_kernels import AttentionFreeBlock, BackendUnavailableError, FusedMlp, convert_vit
+from lambda_kernels import AttentionFreeBlock, BackendUnavailableError, FusedMlp, convert_vit, ln_mlp
 from lambda_kernels.blocks import mlp_block
 from lambda_kernels.ops.ln_mlp import onednn, plans, tracing
 from lambda_kernels.ops.ln_mlp import recompute as recomputed
@@ -134,6 +134,9 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
     "weight": (lambda b: swap(b.mlp.fc1), False),
     "weight's data": (lambda b: swap_data(b.mlp.fc2), False),
     "gamma": (lambda b: swap(b.ls2, "gamma"), False),
+    "hidden weight": (lambda b: b.mlp.fc1.__dict__.update(weight=torch.randn(H, C) / 4), False),
+    "hidden bias of the norm": (lambda b: b.norm2.__dict__.update(bias=torch.randn(C)), False),
+    "hidden gamma": (lambda b: b.ls2.__dict__.update(gamma=torch.randn(C)), False),
     "no bias": (lambda b: setattr(b.mlp.fc1, "bias", None), False),
     "no bias of the norm": (lambda b: setattr(b.norm2, "bias", None), False),
     "in place": (lambda b: b.mlp.fc2.weight.data.mul_(2), False),
@@ -515,6 +518,64 @@ def test_saved_tensors_that_come_back_from_elsewhere():
             got = torch.autograd.grad(block(x).square().sum(), tensors)
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b)
+
+
+def test_saved_tensors_that_come_back_as_negated_views():
+    """Their memory holds the opposite of their values."""
+    block = build("triton")
+    x = X.clone().requires_grad_()
+    tensors = [x, *block.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), tensors)
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: -t.detach(), torch._neg_view):
+            got = torch.autograd.grad(block(x).square().sum(), tensors)
+        for a, b in zip(got, expected, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_gradients_in_batches():
+    """By PyTorch's older transform, whose tensors have no memory of their own."""
+    one, other = (build(backend) for backend in ("torch", "triton"))
+    other.load_state_dict(one.state_dict())
+    rows = X[0].clone()
+    found = [
+        torch.autograd.functional.jacobian(lambda t, block=block: block(t[None])[0].sum(0), rows, vectorize=True)
+        for block in (one, other)
+    ]
+    assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
+
+
+def test_obstacles_of_a_subclass_are_heard(mlp_calls):
+    class Own(AttentionFreeBlock):
+        def fusion_obstacles(self, training=None):
+            return ["its own"]
+
+    block = build()
+    own = Own(block.norm2, block.mlp, block.ls2, block.drop_path2)
+    mlp_calls.clear()
+    run_often(own)
+    assert not mlp_calls
+    block.fusion_obstacles = lambda training=None: ["its own"]
+    run_often(block)
+    assert not mlp_calls
+    assert block.path(X.device, X.dtype).backend == "modules"
+
+
+def test_plans_are_of_one_layout_and_one_type_of_number():
+    w1, w2 = torch.randn(H, C), torch.randn(C, H)
+    others = {"ln_weight": None, "ln_bias": None, "b1": None, "b2": None, "eps": 1e-5}
+
+    def call(w1, w2, **options):
+        return ln_mlp(X, w1=w1, w2=w2, **others, **options)
+
+    call(w1, w2, backend="torch", residual_scale=2.0**70)
+    with pytest.raises(OverflowError):
+        call(w1, w2, backend="torch", residual_scale=2**70)
+    call(w1, w2, backend="torch", residual_scale=2.0**70)
+    if torch.backends.mkldnn.is_available():
+        call(w1, w2, backend="torch")
+        with pytest.raises(TypeError, match="w1 must be a dense tensor"):
+            call(w1.to_mkldnn(), w2.to_mkldnn(), backend="torch")
 
 
 def test_a_second_derivative_is_refused_also_of_the_sum():

@@ -18,6 +18,7 @@ from .steps import Steps
 
 # Of calls with one plan: which gradients are wanted, where in memory tensors begin.
 _MOST_KINDS = 64
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def ln_mlp(x: Tensor, p: Parameters, plan: Plan) -> Tensor:
@@ -50,7 +51,7 @@ class _LnMlp(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
         p, saved, made = Parameters(*tensors[:8]), Saved(*tensors[8:12]), tensors[12:]
         settled = Parameters(*(a if b is None else b for a, b in zip(p, made, strict=True))) if made else p
-        if _needs_dispatcher(grad):
+        if _needs_dispatcher(grad, *tensors, x):
             gradients = _by_operator(grad, x, p, settled, ctx.plan, saved, needs)
         else:
             gradients = _by_stages(grad, x, settled, ctx.plan, saved, needs)
@@ -94,18 +95,23 @@ def _steps(plan: Plan, p: Parameters, *kind: object) -> Steps:
     return steps
 
 
-def _needs_dispatcher(grad: Tensor) -> bool:
-    """Whether the backward is being recorded, compiled or watched, or its gradient is no plain tensor."""
-    return (
+def _needs_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether the backward is being recorded, compiled or watched, or not all of `tensors` are plain ones in memory.
+
+    Hooks may return anything for what was saved.
+    """
+    if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or type(grad) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or grad.is_neg()
-        or grad.data_ptr() == 0
-    )
+    ):
+        return True
+    try:
+        return any(type(t) not in _PLAIN or t.is_neg() or t.data_ptr() == 0 for t in tensors if t is not None)
+    except RuntimeError:  # a batch of gradients has no memory of its own
+        return True
 
 
 def _by_stages(grad: Tensor, x: Tensor, p: Parameters, plan: Plan, saved: Saved, needs: Needs) -> list[Tensor | None]:
