@@ -89,9 +89,9 @@ def silent_gpu() -> Iterator[None]:
     try:
         yield
     finally:
+        _forget_kernels()  # while there is a driver that unloads them
         dispatch.triton_obstacles = genuine
         triton.runtime.driver._active = None
-        _forget_kernels()
 
 
 def _forget_kernels() -> None:
