@@ -94,7 +94,8 @@ def test_plan(run, folder, saved, tmp_path):
         assert words in out
 
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = run(*arguments, "--remove", "0", "--images", 1281167, "--epochs", 8, "--dilution-epochs", 6, "--devices", 3)
+    length = ["--epochs", 8, "--dilution-epochs", 6]
+    code, out, err = run(*arguments, "--remove", "0", "--images", 1281167, *length, "--devices", 3)
     assert code == 0, err
     for words in ("6 epochs of 106,764 steps", "2 epochs of 106,764 steps", "exactly 3 times as fast", "--data measures",
                   "--remove 0 --data path/to/images --epochs 8 --dilution-epochs 6 --batch-size 12 --out"):  # fmt: skip

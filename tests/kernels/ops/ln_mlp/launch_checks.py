@@ -119,6 +119,10 @@ def check_what_runs_is_what_the_audit_compiles() -> None:
             assert {k: v for k, v in source.attrs.items() if v} == attributes, (launched.name, source.attrs, attributes)
 
 
+class Address(int):
+    """Of a tensor: a number that no size equals by chance, since it is asked for by its type."""
+
+
 def plain(arguments: tuple) -> list[object]:
     """Launcher arguments that can be compared: numbers, tensors by address, descriptors by their fields."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -126,7 +130,7 @@ def plain(arguments: tuple) -> list[object]:
     found: list[object] = []
     for value in arguments:
         if isinstance(value, torch.Tensor):
-            found.append(value.data_ptr())
+            found.append(Address(value.data_ptr()))
         elif isinstance(value, TensorDescriptor):
             found.append({k: v.data_ptr() if k == "base" else v for k, v in vars(value).items()})
         elif isinstance(value, (int, float, str, type(None))):
@@ -211,7 +215,7 @@ class Call:
     def named(self, value: object, names: dict[int, str]) -> object:
         if isinstance(value, dict):
             return value | {"base": names.get(value["base"], "fresh")}
-        return names.get(value, "fresh") if isinstance(value, int) and value > 1 << 32 else value
+        return names.get(value, "fresh") if isinstance(value, Address) else value
 
 
 def elsewhere(t: torch.Tensor) -> torch.Tensor:
