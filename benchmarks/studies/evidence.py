@@ -138,7 +138,7 @@ class Evidence:
         self.out.mkdir(parents=True, exist_ok=True)
         shared = {
             "model": options.model, "weights": options.weights.name, "data": options.data.name,
-            "img_size": options.img_size, "adapt_epochs": options.adapt_epochs, "calibration": options.calibration,
+            "img_size": options.img_size, "adapt_epochs": options.adapt_epochs, "calibration": options.calibration, "amp": options.amp,
         }  # fmt: skip
         path = self.out / "options.json"
         with locked(self.out / "options.lock"):
@@ -150,7 +150,7 @@ class Evidence:
 
     def recipe(self, **more: Any) -> Recipe:
         """The shared recipe with what differs."""
-        return load_recipe(None, {**SHARED, "img_size": self.options.img_size, **more})
+        return load_recipe(None, {**SHARED, "img_size": self.options.img_size, "amp": self.options.amp, **more})
 
     def base(self) -> nn.Module:
         """The network that all arms start from."""
@@ -315,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=4,
         help="of the network that all arms start from; with 0 it is the model as it is, with all its classes",
     )
+    parser.add_argument("--amp", default="none", help="precision of automatic mixed precision, of all arms")
     parser.add_argument("--calibration", type=int, default=2000, help="training images that layers are picked on")
     parser.add_argument("--arms", nargs="*", default=list(GROUPS), help="groups or names of arms, in this order")
     parser.add_argument("--results", type=Path, help="JSON for the table and the plot, written from what is there")
