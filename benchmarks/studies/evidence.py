@@ -138,7 +138,8 @@ class Evidence:
         self.out.mkdir(parents=True, exist_ok=True)
         shared = {
             "model": options.model, "weights": options.weights.name, "data": options.data.name,
-            "img_size": options.img_size, "adapt_epochs": options.adapt_epochs, "calibration": options.calibration, "amp": options.amp,
+            "img_size": options.img_size, "adapt_epochs": options.adapt_epochs, "calibration": options.calibration,
+            "amp": options.amp,
         }  # fmt: skip
         path = self.out / "options.json"
         with locked(self.out / "options.lock"):

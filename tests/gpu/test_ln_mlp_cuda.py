@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,16 @@ def test_choices_are_measured_and_kept(unmeasured, monkeypatch):
     assert {"forward", "hidden_gradient"} <= set(again)
     for stage, decision in again.items():
         assert (decision.source, decision.candidate) == ("cache file", measured[stage].candidate)
+
+
+def test_what_is_measured_is_the_device():
+    x = torch.randn(1024, 1024, device="cuda")
+
+    def run() -> None:
+        time.sleep(2e-3)  # in the host
+        torch.mm(x, x)
+
+    assert 1 < tuning._measure(run) < 1000
 
 
 @pytest.mark.parametrize(("channels", "recompute"), [(192, "all"), (768, "act"), (768, "none")])

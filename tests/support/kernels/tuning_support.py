@@ -22,7 +22,7 @@ NORMALIZED = Candidate("normalized", Config(128, 64, 0, 4, 2))
 LIBRARY = Candidate("library")
 FC1 = Problem("fc1", 50_000, 384, 1536, "bfloat16", "x=bfloat16 gelu=none")
 
-MEASURE, MACHINE, INTERPRETED = tuning._measure, tuning._machine, tuning.in_interpreter
+MEASURE, MACHINE, ASSEMBLER, INTERPRETED = tuning._measure, tuning._machine, tuning._assembler, tuning.in_interpreter
 
 
 class Ways:
@@ -49,6 +49,7 @@ def usual() -> Ways:
 def simulate_cuda() -> None:
     tuning._measure = lambda run: run()
     tuning._machine = lambda device: "NVIDIA H200, torch 2.15.0"
+    tuning._assembler = lambda device: "12.8"
 
 
 @pytest.fixture(autouse=True, name="cache")
@@ -58,6 +59,7 @@ def cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("LAMBDA_KERNELS_TUNING", raising=False)
     monkeypatch.setattr(tuning, "_measure", None)
     monkeypatch.setattr(tuning, "_machine", None)
+    monkeypatch.setattr(tuning, "_assembler", None)
     simulate_cuda()
     monkeypatch.setattr(tuning, "in_interpreter", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

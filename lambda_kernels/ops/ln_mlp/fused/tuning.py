@@ -3,12 +3,13 @@
 The stages call `choose` with their candidates, the default first. On a CUDA device each candidate is timed on the real
 tensors at the first use of a shape, which takes about 0.05 s per candidate besides its compilation. The library's own
 products are always among the candidates of a product, so no stage is slower than the library by more than the 2 % under
-which an earlier candidate is preferred: at the measured size, launched eagerly, with a cold L2 cache.
+which an earlier candidate is preferred: at the measured size, replayed in a graph, where the host takes no part.
 
-Times are saved in `cache_path()`, for this GPU, these versions of torch, triton and CUDA, and this set of candidates; the
-file may be deleted at any time. With `LAMBDA_KERNELS_TUNING=off` the first candidate is always used. Choices may differ
-between runs that measure anew, and with them the last bits of results: retain the file, or switch tuning off, where bits
-matter. With several processes each tunes for itself; the ranks of a distributed run need not agree.
+Times are saved in `cache_path()`, for this GPU, these versions of torch, triton, CUDA and the assembler, these sources of the
+kernels, and this set of candidates; the file may be deleted at any time. With `LAMBDA_KERNELS_TUNING=off` the first candidate
+is always used. Choices may differ between runs that measure anew, and with them the last bits of results: retain the file, or
+switch tuning off, where bits matter. With several processes each tunes for itself; the ranks of a distributed run need not
+agree.
 
 Importing this module needs no triton.
 """
@@ -20,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import statistics
 import threading
 import traceback
 import warnings
@@ -38,9 +40,6 @@ from ...checks import check_choice
 from .. import tracing
 from ..dispatch import in_interpreter
 from .kernels.configs import Config
-
-# Raise this with every change of the kernels or their launches: earlier times say nothing about them.
-KERNEL_REVISION = 2
 
 SWITCH = "LAMBDA_KERNELS_TUNING"
 
@@ -179,7 +178,6 @@ def choose(
     Raises:
         ValueError: No candidate; the stage is forced to one that is not there; or `LAMBDA_KERNELS_TUNING` is neither
             "on" nor "off".
-        Exception: What the last candidate raised, if none could be measured.
     """
     candidates = tuple(candidates)
     key = _key(problem, device)
@@ -275,11 +273,52 @@ def _switch() -> str:
 # Measuring
 
 
-def _measure(run: Callable[[], object]) -> float:
-    """Median time in µs, with the L2 cache cleared before each run."""
-    from triton.testing import do_bench
+# Runs in the graph that says about how long one takes; what a graph should take then, and how many it holds at most.
+_FEW_RUNS, _GRAPH_MS, _MOST_RUNS = 3, 2.0, 100
+_REPLAYS = 10
 
-    return 1000 * do_bench(run, warmup=10, rep=40, return_mode="median")
+
+def _measure(run: Callable[[], object]) -> float:
+    """Median time of a run on the device, in µs: of runs that follow one another in a CUDA graph, without the host."""
+    before = torch.cuda.current_stream()
+    stream = _side_stream(before.device)
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream):
+            run()  # compiles, and loads what a capture cannot
+            rough = _replay(run, _FEW_RUNS, 1)
+            count = int(_GRAPH_MS / max(rough, 1e-3))
+            return 1000 * _replay(run, max(_FEW_RUNS, min(_MOST_RUNS, count)), _REPLAYS)
+    finally:
+        before.wait_stream(stream)
+
+
+@functools.lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all that is captured on a device: the library keeps a workspace for each stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
+def _replay(run: Callable[[], object], count: int, replays: int) -> float:
+    """Median time of a run in ms, of `replays` of a graph of `count` runs."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads go on allocating, pinned memory for the next images say, and must not spoil the capture.
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        for _ in range(count):
+            run()
+    finally:
+        graph.capture_end()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) / count
 
 
 def _measured_decision(problem: Problem, candidates: _Offer, run: Callable) -> tuple[Decision, bool]:
@@ -296,10 +335,8 @@ def _measured_decision(problem: Problem, candidates: _Offer, run: Callable) -> t
             errors.append(error)
             _warn(f"{problem.stage}: {candidate} is omitted, it failed with {type(error).__name__}: {error}")
     if not times:
-        if all(isinstance(error, torch.OutOfMemoryError) for error in errors):
-            # The timer needs room of its own; without it the stage may still fit.
-            return Decision(problem, candidates[0], "default", "no memory to measure in"), False
-        raise errors[-1]
+        # Measuring takes room, and a capture, of its own; without it the stage may still run, or say better why it does not.
+        return Decision(problem, candidates[0], "default", "no candidate could be measured"), False
     best = min(times.values())
     chosen = next(c for c in candidates if c in times and (times[c] <= best or times[c] < _TOLERANCE * best))
     reason = f"fastest of {len(times)}" if times[chosen] <= best else "within 2 % of the fastest, and preferred"
@@ -334,21 +371,39 @@ def _earlier_path() -> Path:
 
 @functools.lru_cache
 def _machine(device: torch.device) -> str:
-    """What times depend on besides the problem, in words."""
+    """What times depend on besides the problem and the assembler, in words."""
     import triton
 
     gpu = torch.cuda.get_device_properties(device)
     return (
         f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
-        f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
+        f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}, kernels {_sources()}"
     )
+
+
+@functools.lru_cache
+def _sources() -> str:
+    """A digest of the kernels and of how they are launched: times of others say nothing about these."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (*sorted((folder / "kernels").glob("*.py")), folder / "launch.py", folder / "stages.py"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:12]
+
+
+def _assembler(device: torch.device) -> str:
+    """The version of the assembler that makes the kernels now: PyTorch's compiler may set another one in mid-process."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return str(get_ptxas(10 * major + minor).version)
 
 
 def _entry_key(problem: Problem, candidates: _Offer, device: torch.device) -> str:
     offered = hashlib.sha256("\n".join(sorted(map(str, candidates))).encode()).hexdigest()[:12]
     sizes = f"{problem.bucket} tokens, channels {problem.channels}, hidden {problem.hidden}, {problem.dtype}"
     return (
-        f"{_machine(device)}, kernels {KERNEL_REVISION} | {problem.stage}, {sizes} | {problem.details} | "
+        f"{_machine(device)}, ptxas {_assembler(device)} | {problem.stage}, {sizes} | {problem.details} | "
         f"candidates {offered}"
     )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +20,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tuning_support import (
+    ASSEMBLER,
     CORRECTED,
     CUDA,
     FC1,
@@ -86,15 +90,19 @@ def test_a_failing_candidate_is_left_out_with_a_warning(cache: Path) -> None:
     assert len(ways.ran) == 3
 
 
-def test_when_all_fail_the_last_error_is_raised(cache: Path) -> None:
-    last = ValueError("the last")
-    ways = Ways({CORRECTED: RuntimeError("the first"), LIBRARY: last})
-    with pytest.warns(TuningWarning), pytest.raises(ValueError, match="the last") as caught:
-        ways.choose()
-    assert caught.value is last
+@pytest.mark.parametrize("error", [ValueError("no capture"), torch.OutOfMemoryError("full")])
+def test_when_all_fail_the_first_is_used_and_nothing_written(cache: Path, error: Exception) -> None:
+    ways = Ways({CORRECTED: error, LIBRARY: error})
+    with pytest.warns(TuningWarning) as record:
+        assert ways.choose() == CORRECTED
+    assert len(record) == 2
+    assert (latest().source, latest().reason) == ("default", "no candidate could be measured")
+    assert ways.choose() == CORRECTED
+    assert len(ways.ran) == 2, "trying again at each call would cost more than it could win"
     assert not cache.exists()
-    ways.times = {CORRECTED: 1.0, LIBRARY: 2.0}
-    assert ways.choose() == CORRECTED, "a failure must not be remembered"
+    tuning.clear()
+    ways.times = {CORRECTED: 2.0, LIBRARY: 1.0}
+    assert ways.choose() == LIBRARY
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("device lost")])
@@ -108,15 +116,6 @@ def test_an_error_of_the_moment_is_not_written_down(cache: Path, error: Exceptio
     tuning.clear()
     ways.times[CORRECTED] = 1.0
     assert ways.choose() == CORRECTED
-
-
-def test_without_memory_to_measure_in_the_first_is_used() -> None:
-    ways = Ways({CORRECTED: torch.OutOfMemoryError("full"), LIBRARY: torch.OutOfMemoryError("full")})
-    with pytest.warns(TuningWarning):
-        assert ways.choose() == CORRECTED
-    assert (latest().source, latest().reason) == ("default", "no memory to measure in")
-    assert ways.choose() == CORRECTED
-    assert len(ways.ran) == 2, "trying again at each call would cost more than it could win"
 
 
 def test_a_failed_candidate_holds_no_tensors_while_the_next_is_measured() -> None:
@@ -142,12 +141,81 @@ def test_no_candidates_are_an_error() -> None:
         Ways({}).choose()
 
 
-def test_the_timer_gives_microseconds_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    testing = pytest.importorskip("triton.testing")
-    monkeypatch.setattr(testing, "do_bench", lambda run, **options: (run(), options["return_mode"]) and 0.141)
-    ran = []
-    assert MEASURE(lambda: ran.append(1)) == pytest.approx(141.0)
-    assert ran == [1]
+class Device:
+    """What `tuning` asks of CUDA to time a run: a clock that counts `gpu_us` per run, of those that a graph replays too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gpu_us: float, launch_us: float = 0.0) -> None:
+        self.gpu_us, self.launch_us = gpu_us, launch_us
+        self.now, self.captured, self.modes, self.replayed, self.waits = 0.0, None, [], [], []
+        stream = SimpleNamespace(device=CUDA, wait_stream=self.waits.append)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(tuning, "_side_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def run(self) -> None:
+        if self.captured is None:
+            self.now += self.gpu_us
+        else:
+            self.captured += 1
+
+
+class Graph:
+    def __init__(self, device: Device) -> None:
+        self.device, self.runs = device, 0
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.device.modes.append(capture_error_mode)
+        self.device.captured = 0
+
+    def capture_end(self) -> None:
+        self.runs, self.device.captured = self.device.captured, None
+
+    def replay(self) -> None:
+        self.device.replayed.append(self.runs)
+        self.device.now += self.device.launch_us + self.runs * self.device.gpu_us
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, None
+
+    def record(self) -> None:
+        self.at = self.device.now
+
+    def synchronize(self) -> None:
+        assert self.at is not None
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) / 1000
+
+
+@pytest.mark.parametrize(("gpu_us", "runs"), [(8.0, 100), (141.0, 14), (5000.0, 3)])
+def test_runs_are_timed_in_a_graph_of_many(monkeypatch: pytest.MonkeyPatch, gpu_us: float, runs: int) -> None:
+    device = Device(monkeypatch, gpu_us)
+    assert MEASURE(device.run) == pytest.approx(gpu_us)
+    assert device.replayed == [3] * 2 + [runs] * 11  # each graph once unmeasured
+    assert device.modes == ["thread_local"] * 2
+    assert len(device.waits) == 2
+
+
+def test_the_launch_of_a_graph_hardly_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MEASURE(Device(monkeypatch, 8.0, launch_us=6.0).run) == pytest.approx(8.0, rel=0.02)
+
+
+def test_a_capture_ends_when_what_is_captured_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, 8.0)
+
+    def run() -> None:
+        if device.captured is not None:
+            raise RuntimeError("not while capturing")
+        device.run()
+
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        MEASURE(run)
+    assert device.captured is None
+    assert len(device.waits) == 2, "later work waits for what was begun"
 
 
 # What is remembered
@@ -194,7 +262,7 @@ def test_order_of_candidates_is_not_part_of_the_file_but_their_set_is() -> None:
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch], Problem]] = {
     "machine": lambda patch: patch.setattr(tuning, "_machine", lambda device: "NVIDIA A10") or FC1,
-    "kernels": lambda patch: patch.setattr(tuning, "KERNEL_REVISION", tuning.KERNEL_REVISION + 1) or FC1,
+    "assembler": lambda patch: patch.setattr(tuning, "_assembler", lambda device: "12.9") or FC1,
     "stage": lambda patch: replace(FC1, stage="fc2"),
     "bucket": lambda patch: replace(FC1, tokens=65537),
     "channels": lambda patch: replace(FC1, channels=192),
@@ -207,7 +275,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], Problem]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_machine_or_problem_is_measured_anew(change: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     usual().choose()
-    if change in ("machine", "kernels"):
+    if change in ("machine", "assembler"):
         tuning.clear()  # they do not change within a process
     other = CHANGES[change](monkeypatch)
     ways = Ways({CORRECTED: 1.0, NORMALIZED: 150.0, LIBRARY: 120.0})
@@ -264,8 +332,35 @@ def test_the_machine_is_told_with_its_versions(monkeypatch: pytest.MonkeyPatch) 
     properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     words = MACHINE.__wrapped__(CUDA)
-    for part in ("NVIDIA H200", "9.0", "132", torch.__version__, triton.__version__, str(torch.version.cuda)):
+    versions = (torch.__version__, triton.__version__, str(torch.version.cuda))
+    for part in ("NVIDIA H200", "9.0", "132", *versions, f"kernels {tuning._sources()}"):
         assert part in words
+
+
+def test_the_assembler_is_asked_for_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch's compiler sets another one through this variable, for the rest of a process."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    before = ASSEMBLER(CUDA)
+    assert re.fullmatch(r"\d+\.\d+", before)
+    other = tmp_path / "ptxas"
+    other.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 1.25, V1.25.7'\n", encoding="utf-8")
+    other.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+    assert ASSEMBLER(CUDA) == "1.25"
+
+
+@pytest.mark.parametrize("name", ["kernels/forward.py", "kernels/common.py", "launch.py", "stages.py"])
+def test_times_of_other_sources_are_not_used(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copy = tmp_path / "fused"
+    shutil.copytree(Path(tuning.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(tuning, "__file__", str(copy / "tuning.py"))
+    before = tuning._sources.__wrapped__()
+    assert before == tuning._sources()
+    (copy / name).write_bytes((copy / name).read_bytes().replace(b"\n", b"\r\n"))  # as Git may check it out on Windows
+    assert tuning._sources.__wrapped__() == before
+    (copy / name).write_bytes((copy / name).read_bytes() + b"# changed\n")
+    assert tuning._sources.__wrapped__() != before
 
 
 def test_threads_do_not_measure_the_same_twice() -> None:

@@ -106,7 +106,7 @@ def test_the_file_is_readable_json(cache: Path) -> None:
     content = json.loads(cache.read_text(encoding="utf-8"))
     assert content["format"] == 1
     ((key, entry),) = content["entries"].items()
-    for part in ("NVIDIA H200", "kernels 2", "fc1", "65536 tokens", "384", "1536", "bfloat16", "x=bfloat16 gelu=none"):
+    for part in ("NVIDIA H200", "ptxas 12.8", "fc1", "65536 tokens", "384", "1536", "bfloat16", "x=bfloat16 gelu=none"):
         assert part in key
     assert entry["candidate"] == "library"
     assert entry["times_us"]["corrected 128x128x64 w8 s4"] == 141.0
