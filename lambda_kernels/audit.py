@@ -7,7 +7,8 @@ stores of local memory. It fails on
 - local memory traffic inside a loop (a spill),
 - shared memory above the architecture's limit,
 - on sm_90, a warp-group product that was serialized or takes its A operand from registers, or that became the older HMMA,
-- on sm_100, a product that is no tcgen05 one.
+- on sm_100, a product that is no tcgen05 one,
+- a bulk load inside a loop that is waited for directly: no product, and no other load, runs meanwhile.
 """
 
 from __future__ import annotations
@@ -137,7 +138,14 @@ def read(case: Case, compiled: Any) -> Finding:
         matrix_instructions=_count(_MATRIX_INSTRUCTION[case.arch], sass),
         spills=_count("LDL", sass) + _count("STL", sass),
         spills_in_loop=local_memory_in_loops(sass),
-        faults=tuple(find_faults(case, compiled.metadata.shared, sass, warnings)),
+        faults=(
+            *find_faults(case, compiled.metadata.shared, sass, warnings),
+            *(
+                [f"{n} loads inside a loop are waited for directly"]
+                if (n := exposed_loads(compiled.asm["ptx"]))
+                else []
+            ),
+        ),
     )
 
 
@@ -168,6 +176,29 @@ def _disassemble(compiled: Any, arch: int) -> tuple[str, str, str]:
 
 def _count(opcode: str, sass: str) -> int:
     return len(re.findall(rf"\b{opcode}\b", sass))
+
+
+def exposed_loads(ptx: str) -> int:
+    """Bulk loads into shared memory inside a loop whose own barrier is the next that is waited for, with no product between.
+
+    In a pipelined loop the next wait is for a load of an earlier iteration, or products come first. Triton names a barrier by
+    one register from the load to its wait.
+    """
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"(\$L__BB\w+):", line))}
+    exposed = 0
+    for end, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        barrier = None
+        for inside in lines[labels[jump[1]] : end] if jump and jump[1] in labels else ():
+            if load := re.search(r"\bcp\.async\.bulk\.tensor\S*\.shared::\w+\.global\S*\s.*\[(%\w+)\];", inside):
+                barrier = load[1]
+            elif re.search(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", inside):
+                barrier = None
+            elif wait := re.search(r"\bmbarrier\.(?:try|test)_wait\S*\s+\S+\s+\[(%\w+)\]", inside):
+                exposed += wait[1] == barrier
+                barrier = None
+    return exposed
 
 
 def local_memory_in_loops(sass: str) -> int:
@@ -222,7 +253,7 @@ _WIDTHS: dict[bool, tuple[int, ...]] = {
 }
 # Of one tile, all widths above a few tiles give the same code.
 _DEFAULT_WIDTHS: dict[str, dict[bool, tuple[int, ...]]] = {
-    "one_pass": {True: (192, 384), False: (100, 192)},
+    "one_pass": {True: (192,), False: (100, 192)},
     "others": {True: (768,), False: (100,)},
 }
 _VARIANT_WIDTHS = (192, 384, 768)

@@ -59,6 +59,8 @@ assert any("spill instructions inside a loop" in fault for fault in finding.faul
 assert finding.stack > 0 and finding.spills >= finding.spills_in_loop > 0
 case = audit.product_case("hidden_gradient", 768, torch.bfloat16, Config(128, 128, 64, 8, 4), True, 90)
 assert any("bytes of shared memory, the limit is 232448" in fault for fault in audit.compile_case(case).faults)
+case = audit.product_case("one_pass", 192, torch.bfloat16, Config(64, 64, 0, 4, 1), True, 90)
+assert audit.compile_case(case).faults == ("6 loads inside a loop are waited for directly",)
 case = audit.product_case("fc1", 768, torch.float32, Config(64, 64, 32, 8, 2), False, 90)
 finding = audit.compile_case(replace(case, tensor_cores=True))
 assert any("no HGMMA; products run as FFMA" in fault for fault in finding.faults), finding
@@ -122,6 +124,32 @@ def test_the_wrong_tensor_core_is_a_fault():
     mixed = old + "\n/*0010*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], gdesc[UR8], R24 ;"
     assert "1 HMMA beside HGMMA" in faults(mixed)
     assert not faults("/*0000*/  FFMA R4, R8, R12, R4 ;", tensor_cores=False)
+
+
+LOAD = "@%p8 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r46], [%rd5, {%r47, %r338}], [%r45];"
+WAIT = "mbarrier.try_wait.parity.shared::cta.b64 complete, [%r45], %r13;"
+OTHER = WAIT.replace("%r45", "%r46")
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 1;"
+
+
+@pytest.mark.parametrize(
+    ("inside", "found"),
+    [
+        ([LOAD, WAIT, PRODUCT], 1),
+        ([LOAD, WAIT, PRODUCT, LOAD, WAIT, PRODUCT], 2),
+        ([WAIT, PRODUCT, LOAD], 0),
+        ([LOAD, PRODUCT, WAIT], 0),
+        ([LOAD, PRODUCT.replace("wgmma.mma_async", "tcgen05.mma"), WAIT], 0),
+        ([LOAD, OTHER, PRODUCT], 0),
+        ([LOAD, LOAD.replace("%r45", "%r46"), WAIT], 0),
+        ([LOAD, LOAD.replace("%r45", "%r46"), OTHER], 1),
+    ],
+)
+def test_a_load_that_is_waited_for_directly(inside, found):
+    loop = "\n".join(["$L__BB0_1:", *inside, "@%p29 bra \t$L__BB0_1;"])
+    assert audit.exposed_loads(loop) == found
+    assert audit.exposed_loads("\n".join([LOAD, WAIT, loop])) == found, "before the loop nothing can be overlapped"
+    assert audit.exposed_loads("\n".join(["@%p1 bra $L__BB0_2;", *inside, "$L__BB0_2:"])) == 0, "no loop"
 
 
 @pytest.mark.parametrize("arch", sorted(audit.SHARED_LIMIT))

@@ -70,7 +70,7 @@ def _products(arch: int, dtype: str, tma: bool) -> Iterator[Case]:
     """Every tile that ships, the default of a kernel first."""
     for kernel in configs.KERNELS:
         for odd in _ends(arch, dtype, tma):
-            for widest in (192, 384) if kernel == "one_pass" else (192,):
+            for widest in (192, 256, 384) if kernel == "one_pass" else (192,):
                 for config in configs.shipped(kernel, arch, TYPES[dtype], widest, tma):
                     yield _ragged(kernel, arch, dtype, config, tma, widest, odd)
 

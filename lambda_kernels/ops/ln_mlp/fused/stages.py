@@ -144,7 +144,7 @@ def forward(x: Tensor, p: Parameters, o: Options, save: str, steps: Steps | None
     candidate = steps.chosen("forward")
     if candidate is None:
         tiles = _tiles("one_pass", "one_pass", x=x, p=p, tma=tma)
-        offered = _order_forward(tiles, x.shape[0], x.shape[1], _at_once(x.device))
+        offered = _order_forward(tiles, x.shape[0], x.shape[1], _at_once(x.device), tma)
         candidate = steps.choose(_problem("forward", x, p, o, tma, f"save={save}"), offered, run, x.device)
     return run(candidate, steps)
 
@@ -161,12 +161,15 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _order_forward(tiles: tuple[Candidate, ...], tokens: int, channels: int, at_once: int) -> tuple[Candidate, ...]:
+def _order_forward(
+    tiles: tuple[Candidate, ...], tokens: int, channels: int, at_once: int, tma: bool
+) -> tuple[Candidate, ...]:
     """The candidates of a forward, the default first; `at_once` is how many programs it takes to occupy the device."""
     # In device-memory terms one pass has an edge below a width of about 256, if its programs are enough for the device: each of
-    # them computes whole rows of tokens.
+    # them computes whole rows of tokens. Products fed by descriptors are so fast that reading all weights for each tile costs
+    # more than that edge.
     fills = tiles and launch.ceil_div(bucket(tokens), tiles[0].config.bm) >= at_once
-    return (*tiles, STAGED) if channels <= 256 and fills else (STAGED, *tiles)
+    return (*tiles, STAGED) if channels <= 256 and fills and not tma else (STAGED, *tiles)
 
 
 _ONE_PASS = ("x", *Parameters._fields, "out", "mean", "rstd")

@@ -64,17 +64,21 @@ _HALF: dict[tuple[str, str, bool], tuple[Config, ...]] = {
     ),
     ("fc2", "hopper", True): (
         Config(128, 128, 64, 8, 4),
+        Config(128, 128, 64, 4, 3),
+        Config(128, 256, 64, 8, 3),
         Config(256, 128, 64, 8, 3),
         Config(128, 64, 64, 4, 4),
         Config(64, 64, 64, 4, 4),
     ),
     ("saved_gradient", "hopper", True): (
         Config(128, 128, 64, 8, 4),
+        Config(64, 128, 64, 4, 4),
         Config(128, 64, 64, 4, 4),
         Config(64, 64, 64, 4, 4),
     ),
     ("hidden_gradient", "hopper", True): (
         Config(128, 128, 64, 8, 3),
+        Config(64, 128, 64, 4, 3),
         Config(128, 64, 64, 8, 3),
         Config(64, 64, 64, 4, 3),
     ),
@@ -104,19 +108,15 @@ _SINGLE: dict[str, tuple[Config, ...]] = {
     "hidden_gradient": (Config(64, 64, 32, 8, 2),),
 }
 
-# (family, descriptors) → (widest row, tile) of the one-pass kernel, for 16-bit operands and for float32.
+# (family, descriptors) → (widest row, tile) of the one-pass kernel, for 16-bit operands and for float32. Descriptors need two
+# stages: with one, each of the loop's loads is waited for directly.
 _ONE_PASS_HALF: dict[tuple[str, bool], tuple[tuple[int, Config], ...]] = {
-    ("hopper", True): (
-        (192, Config(64, 64, 0, 4, 1)),
-        (192, Config(64, 64, 0, 4, 2)),
-        (192, Config(128, 128, 0, 8, 1)),
-        (384, Config(64, 128, 0, 8, 1)),
-    ),
+    ("hopper", True): ((192, Config(64, 64, 0, 4, 2)), (192, Config(128, 64, 0, 8, 2)), (256, Config(64, 64, 0, 8, 2))),
     ("hopper", False): ((192, Config(64, 64, 0, 8, 1)),),
     ("blackwell", True): (
-        (192, Config(64, 64, 0, 4, 1)),
-        (192, Config(128, 128, 0, 8, 1)),
-        (384, Config(64, 128, 0, 8, 1)),
+        (192, Config(64, 64, 0, 4, 2)),
+        (192, Config(128, 64, 0, 8, 2)),
+        (256, Config(64, 64, 0, 8, 2)),
     ),
     ("blackwell", False): ((192, Config(64, 64, 0, 8, 1)),),
     ("ampere", False): ((192, Config(32, 64, 0, 4, 2)), (192, Config(32, 32, 0, 4, 2)), (384, Config(32, 32, 0, 8, 1))),
