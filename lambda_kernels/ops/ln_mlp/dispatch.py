@@ -22,6 +22,10 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _EXPORTED = "the model is being exported, and an exported model has to run without this library"
 
+# The widest tokens whose kernels `auto` uses inside a compiled model: there they do what a compiler's kernels do not, and keep
+# what lies between the products on the chip. Above, products decide, and the compiler has the library's and fuses around them.
+COMPILED_CHANNELS = 256
+
 # Compute capability from which the kernels' products run on bfloat16 tensor cores.
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -159,9 +163,17 @@ def inference_obstacles(device: torch.device, recording: bool = False, subclass:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, backend: str = "auto", *, recording: bool = False, subclass: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    *,
+    channels: int = 0,
+    recording: bool = False,
+    subclass: bool = False,
 ) -> Choice:
-    """Choose the backend of `ln_mlp` for tensors on `device` with `dtype`.
+    """Choose the backend of `ln_mlp` for tokens on `device` with `dtype` and `channels` values each.
+
+    Inside a model that is being compiled, "auto" leaves tokens of more than `COMPILED_CHANNELS` values to the compiler.
 
     "onednn" is a choice for inference: where it could run, but the call is another one (see `inference_obstacles`, which gets
     `recording` and `subclass`), that is no error, since a model is trained and exported as well; the reason says so. Such calls
@@ -187,6 +199,11 @@ def choose(
     obstacles = triton_obstacles(device, dtype)
     if backend == "auto" and not obstacles and device.type == "cpu":
         return Choice("torch", "Triton's interpreter is only used when backend='triton' asks for it")
+    if backend == "auto" and not obstacles and channels > COMPILED_CHANNELS and torch.compiler.is_compiling():
+        return Choice(
+            "torch",
+            f"the model is being compiled, and above a width of {COMPILED_CHANNELS} its compiler is expected to be as fast",
+        )
     if not obstacles:
         return Choice("triton", "requested by name" if backend == "triton" else "a fused kernel serves this case")
     if backend == "triton":

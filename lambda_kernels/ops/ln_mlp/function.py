@@ -61,11 +61,12 @@ def ln_mlp(
         recompute: What the backward computes again instead of saving it: "act" (LayerNorm and GELU), "all" (the first product
             too), or "none". "auto" decides by width in the kernels, and is "none" on the PyTorch path, whose results are then
             timm's to the last bit. A `torch.func` transform or forward-mode differentiation makes it "none" as well.
-        backend: "auto", "triton", "onednn" or "torch". "triton" and "onednn" raise where they cannot run. "onednn" (CPU,
-            float32 and bfloat16) is for inference: where autograd records the call, under autocast, while compiling or
-            exporting, PyTorch's operators run; `dispatch.choose` gives the reason. "auto" never uses it, since it rounds
-            differently from timm. It holds a second copy of weights that are parameters, in its own order, while they live. It
-            notices changes of a weight, except of single elements written past PyTorch, through `.data` or NumPy.
+        backend: "auto", "triton", "onednn" or "torch". "auto" uses the kernels on a CUDA device, but leaves tokens of more than 256
+            values to the compiler inside a model that is being compiled. "triton" and "onednn" raise where they cannot run.
+            "onednn" (CPU, float32 and bfloat16) is for inference: where autograd records the call, under autocast, while
+            compiling or exporting, PyTorch's operators run; `dispatch.choose` gives the reason. "auto" never uses it, since it
+            rounds differently from timm. It holds a second copy of weights that are parameters, in its own order, while they
+            live. It notices changes of a weight, except of single elements written past PyTorch, through `.data` or NumPy.
 
     Returns:
         A tensor shaped like `x`; dtype as PyTorch's own type promotion and autocast give.
@@ -126,7 +127,9 @@ def _settle(
     o = Options(eps, residual_scale, "tanh" if approximate == "tanh" else "none")
     is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *p))
     is_subclass = backend == "onednn" and any(type(t) not in _PLAIN for t in (x, *p) if t is not None)
-    chosen = dispatch.choose(x.device, compute, backend, recording=is_recorded, subclass=is_subclass).backend
+    chosen = dispatch.choose(
+        x.device, compute, backend, channels=channels, recording=is_recorded, subclass=is_subclass
+    ).backend
     # Of no tokens nothing is computed: the reference gives shape, dtype and zero gradients.
     if x.numel() == 0 or hidden == 0:
         chosen, recompute = "torch", "none"

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lambda_kernels import BackendUnavailableError, ln_mlp
@@ -104,6 +105,30 @@ def test_compiled_as_one_graph(backend, recompute):
     assert any(entry.startswith("hidden_gradient") for entry in ran)
     for a, b in zip(got, expected, strict=True):
         assert relative_error(a, b.double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("channels", "backend", "uses_kernels"),
+    [(192, "auto", True), (256, "auto", True), (384, "auto", False), (384, "triton", True), (192, "torch", False)],
+)
+def test_wide_tokens_are_left_to_the_compiler(channels, backend, uses_kernels):
+    """On a CUDA device, of which fake tensors need none."""
+    called = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list) -> object:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, w1, w2 = (torch.empty(*shape, device="cuda") for shape in ((4, channels), (32, channels), (channels, 32)))
+        compiled = torch.compile(
+            lambda: ln_mlp(x, None, None, w1, None, w2, None, eps=1e-6, backend=backend), backend=note
+        )
+        assert compiled().shape == x.shape
+    assert any("lambda_kernels.ln_mlp" in name for name in called) == uses_kernels
+    assert sum("linear" in name for name in called) == (0 if uses_kernels else 2)
+    if backend == "auto":
+        assert dispatch.choose(x.device, x.dtype, channels=channels).backend == "triton", "nothing is compiled now"
 
 
 def test_compiled_for_any_number_of_tokens():
