@@ -61,7 +61,7 @@ def ln_mlp(
         recompute: What the backward computes again instead of saving it: "act" (LayerNorm and GELU), "all" (the first product
             too), or "none". "auto" decides by width in the kernels, and is "none" on the PyTorch path, whose results are then
             timm's to the last bit. A `torch.func` transform or forward-mode differentiation makes it "none" as well.
-        backend: "auto", "triton", "onednn" or "torch". "auto" uses the kernels on a CUDA device, but leaves tokens of more than 256
+        backend: "auto", "triton", "onednn" or "torch". "auto" uses the kernels on a CUDA device, but leaves tokens of over 256
             values to the compiler inside a model that is being compiled. "triton" and "onednn" raise where they cannot run.
             "onednn" (CPU, float32 and bfloat16) is for inference: where autograd records the call, under autocast, while
             compiling or exporting, PyTorch's operators run; `dispatch.choose` gives the reason. "auto" never uses it, since it
