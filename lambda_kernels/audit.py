@@ -343,7 +343,7 @@ def product_case(
     how: dict[str, Any] = {"config": config, "tma": tma}
     if kernel == "one_pass":
         made = launch.one_pass(x, p, o, out, statistics, statistics, **how)
-    elif kernel == "fc1" and dtype != torch.float32 and variant != "normalized":
+    elif kernel == "fc1" and dtype == torch.bfloat16 and variant != "normalized":
         folded = p._replace(b1=_empty(hidden))
         made = launch.fc1(x, folded, o, act, wide, (statistics, statistics, _empty(hidden)), **how)
     elif kernel == "fc1":

@@ -79,7 +79,7 @@ def real_cases() -> list:
     for channels, hidden in sizes:
         for dtype in (F32, F16, BF16):
             for path in PATHS:
-                if path == "corrected" and dtype == F32:
+                if path == "corrected" and dtype != BF16:
                     continue
                 tma = configs.uses_descriptors(architecture()) and dtype != F32
                 if path == "one_pass" and not configs.shipped("one_pass", architecture(), dtype, channels, tma):
@@ -130,11 +130,11 @@ def shipped_cases() -> list:
                 narrow = 192 if aligned else 100
                 tiles = [(narrow, tile) for tile in configs.shipped(kernel, arch, dtype, narrow, tma)]
                 if kernel == "one_pass" and aligned:
-                    widest = configs.ONE_PASS_CHANNELS
-                    tiles += [(widest, tile) for tile in configs.shipped(kernel, arch, dtype, widest, tma)]
+                    for wide in (256, configs.ONE_PASS_CHANNELS):
+                        tiles += [(wide, tile) for tile in configs.shipped(kernel, arch, dtype, wide, tma)]
                 for channels, tile in tiles:
                     for method in methods.get(kernel, ["fused"]):
-                        if method == "corrected" and dtype == F32:
+                        if method == "corrected" and dtype != BF16:
                             continue
                         name = f"{kernel}-{method}-{tile}-{dtype}-{channels}".replace(" ", "-")
                         found.append(pytest.param(kernel, Candidate(method, tile), dtype, aligned, channels, id=name))

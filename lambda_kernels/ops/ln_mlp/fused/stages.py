@@ -211,8 +211,9 @@ def _choose_fc1(x, p, o, keep_pre, tma, steps) -> Candidate:
 
     # On raw tokens LayerNorm is a correction of the product: the mean cancels there, at float32's accuracy, so that p is off
     # by about 2^-24·√C·|mean|/σ. That stays below the dtype's own rounding up to |mean|/σ of some hundreds. Tokens wider
-    # than the compute dtype would lose digits of what is left of their mean when they are rounded.
-    raw = x.dtype == p.w1.dtype and x.dtype != torch.float32
+    # than the compute dtype would lose digits of what is left of their mean when they are rounded. float16 has no room for
+    # W1 times the small γ that trained networks have.
+    raw = x.dtype == p.w1.dtype == torch.bfloat16
     methods = ("normalized", "corrected") if raw else ("normalized",)
     offered = (*_tiles("fc1", *methods, x=x, p=p, tma=tma), LIBRARY)
     flags = ["pre"] if keep_pre else []

@@ -58,6 +58,7 @@ _HALF: dict[tuple[str, str, bool], tuple[Config, ...]] = {
     ("fc1", "hopper", True): (
         Config(128, 256, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
+        Config(128, 128, 64, 4, 3),
         Config(64, 128, 64, 4, 4),
         Config(128, 64, 64, 4, 4),
         Config(64, 64, 64, 4, 4),
