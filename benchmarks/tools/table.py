@@ -24,20 +24,24 @@ _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Sources:
-    """The files that figures came from, numbered in the order of their use."""
+    """What figures were measured on, numbered in the order of their use."""
 
     def __init__(self) -> None:
-        self._runs: list[records.Run] = []
+        self._described: list[str] = []
 
     def mark(self, run: records.Run) -> str:
-        """The run's number, raised."""
-        if run not in self._runs:
-            self._runs.append(run)
-        return str(self._runs.index(run) + 1).translate(_RAISED)
+        """The number of what the run was measured on, raised."""
+        if (text := described(run)) not in self._described:
+            self._described.append(text)
+        return _raised(self._described.index(text) + 1)
 
     def lines(self) -> list[str]:
         """What each was measured on."""
-        return [f"{self.mark(run)} {described(run)}" for run in list(self._runs)]
+        return [f"{_raised(number)} {text}" for number, text in enumerate(self._described, 1)]
+
+
+def _raised(number: int) -> str:
+    return str(number).translate(_RAISED)
 
 
 def described(run: records.Run) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..arguments import SAVE_NOTHING, Needs, Parameters, Saved, flatten_tokens, make_contiguous
 from ..plans import Plan
@@ -106,6 +107,7 @@ def _needs_dispatcher(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     ):
         return True
     try:

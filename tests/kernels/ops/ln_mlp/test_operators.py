@@ -9,6 +9,7 @@ import pytest
 import torch
 from mlp_cases import DEVICE, NAMES, assert_close, errors, in_float64, problem, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from lambda_kernels import BackendUnavailableError, ln_mlp
@@ -105,6 +106,17 @@ def test_compiled_as_one_graph(backend, recompute):
     assert any(entry.startswith("hidden_gradient") for entry in ran)
     for a, b in zip(got, expected, strict=True):
         assert relative_error(a, b.double()) < 1e-6
+
+
+def test_tangents_of_an_incoming_gradient_are_refused():
+    """The kernels have no formula for them: without a word, they would be zero."""
+    args = problem(20, 48, 80)
+    out = ln_mlp(**args, eps=1e-5, backend="triton")
+    grad = torch.ones_like(out)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(grad, torch.randn_like(grad))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward AD|forward-mode|jvp"):
+            torch.autograd.grad(out, args["x"], dual)
 
 
 @pytest.mark.parametrize(
