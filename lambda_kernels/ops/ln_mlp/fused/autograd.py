@@ -49,6 +49,10 @@ class _LnMlp(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[1:9])
         if grad is None or not any(needs):
             return (None,) * 10
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
+            raise NotImplementedError(
+                "the kernels of ln_mlp have no forward-mode derivative of their gradients; use backend='torch' for that"
+            )
         x, *tensors = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
         p, saved, made = Parameters(*tensors[:8]), Saved(*tensors[8:12]), tensors[12:]
         settled = Parameters(*(a if b is None else b for a, b in zip(p, made, strict=True))) if made else p
@@ -107,7 +111,6 @@ def _needs_dispatcher(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
     ):
         return True
     try:

@@ -115,7 +115,7 @@ def test_tangents_of_an_incoming_gradient_are_refused():
     grad = torch.ones_like(out)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(grad, torch.randn_like(grad))
-        with pytest.raises((RuntimeError, NotImplementedError), match="forward AD|forward-mode|jvp"):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative of their gradients"):
             torch.autograd.grad(out, args["x"], dual)
 
 
