@@ -213,7 +213,7 @@ def _variants(record: dict[str, Any]) -> Section | None:
     columns = ["Variant", "Removed", "Identity", "Trained", *numbers]
     images = validation_images(record)
     text = "Accuracy on the validation set"
-    text += f" of {images:,} images: one image is {100 / images:.2g} points." if images else "."
+    text += f" of {images:,} images: one image is {100 / images:.2g} % of them." if images else "."
     if any(v.get("agreement") is not None for v in variants):
         text += " Agreement is with the full model's answers."
     if any(row[2] != NONE for row in rows):

@@ -182,7 +182,7 @@ def _measured(trajectory: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         text += f" Measured on {images:,} images" + (f" of the {split} split" if split else "")
         held = {True: ", none of which was used for picking", False: ", on which layers were picked too", None: ""}
         text += held[trajectory.get("held_out")]
-        text += f": one image is {100 / images:.2g} points."
+        text += f": one image is {100 / images:.2g} % of them."
     if trajectory.get("labelled") is False:
         text += " There are no labels, hence no top-1."
     elif any(step.get("top1_interval") for step in rows):

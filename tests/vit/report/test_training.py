@@ -154,6 +154,22 @@ def test_accuracy_with_attention_left_is_drawn_apart(tmp_path):
         assert name in names
 
 
+def test_layers_that_go_one_after_another_are_drawn_as_stairs(tmp_path):
+    record = record_of(tmp_path, **CASES["short"])
+    run = record["finetuning"]
+    run["recipe"]["removal"], run["layers"], run["position"] = "progressive", [1, 3, 4], 50 * 625
+    run["events"] = [
+        {"kind": "boundary", "step": 625 * at, "removed": [layer]} for at, layer in ((0, 1), (2, 3), (4, 4))
+    ]
+    plot = course_plot(record)
+    with new_figure(plot.height) as figure:
+        plot.draw(figure, record)
+        axes = next(axes for axes in figure.axes if axes.get_ylabel() == "λ")
+        (stairs,) = [line for line in axes.get_lines() if line.get_drawstyle() == "steps-post"]
+        assert list(stairs.get_xdata()) == [0, 0, 2, 4, 50]
+        assert stairs.get_ydata() == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_no_text_of_the_figures_is_cut_off(case, tmp_path):
     record = record_of(tmp_path, **CASES[case])

@@ -153,6 +153,16 @@ def _draw_loss(axes: Any, run: dict[str, Any], per_epoch: int) -> list[Any]:
 
 
 def _draw_lambda(axes: Any, run: dict[str, Any], per_epoch: int) -> None:
+    axes.set_ylim(-0.1, 1.1)
+    axes.set_yticks([0, 0.5, 1])
+    end = (run.get("position") or 0) / per_epoch
+    if run["recipe"].get("removal") == "progressive":  # the share of layers that still have their attention, exactly
+        left, stairs = 1.0, [(0.0, 1.0)]
+        for event in (e for e in run.get("events") or () if e["kind"] == "boundary"):
+            left -= len(event.get("removed") or ()) / len(run["layers"])
+            stairs.append((event["step"] / per_epoch, left))
+        axes.plot(*zip(*stairs, (end, left), strict=True), color=PICK, linewidth=1.6, drawstyle="steps-post")
+        return
     found = [(p["step"] / per_epoch, p["lambda"]) for p in run.get("course") or () if p.get("lambda") is not None]
     if not found:
         found = [(row["epoch"], row["lambda"]) for row in run["history"] if row.get("lambda") is not None]
@@ -161,12 +171,9 @@ def _draw_lambda(axes: Any, run: dict[str, Any], per_epoch: int) -> None:
         x = boundary["step"] / per_epoch
         found = [(at, value) for at, value in found if at <= x]
         if found and x > found[-1][0]:
-            stairs = run["recipe"].get("dilution") == "step" or run["recipe"].get("removal") == "progressive"
-            found.append((x, found[-1][1] if stairs else 0.0))
-        found += [(x, 0.0), ((run.get("position") or 0) / per_epoch, 0.0)]
+            found.append((x, found[-1][1] if run["recipe"].get("dilution") == "step" else 0.0))
+        found += [(x, 0.0), (end, 0.0)]
     axes.plot(*zip(*found, strict=True), color=PICK, linewidth=1.6)
-    axes.set_ylim(-0.1, 1.1)
-    axes.set_yticks([0, 0.5, 1])
 
 
 def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: float) -> list[Any]:
@@ -181,7 +188,7 @@ def _mark(stack: Sequence[Any], run: dict[str, Any], per_epoch: int, shown: floa
                     step / per_epoch, color=PICK, linewidth=1.1, alpha=0.8 if step == boundary["step"] else 0.35
                 )
         align = "left" if x < 0.2 * shown else "right" if x > 0.8 * shown else "center"
-        stack[0].annotate("λ = 0: attention deleted", (x, 1), (0, 3), xycoords=stack[0].get_xaxis_transform(),
+        stack[0].annotate("attention deleted", (x, 1), (0, 3), xycoords=stack[0].get_xaxis_transform(),
                           textcoords="offset points", color=PICK, fontweight="bold", ha=align, va="bottom")  # fmt: skip
     resumed = sorted(
         {e["step"] for e in run.get("events") or () if e["kind"] == "resume" and e.get("step") is not None}
