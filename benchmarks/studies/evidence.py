@@ -235,10 +235,14 @@ def measure_sets(model: nn.Module, loader: Any, sets: Mapping[str, Sequence[int]
     with Measurement(model, loader) as measurement:
         found = measurement.measure([FULL, *paths.values()], "Measure the sets", compare=True)
         turned = measurement.cosine_distances()
+    with Measurement(model, loader) as measurement:
+        measurement.repair(range(len(model.blocks)))
+        repaired = measurement.measure([FULL, *paths.values()], "Measure the repaired sets", compare=True)
     entropy = found[FULL].entropy
     return {
         name: {
             "kl": found[path].kl,
+            "repaired": repaired[path].kl,
             "te": abs(entropy - found[path].entropy),
             "cosine": sum(turned[layer] for layer in path),
             "neighbours": sum(layer + 1 in path for layer in path),

@@ -78,7 +78,7 @@ def table(record: dict[str, Any]) -> str:
     base = record["base"]["hits"] if isinstance(record["base"].get("hits"), str) else None
     for row in sorted(record["arms"], key=lambda row: (row["epochs"], row["count"] > 0, -top1(row["hits"]))):
         low, high = wilson_interval(row["hits"].count("1"), len(row["hits"]))
-        full = next((other["hits"] for other in record["arms"] if _is_full_for(other, row)), None)
+        full = _full_for(row, record["arms"])
         lines.append(
             f"| {row['epochs']} | {row['picks'] if row['count'] else 'full network'} | "
             f"{', '.join(map(str, row['layers'])) or 'none'} | {row['way']}{_seed(row)} | "
@@ -94,16 +94,15 @@ def _seed(row: dict[str, Any]) -> str:
     return f", seed {row['seed']}" if row["seed"] else ""
 
 
-def _is_full_for(other: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether `other` is the full network trained as long as `row`, by the same losses."""
-    losses = [
-        {k: v for k, v in r["recipe"].items() if k not in ("removal", "dilution", "local_epochs")} for r in (other, row)
-    ]
-    return (
-        not other["count"]
-        and (other["epochs"], other["seed"]) == (row["epochs"], row["seed"])
-        and losses[0] == losses[1]
-    )
+def _full_for(row: dict[str, Any], arms: Sequence[dict[str, Any]]) -> str | None:
+    """The hits of the full network trained as long as `row`, by the same losses or else on labels."""
+
+    def losses(arm: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in arm["recipe"].items() if k not in ("removal", "dilution", "local_epochs")}
+
+    full = [arm for arm in arms if not arm["count"] and (arm["epochs"], arm["seed"]) == (row["epochs"], row["seed"])]
+    alike = [arm for arm in full if losses(arm) == losses(row)] or [arm for arm in full if arm["way"] == "labels"]
+    return alike[0]["hits"] if alike else None
 
 
 def _against(ours: str, theirs: str | None) -> str:
@@ -132,6 +131,7 @@ def correlations(record: dict[str, Any], samples: int = 2000) -> str:
     hits = np.array([[hit == "1" for hit in row["hits"]] for row in rows])
     names = record["predictors"][rows[0]["picks"]]
     known = {name: [record["predictors"][row["picks"]][name] for row in rows] for name in names}
+    known["untrained"] = [-top1(row["hits_untrained"]) for row in rows]
     lines = [f"| of {len(rows)} sets of five | rank correlation with the accuracy lost (95 %) |", "| --- | --- |"]
     for name, values in known.items():
         found = []
@@ -147,6 +147,8 @@ def correlations(record: dict[str, Any], samples: int = 2000) -> str:
 
 PREDICTORS = {
     "kl": "divergence of the class probabilities (`kl`)",
+    "repaired": "the same, with MLPs repaired block by block (`recoverability`)",
+    "untrained": "accuracy lost without training",
     "te": "change of the output's entropy (`nose`)",
     "cosine": "turned tokens, summed (`cosine`)",
     "neighbours": "pairs of neighbours",

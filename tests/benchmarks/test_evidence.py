@@ -59,19 +59,20 @@ def test_the_table_says_what_was_measured_and_what_was_not():
     record = {
         "arms": [arm("nose", right(60), epochs=30), arm("kl", right(70), epochs=30), arm("full", right(80), epochs=30),
                  arm("kl", right(75), way="mixup", epochs=30, recipe={"feature_loss": 1.0, "mixup": 0.8}),
+                 arm("full", right(74), way="labels", epochs=30, recipe={}),
                  arm("kl", right(50), epochs=6), arm("kl", right(72), epochs=30, seed=1)],
         "base": {"hits": right(78)}, "missing": ["kl-5-dilute-30"],
     }  # fmt: skip
     lines = table.table(record).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:8]]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:9]]
     assert [(row[0], row[1], row[3]) for row in cells] == [
-        ("6", "kl", "features"), ("30", "full network", "features"), ("30", "kl", "mixup"),
+        ("6", "kl", "features"), ("30", "full network", "features"), ("30", "full network", "labels"), ("30", "kl", "mixup"),
         ("30", "kl", "features, seed 1"), ("30", "kl", "features"), ("30", "nose", "features"),
     ]  # fmt: skip
     assert cells[1][5] == "80.0 (71.1–86.7)"
-    assert [row[6].split(" ")[0] for row in cells] == ["-28.0", "+2.0", "-3.0", "-6.0", "-8.0", "-18.0"]
-    # Only with the same losses, as long, with the same seed.
-    assert [row[7].split(" ")[0] for row in cells] == ["–", "–", "–", "–", "-10.0", "-20.0"]
+    assert [row[6].split(" ")[0] for row in cells] == ["-28.0", "+2.0", "-4.0", "-3.0", "-6.0", "-8.0", "-18.0"]
+    # Only as long, with the same seed, by the same losses or else on labels.
+    assert [row[7].split(" ")[0] for row in cells] == ["–", "–", "–", "+1.0", "–", "-10.0", "-20.0"]
     assert lines[-1] == "Not trained: kl-5-dilute-30."
 
 
