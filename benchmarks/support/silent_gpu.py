@@ -65,7 +65,9 @@ class _Utilities:
         return 0
 
 
-class _Driver:
+class Driver:
+    """Triton's driver of an sm_90 that does not exist."""
+
     launcher_cls = _Launcher
     utils = _Utilities()
 
@@ -84,7 +86,7 @@ def silent_gpu() -> Iterator[None]:
     """Inside, kernels requested by name run on CPU tensors, which is to say that they are launched and compute nothing."""
     genuine = dispatch.triton_obstacles
     _forget_kernels()
-    triton.runtime.driver.set_active(_Driver())
+    triton.runtime.driver.set_active(Driver())
     dispatch.triton_obstacles = lambda device, dtype: []  # the CPU is the device
     try:
         yield
