@@ -18,6 +18,7 @@ Only the stable ABI of libtorch and of Python is used, so one library serves eve
 from 2.11 on, whichever it was built with.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -230,6 +231,14 @@ def supported_architectures(nvcc):
     return [f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int)]
 
 
+def sources_digest(root="."):
+    """Returns a digest of all that the extension is made of in a source tree: csrc/ and this file."""
+    digest = hashlib.sha256()
+    for path in (Path(root, "setup.py"), *sorted(Path(root, "csrc").iterdir())):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def extension_of(plan, architectures, torch_version, limited_api=True):
     """Describes the extension to setuptools."""
     import torch
@@ -242,6 +251,7 @@ def extension_of(plan, architectures, torch_version, limited_api=True):
         f"-DLAMBDA_KERNELS_CUDA={plan.toolkit.version if plan.toolkit else 'none'}",
         f"-DLAMBDA_KERNELS_CUDA_ARCHITECTURES={architectures or 'none'}",
         f"-DLAMBDA_KERNELS_TORCH={torch_version}",
+        f"-DLAMBDA_KERNELS_SOURCES={sources_digest()}",
     ]
     # The bin rule is the same on every machine only if no compiler fuses or reorders its operations.
     cxx, shortened = ["/O2", "/fp:precise"], []

@@ -50,6 +50,7 @@ PyMODINIT_FUNC PyInit__C(void) {
       {"CUDA", LAMBDA_KERNELS_TEXT(LAMBDA_KERNELS_CUDA)},
       {"CUDA_ARCHITECTURES", LAMBDA_KERNELS_TEXT(LAMBDA_KERNELS_CUDA_ARCHITECTURES)},
       {"TORCH", LAMBDA_KERNELS_TEXT(LAMBDA_KERNELS_TORCH)},
+      {"SOURCES", LAMBDA_KERNELS_TEXT(LAMBDA_KERNELS_SOURCES)},
   };
   PyObject* const module = PyModule_Create(&definition);
   for (const auto& constant : constants) {

@@ -1,18 +1,23 @@
 """Compile what the benchmarks measure, in several processes at once: a process compiles one kernel at a time.
 
-    python benchmarks/gpu/precompile.py [--workers 12]
+    python benchmarks/gpu/precompile.py [--workers 12] [--stamps DIR]
 
-Fills Triton's cache on disk; results are thrown away. Run before a benchmark on a machine whose time is short.
+Fills Triton's cache on disk; results are thrown away. Run before a benchmark on a machine whose time is short. Each kernel
+leaves a stamp in DIR once it was tried, with what went wrong in it, and is not tried again; after the last, so does "complete".
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 WIDTHS = (192, 384, 768)
 TOKENS = 64
@@ -50,6 +55,16 @@ def jobs(arch: int) -> list[Job]:
     return found
 
 
+def stamp_of(job: Job, stamps: Path) -> Path:
+    """The file that says that a kernel was tried."""
+    return stamps / hashlib.sha256(repr(job).encode()).hexdigest()[:16]
+
+
+def tried(job: Job, stamps: Path) -> None:
+    """Compile a kernel and leave its stamp."""
+    stamp_of(job, stamps).write_text(compiled(job), encoding="utf-8")
+
+
 def compiled(job: Job) -> str:
     """Run it once; returns what went wrong."""
     import torch
@@ -77,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns 1 if anything did not compile or run."""
     parser = argparse.ArgumentParser(prog="precompile.py", description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
+    parser.add_argument("--stamps", type=Path, help="folder for the stamps; without it all kernels are tried")
     options = parser.parse_args(arguments)
     import torch
 
@@ -84,13 +100,24 @@ def main(arguments: list[str] | None = None) -> int:
         print("precompile.py: no CUDA device", file=sys.stderr)
         return 2
     major, minor = torch.cuda.get_device_capability()
-    todo, started = jobs(10 * major + minor), time.monotonic()
     os.environ["LAMBDA_KERNELS_TUNING"] = "off"
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        failures = [failure for failure in pool.map(compiled, todo) if failure]
+    with tempfile.TemporaryDirectory() as scratch:
+        return precompile(jobs(10 * major + minor), options.stamps or Path(scratch), options.workers)
+
+
+def precompile(wanted: list[Job], stamps: Path, workers: int) -> int:
+    """Try all that have no stamp yet; returns 1 if anything did not compile or run, or was not tried."""
+    started = time.monotonic()
+    stamps.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in wanted if not stamp_of(job, stamps).exists()]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(functools.partial(tried, stamps=stamps), todo))
+    failures = [text for job in wanted if (text := stamp_of(job, stamps).read_text(encoding="utf-8"))]
+    (stamps / "complete").touch()
     for failure in failures:
         print(failure)
-    print(f"{len(todo)} kernels in {time.monotonic() - started:.0f} s, {len(failures)} failed")
+    taken = time.monotonic() - started
+    print(f"{len(todo)} of {len(wanted)} kernels in {taken:.0f} s, the others before; {len(failures)} failed")
     return 1 if failures else 0
 
 

@@ -10,18 +10,33 @@ LIMIT = 11_000
 _FAILURES = 25
 
 
+# What a test becomes in pytest's lines of progress.
+_LETTERS = {".": "passed", "F": "failed", "E": "errors", "s": "skipped"}
+
+
 def pytest_summary(output: str) -> str:
-    """pytest's last line, such as "3 failed, 40 passed in 12.3s"; says so where there is none."""
+    """pytest's last line, such as "3 failed, 40 passed in 12.3s"; what there was until then if it was killed before that."""
     lines = [line.strip(" =") for line in output.splitlines()]
     found = [
         line for line in lines if re.search(r"\b\d+ (passed|failed|skipped|errors?|deselected)\b.* in [\d.]+s", line)
     ]
-    return found[-1] if found else "no summary"
+    if found:
+        return found[-1]
+    progress = "".join(re.findall(r"^([.FEsxX]+)(?: *\[ *\d+%\])?$", output, re.MULTILINE))
+    counts = [f"{progress.count(letter)} {word}" for letter, word in _LETTERS.items() if letter in progress]
+    return f"{', '.join(counts)} until it was killed" if counts else "no summary"
 
 
 def pytest_failures(output: str) -> list[str]:
     """What failed, one line each."""
     return [line for line in output.splitlines() if re.match(r"(FAILED|ERROR) \S+", line)]
+
+
+def case_verdict(status: int | None, output: str) -> str:
+    """ "clean", or how a case of one kernel ended and the last that it said."""
+    if status is None:
+        return "stopped at its limit"
+    return f"status {status}: {(output.strip().splitlines() or [''])[-1][:100]}" if status else "clean"
 
 
 # What compute-sanitizer calls what was planted for it to find.
@@ -41,17 +56,17 @@ def sanitizer_verdict(status: int | None, output: str, kernel: str) -> str:
     if found:
         return found[0]
     if status:
-        return f"status {status}: {(output.strip().splitlines() or [''])[-1][:100]}"
+        return case_verdict(status, output)
     if not re.search(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards", output):
         return "no summary: nothing was watched"
     return "clean"
 
 
-def verdict(target: float | None, plain: float | None, graph: float | None) -> str:
-    """Whether a ratio reaches its target, launched one by one and as a graph."""
+def verdict(target: float | None, graph: float | None, plain: float | None) -> str:
+    """Whether a ratio reaches its target, as a graph and launched one by one."""
     if target is None:
         return ""
-    reached = {name: value >= target for name, value in (("plain", plain), ("graph", graph)) if value is not None}
+    reached = {name: value >= target for name, value in (("graph", graph), ("plain", plain)) if value is not None}
     if not reached:
         return "not measured"
     if all(reached.values()):
@@ -67,7 +82,11 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
-HEADER = ("row", "ours", "rival", "plain", "graph", "A/A", "µs", "×floor", "target", "reached")
+LEGEND = (
+    "Ratios, rival over ours. graph: time of the GPU alone (replays of a CUDA graph), which is what says something about "
+    "kernels. plain: launched one by one, time of the host included."
+)
+HEADER = ("row", "ours", "rival", "graph", "plain", "A/A", "µs", "×floor", "target", "reached")
 _WIDTHS = (44, 16, 14, 6, 6, 6, 9, 6, 6, 0)
 
 
@@ -89,13 +108,13 @@ def row_lines(row: dict) -> list[str]:
             what,
             ours,
             entry["rival"],
-            _number(plain),
             _number(graph),
+            _number(plain),
             _percent(spread.get("graph") if graph is not None else spread.get("plain")),
             _number(graph_us.get(ours, plain_us.get(ours)), 1),
             _number(row.get("over_floor")) if ours == next(iter(plain_us), ours) and "over_floor" in row else "",
             _number(target) if target is not None else "",
-            verdict(target, plain, graph),
+            verdict(target, graph, plain),
         )
         lines.append(_line(values))
         what = ""
@@ -122,8 +141,8 @@ def part_lines(name: str, part: dict) -> list[str]:
         lines.append(f"    {clean} of {len(verdicts)} as they should be")
     for question, answered in part.get("answers", {}).items():
         lines += [f"    {question}: {answer_line(question, row)}"[:400] for row in answered]
-    if "teraflops" in part:
-        lines.append(f"    copy {part['gigabytes_per_s']} GB/s, bf16 product {part['teraflops']} TFLOP/s")
+    if "gigabytes_per_s" in part:
+        lines.append(f"    copy {part['gigabytes_per_s']} GB/s, bf16 product {part.get('teraflops', '–')} TFLOP/s")
     return lines
 
 
@@ -183,14 +202,22 @@ def _ranked(values: dict[str, float], most: bool = False) -> str:
     return " · ".join(f"{name} {value}" for name, value in sorted(values.items(), key=lambda v: v[1], reverse=most))
 
 
+def environment_lines(environment: dict[str, object]) -> list[str]:
+    """The machine, the versions and the commit; that the commit is unknown, in so many words."""
+    lines = [f"{name}: {value}" for name, value in environment.items()]
+    if environment.get("commit") == "unknown":
+        lines.append("THE COMMIT IS UNKNOWN: name it with --commit, or these figures belong to none")
+    return lines
+
+
 def report(results: dict) -> str:
     """All of it, cut to `LIMIT` characters from below: what comes first matters most."""
-    lines = [f"{name}: {value}" for name, value in results["environment"].items()]
+    lines = environment_lines(results["environment"])
     for name, part in results["parts"].items():
         lines += part_lines(name, part)
     rows = [row for part in results["parts"].values() for row in part.get("rows", [])]
     if rows:
-        lines += ["", _line(HEADER)]
+        lines += ["", LEGEND, _line(HEADER)]
         for row in rows:
             lines += row_lines(row)
     text = "\n".join(lines)

@@ -1,6 +1,6 @@
 """Times on a CUDA device: versions of one computation take turns in one process, over inputs that no cache holds.
 
-python benchmarks/support/gpu_timing.py        what this device reaches at best, as JSON
+python benchmarks/support/gpu_timing.py        what this device reaches at best, as lines of JSON
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -133,20 +133,22 @@ class Ceilings:
 
 def ceilings() -> Ceilings:
     """Measure them: a copy of 4 GiB, a product of 8192 × 8192 matrices; medians of 20."""
-    copied, multiplied = _copy_us(1 << 30), _product_us(8192)
+    found = Ceilings(_copy_rate(1 << 30), _product_rate(8192))
     torch.cuda.empty_cache()
-    return Ceilings(round(2 * 4 * (1 << 30) / copied / 1e3, 1), round(2 * 8192**3 / multiplied / 1e6, 1))
+    return found
 
 
-def _copy_us(elements: int) -> float:
+def _copy_rate(elements: int) -> float:
     source = torch.empty(elements, dtype=torch.float32, device="cuda").normal_()
     target = torch.empty_like(source)
-    return statistics.median(launched({"copy": lambda n: target.copy_(source)}, 1, 20)["copy"])
+    copied = statistics.median(launched({"copy": lambda n: target.copy_(source)}, 1, 20)["copy"])
+    return round(2 * 4 * elements / copied / 1e3, 1)
 
 
-def _product_us(size: int) -> float:
+def _product_rate(size: int) -> float:
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return statistics.median(launched({"product": lambda n: torch.mm(a, b)}, 1, 20)["product"])
+    multiplied = statistics.median(launched({"product": lambda n: torch.mm(a, b)}, 1, 20)["product"])
+    return round(2 * size**3 / multiplied / 1e6, 1)
 
 
 def floor_us(flops: float, moved: float, best: Ceilings) -> float:
@@ -162,4 +164,5 @@ def spread(times: dict[str, float], name: str, again: str) -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), **asdict(ceilings())}))
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), "gigabytes_per_s": _copy_rate(1 << 30)}), flush=True)
+    print(json.dumps({"teraflops": _product_rate(8192)}))

@@ -65,12 +65,12 @@ def figure(target: targets.Target, runs: Sequence[records.Run], sources: Sources
         if entry is None or run.environment.get("quick"):
             continue
         texts = []
-        for kind in ("plain", "graph"):
+        for kind, words in (("graph", "GPU time "), ("plain", "launched one by one " if entry.get("graph") else "")):
             if entry.get(kind) is not None:
                 text = _measured(entry[kind])
                 if (low := entry.get(f"{kind}_low")) is not None and low != entry.get(f"{kind}_high"):
                     text += f" ({_measured(low)}–{_measured(entry[f'{kind}_high'])})"
-                texts.append(f"as a graph {text}" if kind == "graph" else text)
+                texts.append(words + text)
         if texts:
             return f"{', '.join(texts)}{sources.mark(run)}"
     return NOT_MEASURED

@@ -1,334 +1,279 @@
-"""`benchmarks/gpu/run.py` where there is no GPU: it says so and does nothing; its budget, its steps, its table."""
+"""`benchmarks/gpu/run.py`: what it refuses, and whole runs in which a stub answers for every command that is started."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
+import re
+import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from places import REPOSITORY
 
+from benchmarks.gpu import execution, machine, parts
 from benchmarks.gpu import run as gpu
-from benchmarks.gpu import summary as table
 
 COMMAND = REPOSITORY / "benchmarks" / "gpu" / "run.py"
-
-
-def load_sanitize() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sanitize", REPOSITORY / "tests" / "gpu" / "sanitize.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
-    )
+STUB = REPOSITORY / "tests" / "support" / "general" / "gpu_stub.py"
+KILLED = "1 passed until it was killed"
+SANITIZER = """#!/bin/sh
+case "$*" in
+--help) echo "--kernel-name";;
+*planted_race) echo "========= Error: Race reported between Write access"; exit 1;;
+*planted) echo "========= Invalid __global__ write of size 4 bytes"; exit 1;;
+*) echo "========= ERROR SUMMARY: 0 errors";;
+esac
+"""
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path):
-    done = run("--out", tmp_path / "out")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, COMMAND, "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == ["run.py: no CUDA device here, nothing was run"]
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_parts_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "mlp,speed"], "--only: unknown speed; parts are build, smoke, ceilings"),
+        (["--limit", "speed=3"], "--limit: unknown part in 'speed=3'; write PART=SECONDS, parts are build, smoke"),
+        (["--limit", "mlp=3,30"], "--limit: unknown part in '30'"),
+        (["--limit", "mlp"], "--limit: 'mlp' has no number of seconds, as mlp=120 has"),
+        (["--limit", "mlp=3m"], "--limit: 'mlp=3m' has no number of seconds"),
+        (["--limit", "mlp=3", "--limit", "histogram=0"], "--limit: 'histogram=0' must be more than 0 seconds"),
+        (["--limit", "mlp=-3"], "--limit: 'mlp=-3' must be more than 0 seconds"),
+        (["--limit", "mlp=nan"], "--limit: 'mlp=nan' must be more than 0 seconds"),
+        (["--limit", "mlp=inf"], "--limit: 'mlp=inf' must be more than 0 seconds"),
+        (
+            ["--only", "mlp,model", "--limit", "tests=9"],
+            "--limit: tests is not run, only mlp, model; name it in --only",
+        ),
+    ],
+)
+def test_what_it_cannot_read_is_refused_before_anything_starts(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "asked", lambda environment: pytest.fail("something was started"))
     with pytest.raises(SystemExit) as stopped:
-        gpu.main(["--out", str(tmp_path / "out"), "--only", "mlp,speed"])
+        gpu.main(["--out", str(tmp_path / "out"), *arguments])
     assert stopped.value.code == 2
-    assert "unknown speed; parts are build, tests, ceilings" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_budget():
-    now = [100.0]
-    budget = gpu.Budget(300 + gpu.RESERVE_S, clock=lambda: now[0])
-    assert budget.left() == 300
-    assert budget.grant(limit=200, least=60) == 200
-    now[0] += 250
-    assert budget.grant(limit=200, least=50) == 50
-    assert budget.grant(limit=200, least=51) is None
-    now[0] += 100
-    assert budget.left() == 0
-    assert budget.grant(limit=200, least=1) is None
+def test_what_one_call_runs_fits_into_its_budget():
+    limits = [parts.PARTS[name].limit for name in parts.DEFAULT]
+    assert sum(limits) <= gpu.BUDGET_S - execution.RESERVE_S - gpu.START_UP_S
+    assert all(part.least <= part.limit for part in parts.PARTS.values())
+    # Correctness is known before anything is timed, and what is timed is not kept waiting by what takes longest.
+    assert list(parts.PARTS)[:3] == ["build", "smoke", "ceilings"]
+    assert list(parts.PARTS)[-3:] == ["tests", "sanitizer", "questions"]
+
+
+def test_the_documented_calls_fit_into_their_budgets():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    calls = [shlex.split(line, comments=True) for line in re.findall(r"benchmarks/gpu/run\.py (--out .*)", text)]
+    assert len(calls) >= 2
+    for call in calls:
+        options = dict(zip(call[::2], call[1::2], strict=True))
+        wanted = gpu.parts_named(options.get("--only", ",".join(parts.DEFAULT)))
+        limits = gpu.limits_given([options["--limit"]] if "--limit" in options else [], wanted)
+        chosen = {name: parts.PARTS[name]._replace(limit=limits.get(name, parts.PARTS[name].limit)) for name in wanted}
+        assert "cut short" not in gpu.plan(chosen, float(options.get("--budget", gpu.BUDGET_S))), call
+
+
+def test_a_plan_that_does_not_fit_says_so():
+    assert gpu.plan({"mlp": parts.PARTS["mlp"]._replace(limit=300)}, 350) == "limits: mlp 300 s; together 300 of 300 s"
+    assert gpu.plan({"mlp": parts.PARTS["mlp"]._replace(limit=300)}, 349).endswith("may be cut short or skipped")
 
 
 @pytest.fixture
-def parts(monkeypatch) -> dict:
-    """Parts that need no GPU."""
-
-    def good(job: object) -> dict:
-        return {"said": job.step(sys.executable, "-c", "print('hello')").output.strip()}
-
-    def bad(job: object) -> dict:
-        job.step(sys.executable, "-c", "raise SystemExit(3)")
-        job.step("no-such-program-anywhere")
-        return {}
-
-    def broken(job: object) -> dict:
-        raise KeyError("missing")
-
-    def slow(job: object) -> dict:
-        job.step(sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)")
-        return {}
-
-    found = {"good": (good, 30, 1), "bad": (bad, 30, 1), "broken": (broken, 30, 1), "slow": (slow, 1.5, 1)}
-    found["long"] = (good, 5000, 4000)
-    monkeypatch.setattr(gpu, "PARTS", found)
-    return found
+def stubbed(tmp_path, monkeypatch) -> Path:
+    """The file with what was started, none of which is what it says; where results go is `tmp_path / "out"`."""
+    calls = tmp_path / "calls"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(STUB))} "$@"\n')
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    for program in (python, tool):
+        program.chmod(0o755)
+    digest = re.search(r"not (\w+)$", machine.extension_obstacle({"obstacle": None, "extension": {"sources": "?"}}))[1]
+    settings = {"STUB_CALLS": calls, "STUB_DIGEST": digest, "STUB_SOURCES": digest}
+    for name, value in {**settings, "LAMBDA_KERNELS_CACHE": tmp_path / "cache"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(parts, "cuda_tool", lambda name: str(tool))
+    monkeypatch.setattr(execution, "PATIENCE_S", 0.1)
+    return calls
 
 
-def test_parts_go_on_after_a_failure(parts, tmp_path):
-    environment = dict(os.environ)
-    results = {name: gpu.run_part(name, gpu.Budget(100), tmp_path, environment) for name in parts}
-    assert {name: part["state"] for name, part in results.items()} == {
-        "good": "passed",
-        "bad": "failed",
-        "broken": "failed",
-        "slow": "stopped at its limit",
-        "long": "skipped",
-    }
-    assert results["good"]["said"] == "hello"
-    assert [step["status"] for step in results["bad"]["steps"]] == [3, 127]
-    assert "KeyError" in results["broken"]["note"]
-    assert "needs 4000 s" in results["long"]["note"]
-    assert results["slow"]["seconds"] < 20
-    assert "begun" in (tmp_path / "slow.log").read_text(encoding="utf-8")
-    assert "[stopped at its limit" in (tmp_path / "slow.log").read_text(encoding="utf-8")
-    log = (tmp_path / "bad.log").read_text(encoding="utf-8")
-    assert "[status 3" in log
-    assert "no-such-program-anywhere" in log
-    json.dumps(results)
-    printed = table.report({"environment": {"gpu": "none"}, "parts": results})
-    for name, part in results.items():
-        assert f"{name:<10} {part['state']}" in printed
+def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
+    status = gpu.main(["--out", str(tmp_path / "out"), *arguments])
+    return status, json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
 
 
-def test_parts_of_an_earlier_run_stay(parts, tmp_path, monkeypatch, capsys):
-    import torch
+def test_all_parts_run_in_their_order(stubbed, tmp_path, monkeypatch, capsys):
+    saved = []
+    genuine = gpu.write
+    monkeypatch.setattr(gpu, "write", lambda path, results: saved.append(json.dumps(results)) or genuine(path, results))
+    status, found = run(tmp_path, "--only", "all", "--budget", "5000", "--commit", "abc")
+    assert status == 0
+    assert list(found["parts"]) == list(parts.PARTS)
+    assert {part["state"] for part in found["parts"].values()} == {"passed"}
+    assert found["environment"]["commit"] == "abc"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["logs.txt", "results.json"]
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 0
-    assert gpu.main(["--out", str(tmp_path), "--only", "bad"]) == 1
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert {name: part["state"] for name, part in found["parts"].items()} == {"good": "passed", "bad": "failed"}
-    assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 0  # what is asked for decides, not what was before
+    logs = (tmp_path / "out" / "logs.txt").read_text(encoding="utf-8")
+    assert re.findall(r"^===== (\w+), at most \d+ s =====$", logs, re.MULTILINE) == list(parts.PARTS)
+    started = stubbed.read_text(encoding="utf-8")
+    places = ["one_kernel.py one_pass", "gpu_timing.py", "precompile.py", "test_ln_mlp.py", "test_histogram_cuda.py"]
+    places += ["test_vit_cuda.py", "test_training.py", "not (current_stream", "questions.py --only l2"]
+    assert [started.index(place) for place in places] == sorted(started.index(place) for place in places)
+    assert started.count("precompile.py") == 1  # what has its stamps is not compiled again
+
+    # Written before each part and after it: whatever kills the run, what was found is there, and what ran is named.
+    first, second = (json.loads(text)["parts"] for text in saved[:2])
+    assert {name: part["state"] for name, part in first.items()} == {"build": "interrupted"}
+    assert {name: part["state"] for name, part in second.items()} == {"build": "passed"}
+    assert len(saved) == 2 * len(parts.PARTS)
+
+    out = capsys.readouterr().out
+    assert out.index("timm: ") < out.index("limits: build 100 s, smoke 60 s") < out.index("build      passed")
+    assert "a stub: nothing was measured" in out
+    assert "22 of 22 as they should be" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "slow", "left"),
+    [
+        ("smoke", "one_kernel.py staged", {"verdicts": {"one_pass": "clean", "staged": "stopped at its limit"}}),
+        ("ceilings", "gpu_timing", {"gigabytes_per_s": 0.0}),
+        ("mlp", "test_ln_mlp", {"counts": {"benchmarks/test_ln_mlp.py": KILLED}, "rows": ["row 0"]}),
+        ("tests", "not (current_stream", {"counts": {"waiting": "2 passed in 0.01s", "in parallel": KILLED}}),
+        ("questions", "--only atomics", {"answers": {"l2": 1, "atomics": 1}}),
+    ],
+)  # fmt: skip
+def test_a_part_that_outlives_its_limit_leaves_what_it_has(name, slow, left, stubbed, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_SLOW", slow)
+    monkeypatch.setattr(parts, "QUESTION_S", 2.0)
+    status, found = run(tmp_path, "--only", f"{name},sanitizer", "--limit", f"{name}=5,sanitizer=60")
+    part = found["parts"][name]
+    assert status == 1
+    assert part["state"] == "stopped at its limit"
+    assert part["limit"] == 5
+    assert found["parts"]["sanitizer"]["state"] == "passed"
+    for key, values in left.items():
+        kept = part[key]
+        if key == "rows":
+            kept = [row["name"] for row in kept]
+        elif key == "answers":
+            kept = {question: len(kept[question]) for question in values}
+        elif isinstance(values, dict):
+            kept = {entry: kept[entry] for entry in values}
+        assert kept == values
+    assert len(list((tmp_path / "out").iterdir())) <= 4
+
+
+def test_rows_are_in_a_file_before_their_part_ends(stubbed, tmp_path, monkeypatch):
+    """So that they are there if the run itself is killed."""
+
+    def killed(job: object) -> dict:
+        parts.histogram(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu.PARTS, "histogram", parts.PARTS["histogram"]._replace(run=killed))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--only", "histogram")
+    assert len((tmp_path / "out" / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert found["parts"]["histogram"]["state"] == "interrupted"
+
+
+def test_the_extension_is_built_only_where_what_is_there_does_not_fit(stubbed, tmp_path, monkeypatch):
+    _, found = run(tmp_path, "--only", "build")
+    assert found["parts"]["build"]["built"] is False
+    assert found["parts"]["build"]["note"] == "not built: what is there fits"
+    assert "pip install" not in stubbed.read_text(encoding="utf-8")
+
+    monkeypatch.setenv("STUB_SOURCES", "unknown")
+    status, found = run(tmp_path, "--only", "build")
+    assert status == 0
+    note = found["parts"]["build"]["note"]
+    assert (
+        note
+        == f"built, since the extension was built of other sources: their digest is unknown, not {os.environ['STUB_DIGEST']}"
+    )
+    assert "pip install" in stubbed.read_text(encoding="utf-8")
+
+    stubbed.unlink()
+    monkeypatch.setenv("STUB_DIGEST", "another")  # what the build itself leaves
+    status, found = run(tmp_path, "--only", "build")
+    assert status == 1
+    assert found["parts"]["build"]["note"].startswith(
+        "does not fit after the build either: the extension was built of other"
+    )
+
+
+def test_without_a_package_nothing_is_run(stubbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STUB_MISSING", "platformdirs")
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "run.py: ModuleNotFoundError: No module named 'platformdirs'\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_an_earlier_run_stay(stubbed, tmp_path, capsys):
+    assert run(tmp_path, "--only", "ceilings")[0] == 0
+    status, found = run(tmp_path, "--only", "smoke")
+    assert status == 0
+    assert {name: part["state"] for name, part in found["parts"].items()} == {"ceilings": "passed", "smoke": "passed"}
+    assert (tmp_path / "out" / "logs.txt").read_text(encoding="utf-8").startswith("===== ceilings")
     capsys.readouterr()
+    results = tmp_path / "out" / "results.json"
     found["environment"]["sources"] = "others"
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 2
+    results.write_text(json.dumps(found))
+    assert gpu.main(["--out", str(tmp_path / "out"), "--only", "smoke"]) == 2
     assert "was measured otherwise (sources was others and is " in capsys.readouterr().err
-    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert json.loads(results.read_text()) == found
     for text in ("[1]", "{", '{"environment": 3, "parts": {}}'):
-        (tmp_path / "results.json").write_text(text)
-        assert gpu.main(["--out", str(tmp_path), "--only", "good"]) == 2
+        results.write_text(text)
+        assert gpu.main(["--out", str(tmp_path / "out"), "--only", "smoke"]) == 2
         assert "is none of this program's results; choose another --out" in capsys.readouterr().err
 
 
-def test_all_processes_get_one_assembler(monkeypatch, tmp_path):
+def test_all_processes_get_one_assembler(stubbed, tmp_path, monkeypatch):
     """PyTorch's compiler sets another one for the rest of its process where none was set."""
     own = tmp_path / "ptxas"
     own.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
     own.chmod(0o755)
-    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
-    monkeypatch.setattr(gpu, "triton_assembler", lambda: str(own))
-    environment = gpu.child_environment()
-    assert environment["TRITON_PTXAS_PATH"] == str(own)
-    assert gpu.assembled_by(environment) == f"{own} V12.8.93"
+    seen = []
+
+    def look(job: execution.Job) -> dict:
+        seen.append(job.environment.get("TRITON_PTXAS_PATH"))
+        return {"passed": True}
+
+    monkeypatch.setitem(gpu.PARTS, "smoke", parts.PARTS["smoke"]._replace(run=look))
+    _, found = run(tmp_path, "--only", "smoke")
+    assert found["environment"]["ptxas"] == "unknown"
+    facts = {"cuda": True, "capability": "9.0", "ptxas": str(own)}
+    monkeypatch.setattr(machine, "asked", lambda environment: facts)
+    (tmp_path / "out" / "results.json").unlink()
+    _, found = run(tmp_path, "--only", "smoke")
+    assert found["environment"]["ptxas"] == f"{own} V12.8.93"
+    (tmp_path / "out" / "results.json").unlink()
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/another")
-    assert gpu.child_environment()["TRITON_PTXAS_PATH"] == "/another"
-    monkeypatch.delenv("TRITON_PTXAS_PATH")
-    monkeypatch.setattr(gpu, "triton_assembler", lambda: "")
-    assert "TRITON_PTXAS_PATH" not in gpu.child_environment()
-    assert gpu.assembled_by(gpu.child_environment()) == "unknown"
-
-
-def test_an_illegal_access_is_looked_for_alone(monkeypatch, tmp_path):
-    code = (
-        "import os, sys; print(sys.argv[1:], os.environ.get('CUDA_LAUNCH_BLOCKING'));"
-        "print('FAILED tests/a.py::b[c] - RuntimeError: CUDA error: an illegal memory access was encountered')"
-    )
-    monkeypatch.setattr(gpu, "pytest", lambda *arguments: [sys.executable, "-c", code, *map(str, arguments)])
-    job = gpu.Job(tmp_path / "tests.log", 60, dict(os.environ))
-    found = gpu.tests(job)
-    assert list(found["counts"]) == ["current stream", "in parallel", "alone", "illegal access"]
-    assert "['tests/a.py::b[c]'] 1" in job.steps[-1].output
-    assert " None" in job.steps[-2].output
-
-
-def test_rows_survive_a_writer_that_was_stopped(tmp_path, monkeypatch):
-    others = [{"name": "a", "skipped": "no CUDA device"}, {"name": "b", "failed": "AssertionError"}]
-    text = "".join(json.dumps(row) + "\n" for row in (ROW, *others)) + json.dumps(ROW)[:40]
-    job = gpu.Job(tmp_path / "mlp.log", 30, dict(os.environ))
-    code = "import os, sys; open(os.environ[sys.argv[1]], 'w').write(sys.argv[2]); print('FAILED a::b - why')"
-    monkeypatch.setattr(gpu, "pytest", lambda *arguments: [sys.executable, "-c", code, gpu.records.LINES, text])
-    found = gpu._rows(job, "benchmarks/test_x.py", compiles=False)
-    assert found["rows"] == [ROW]
-    assert found["failures"] == ["FAILED a::b - why"]
-    assert [path.name for path in tmp_path.iterdir()] == ["mlp.log"]
-
-
-def test_a_stopped_command_takes_its_children_along(tmp_path, monkeypatch):
-    """Even if it does not heed the interrupt."""
-    monkeypatch.setattr(gpu, "PATIENCE_S", 0.5)
-    alive = tmp_path / "alive"
-    child = f"import time; time.sleep(4); open({str(alive)!r}, 'w').close()"
-    code = (
-        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-        f"subprocess.run([sys.executable, '-c', {child!r}])"
-    )
-    step = gpu.execute([sys.executable, "-c", code], 1.0, dict(os.environ))
-    assert step.status is None
-    assert step.seconds < 4
-    time.sleep(5)
-    assert not alive.exists()
-
-
-@pytest.mark.parametrize(
-    ("target", "plain", "graph", "expected"),
-    [
-        (None, 1.5, 1.5, ""),
-        (1.2, 1.2, 1.3, "yes"),
-        (1.2, 1.1, 1.3, "graph only"),
-        (1.2, 1.3, 1.1, "plain only"),
-        (1.2, 1.1, 1.0, "no"),
-        (1.2, None, 1.3, "yes"),
-        (1.2, None, None, "not measured"),
-    ],
-)
-def test_verdict(target, plain, graph, expected):
-    assert table.verdict(target, plain, graph) == expected
-
-
-ROW = {
-    "name": "test_forward[T]",
-    "what": "forward T, batch 256",
-    "ratios": [
-        {"ours": "ours", "rival": "timm", "plain": 2.01, "graph": 2.345, "target": 1.7},
-        {"ours": "ours", "rival": "max-autotune", "plain": 1.1, "graph": 1.3, "target": 1.2},
-    ],
-    "plain_us": {"ours": 51.0, "ours, again": 52.0, "timm": 102.5, "max-autotune": 56.1},
-    "graph_us": {"ours": 42.0, "ours, again": 42.1, "timm": 98.5, "max-autotune": 54.6},
-    "spread": {"plain": 0.0196, "graph": 0.0024},
-    "over_floor": 1.12,
-    "not_built": {"torch.compile": "Unsupported: something"},
-    "not_captured": {},
-    "ran": ["one_pass 128x128 w8 s1", "one_pass 128x128 w8 s1"],
-}
-
-
-def test_rows_of_the_table():
-    header = table._line(table.HEADER)
-    first, second, missing, ran = table.row_lines(ROW)
-    assert " ".join(first.split()) == "forward T, batch 256 ours timm 2.01 2.35 0.2% 42.0 1.12 1.70 yes"
-    assert " ".join(second.split()) == "ours max-autotune 1.10 1.30 0.2% 42.0 1.12 1.20 graph only"
-    for line, value, column in ((first, "2.01", "plain"), (first, "42.0", "µs"), (second, "graph only", "reached")):
-        assert line.index(value) == header.index(column)
-    assert "torch.compile: Unsupported" in missing
-    assert ran.count("one_pass") == 1
-    title, missing, _ = table.row_lines({**ROW, "ratios": []})
-    assert title == "forward T, batch 256"
-    assert "torch.compile: Unsupported" in missing
-
-
-def test_rows_of_other_kinds():
-    (host,) = table.row_lines({"name": "x", "what": "host time staged", "host_us": 61.234})
-    assert host.split() == ["host", "time", "staged", "61.23"]
-    assert table.row_lines({"name": "test_of_something", "median_us": 14400.04}) == ["test_of_something"]
-
-
-def test_the_report_fits_and_keeps_its_beginning():
-    rows = [{**ROW, "what": f"row {i}"} for i in range(200)]
-    part = {"state": "failed", "seconds": 12.0, "rows": rows, "failures": [f"FAILED test_{i}" for i in range(100)]}
-    printed = table.report({"environment": {"gpu": "NVIDIA H200"}, "parts": {"mlp": part}})
-    assert len(printed) <= table.LIMIT
-    assert printed.startswith("gpu: NVIDIA H200\nmlp        failed")
-    assert "… and 75 more" in printed
-    assert "row 1 " in printed
-    assert printed.endswith("results.json has all of it")
-
-
-def test_what_pytest_said():
-    output = "..F\nFAILED tests/a.py::b - assert 1\nERROR tests/c.py\n1 failed, 40 passed, 2 skipped in 12.34s\n"
-    assert table.pytest_summary(output) == "1 failed, 40 passed, 2 skipped in 12.34s"
-    assert table.pytest_summary("== 3 passed in 61.20s (0:01:01) ==") == "3 passed in 61.20s (0:01:01)"
-    assert table.pytest_summary("Traceback") == "no summary"
-    assert table.pytest_failures(output) == ["FAILED tests/a.py::b - assert 1", "ERROR tests/c.py"]
-
-
-@pytest.mark.parametrize(
-    ("status", "output", "kernel", "expected"),
-    [
-        (0, "========= ERROR SUMMARY: 0 errors", "fc1", "clean"),
-        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "fc1", "clean"),
-        (1, "========= Invalid __global__ read of size 2 bytes\n", "fc1", "Invalid __global__ read of size 2 bytes"),
-        (1, "========= Error: Race reported between Write access", "fc1", "Error: Race reported between Write access"),
-        (
-            0,
-            "========= Warning: Race reported between Read access\n========= RACECHECK SUMMARY: 1 hazard displayed",
-            "fc1",
-            "Warning: Race reported between Read access",
-        ),
-        (0, "========= Error: No attachable process found", "fc1", "Error: No attachable process found"),
-        (
-            0,
-            "========= Internal Sanitizer Error: x\n========= ERROR SUMMARY: 0 errors",
-            "fc1",
-            "Internal Sanitizer Error: x",
-        ),
-        (0, "fc1: 2 results, all right", "fc1", "no summary: nothing was watched"),
-        (0, "", "fc1", "no summary: nothing was watched"),
-        (3, "one_pass: 2 results, wrong: {}", "fc1", "status 3: one_pass: 2 results, wrong: {}"),
-        (None, "", "fc1", "stopped at its limit"),
-        (1, "========= Invalid __global__ write of size 4 bytes\n", "planted", "clean"),
-        (0, "========= ERROR SUMMARY: 0 errors", "planted", "the planted fault was not found"),
-        (1, "========= Error: Race reported between Write access at racing\n", "planted_race", "clean"),
-        (0, "========= RACECHECK SUMMARY: 0 hazards displayed", "planted_race", "the planted fault was not found"),
-    ],
-)
-def test_what_the_sanitizer_said(status, output, kernel, expected):
-    assert table.sanitizer_verdict(status, output, kernel) == expected
-
-
-@pytest.mark.slow
-def test_the_race_that_is_planted_compiles(tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no CUDA toolkit")
-    library = load_sanitize().build_planted_race(tmp_path, "sm_90")
-    triton = pytest.importorskip("triton")
-    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    sass = subprocess.run([binaries / "cuobjdump", "-sass", library], capture_output=True, text=True, check=True).stdout
-    assert "STS" in sass
-    assert "LDS" in sass
-    assert "BAR" not in sass
-
-
-def test_every_sanitized_kernel_is_a_case():
-    cases = load_sanitize().KERNELS
-    assert set(cases) == {*gpu.SANITIZED, *(kernel for kernel, _ in gpu.CONTROLS.values())}
-    kernels = "\n".join(
-        path.read_text(encoding="utf-8")
-        for folder in ("lambda_kernels/ops/ln_mlp/fused/kernels", "csrc")
-        for path in (REPOSITORY / folder).iterdir()
-        if path.suffix in (".py", ".cu")
-    )
-    for kernel in {kernel for kernels_of in gpu.SANITIZED.values() for kernel in kernels_of}:
-        assert f"{kernel}(" in kernels
+    run(tmp_path, "--only", "smoke")
+    assert seen == [None, str(own), "/another"]
 
 
 def test_the_environment_is_described():
-    found = gpu.describe("abc")
+    found = machine.describe("abc", "")
     assert found["commit"] == "abc"
     assert len(found["sources"]) == 12
     assert found["torch"] != "none"
+    assert "platformdirs " in found["packages"]

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU the questions themselves are asked", allow_module_level=True)
 
-from benchmarks.gpu import answering, kernel_questions, machine_questions, questions, summary
+from benchmarks.gpu import answering, execution, kernel_questions, machine_questions, parts, questions, summary
 from benchmarks.gpu import run as gpu
 from benchmarks.support import gpu_timing, toolkit
 from lambda_kernels.ops.ln_mlp.fused import stages
@@ -338,13 +338,14 @@ else:
 
 
 def test_the_part_of_the_gpu_run(tmp_path, monkeypatch):
-    assert tuple(questions.QUESTIONS) == gpu.QUESTIONS
+    assert tuple(questions.QUESTIONS) == parts.QUESTIONS
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "questions.py").write_text(PART, encoding="utf-8")
-    monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
-    monkeypatch.setattr(gpu, "QUESTION_S", 3.0)
-    monkeypatch.setattr(gpu, "PARTS", {"questions": (gpu.questions, 14, 1)})
-    part = gpu.run_part("questions", gpu.Budget(200), tmp_path, dict(os.environ))
+    monkeypatch.setattr(parts, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(parts, "QUESTION_S", 3.0)
+    part = gpu.run_part(
+        "questions", parts.Part(parts.questions, 14, 1), execution.Budget(200), tmp_path, dict(os.environ)
+    )
     assert part["state"] == "stopped at its limit"
     found = {name: len(rows) for name, rows in part["answers"].items()}
     assert found == {"l2": 2, "atomics": 0, "one_pass": 1, "registers": 0, "epilogue": 0}
@@ -364,11 +365,12 @@ def test_the_part_of_the_gpu_run(tmp_path, monkeypatch):
 def test_questions_that_no_time_is_left_for_are_named(tmp_path, monkeypatch):
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "questions.py").write_text("import time; time.sleep(60)", encoding="utf-8")
-    monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
-    monkeypatch.setattr(gpu, "QUESTION_S", 1.0)
-    monkeypatch.setattr(gpu, "QUESTIONS", ("l2", "atomics"))
-    monkeypatch.setattr(gpu, "PARTS", {"questions": (gpu.questions, 1.1, 1)})
-    part = gpu.run_part("questions", gpu.Budget(200), tmp_path, dict(os.environ))
+    monkeypatch.setattr(parts, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(parts, "QUESTION_S", 1.0)
+    monkeypatch.setattr(parts, "QUESTIONS", ("l2", "atomics"))
+    part = gpu.run_part(
+        "questions", parts.Part(parts.questions, 1.1, 1), execution.Budget(200), tmp_path, dict(os.environ)
+    )
     assert part["failures"] == ["l2: stopped at its limit", "atomics: no time was left"]
 
 
@@ -380,10 +382,11 @@ time.sleep(3)
 """
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "questions.py").write_text(code, encoding="utf-8")
-    monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
-    monkeypatch.setattr(gpu, "QUESTION_S", 20.0)
-    monkeypatch.setattr(gpu, "QUESTIONS", ("l2", "atomics"))
-    monkeypatch.setattr(gpu, "PARTS", {"questions": (gpu.questions, 7, 1)})
-    part = gpu.run_part("questions", gpu.Budget(200), tmp_path, dict(os.environ))
+    monkeypatch.setattr(parts, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(parts, "QUESTION_S", 20.0)
+    monkeypatch.setattr(parts, "QUESTIONS", ("l2", "atomics"))
+    part = gpu.run_part(
+        "questions", parts.Part(parts.questions, 7, 1), execution.Budget(200), tmp_path, dict(os.environ)
+    )
     assert part["failures"] == ["atomics: no time was left"]
     assert part["state"] == "failed"

@@ -160,7 +160,7 @@ def test_a_gpu_s_file_has_figures_too(tmp_path):
     found = {"environment": {**MACHINE, "gpu": "NVIDIA H100"}, "parts": {"mlp": part, "build": {"state": "passed"}}}
     (tmp_path / "h100" / "results.json").write_text(json.dumps(found))
     text = table.table(TARGETS, records.committed(tmp_path))
-    assert "| 1.50, as a graph 1.75¹ |" in text
+    assert "| GPU time 1.75, launched one by one 1.50¹ |" in text
     assert "NVIDIA H100" in text
 
 

@@ -91,7 +91,8 @@ def build_info() -> dict[str, str]:
 
     Returns:
         `compiler`; `cuda`: the toolkit's version, or "none" for CPU code only; `architectures`: as in
-        TORCH_CUDA_ARCH_LIST, or "none"; `torch`: the PyTorch whose headers were used.
+        TORCH_CUDA_ARCH_LIST, or "none"; `torch`: the PyTorch whose headers were used; `sources`: the digest of csrc/ and
+        setup.py, or "unknown" for a library of before there was one.
 
     Raises:
         ExtensionUnavailableError: The extension does not load here.
@@ -102,6 +103,7 @@ def build_info() -> dict[str, str]:
         "cuda": module.CUDA,
         "architectures": module.CUDA_ARCHITECTURES,
         "torch": module.TORCH,
+        "sources": getattr(module, "SOURCES", "unknown"),
     }
 
 

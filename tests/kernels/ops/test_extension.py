@@ -64,10 +64,11 @@ def test_import_of_the_package_loads_no_extension() -> None:
 
 def test_build_info_tells_what_was_built(library: str) -> None:
     info = _extension.build_info()
-    assert set(info) == {"compiler", "cuda", "architectures", "torch"}
+    assert set(info) == {"compiler", "cuda", "architectures", "torch", "sources"}
     assert all(info.values())
     assert (info["cuda"] == "none") == (info["architectures"] == "none")
     assert re.match(r"\d+\.\d+", info["torch"])
+    assert re.fullmatch(r"[0-9a-f]{12}|unknown", info["sources"])
 
 
 def test_one_file_serves_every_python(library: str) -> None:

@@ -1,6 +1,7 @@
-"""One small run of one kernel, to be watched by compute-sanitizer:
+"""One small run of one kernel, alone or watched by compute-sanitizer:
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py staged
+    python tests/gpu/one_kernel.py staged
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/one_kernel.py staged
 
 Without that variable PyTorch hands out parts of larger allocations, and an access just beyond a tensor goes unseen. Exits
 with 3 if the result is wrong, with 2 where there is no CUDA device.
@@ -189,11 +190,11 @@ def run_histogram(kernel: str, device: str) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None, device: str = "cuda") -> int:
     """The command; `device` is for trying it where there is none."""
-    parser = argparse.ArgumentParser(prog="sanitize.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="one_kernel.py", description=__doc__.split("\n")[0])
     parser.add_argument("kernel", choices=KERNELS)
     kernel = parser.parse_args(arguments).kernel
     if device == "cuda" and not torch.cuda.is_available():
-        print("sanitize.py: no CUDA device", file=sys.stderr)
+        print("one_kernel.py: no CUDA device", file=sys.stderr)
         return 2
     os.environ["LAMBDA_KERNELS_TUNING"] = "off"
     if kernel in MLP:
