@@ -111,11 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", required=True, help="in the order picked, such as 9,5,1,10,4")
     parser.add_argument("--images", type=int, default=1500, help="training images that maps are fitted on")
     parser.add_argument("--epochs", type=int, default=0, help="training of the maps with the network")
+    parser.add_argument("--amp", default="none", help="precision of automatic mixed precision in that training")
     parser.add_argument("--results", type=Path, required=True)
     options = parser.parse_args(arguments)
     layers = [int(layer) for layer in options.layers.split(",")]
     base = from_pretrained(options.base, fuse="none")
-    recipe = load_recipe(None, {**SHARED, **FEATURES, "removal": "drop", "epochs": max(1, options.epochs)})
+    how = {"removal": "drop", "epochs": max(1, options.epochs), "amp": options.amp}
+    recipe = load_recipe(None, {**SHARED, **FEATURES, **how})
     stream, val = open_training_data(options.data, base, recipe)
     train = open_images(options.data, "train", transform=transforms_for(base), num_classes=base.num_classes)
     loader = make_loader(subset(train, options.images), 100)
@@ -140,7 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if row["name"] != "full":
             line += "  {:+.1f} ({:+.1f} to {:+.1f})".format(*difference(row["hits"], rows[0]["hits"]))
         print(line)
-    told = {"layers": layers, "images": options.images, "epochs": options.epochs, "environment": environment.versions()}
+    told = {
+        "layers": layers,
+        "images": options.images,
+        "epochs": options.epochs,
+        "amp": options.amp,
+        "environment": environment.versions(),
+    }
     write_json(options.results, {**told, "rows": rows})
 
 
