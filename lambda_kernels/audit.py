@@ -8,7 +8,7 @@ stores of local memory. It fails on
 - shared memory above the architecture's limit,
 - on sm_90, a warp-group product that was serialized or takes its A operand from registers, or that became the older HMMA,
 - on sm_100, a product that is no tcgen05 one,
-- a bulk load inside a loop that is waited for directly: no product, and no other load, runs meanwhile.
+- a bulk load inside a loop whose latency is exposed: no product runs between the load and its wait.
 """
 
 from __future__ import annotations
@@ -140,11 +140,7 @@ def read(case: Case, compiled: Any) -> Finding:
         spills_in_loop=local_memory_in_loops(sass),
         faults=(
             *find_faults(case, compiled.metadata.shared, sass, warnings),
-            *(
-                [f"{n} loads inside a loop are waited for directly"]
-                if (n := exposed_loads(compiled.asm["ptx"]))
-                else []
-            ),
+            *([f"{n} exposed loads inside a loop"] if (n := exposed_loads(compiled.asm["ptx"])) else []),
         ),
     )
 
@@ -179,26 +175,28 @@ def _count(opcode: str, sass: str) -> int:
 
 
 def exposed_loads(ptx: str) -> int:
-    """Bulk loads into shared memory inside a loop whose own barrier is the next that is waited for, with no product between.
+    """Bulk loads into shared memory, in innermost loops, between whose issue and whose wait no product is issued.
 
-    In a pipelined loop the next wait is for a load of an earlier iteration, or products come first. Triton names a barrier by
-    one register from the load to its wait.
+    In a pipelined loop, products of earlier loads come between. Triton names a barrier by one register from the load to its
+    wait; a load of one turn may be waited for in the next one.
     """
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"(\$L__BB\w+):", line))}
-    exposed = 0
-    for end, line in enumerate(lines):
-        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
-        barrier = None
-        for inside in lines[labels[jump[1]] : end] if jump and jump[1] in labels else ():
-            if load := re.search(r"\bcp\.async\.bulk\.tensor\S*\.shared::\w+\.global\S*\s.*\[(%\w+)\];", inside):
-                barrier = load[1]
-            elif re.search(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", inside):
-                barrier = None
-            elif wait := re.search(r"\bmbarrier\.(?:try|test)_wait\S*\s+\S+\s+\[(%\w+)\]", inside):
-                exposed += wait[1] == barrier
-                barrier = None
-    return exposed
+    jumps = ((at, re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)) for at, line in enumerate(lines))
+    loops = [(labels[jump[1]], end) for end, jump in jumps if jump and labels.get(jump[1], end) < end]
+    exposed: set[int] = set()
+    for start, end in loops:
+        if any(start <= other and last <= end and (other, last) != (start, end) for other, last in loops):
+            continue
+        pending: dict[str, list[int]] = {}  # loads that no product has followed yet, by their barrier
+        for at in (*range(start, end), *range(start, end)):  # two turns
+            if load := re.search(r"\bcp\.async\.bulk\.tensor\S*\.shared::\w+\.global\S*\s.*\[([^\[\]]+)\];", lines[at]):
+                pending.setdefault(load[1], []).append(at)
+            elif re.search(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", lines[at]):
+                pending.clear()
+            elif wait := re.search(r"\bmbarrier\.(?:try|test)_wait\S*\s+\S+\s+\[([^\[\]]+)\]", lines[at]):
+                exposed.update(pending.pop(wait[1], ()))
+    return len(exposed)
 
 
 def local_memory_in_loops(sass: str) -> int:

@@ -145,7 +145,7 @@ class Evidence:
         with locked(self.out / "options.lock"):
             if not path.exists():
                 write_json(path, shared)
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = {"amp": "none", **json.loads(path.read_text(encoding="utf-8"))}
         if found != shared:
             raise SystemExit(f"{self.out} was begun with other options: {found}")
 

@@ -78,12 +78,12 @@ def table(record: dict[str, Any]) -> str:
     base = record["base"]["hits"] if isinstance(record["base"].get("hits"), str) else None
     for row in sorted(record["arms"], key=lambda row: (row["epochs"], row["count"] > 0, -top1(row["hits"]))):
         low, high = wilson_interval(row["hits"].count("1"), len(row["hits"]))
-        full = _full_for(row, record["arms"])
+        full, how = _full_for(row, record["arms"])
         lines.append(
             f"| {row['epochs']} | {row['picks'] if row['count'] else 'full network'} | "
             f"{', '.join(map(str, row['layers'])) or 'none'} | {row['way']}{_seed(row)} | "
             f"{top1(row['hits_untrained']):.1f} | {top1(row['hits']):.1f} ({100 * low:.1f}–{100 * high:.1f}) | "
-            f"{_against(row['hits'], base)} | {_against(row['hits'], full if row['count'] else None)} |"
+            f"{_against(row['hits'], base)} | {_against(row['hits'], full)}{how} |"
         )
     if record["missing"]:
         lines.append(f"\nNot trained: {', '.join(record['missing'])}.")
@@ -94,15 +94,19 @@ def _seed(row: dict[str, Any]) -> str:
     return f", seed {row['seed']}" if row["seed"] else ""
 
 
-def _full_for(row: dict[str, Any], arms: Sequence[dict[str, Any]]) -> str | None:
-    """The hits of the full network trained as long as `row`, by the same losses or else on labels."""
+def _full_for(row: dict[str, Any], arms: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
+    """The hits of the full network trained as long as `row`, by the same losses or else on labels, which is said."""
 
     def losses(arm: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in arm["recipe"].items() if k not in ("removal", "dilution", "local_epochs")}
 
+    if not row["count"]:
+        return None, ""
     full = [arm for arm in arms if not arm["count"] and (arm["epochs"], arm["seed"]) == (row["epochs"], row["seed"])]
-    alike = [arm for arm in full if losses(arm) == losses(row)] or [arm for arm in full if arm["way"] == "labels"]
-    return alike[0]["hits"] if alike else None
+    if alike := [arm for arm in full if losses(arm) == losses(row)]:
+        return alike[0]["hits"], ""
+    on_labels = [arm for arm in full if arm["way"] == "labels"]
+    return (on_labels[0]["hits"], ", on labels") if on_labels else (None, "")
 
 
 def _against(ours: str, theirs: str | None) -> str:

@@ -48,7 +48,7 @@ def described(run: records.Run) -> str:
     """Machine, versions, commit and date of a run."""
     found = run.environment
     gpu = found.get("gpu")
-    machine = [f"{found['cpu']}, {found['cores']} cores"] if "cpu" in found else []
+    machine = [f"{found['cpu']}, {found['cores']} core{'s' * (found['cores'] != 1)}"] if "cpu" in found else []
     machine += [str(gpu)] if gpu and gpu != "none" else []
     versions = [f"{name} {found[name]}" for name in ("python", *records.PACKAGES) if name in found]
     commit = f"commit {str(found.get('commit', 'unknown'))[:9]}"

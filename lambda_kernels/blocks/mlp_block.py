@@ -111,7 +111,7 @@ class MlpBlockBase(nn.Module):
         obstacles = self.fusion_obstacles(training)
         if obstacles:
             return Choice("modules", "; ".join(obstacles))
-        return choose(device, dtype, self.backend, recording=recording)
+        return choose(device, dtype, self.backend, channels=self.mlp.fc1.in_features, recording=recording)
 
     def recomputed(self, device: torch.device, dtype: torch.dtype, training: bool | None = True) -> Recompute:
         """What a training step for tokens on `device` with `dtype` recomputes, and why.

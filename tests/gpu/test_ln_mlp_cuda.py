@@ -130,7 +130,7 @@ def shipped_cases() -> list:
                 narrow = 192 if aligned else 100
                 tiles = [(narrow, tile) for tile in configs.shipped(kernel, arch, dtype, narrow, tma)]
                 if kernel == "one_pass" and aligned:
-                    for wide in (256, configs.ONE_PASS_CHANNELS):
+                    for wide in (256, 384):
                         tiles += [(wide, tile) for tile in configs.shipped(kernel, arch, dtype, wide, tma)]
                 for channels, tile in tiles:
                     for method in methods.get(kernel, ["fused"]):

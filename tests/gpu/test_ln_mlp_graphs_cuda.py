@@ -178,12 +178,11 @@ def forbidden(run: object) -> float:
 
 def test_capturing_an_unseen_problem_measures_nothing(monkeypatch):
     """Also with tuning on: measuring waits for the device, which a capture forbids."""
-    args = {name: t.detach() for name, t in problem(40, 192, 384, BF16).items()}
-    call(args)  # compiled and loaded: what is unseen is the number of tokens
+    args = {name: t.detach() for name, t in problem(100, 192, 384, BF16).items()}
+    call(args)  # compiled and loaded, but not measured
     monkeypatch.setenv("LAMBDA_KERNELS_TUNING", "on")
     monkeypatch.setattr(tuning, "_measure", forbidden)
     tuning.clear()
-    args["x"] = problem(100, 192, 384, BF16)["x"].detach()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with tracing.recorded() as ran, torch.cuda.graph(graph):

@@ -60,7 +60,7 @@ assert finding.stack > 0 and finding.spills >= finding.spills_in_loop > 0
 case = audit.product_case("hidden_gradient", 768, torch.bfloat16, Config(128, 128, 64, 8, 4), True, 90)
 assert any("bytes of shared memory, the limit is 232448" in fault for fault in audit.compile_case(case).faults)
 case = audit.product_case("one_pass", 192, torch.bfloat16, Config(64, 64, 0, 4, 1), True, 90)
-assert audit.compile_case(case).faults == ("6 loads inside a loop are waited for directly",)
+assert audit.compile_case(case).faults == ("6 exposed loads inside a loop",)
 case = audit.product_case("fc1", 768, torch.float32, Config(64, 64, 32, 8, 2), False, 90)
 finding = audit.compile_case(replace(case, tensor_cores=True))
 assert any("no HGMMA; products run as FFMA" in fault for fault in finding.faults), finding
@@ -137,18 +137,22 @@ PRODUCT = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd
     [
         ([LOAD, WAIT, PRODUCT], 1),
         ([LOAD, WAIT, PRODUCT, LOAD, WAIT, PRODUCT], 2),
-        ([WAIT, PRODUCT, LOAD], 0),
+        ([WAIT, PRODUCT, LOAD], 1),  # of the next turn
+        ([OTHER, PRODUCT, LOAD], 0),
         ([LOAD, PRODUCT, WAIT], 0),
         ([LOAD, PRODUCT.replace("wgmma.mma_async", "tcgen05.mma"), WAIT], 0),
         ([LOAD, OTHER, PRODUCT], 0),
-        ([LOAD, LOAD.replace("%r45", "%r46"), WAIT], 0),
-        ([LOAD, LOAD.replace("%r45", "%r46"), OTHER], 1),
+        ([LOAD, LOAD, WAIT, PRODUCT], 2),
+        ([LOAD, LOAD.replace("[%r45]", "[%r46]"), WAIT, OTHER, PRODUCT], 2),
+        ([LOAD.replace("[%r45]", "[%r45+8]"), WAIT.replace("[%r45]", "[%r45+8]"), PRODUCT], 1),
+        ([LOAD.replace("[%r45]", "[%r45+8]"), WAIT, PRODUCT], 0),
     ],
 )
-def test_a_load_that_is_waited_for_directly(inside, found):
+def test_a_load_whose_latency_is_exposed(inside, found):
     loop = "\n".join(["$L__BB0_1:", *inside, "@%p29 bra \t$L__BB0_1;"])
     assert audit.exposed_loads(loop) == found
     assert audit.exposed_loads("\n".join([LOAD, WAIT, loop])) == found, "before the loop nothing can be overlapped"
+    assert audit.exposed_loads("\n".join(["$L__BB0_9:", loop, "@%p1 bra $L__BB0_9;"])) == found, "counted once"
     assert audit.exposed_loads("\n".join(["@%p1 bra $L__BB0_2;", *inside, "$L__BB0_2:"])) == 0, "no loop"
 
 

@@ -22,8 +22,8 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _EXPORTED = "the model is being exported, and an exported model has to run without this library"
 
-# The widest tokens whose kernels `auto` uses inside a compiled model: there they do what a compiler's kernels do not, and keep
-# what lies between the products on the chip. Above, products decide, and the compiler has the library's and fuses around them.
+# The widest tokens whose kernels `auto` uses inside a compiled model. Above, products decide, and the compiler has the
+# library's and fuses around them.
 COMPILED_CHANNELS = 256
 
 # Compute capability from which the kernels' products run on bfloat16 tensor cores.
@@ -205,7 +205,10 @@ def choose(
             f"the model is being compiled, and above a width of {COMPILED_CHANNELS} its compiler is expected to be as fast",
         )
     if not obstacles:
-        return Choice("triton", "requested by name" if backend == "triton" else "a fused kernel serves this case")
+        reason = "requested by name" if backend == "triton" else "a fused kernel serves this case"
+        if backend == "auto" and channels > COMPILED_CHANNELS:
+            reason += "; inside torch.compile, PyTorch's operators do"
+        return Choice("triton", reason)
     if backend == "triton":
         raise BackendUnavailableError(
             f"backend='triton' cannot run ln_mlp: {'; '.join(obstacles)}. Use backend='auto' or 'torch'"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import SAVE, SAVE_NOTHING, Needs, Options, Parameters, Saved, flatten_tokens, make_contiguous
@@ -96,6 +97,14 @@ def _backward_shapes(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
+def refuse_tangents(grad: Tensor) -> None:
+    """Raise where a gradient has a forward-mode tangent, which would be lost without a word."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
+        raise NotImplementedError(
+            "the kernels of ln_mlp have no forward-mode derivative of their gradients; use backend='torch' for that"
+        )
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, eps, residual_scale, approximate, save = inputs
     _, mean, rstd, pre, act = output
@@ -112,6 +121,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *unused: None) -> tuple:
     needs = list(ctx.needs_input_grad[:8])
     if grad is None or not any(needs):
         return (None,) * 13
+    refuse_tangents(grad)
     if ctx.save == SAVE_NOTHING:
         raise RuntimeError(
             f"ln_mlp was called with save={SAVE_NOTHING!r}, so it has no gradient; lambda_kernels.ln_mlp chooses `save` itself"

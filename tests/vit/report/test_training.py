@@ -164,7 +164,7 @@ def test_layers_that_go_one_after_another_are_drawn_as_stairs(tmp_path):
     plot = course_plot(record)
     with new_figure(plot.height) as figure:
         plot.draw(figure, record)
-        axes = next(axes for axes in figure.axes if axes.get_ylabel() == "λ")
+        axes = next(axes for axes in figure.axes if axes.get_ylabel() == "share left")
         (stairs,) = [line for line in axes.get_lines() if line.get_drawstyle() == "steps-post"]
         assert list(stairs.get_xdata()) == [0, 0, 2, 4, 50]
         assert stairs.get_ydata() == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..arguments import SAVE_NOTHING, Needs, Parameters, Saved, flatten_tokens, make_contiguous
 from ..plans import Plan
+from ..registration import refuse_tangents
 from . import launch, stages
 from .steps import Steps
 
@@ -49,10 +49,7 @@ class _LnMlp(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[1:9])
         if grad is None or not any(needs):
             return (None,) * 10
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None:
-            raise NotImplementedError(
-                "the kernels of ln_mlp have no forward-mode derivative of their gradients; use backend='torch' for that"
-            )
+        refuse_tangents(grad)
         x, *tensors = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
         p, saved, made = Parameters(*tensors[:8]), Saved(*tensors[8:12]), tensors[12:]
         settled = Parameters(*(a if b is None else b for a, b in zip(p, made, strict=True))) if made else p

@@ -5,8 +5,8 @@ tensors at the first use of a shape, which takes about 0.05 s per candidate besi
 products are always among the candidates of a product, so no stage is slower than the library by more than the 2 % under
 which an earlier candidate is preferred: at the measured size, replayed in a graph, where the host takes no part.
 
-Times are saved in `cache_path()`, for this GPU, these versions of torch, triton, CUDA and the assembler, these sources of the
-kernels, and this set of candidates; the file may be deleted at any time. With `LAMBDA_KERNELS_TUNING=off` the first candidate
+Times are saved in `cache_path()`, for this GPU, these versions of torch, triton, CUDA and the assembler, the kernels' source
+code, and this set of candidates; the file may be deleted at any time. With `LAMBDA_KERNELS_TUNING=off` the first candidate
 is always used. Choices may differ between runs that measure anew, and with them the last bits of results: retain the file, or
 switch tuning off, where bits matter. With several processes each tunes for itself; the ranks of a distributed run need not
 agree.
@@ -53,6 +53,7 @@ ALWAYS, WHILE_OFF, ONCE = "always", "while tuning is off", "once"
 
 _LOCK_SECONDS = 10.0
 _CAPTURING = "the stream is being captured"
+_NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 
 # Errors of the moment, not of the candidate: no memory just now, or a device lost to an earlier kernel.
 _PASSING = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -120,6 +121,7 @@ class _State:
     stored: dict[str, _Entry] | None = None  # what the file held when it was first read, and what was measured since
     measured: dict[str, _Entry] = field(default_factory=dict)  # this process's part of the file
     warned: set[str] = field(default_factory=set)
+    obstacle: str = ""  # why nothing can be measured any more
     forces: dict[str, Candidate | str] = field(default_factory=dict)
     # One memory per set of forced stages: a composite that was timed on forced parts says nothing about free ones.
     worlds: dict[frozenset, _Memory] = field(default_factory=dict)
@@ -256,6 +258,10 @@ def _obstacle(candidates: _Offer, device: torch.device) -> str:
         return "in Triton's interpreter"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
+    if os.environ.get(_NO_CACHE):
+        return f"{_NO_CACHE} is set, without whose cache no CUDA graph can be captured"
+    if _state.obstacle:
+        return _state.obstacle
     return _CAPTURING if torch.cuda.is_current_stream_capturing() else ""
 
 
@@ -276,6 +282,10 @@ def _switch() -> str:
 # Runs in the graph that says about how long one takes; what a graph should take then, and how many it holds at most.
 _FEW_RUNS, _GRAPH_MS, _MOST_RUNS = 3, 2.0, 100
 _REPLAYS = 10
+
+
+class _BrokenCaptureError(RuntimeError):
+    """A capture did not end well, after which PyTorch's allocator and random numbers may believe that it goes on."""
 
 
 def _measure(run: Callable[[], object]) -> float:
@@ -301,6 +311,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _replay(run: Callable[[], object], count: int, replays: int) -> float:
     """Median time of a run in ms, of `replays` of a graph of `count` runs."""
+    # What earlier graphs and runs leave in the allocator's cache cannot be had during a capture.
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     # Other threads go on allocating, pinned memory for the next images say, and must not spoil the capture.
     graph.capture_begin(capture_error_mode="thread_local")
@@ -308,7 +320,10 @@ def _replay(run: Callable[[], object], count: int, replays: int) -> float:
         for _ in range(count):
             run()
     finally:
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        except Exception as error:
+            raise _BrokenCaptureError(str(error)) from error
     graph.replay()
     times = []
     for _ in range(replays):
@@ -329,6 +344,11 @@ def _measured_decision(problem: Problem, candidates: _Offer, run: Callable) -> t
         try:
             with tracing.paused():
                 times[candidate] = _measure(functools.partial(run, candidate))
+        except _BrokenCaptureError as error:
+            traceback.clear_frames(error.__traceback__)
+            _state.obstacle = f"a CUDA graph could not be captured: {error}"
+            _warn(f"{_state.obstacle}. Nothing more is measured in this process; set {SWITCH}=off to measure nothing")
+            return Decision(problem, candidates[0], "default", _state.obstacle), False
         except Exception as error:
             # Its frames hold tensors, for which there may be no room beside the next candidate's.
             traceback.clear_frames(error.__traceback__)
@@ -393,8 +413,10 @@ def _sources() -> str:
 
 def _assembler(device: torch.device) -> str:
     """The version of the assembler that makes the kernels now: PyTorch's compiler may set another one in mid-process."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ImportError:  # of Triton's insides, which may be elsewhere in another release
+        return "unknown"
     major, minor = torch.cuda.get_device_capability(device)
     return str(get_ptxas(10 * major + minor).version)
 

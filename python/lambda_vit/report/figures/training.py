@@ -75,7 +75,8 @@ def _draw_loss_curve(figure: Any, record: dict[str, Any]) -> None:
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.get_offset_text().set_fontsize(8)
-        axes.set_ylabel(_PANELS[name][0])
+        one_by_one = name == "lambda" and (run.get("recipe") or {}).get("removal") == "progressive"
+        axes.set_ylabel("share left" if one_by_one else _PANELS[name][0])
     end = max(run.get("position") or 0, (run.get("boundary") or {}).get("step") or 0) / per_epoch
     planned = (run.get("recipe") or {}).get("epochs") or end
     shown = planned if end > 0.5 * planned else end

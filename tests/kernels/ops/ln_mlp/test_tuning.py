@@ -150,6 +150,7 @@ class Device:
         stream = SimpleNamespace(device=CUDA, wait_stream=self.waits.append)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(tuning, "_side_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
@@ -218,6 +219,33 @@ def test_a_capture_ends_when_what_is_captured_fails(monkeypatch: pytest.MonkeyPa
     assert len(device.waits) == 2, "later work waits for what was begun"
 
 
+def test_after_a_capture_that_did_not_end_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    device = Device(monkeypatch, 8.0)
+    monkeypatch.setattr(tuning, "_measure", MEASURE)
+    monkeypatch.setattr(Graph, "capture_end", lambda graph: (_ for _ in ()).throw(RuntimeError("invalidated")))
+    ran = []
+
+    def run(candidate: Candidate) -> None:
+        ran.append(candidate)
+        device.run()
+
+    with pytest.warns(TuningWarning, match="could not be captured: invalidated. Nothing more is measured") as record:
+        assert tuning.choose(FC1, [CORRECTED, LIBRARY], run, CUDA) == CORRECTED
+    assert len(record) == 1
+    assert tuning.choose(replace(FC1, stage="fc2"), [CORRECTED, LIBRARY], run, CUDA) == CORRECTED, "without a warning"
+    assert set(ran) == {CORRECTED}
+    assert latest().source == "default"
+    assert not cache.exists()
+
+
+def test_without_a_memory_cache_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    ways = usual()
+    assert ways.choose() == CORRECTED
+    assert ways.ran == []
+    assert "no CUDA graph can be captured" in latest().reason
+
+
 # What is remembered
 
 
@@ -276,7 +304,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], Problem]] = {
 def test_another_machine_or_problem_is_measured_anew(change: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     usual().choose()
     if change in ("machine", "assembler"):
-        tuning.clear()  # they do not change within a process
+        tuning.clear()  # for what was decided, a process does not ask again
     other = CHANGES[change](monkeypatch)
     ways = Ways({CORRECTED: 1.0, NORMALIZED: 150.0, LIBRARY: 120.0})
     assert ways.choose(other) == CORRECTED

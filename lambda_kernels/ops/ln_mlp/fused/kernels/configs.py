@@ -33,9 +33,6 @@ class Config:
 # Of the kernel that follows a library product.
 ELEMENTWISE = Config(32, 128, 0, 4, 1)
 
-# Widest row that one pass keeps on the chip.
-ONE_PASS_CHANNELS = 384
-
 KERNELS = ("one_pass", "fc1", "fc2", "hidden_gradient", "saved_gradient")
 
 
@@ -110,7 +107,7 @@ _SINGLE: dict[str, tuple[Config, ...]] = {
 }
 
 # (family, descriptors) → (widest row, tile) of the one-pass kernel, for 16-bit operands and for float32. Descriptors need two
-# stages: with one, each of the loop's loads is waited for directly.
+# stages: with one, the latency of each of the loop's loads is exposed.
 _ONE_PASS_HALF: dict[tuple[str, bool], tuple[tuple[int, Config], ...]] = {
     ("hopper", True): ((192, Config(64, 64, 0, 4, 2)), (192, Config(128, 64, 0, 8, 2)), (256, Config(64, 64, 0, 8, 2))),
     ("hopper", False): ((192, Config(64, 64, 0, 8, 1)),),
