@@ -23,7 +23,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +184,14 @@ class Evidence:
         train = open_images(self.options.data, "train", transform=transforms_for(base), num_classes=base.num_classes)
         return make_loader(subset(train, self.options.calibration), 100)
 
-    def picks(self, base: nn.Module) -> dict[str, list[int]]:
-        """Layers in the order picked, by whose picks they are."""
+    def picks(self, base: nn.Module, wanted: Collection[str]) -> dict[str, list[int]]:
+        """Layers in the order picked, by whose picks they are: at least those of `wanted`."""
         path = self.out / "picks.json"
         with locked(self.out / "picks.lock"):
             known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            wanted = {**STRATEGIES, **{f"random{n}": {"strategy": "random", "seed": n} for n in range(DRAWS)}}
-            for name, how in {**wanted, "first": {"strategy": "first"}}.items():
-                if name not in known:
+            strategies = {**STRATEGIES, **{f"random{n}": {"strategy": "random", "seed": n} for n in range(DRAWS)}}
+            for name, how in {**strategies, "first": {"strategy": "first"}}.items():
+                if name in wanted and name not in known:
                     images = None if how["strategy"] in ("random", "first") else self.calibration(base)
                     known[name] = list(select_layers(base, images, 5, **how).layers)
                     write_json(path, known)
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [arm for name in options.arms for arm in GROUPS.get(name, [a for a in known if a.name == name])]
     with progress.progress_bars():
         base = evidence.base()
-        picks = evidence.picks(base)
+        picks = evidence.picks(base, {arm.picks for arm in chosen})
         for arm in chosen:
             if (evidence.out / f"{arm.name}.json").exists():
                 continue
