@@ -27,10 +27,10 @@ def write_results(folder: Path, names: Sequence[str], path: Path) -> None:
     """Gather what the arms of a study left, in this order; arms that are not finished are listed as missing."""
     found = {name: folder / f"{name}.json" for name in names}
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in found.values() if file.exists()]
-    predictors = folder / "predictors.json"
+    predictors, picks = folder / "predictors.json", folder / "picks.json"
     record = {
         "options": json.loads((folder / "options.json").read_text(encoding="utf-8")),
-        "picks": json.loads((folder / "picks.json").read_text(encoding="utf-8")),
+        "picks": json.loads(picks.read_text(encoding="utf-8")) if picks.exists() else {},
         "predictors": json.loads(predictors.read_text(encoding="utf-8")) if predictors.exists() else {},
         "base": json.loads((folder / "base.json").read_text(encoding="utf-8")),
         "missing": [name for name, file in found.items() if not file.exists()],
