@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import executor
 import numpy as np
 import pytest
@@ -176,6 +178,22 @@ def test_unset_registers_may_be_copied_where_that_is_allowed():
                 executor.launch(program, memory, [place], grid=(1, 1, 1), threads=64, strict=False)
         else:
             executor.launch(program, memory, [place], grid=(1, 1, 1), threads=64, strict=False)
+
+
+@pytest.mark.parametrize(("thread", "wrong"), [(0, True), (1, False), (8, True), (33, False)])
+def test_a_shuffle_passes_on_what_the_other_lane_never_wrote(thread, wrong):
+    """Even lanes set a register, and every lane gets its neighbour's, which odd ones alone may store."""
+    memory = executor.GlobalMemory(4096)
+    place = memory.add(np.zeros(256, np.uint8), writable=True).to_bytes(8, "little")
+    program = kernel(
+        "and.b32 %r2, %r0, 1; setp.eq.u32 %p1, %r2, 0; @%p1 mov.u32 %r7, 1; "
+        "shfl.sync.bfly.b32 %r1, %r7, 1, 31, -1; add.s32 %r1, %r1, 1; "
+        f"setp.eq.u32 %p2, %r0, {thread}; mad.wide.u32 %d10, %r0, 4, %d0; @%p2 st.global.u32 [%d10], %r1;",
+        1,
+    )
+    refused = pytest.raises(executor.ProgramError, match="%r1 is read before it was written")
+    with refused if wrong else contextlib.nullcontext():
+        executor.launch(program, memory, [place], grid=(1, 1, 1), threads=64, strict=False)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import executor
 import numpy as np
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, compile
@@ -20,6 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lambda_kernels import audit
 from lambda_kernels.ops.ln_mlp.fused.launch import Launch
+
+# Before, sums over warps also go through lanes that loaded nothing.
+_STRICT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 # The assembler is not needed and takes longest. What is compiled so must not get into the user's cache: see `ptx_worker.py`.
 if hasattr(CUDABackend, "make_cubin"):
@@ -113,6 +117,7 @@ def execute(
         shared=program.shared,
         order=order,
         watch=watch,
+        strict=_STRICT,
     )
     for pointer in written & set(held):
         data, _ = held[pointer]

@@ -87,7 +87,8 @@ def launch(
         order: When asynchronous work is done.
         watch: Whether races in shared memory are looked for.
         strict: Every use of a register that was never written is an error. Otherwise it may be copied and computed with, as
-            nvcc does with members of a structure that are unset, but not decide a branch, be an address, or be stored.
+            nvcc does with unset members of a structure and Triton 3.6 in lanes whose sums nobody reads, but not decide a branch,
+            be an address, or be stored.
 
     Raises:
         ProgramError: The program did what a GPU does not define, or waits for what never comes.
@@ -141,7 +142,8 @@ class _Machine:
                 raise UnsupportedInstructionError("no such instruction here")
             action = DECODERS[base](state, i)
         step = _Step(at, i, action, guard, reads, writes, warp_wide)
-        step.passes_on = not self.strict and base in DECODERS and DECODERS[base].__module__ in _PURE
+        pure = base == "shfl" or (base in DECODERS and DECODERS[base].__module__ in _PURE)
+        step.passes_on = pure and not self.strict
         if base == "bra":
             step.target = state.kernel.labels[i.operands[0]]
         blocking = base in ("bar", "barrier") and action is None

@@ -174,6 +174,8 @@ def _shfl(state: State, i: Instruction) -> Action:
             valid = source <= most
         source = np.where(valid, source, lane)
         first = state.every - lane
+        if state.is_register(i.operands[1]):
+            state.pass_on(i.operands[1], names[0], first + source, mask)
         write(target, value[first + source] if value.ndim else value, mask)
         if inside is not None:
             write(inside, valid, mask)

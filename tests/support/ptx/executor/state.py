@@ -172,6 +172,16 @@ class State:
                 raise UnsupportedInstructionError(f"{name} is not a 32-bit register")
         return np.array([self.place[name][1] for name in names])
 
+    def pass_on(self, source: str, target: str, threads: Indices, mask: Mask) -> None:
+        """Note that `target` holds what each of `threads` has in `source`, which it may never have written."""
+        size, row = self.place[source]
+        if self.settled[size][row]:
+            return
+        known = self.defined[size][row][threads]
+        size, row = self.place[target]
+        self.defined[size][row] = known if mask is None else np.where(mask, known, self.defined[size][row])
+        self.settled[size][row] = self.defined[size][row].all()
+
     def check(
         self, reads: list[tuple[int, int]], writes: list[tuple[int, int]], mask: Mask, passes_on: bool = False
     ) -> bool:
