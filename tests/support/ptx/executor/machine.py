@@ -87,8 +87,8 @@ def launch(
         order: When asynchronous work is done.
         watch: Whether races in shared memory are looked for.
         strict: Every use of a register that was never written is an error. Otherwise it may be copied and computed with, as
-            nvcc does with unset members of a structure and Triton 3.6 in lanes whose sums nobody reads, but not decide a branch,
-            be an address, or be stored.
+            nvcc does with unset members of a structure and Triton 3.6 in lanes whose sums nobody reads, but it may not decide a
+            branch, be an address, or be stored.
 
     Raises:
         ProgramError: The program did what a GPU does not define, or waits for what never comes.
