@@ -190,24 +190,34 @@ def extrapolate(record: dict[str, Any], way: str, epochs: int, samples: int = 20
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Left: accuracy after each epoch of the longer arms. Right, if there are any: sets of five after one epoch."""
+    """Left: accuracy after each epoch of the longer arms. Right, if there are any: sets of five after one epoch.
+
+    Random sets are grey, and have no name there.
+    """
     base = top1(record["base"]["hits"])
     sets = [row for row in record["arms"] if row["epochs"] == 1 and row["picks"] in record["predictors"]]
     with new_figure(4.4) as figure:
         left, *others = figure.subplots(1, 1 + bool(sets), squeeze=False)[0]
         longer = [row for row in record["arms"] if row["epochs"] > 1]
-        for row, colour in zip(longer, itertools.cycle(SERIES)):
+        for row, (style, colour) in zip(longer, itertools.cycle(itertools.product(("-", "--", ":"), SERIES))):
             label = f"{row['picks'] if row['count'] else 'full network'}, {row['way']}, {row['epochs']} epochs"
             left.plot(
-                range(len(row["curve"]) + 1), [top1(row["hits_untrained"]), *row["curve"]], color=colour, label=label
-            )
+                range(len(row["curve"]) + 1), [top1(row["hits_untrained"]), *row["curve"]],
+                color=colour, linestyle=style, label=label,
+            )  # fmt: skip
         left.axhline(base, color=MUTED, linestyle="--", label="the network before")
         left.set_xlabel("epoch")
         left.set_ylabel("top-1, %")
         for right, row in ((axes, row) for axes in others for row in sets):
             x, y = record["predictors"][row["picks"]]["kl"], top1(row["hits"])
-            right.plot(x, y, "o", color=PICK if row["picks"] == "kl" else SERIES[0], markersize=5)
-            right.annotate(row["picks"], (x, y), (4, 3), textcoords="offset points", fontsize=7, color=MUTED)
+            drawn = row["picks"].startswith("random")
+            right.plot(x, y, "o", color=MUTED if drawn else PICK if row["picks"] == "kl" else SERIES[0], markersize=5)
+            if not drawn:  # alternately above and below, since good sets lie near one another
+                named = sorted((r for r in sets if not r["picks"].startswith("random")), key=lambda r: -top1(r["hits"]))
+                above = named.index(row) % 2 == 0
+                right.annotate(
+                    row["picks"], (x, y), (4, 6 if above else -11), textcoords="offset points", fontsize=8, color=MUTED
+                )
         for right in others:
             right.set_xlabel("KL before training, bits")
             right.set_ylabel("top-1 after one epoch, %")
