@@ -208,16 +208,14 @@ def plot(record: dict[str, Any], path: Path) -> None:
         left.axhline(base, color=MUTED, linestyle="--", label="the network before")
         left.set_xlabel("epoch")
         left.set_ylabel("top-1, %")
+        named = [row["picks"] for row in sorted(sets, key=lambda r: -top1(r["hits"])) if "random" not in row["picks"]]
         for right, row in ((axes, row) for axes in others for row in sets):
-            x, y = record["predictors"][row["picks"]]["kl"], top1(row["hits"])
-            drawn = row["picks"].startswith("random")
-            right.plot(x, y, "o", color=MUTED if drawn else PICK if row["picks"] == "kl" else SERIES[0], markersize=5)
-            if not drawn:  # alternately above and below, since good sets lie near one another
-                named = sorted((r for r in sets if not r["picks"].startswith("random")), key=lambda r: -top1(r["hits"]))
-                above = named.index(row) % 2 == 0
-                right.annotate(
-                    row["picks"], (x, y), (4, 6 if above else -11), textcoords="offset points", fontsize=8, color=MUTED
-                )
+            x, y, name = record["predictors"][row["picks"]]["kl"], top1(row["hits"]), row["picks"]
+            color = PICK if name == "kl" else SERIES[0] if name in named else MUTED
+            right.plot(x, y, "o", color=color, markersize=5)
+            if name in named:  # alternately above and below, since good sets lie near one another
+                place = (4, -11 if named.index(name) % 2 else 6)
+                right.annotate(name, (x, y), place, textcoords="offset points", fontsize=8, color=MUTED)
         for right in others:
             right.set_xlabel("KL before training, bits")
             right.set_ylabel("top-1 after one epoch, %")
